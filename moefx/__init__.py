@@ -1,0 +1,24 @@
+"""moefx: Hugging Face mixture-of-experts models, captured, rewritten and trained with expert parallelism."""
+
+from . import passes
+from .backends import Backend, Kernel
+from .capture import capture
+from .errors import CaptureError, MoefxError, PassError, VerifyError
+from .graph import insert
+from .match import Match, Miss, Pattern, f64
+from .ops import op
+from .optimize import explain, optimize, report, restore, rewrite
+from .pipeline import Changes, Pass, Pipeline
+from .plan import Plan
+from .program import Function, Program
+from .raising import Raise
+from .report import Report, ShortfallWarning
+from .verify import Verification, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Backend", "CaptureError", "Changes", "Function", "Kernel", "Match", "Miss", "MoefxError", "Pass", "PassError", "Pattern",
+    "Pipeline", "Plan", "Program", "Raise", "Report", "ShortfallWarning", "Verification", "VerifyError", "capture", "explain",
+    "f64", "insert", "op", "optimize", "passes", "report", "restore", "rewrite", "verify",
+]  # fmt: skip

@@ -1,0 +1,505 @@
+"""Capture: one forward on a small example records what each block is called with, torch.export turns each distinct block
+into a graph."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+from torch.export.graph_signature import InputKind, OutputKind
+
+from . import hf
+from .errors import CaptureError, MoefxError
+from .graph import aten
+from .program import Function, Left, Program
+
+# --- calls -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Template:
+    """A call's arguments with its tensors taken out: nested tuples of ("t", position) and constants."""
+
+    args: Any
+    kwargs: Any
+
+    def fill(self, tensors: tuple | list) -> tuple[tuple, dict]:
+        def make(x: Any) -> Any:
+            kind, what = x
+            if kind == "t":
+                return tensors[what]
+            if kind == "dict":
+                return {k: make(v) for k, v in what}
+            return tuple(map(make, what)) if kind == "tuple" else [make(v) for v in what] if kind == "list" else what
+
+        return make(self.args), make(self.kwargs)
+
+
+def flatten(args: tuple, kwargs: dict) -> tuple[list[Tensor], Template]:
+    """Separates tensors from constants; raises CaptureError for an argument that is neither (a cache, say)."""
+    tensors: list[Tensor] = []
+
+    def take(x: Any, name: str) -> Any:
+        if isinstance(x, Tensor):
+            tensors.append(x)
+            return ("t", len(tensors) - 1)
+        if x is None or isinstance(x, (bool, int, float, str, torch.dtype)):
+            return ("c", x)
+        if type(x) in (tuple, list):
+            return (type(x).__name__, tuple(take(v, f"{name}[{i}]") for i, v in enumerate(x)))
+        if type(x) is dict:
+            return ("dict", tuple((k, take(v, f"{name}[{k!r}]")) for k, v in x.items()))
+        raise CaptureError(f"its argument {name} is a {type(x).__name__}, neither tensor nor constant")
+
+    a = ("tuple", tuple(take(v, f"number {i}") for i, v in enumerate(args)))
+    k = ("dict", tuple((n, take(v, n)) for n, v in kwargs.items()))
+    return tensors, Template(a, k)
+
+
+@dataclass(frozen=True)
+class Call:
+    """Which calls a captured graph covers: the template, and of each tensor its dtype, device and sizes.
+
+    A size is an int, or a letter: "a", "b", ... are the leading sizes of the first tensor (batch, sequence), "ab" their
+    product. A graph captured with a letter covers every number, 1 included; one captured with 1 covers only 1.
+    """
+
+    template: Template
+    dtypes: tuple[torch.dtype, ...]
+    device: torch.device
+    sizes: tuple[tuple[int | str, ...], ...]
+    training: bool
+    outputs: Any = None  #: template of what the module returns
+    routers: tuple[tuple[str, Any], ...] = ()  #: path inside the block, template of what it returned
+
+    @staticmethod
+    def of(tensors: list[Tensor], template: Template, training: bool) -> Call:
+        if not tensors:
+            raise CaptureError("it is called without tensors")
+        lead = tensors[0].shape[:-1] if tensors[0].dim() > 1 else tensors[0].shape
+        letters: dict[int, str] = {}
+        for size, letter in zip(lead, "abcdefg", strict=False):
+            letters.setdefault(int(size), letter)
+        if len(lead) == 2:
+            letters.setdefault(int(lead[0] * lead[1]), "ab")
+        first = tuple("abcdefg"[i] for i in range(len(lead))) + tuple(tensors[0].shape[len(lead) :])
+        rest = (tuple(letters.get(int(n), int(n)) if n != 1 else 1 for n in t.shape) for t in tensors[1:])
+        return Call(
+            template, tuple(t.dtype for t in tensors), tensors[0].device, (first, *rest), training
+        )  # fmt: skip
+
+    def covers(self, tensors: list[Tensor], template: Template, training: bool) -> bool:
+        if (
+            template != self.template or training != self.training or len(tensors) != len(self.dtypes)
+            or tensors[0].device != self.device or any(t.dtype != d for t, d in zip(tensors, self.dtypes, strict=True))
+        ):  # fmt: skip
+            return False
+        known: dict[str, int] = {}
+        for t, sizes in zip(tensors, self.sizes, strict=True):
+            if len(sizes) != t.dim():
+                return False
+            for n, s in zip(t.shape, sizes, strict=True):
+                if s == "ab":
+                    s_value = known["a"] * known["b"]
+                elif isinstance(s, str):
+                    s_value = known.setdefault(s, n)
+                else:
+                    s_value = s
+                if n != s_value:
+                    return False
+        return True
+
+    def example(self, taken: set[int]) -> list[Tensor]:
+        """Tensors of this call at sizes that are unlike each other and unlike every number in ``taken``."""
+        sizes = distinct_sizes(taken)
+        letters = {"a": sizes[0], "b": sizes[1], "ab": sizes[0] * sizes[1], "c": sizes[1] + 2, "d": sizes[1] + 4}
+        shapes = [[letters[n] if isinstance(n, str) else n for n in shape] for shape in self.sizes]
+        return [
+            torch.zeros(shape, dtype=d, device=self.device) for shape, d in zip(shapes, self.dtypes, strict=True)
+        ]
+
+
+def distinct_sizes(taken: set[int]) -> tuple[int, int]:
+    """A batch and a sequence length that no other size of the model equals: so that sizes say what they are."""
+    for batch, sequence in itertools.product((3, 5, 7, 11, 13), (17, 19, 23, 29, 31, 37, 41)):
+        if not {batch, sequence, batch * sequence} & taken:
+            return batch, sequence
+    raise CaptureError("no example sizes are unlike all sizes of the model")
+
+
+def sizes_of(module: nn.Module) -> set[int]:
+    found = {int(n) for p in itertools.chain(module.parameters(), module.buffers()) for n in p.shape}
+    for m in module.modules():
+        found |= {v for v in vars(m).values() if type(v) is int}
+    return found | {1, 2}
+
+
+# --- one module ------------------------------------------------------------------------------------------------------
+
+
+class _Entry(nn.Module):
+    """The module to export, called with its tensors only."""
+
+    def __init__(self, module: nn.Module, template: Template, routers: dict[str, nn.Module], outputs: Callable):
+        super().__init__()
+        # `outputs` is told the template: torch.export undoes what a forward writes to the module
+        self.block, self.template, self.routers, self.outputs = module, template, list(routers.values()), outputs
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        seen: dict[int, Any] = {}
+        hooks = [
+            m.register_forward_hook(lambda m, _, out: seen.__setitem__(id(m), out)) for m in self.routers
+        ]
+        try:
+            args, kwargs = self.template.fill(tensors)
+            out = self.block(*args, **kwargs)
+        finally:
+            for h in hooks:
+                h.remove()
+        flat, template = flatten((out, *(seen[id(m)] for m in self.routers)), {})
+        self.outputs(template.args[1])
+        return tuple(flat)
+
+
+@contextmanager
+def _refusing_autograd_functions() -> Iterator[None]:
+    """torch.export drops the backward of a ``torch.autograd.Function`` without a word: refuse instead."""
+    apply = torch.autograd.Function.__dict__["apply"]
+
+    def refuse(cls, *args, **kwargs):
+        if cls.__module__.startswith("torch._library"):  # a custom operator's registered backward: stays with its node
+            return apply.__get__(None, cls)(*args, **kwargs)
+        raise CaptureError(
+            f"it calls the autograd.Function {cls.__module__}.{cls.__qualname__}, whose backward a captured graph would lose"
+        )
+
+    torch.autograd.Function.apply = classmethod(refuse)  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+
+
+@contextmanager
+def _without_checkpointing(module: nn.Module) -> Iterator[None]:
+    """Activation checkpointing wraps a block's call from outside: it is no part of the graph."""
+    before = [(m, m.gradient_checkpointing) for m in module.modules() if getattr(m, "gradient_checkpointing", False)]
+    for m, _ in before:
+        m.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for m, value in before:
+            m.gradient_checkpointing = value
+
+
+def foreign_hooks(module: nn.Module) -> str | None:
+    """The first forward hook inside that neither Transformers' output recording nor a parallel wrapper put there."""
+    for path, m in module.named_modules():
+        if path == "":
+            continue  # its own hooks run around the call, captured or not
+        for hook in itertools.chain(m._forward_hooks.values(), m._forward_pre_hooks.values()):
+            if "output_capturing_hook" not in getattr(hook, "__qualname__", ""):
+                return f"{getattr(hook, '__qualname__', hook)} on {path}"
+        for hook in itertools.chain(m._backward_hooks.values(), m._backward_pre_hooks.values()):
+            return f"{getattr(hook, '__qualname__', hook)} (backward) on {path}"
+    return None
+
+
+def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module], name: str) -> Function:
+    """Exports ``module`` for the calls that ``call`` describes.
+
+    Raises CaptureError, with the reason, if the graph would not be exact: a size or a value of data decides the Python
+    control flow, a custom backward would be lost, a buffer is written, a hook would be baked in.
+    """
+    hook = foreign_hooks(module)
+    if hook:
+        raise CaptureError(f"the forward hook {hook} would be baked into the graph")
+    tensors = call.example(sizes_of(module))
+    # one name, one symbol: batch and sequence are the same in every input
+    names = {n: Dim.DYNAMIC if n == "ab" else Dim(f"size_{n}") for shape in call.sizes for n in shape if isinstance(n, str)}
+    dynamic = tuple({i: names[n] for i, n in enumerate(shape) if isinstance(n, str)} for shape in call.sizes)
+    returned: list[Any] = []
+    entry = _Entry(module, call.template, routers, returned.append)
+    entry.training = module.training
+    try:
+        with (
+            warnings.catch_warnings(), _without_checkpointing(module), hf.emitting() as callers, _refusing_autograd_functions(), torch.enable_grad(),
+            torch.autocast(call.device.type if call.device.type != "meta" else "cpu", enabled=False),
+        ):  # fmt: skip
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(entry, tuple(tensors), dynamic_shapes=(dynamic,), strict=False)
+            _refuse_no_grad_values(exported.graph_module)
+            exported = exported.run_decompositions({})
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(f"torch.export: {_first_sentence(error)}") from error
+    outputs, *of_routers = returned[-1]
+    call = replace(call, outputs=outputs, routers=tuple(zip(routers, of_routers, strict=True)))
+    return _function(module, exported, call, name, callers)
+
+
+def _first_sentence(error: BaseException) -> str:
+    lines = [x.strip() for x in str(error).splitlines() if x.strip()] or [type(error).__name__]
+    return f"{type(error).__name__}: {' '.join(lines[:2])[:300]}"
+
+
+def _refuse_no_grad_values(graph_module: fx.GraphModule) -> None:
+    """Decomposition inlines ``torch.no_grad()`` regions and so lets gradients into them: fine only for integers and masks."""
+    for node in graph_module.graph.nodes:
+        if node.op == "call_function" and "wrap_with_set_grad_enabled" in str(node.target):
+            vals = node.meta.get("val", ())
+            floats = [v for v in (vals if isinstance(vals, (tuple, list)) else (vals,))
+                      if isinstance(v, Tensor) and v.dtype.is_floating_point]  # fmt: skip
+            if floats and not node.args[0]:
+                raise CaptureError("a torch.no_grad() region in it computes floating-point values")
+
+
+def _function(module: nn.Module, exported: Any, call: Call, name: str, callers: list) -> Function:
+    signature = exported.graph_signature
+    for spec in signature.output_specs:
+        if spec.kind is not OutputKind.USER_OUTPUT:
+            raise CaptureError(f"it writes {spec.target or 'an input'} ({spec.kind.name.lower().replace('_', ' ')})")
+    parameters: list[str] = []
+    constants: list[Tensor] = []
+    inputs: list[str] = []
+    kinds: list[int] = []
+    for spec in signature.input_specs:
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            parameters.append(spec.target.removeprefix("block."))
+            kinds.append(0)
+        elif spec.kind is InputKind.CONSTANT_TENSOR:
+            constants.append(exported.constants[spec.target])
+            kinds.append(1)
+        elif spec.kind is InputKind.USER_INPUT:
+            inputs.append(spec.arg.name)
+            kinds.append(2)
+        else:
+            raise CaptureError(f"it has an input of kind {spec.kind.name.lower().replace('_', ' ')}")
+    graph = fx.Graph()
+    old = [n for n in exported.graph.nodes if n.op == "placeholder"]
+    copied: dict[fx.Node, fx.Node] = {}
+    # parameters, then constants, then inputs, whatever the order of the export
+    for kind in (0, 1, 2):
+        for node, k in zip(old, kinds, strict=True):
+            if k == kind:
+                copied[node] = graph.node_copy(node)
+                copied[node].name = node.name.removeprefix("p_block_").removeprefix("b_block_")
+                copied[node].target = copied[node].name
+    for node in exported.graph.nodes:
+        if node.op == "placeholder":
+            continue
+        if node.op not in ("call_function", "output"):
+            if node.op == "call_module" and "guards" in str(node.target) and not node.users:
+                continue
+            raise CaptureError(f"its graph has a {node.op} of {node.target}")
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise CaptureError(f"it uses the higher-order operator {node.target.name()}")
+        if node.target is aten._assert_scalar.default:
+            continue
+        copied[node] = graph.node_copy(node, copied.__getitem__)
+    fake = next(n.meta["val"].fake_mode for n in copied.values() if isinstance(n.meta.get("val"), Tensor))
+    graph_module = fx.GraphModule(nn.Module(), graph)
+    return Function(name, type(module).__name__, graph_module, [], parameters, constants, inputs, call, fake,
+                    promises(module, callers))  # fmt: skip
+
+
+def promises(module: nn.Module, callers: list[tuple[str, nn.Module]]) -> dict[str, int]:
+    """How many of each semantic operation the module's own structure promises."""
+    inside = {id(m) for m in module.modules()}
+    counts = {"rms_norm": sum(hf.is_norm(m) for m in module.modules())}
+    for kind in ("experts", "attention"):
+        counts[kind] = len({id(m) for k, m in callers if k == kind and id(m) in inside})
+    return {k: v for k, v in counts.items() if v}
+
+
+# --- the whole model -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Site:
+    """A module of the model that may get a captured function, and what it was called with."""
+
+    path: str
+    module: nn.Module
+    call: Call
+    routers: dict[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple:
+        return hf.structure(self.module), self.call
+
+
+@dataclass
+class Recording:
+    """What one forward on an example showed."""
+
+    calls: dict[str, tuple[tuple, dict]]
+    callers: list[tuple[str, nn.Module]]
+    head: tuple[Any, tuple, dict] | None
+    head_reason: str = ""
+
+
+def default_example(model: nn.Module, batch: int, sequence: int) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr]
+    ids = torch.arange(batch * sequence).remainder(vocabulary).view(batch, sequence).to(device)
+    return {"input_ids": ids, "labels": ids}
+
+
+def resize(example: Mapping[str, Any], batch: int, sequence: int) -> dict[str, Any]:
+    """The user's example at another batch and sequence length, rows and columns repeated or dropped."""
+    first = next((v for v in example.values() if isinstance(v, Tensor) and v.dim() >= 2), None)
+    if first is None:
+        raise MoefxError(f"example has no tensor [batch, sequence]: got {', '.join(example) or 'nothing'}; pass input_ids")
+    b, s = first.shape[:2]
+
+    def fit(v: Any) -> Any:
+        if not isinstance(v, Tensor) or v.dim() < 2 or tuple(v.shape[:2]) not in ((b, s), (1, s)):
+            return v
+        rows = torch.arange(batch if v.shape[0] == b else 1, device=v.device) % v.shape[0]
+        return v[rows][:, torch.arange(sequence, device=v.device) % s]
+
+    return {k: fit(v) for k, v in example.items()}
+
+
+def record(model: Any, example: Mapping[str, Any] | None) -> Recording:
+    """Runs the model once, without gradients, at sizes that tell batch and sequence from everything else."""
+    from .head import watching_head
+
+    batch, sequence = distinct_sizes(sizes_of(model))
+    if example is not None and not isinstance(example, Mapping):
+        raise MoefxError(f"example is a {type(example).__name__}: pass the keyword arguments of the model's forward, as a dict")
+    given = default_example(model, batch, sequence) if example is None else resize(example, batch, sequence)
+    calls: dict[str, tuple[tuple, dict]] = {}
+    handles = []
+
+    def remember(path: str):
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            calls.setdefault(path, (args, kwargs))
+
+        return hook
+
+    for path, module in model.named_modules():
+        if path:
+            handles.append(module.register_forward_pre_hook(remember(path), with_kwargs=True))
+    given.setdefault("use_cache", False)
+    if "labels" not in given and "input_ids" in given:
+        given["labels"] = given["input_ids"]
+    try:
+        with torch.no_grad(), hf.emitting() as callers, watching_head(model) as head:
+            model(**given)
+    except CaptureError:
+        raise
+    except Exception as error:
+        what = "the default example" if example is None else "the example batch"
+        raise MoefxError(
+            f"{type(model).__name__} rejects {what} ({', '.join(given)}; resized to batch {batch}, sequence {sequence}): "
+            f"{_first_sentence(error)}"
+        ) from error
+    finally:
+        for h in handles:
+            h.remove()
+    return Recording(calls, callers, head.call, head.reason)
+
+
+def sites(model: Any, recording: Recording, left: list[Left]) -> list[Site]:
+    """Where functions can go: blocks, and modules with parameters outside of blocks (the final norm); in model order."""
+    blocks, routers = hf.blocks(model), hf.routers(model)
+    found: list[Site] = []
+    heads = {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    for path, module in model.named_modules():
+        outside = not any(path == b or path.startswith(f"{b}.") or b.startswith(f"{path}.") for b in blocks) and path
+        alone = (
+            outside and path in recording.calls and id(module) not in heads and any(True for _ in module.parameters(recurse=False))
+            and not type(module).__module__.startswith("torch.nn")
+        )  # fmt: skip
+        if path in blocks and path not in recording.calls:
+            left.append(Left(path, type(module).__name__, "the example forward did not call it"))
+        elif path in blocks or alone:
+            site = site_of(path, module, recording, routers, left)
+            if site:
+                found.append(site)
+    return found
+
+
+def site_of(path: str, module: nn.Module, recording: Recording, routers: dict, left: list[Left]) -> Site | None:
+    args, kwargs = recording.calls[path]
+    inner = {p.removeprefix(f"{path}."): m for p, m in routers.items() if p.startswith(f"{path}.") and p in recording.calls}
+    try:
+        tensors, template = flatten(args, kwargs)
+        return Site(path, module, Call.of(tensors, template, module.training), inner)
+    except CaptureError as error:
+        left.append(Left(path, type(module).__name__, str(error)))
+        return None
+
+
+def capture_sites(model: Any, recording: Recording, program: Program) -> None:
+    """One function per distinct site; where a block cannot be captured whole, its largest capturable children."""
+    done: dict[tuple, Function | CaptureError] = {}
+    routers = hf.routers(model)
+
+    def take(site: Site) -> None:
+        key = site.key
+        if key not in done:
+            done[key] = _try(site)
+        result = done[key]
+        if isinstance(result, Function):
+            if not result.instances:
+                program.add(result)
+            result.instances.append(site.path)
+            return
+        program.left.append(Left(site.path, type(site.module).__name__, str(result), hf.is_recurrent(site.module)))
+        for name, child in site.module.named_children():
+            path = f"{site.path}.{name}"
+            worth = any(True for _ in child.parameters()) and not type(child).__module__.startswith("torch.nn")
+            if worth and path in recording.calls and not hf.is_recurrent(child):
+                inner = site_of(path, child, recording, routers, program.left)
+                if inner:
+                    take(inner)
+
+    for site in sites(model, recording, program.left):
+        take(site)
+
+
+def _try(site: Site) -> Function | CaptureError:
+    if hf.is_recurrent(site.module):
+        mixers = [type(m).__name__ for m in site.module.modules() if m is not site.module and hf.is_recurrent(m)]
+        what = mixers[0] if mixers else type(site.module).__name__
+        return CaptureError(f"the recurrent mixer {what} would be unrolled over the sequence, its length baked in")
+    try:
+        return capture_module(site.module, site.call, site.routers, type(site.module).__name__)
+    except CaptureError as error:
+        return error
+
+
+def capture(model: Any, example: Mapping[str, Any] | None = None) -> Program:
+    """Captures ``model``'s training graph, one function per distinct block plus the head, without changing the model.
+
+    Works on a model on the meta device. ``example``: keyword arguments of the model's forward (default: input_ids and
+    labels); only what kinds of inputs it has matters, not its sizes.
+
+    Raises:
+        MoefxError: the model is dense, quantized or on two devices, or rejects the example.
+    """
+    from .head import capture_head
+
+    hf.check(model)
+    if getattr(model, "_moefx", None) is not None:
+        raise MoefxError(
+            f"{type(model).__name__} is already optimized: read moefx.report(model).program, or moefx.restore(model) first"
+        )
+    with hf.implementations(model):
+        recording = record(model, example)
+        program = Program(type(model).__name__, {}, [], hf.symbols(model))
+        capture_sites(model, recording, program)
+        capture_head(model, recording, program)
+    return program

@@ -1,0 +1,144 @@
+"""Certifies one rewrite on numbers: the matched nodes and their replacement are run on the same random inputs, forward
+and backward, before the graph is changed."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from .graph import op_name, value
+
+#: Static sizes above this are shrunk for the run (a vocabulary of 151,936 would take seconds and gigabytes).
+_LARGE = 1024
+_SMALL = (96, 64, 48, 32)
+
+
+class Sizes:
+    """Turns symbolic sizes into small different numbers, and very large static ones into smaller ones."""
+
+    def __init__(self, shrink: bool = True):
+        self.symbols: dict[sympy.Symbol, int] = {}
+        self.large: dict[int, int] = {}
+        self.shrink = shrink
+
+    def __call__(self, size: Any) -> int:
+        if isinstance(size, torch.SymInt):
+            expression = size.node.expr
+            for s in sorted(expression.free_symbols, key=str):
+                self.symbols.setdefault(s, 2 + len(self.symbols))
+            return int(expression.subs(self.symbols))
+        if self.shrink and type(size) is int and size > _LARGE and len(self.large) < len(_SMALL):
+            self.large.setdefault(size, _SMALL[len(self.large)])
+        return self.large.get(size, size)
+
+
+def _inputs(nodes: tuple[fx.Node, ...]) -> list[fx.Node]:
+    inside = set(nodes)
+    return list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
+
+
+def _nodes_of(args: Any) -> list[fx.Node]:
+    found: dict[fx.Node, None] = {}
+    fx.node.map_arg(args, lambda a: found.setdefault(a))
+    return list(found)
+
+
+def _sample(val: Any, sizes: Sizes, generator: torch.Generator) -> Any:
+    if isinstance(val, Tensor):
+        shape = [sizes(d) for d in val.shape]
+        if val.dtype == torch.bool:
+            return torch.ones(shape, dtype=torch.bool)
+        if not val.dtype.is_floating_point:
+            return torch.randint(0, 2, shape, generator=generator, dtype=val.dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float32).to(val.dtype).requires_grad_()
+    return sizes(val) if isinstance(val, torch.SymInt) else val
+
+
+def _run(nodes: tuple[fx.Node, ...], env: dict[fx.Node, Any], sizes: Sizes) -> None:
+    def small(a: Any) -> Any:
+        return sizes.large.get(a, a) if type(a) is int else a
+
+    for n in nodes:
+        args, kwargs = fx.node.map_arg((n.args, n.kwargs), lambda a: env[a])  # type: ignore[misc]
+        if n.target is not operator.getitem:
+            args, kwargs = fx.node.map_aggregate((args, kwargs), small)  # type: ignore[misc]
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        env[n] = n.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _gradients(outputs: list[Any], inputs: list[Tensor], seed: int) -> list[Tensor | None]:
+    floats = [o for o in outputs if isinstance(o, Tensor) and o.dtype.is_floating_point and o.requires_grad]
+    if not floats:
+        return [None] * len(inputs)
+    g = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(o.shape, generator=g).to(o.dtype) for o in floats]
+    return list(torch.autograd.grad(floats, inputs, weights, allow_unused=True))
+
+
+def certify(
+    nodes: tuple[fx.Node, ...], outputs: tuple[fx.Node | None, ...], replacement: Callable, args: tuple, kwargs: dict
+) -> tuple[bool, str]:
+    """Does ``replacement(*args, **kwargs)`` compute ``outputs`` of ``nodes``, values and gradients of all inputs?
+
+    Runs on the CPU, on small random inputs of the nodes' dtypes. Returns (agrees, a sentence: "bitwise", "largest relative
+    difference 3e-08", or what differs).
+    """
+    try:
+        return _certify(nodes, outputs, replacement, args, kwargs, Sizes())
+    except Exception:  # a size that cannot be shrunk; with the true sizes an error is an answer
+        try:
+            return _certify(nodes, outputs, replacement, args, kwargs, Sizes(shrink=False))
+        except Exception as error:
+            return False, f"could not be run for comparison: {type(error).__name__}: {error}"
+
+
+def _certify(nodes, outputs, replacement, args, kwargs, sizes) -> tuple[bool, str]:
+    worst = 0.0
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        for seed in (0, 1):
+            generator = torch.Generator().manual_seed(seed)
+            flat = _inputs(nodes)
+            env = {n: _sample(value(n), sizes, generator) for n in flat}
+            for new_input in _nodes_of((args, kwargs)):  # an input, a view of inputs made for the replacement, or new
+                if new_input not in env and new_input.all_input_nodes and all(a in env for a in new_input.all_input_nodes):
+                    _run((new_input,), env, sizes)
+                elif new_input not in env:
+                    env[new_input] = _sample(value(new_input), sizes, generator)
+            leaves = [v for v in env.values() if isinstance(v, Tensor) and v.requires_grad and v.is_leaf]
+            given_args, given_kwargs = fx.node.map_arg((args, kwargs), lambda a, env=env: env[a])  # type: ignore[misc]
+            new = replacement(*given_args, **given_kwargs)
+            new = list(new) if isinstance(new, (tuple, list)) else [new]
+            _run(nodes, env, sizes)
+            pairs = [(n, env[n], v) for n, v in zip(outputs, new, strict=True) if n is not None]
+            old_grads = _gradients([o for _, o, _ in pairs], leaves, seed)
+            new_grads = _gradients([v for _, _, v in pairs], leaves, seed)
+            named = [(f"output {n.name}", o, v) for n, o, v in pairs]
+            named += [(f"a gradient through {op_name(nodes[-1].target)}", o, v)
+                      for o, v in zip(old_grads, new_grads, strict=True)]  # fmt: skip
+            for what, a, b in named:
+                if a is None and b is None:
+                    continue
+                if (a is None) != (b is None):
+                    return False, f"{what} exists on one side only"
+                if a.dtype != b.dtype or a.shape != b.shape:
+                    return False, f"{what} is {a.dtype}{list(a.shape)} before and {b.dtype}{list(b.shape)} after"
+                if not a.dtype.is_floating_point:
+                    if not torch.equal(a, b):
+                        return False, f"{what} differs"
+                    continue
+                if not torch.equal(a.detach().isnan(), b.detach().isnan()):
+                    return False, f"{what} is NaN in other places"
+                scale = a.detach().float().abs().nan_to_num(posinf=0, neginf=0).max().clamp_min(1e-30) if a.numel() else 1.0
+                gap = (a.detach().float() - b.detach().float()).abs().nan_to_num(0).max() if a.numel() else torch.tensor(0.0)
+                relative = float(gap / scale)
+                # A few roundings: reassociated sums in fp32, one rounding more or less in 16 bits.
+                if relative > (64 if a.dtype == torch.float32 else 4) * torch.finfo(a.dtype).eps:
+                    return False, f"{what} differs by {relative:.1e} of its largest value ({a.dtype})"
+                worst = max(worst, relative)
+    return True, "bitwise equal" if worst == 0 else f"largest relative difference {worst:.0e}"

@@ -1,0 +1,17 @@
+"""The exceptions of moefx: each message is one sentence that says what, where, which two values disagree, what to do."""
+
+
+class MoefxError(ValueError):
+    """Bad input, found before anything was changed: the model is as it was."""
+
+
+class CaptureError(MoefxError):
+    """A module cannot be captured exactly; the message is the reason shown in the report."""
+
+
+class PassError(MoefxError):
+    """A pass broke the graph; the message names the pass and shows the node."""
+
+
+class VerifyError(MoefxError):
+    """The optimized model does not compute what the original computes, within the tolerance stated."""

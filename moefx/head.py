@@ -1,0 +1,177 @@
+"""The head: lm_head and loss as one function, and logits that exist only when somebody reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import hf
+from .capture import Call, Recording, capture_module, flatten
+from .errors import CaptureError
+from .program import Function, Left, Program
+
+_LOOKS = {
+    Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.ndim.__get__, Tensor.layout.__get__,  # type: ignore[attr-defined]
+    Tensor.is_cuda.__get__, Tensor.is_sparse.__get__, Tensor.size, Tensor.dim, Tensor.numel,  # type: ignore[attr-defined]
+    Tensor.is_floating_point, Tensor.is_complex, Tensor.ndimension, Tensor.__len__,
+}  # fmt: skip
+
+
+class LazyLogits(Tensor):
+    """``project(hidden)`` [B, S, V], computed the first time that somebody reads a value.
+
+    Shapes and dtypes are known without it. A loss that reads hidden states instead leaves it uncomputed, and V floats a
+    token are never stored.
+    """
+
+    hidden: Tensor
+    project: Callable[[Tensor], Tensor]
+    values: Tensor | None
+
+    @staticmethod
+    def __new__(cls, hidden: Tensor, project: Callable[[Tensor], Tensor], vocabulary: int, dtype: torch.dtype):
+        shape = (*hidden.shape[:-1], vocabulary)
+        out = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)  # type: ignore[attr-defined]
+        out.hidden, out.project, out.values = hidden, project, None
+        return out
+
+    def materialize(self) -> Tensor:
+        if self.values is None:
+            self.values = self.project(self.hidden).to(self.dtype)
+        return self.values
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _LOOKS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        me = args[0] if args else None
+        if isinstance(me, LazyLogits) and me.values is None:
+            if func is Tensor.requires_grad.__get__:  # type: ignore[attr-defined]
+                return me.hidden.requires_grad
+            if func is Tensor.float and not kwargs and len(args) == 1:
+                return me if me.dtype == torch.float32 else LazyLogits(me.hidden, me.project, me.shape[-1], torch.float32)
+
+        def real(x: Any) -> Any:
+            if isinstance(x, LazyLogits):
+                return x.materialize()
+            if isinstance(x, (tuple, list)):
+                return type(x)(map(real, x))
+            return x
+
+        return func(*real(tuple(args)), **{k: real(v) for k, v in kwargs.items()})
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        # reached only from C++ that skipped __torch_function__
+        from torch.utils._pytree import tree_map_only
+
+        args, kwargs = tree_map_only(LazyLogits, lambda x: x.materialize(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def split_logits(args: tuple, kwargs: dict) -> tuple[Any, tuple, dict]:
+    """The logits, and the rest of a call of a loss function, which takes them first or by name."""
+    if "logits" in kwargs:
+        rest = dict(kwargs)
+        return rest.pop("logits"), args, rest
+    return (args[0] if args else None), args[1:], kwargs
+
+
+class Head(nn.Module):
+    """What is captured: the loss of lm_head's logits, as the model computes it."""
+
+    def __init__(self, lm_head: nn.Module, loss: Callable):
+        super().__init__()
+        self.lm_head, self.loss = lm_head, loss
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.loss(self.lm_head(hidden), *args, **kwargs)
+
+
+class _Watched:
+    """What the example forward did with its logits."""
+
+    def __init__(self) -> None:
+        self.call: tuple[Tensor, tuple, dict] | None = None
+        self.reason = "the forward did not hand lm_head's logits to the model's loss_function"
+
+
+def lm_head_of(model: Any) -> nn.Linear | None:
+    found = model.get_output_embeddings()
+    return found if isinstance(found, nn.Linear) else None
+
+
+@contextmanager
+def watching_head(model: Any) -> Iterator[_Watched]:
+    """Within: lm_head gives lazy logits; notes whether the loss gets them unread."""
+    watched, lm_head = _Watched(), lm_head_of(model)
+    if lm_head is None:
+        watched.reason = f"{type(model).__name__} has no linear output embedding"
+        yield watched
+        return
+    real, had = lm_head.forward, "_loss_function" in vars(model)
+    loss = model.loss_function
+
+    def watch(*args: Any, **kwargs: Any) -> Any:
+        logits, rest, named = split_logits(args, kwargs)
+        if isinstance(logits, LazyLogits):
+            if logits.values is None:
+                watched.call = (logits.hidden, rest, named)
+            else:
+                watched.reason = "the model reads the logits between lm_head and the loss"
+            logits = logits.materialize()
+        return loss(logits, *rest, **named)
+
+    lm_head.forward = lambda h: LazyLogits(h, real, lm_head.out_features, h.dtype)  # type: ignore[method-assign]
+    model.loss_function = watch
+    try:
+        yield watched
+    finally:
+        del lm_head.forward
+        if had:
+            model.loss_function = loss
+        else:
+            del model._loss_function
+
+
+def head_call(hidden: Tensor, args: tuple, kwargs: Mapping[str, Any], training: bool) -> tuple[list[Tensor], Any]:
+    """The tensors and template of a head's call; a number of items becomes a tensor, or each number would be a new graph."""
+    kwargs = dict(kwargs)
+    count = kwargs.get("num_items_in_batch")
+    if isinstance(count, (int, float)):
+        kwargs["num_items_in_batch"] = torch.tensor(count, device=hidden.device)
+    return flatten((hidden, *args), kwargs)
+
+
+def capture_head(model: Any, recording: Recording, program: Program) -> None:
+    """Adds the function "head" to ``program``, or says why there is none."""
+    lm_head = lm_head_of(model)
+    path = next((p for p, m in model.named_modules() if m is lm_head), "lm_head")
+    if recording.head is None or lm_head is None:
+        program.left.append(Left(path, "head", recording.head_reason))
+        return
+    hidden, args, kwargs = recording.head
+    try:
+        tensors, template = head_call(hidden, args, kwargs, model.training)
+        function = capture_head_call(model.loss_function, lm_head, path, Call.of(tensors, template, model.training))
+    except CaptureError as error:
+        program.left.append(Left(path, "head", str(error)))
+        return
+    function.instances.append(path)
+    program.add(function)
+
+
+def capture_head_call(loss: Callable, lm_head: nn.Linear, path: str, call: Call) -> Function:
+    """The function "head" for one kind of call; it serves ``path``, lm_head."""
+    head = Head(lm_head, loss)
+    head.train(call.training)
+    function = capture_module(head, call, {}, "head")
+    function.parameters = [p.removeprefix("lm_head.") for p in function.parameters]
+    function.expects = {"linear_cross_entropy": 1}
+    return function

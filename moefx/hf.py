@@ -1,0 +1,389 @@
+"""What moefx asks of Transformers: its experts and attention interfaces, which modules are blocks, what a model promises."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.output_capturing import OutputRecorder, _active_collector
+
+from . import ops
+from .activations import ACTIVATIONS
+from .errors import CaptureError, MoefxError
+
+#: Set while a model is recorded or captured: the interfaces below then emit semantic operations and note who called.
+_emitting: ContextVar[list[tuple[str, nn.Module]] | None] = ContextVar("moefx_emitting", default=None)
+
+
+@contextmanager
+def emitting() -> Iterator[list[tuple[str, nn.Module]]]:
+    """Within: experts and attention calls become ``moefx.experts`` and ``moefx.attention``; yields who called what."""
+    token = _emitting.set(callers := [])
+    try:
+        yield callers
+    finally:
+        _emitting.reset(token)
+
+
+# --- experts ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ExpertsLayout:
+    """The flags of Transformers' experts interface, as arguments of ``moefx.experts``."""
+
+    up: str
+    down: str
+    biased: bool
+    activation: str
+    alpha: float
+    limit: float
+    transposed: bool
+    interleaved: bool
+
+    @property
+    def parameters(self) -> list[str]:
+        names = [self.up, self.down]
+        return names + [f"{n}_bias" for n in names] if self.biased else names
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            "activation": self.activation, "alpha": self.alpha, "limit": self.limit,
+            "transposed": self.transposed, "interleaved": self.interleaved,
+        }  # fmt: skip
+
+    def weights(self, module: nn.Module) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        up, down = getattr(module, self.up), getattr(module, self.down)
+        if not self.biased:
+            return up, None, down, None
+        return up, getattr(module, f"{self.up}_bias"), down, getattr(module, f"{self.down}_bias")
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Made by Transformers' ``use_experts_implementation``."""
+    return all(hasattr(module, a) for a in ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate"))
+
+
+def experts_layout(module: nn.Module) -> ExpertsLayout:
+    """Reads a module's flags; raises CaptureError with the reason where ``moefx.experts`` cannot say what it computes."""
+    if "_moefx_layout" not in module.__dict__:
+        module.__dict__["_moefx_layout"] = _experts_layout(module)
+    return module.__dict__["_moefx_layout"]
+
+
+def _experts_layout(module: nn.Module) -> ExpertsLayout:
+    name = type(module).__name__
+    if module.has_post_expert_norm:
+        raise CaptureError(f"{name} normalises after each expert (has_post_expert_norm): moefx.experts has no such form")
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    missing = [p for p in (up, "down_proj") if not isinstance(getattr(module, p, None), nn.Parameter)]
+    if missing:
+        raise CaptureError(f"{name} has no parameter {missing[0]}: not the layout of Transformers' experts interface")
+    interleaved = bool(module.has_gate and not module.is_concatenated)
+    activation, alpha, limit = _activation(module, interleaved)
+    return ExpertsLayout(
+        up, "down_proj", bool(module.has_bias), activation, alpha, limit, bool(module.is_transposed), interleaved
+    )
+
+
+def _activation(module: nn.Module, interleaved: bool) -> tuple[str, float, float]:
+    """Which activation the module applies, found by running it in fp64 over six decades of magnitudes."""
+    generator = torch.Generator().manual_seed(0)
+    magnitude = 10 ** (torch.rand(64, 64, generator=generator, dtype=torch.float64) * 6 - 3)
+    h = torch.where(torch.rand(64, 64, generator=generator) < 0.5, -magnitude, magnitude)
+    wanted = module._apply_gate(h) if module.has_gate else module.act_fn(h)
+    numbers = sorted({float(v) for k, v in vars(module).items() if type(v) is float and not k.startswith("_")} | {0.0})
+    for name, candidate in ACTIVATIONS.items():
+        if candidate.gated != bool(module.has_gate):
+            continue
+        for alpha in numbers:
+            for limit in numbers:
+                found = candidate.forward(h, alpha, limit, interleaved)
+                if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-12, atol=1e-14):
+                    return name, alpha, limit
+    kind = "_apply_gate" if module.has_gate else "act_fn"
+    raise CaptureError(
+        f"{type(module).__name__}.{kind} is none of the activations that moefx.experts knows ({', '.join(ACTIVATIONS)})"
+    )
+
+
+def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The "moefx" entry of Transformers' experts interface.
+
+    Emits ``moefx.experts`` while capturing. Otherwise this is a call that no captured graph covers (generation with a
+    cache, say): the implementation that the model had before, or, where experts are spread over ranks, the exchange.
+    """
+    callers = _emitting.get()
+    layout = experts_layout(self)
+    if callers is not None:
+        callers.append(("experts", self))
+        return ops.experts(hidden_states, top_k_index, top_k_weights, *layout.weights(self), **layout.options)
+    weights = layout.weights(self)
+    if isinstance(weights[0], DTensor):
+        from .parallel import experts_over_ranks
+
+        return experts_over_ranks(hidden_states, top_k_index, top_k_weights, weights, layout.options)
+    previous = self.__dict__.get("_moefx_previous") or "grouped_mm"
+    own = inspect.unwrap(type(self).forward)
+    return ExpertsInterface().get(previous, own)(self, hidden_states, top_k_index, top_k_weights)
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The "moefx" entry of Transformers' attention interface; query [B, A, S, D] -> [B, S, A, Dv]."""
+    callers = _emitting.get()
+    if callers is not None:
+        unknown = [k for k in ("position_bias", "cache", "indices", "block_indices") if kwargs.get(k) is not None]
+        if unknown:
+            raise CaptureError(f"{type(module).__name__} passes {unknown[0]} to attention: moefx.attention has no such input")
+        callers.append(("attention", module))
+        out = ops.attention(
+            query, key, value, attention_mask, s_aux,
+            scale=float(query.shape[-1] ** -0.5 if scaling is None else scaling),
+            is_causal=bool(getattr(module, "is_causal", True) if is_causal is None else is_causal),
+            window=sliding_window, softcap=float(softcap or 0.0), dropout=float(dropout),
+        )  # fmt: skip
+        return out, None
+    given = dict(
+        dropout=dropout, scaling=scaling, is_causal=is_causal, sliding_window=sliding_window, s_aux=s_aux,
+        softcap=softcap, **kwargs,
+    )  # fmt: skip
+    given = {k: v for k, v in given.items() if v is not None}
+    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if module.__dict__.get("_moefx_previous") != "eager" and s_aux is None and softcap is None or own is None:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **given)
+    return own(module, query, key, value, _additive(attention_mask, query, key), **given)
+
+
+def _additive(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """The mask as eager attention of Transformers wants it: added to the scores; causal where SDPA would take it as said."""
+    queries, keys = query.shape[2], key.shape[2]
+    if mask is None:
+        if queries == 1:
+            return None
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)[None, None]
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+
+
+AttentionInterface.register("moefx", attention_forward)
+AttentionMaskInterface.register("moefx", sdpa_mask)
+ExpertsInterface.register("moefx", experts_forward)
+
+
+@contextmanager
+def implementations(model: PreTrainedModel) -> Iterator[None]:
+    """Within: the model calls moefx for its experts and attention; what it called before comes back afterwards."""
+    before = previous(model)
+    use(model)
+    try:
+        yield
+    finally:
+        restore(model, before)
+
+
+def previous(model: PreTrainedModel) -> tuple[str | None, str | None]:
+    return model.config._attn_implementation, model.config._experts_implementation
+
+
+def use(model: PreTrainedModel) -> None:
+    attention, experts = previous(model)
+    for module in model.modules():
+        if is_experts(module):
+            module.__dict__.setdefault("_moefx_previous", experts)
+        elif hasattr(module, "is_causal"):
+            module.__dict__.setdefault("_moefx_previous", attention)
+    model.set_attn_implementation("moefx")
+    model.set_experts_implementation("moefx")
+
+
+def restore(model: PreTrainedModel, before: tuple[str | None, str | None]) -> None:
+    # not through set_attn_implementation: it checks again that, say, flash attention can be imported
+    for module in model.modules():
+        module.__dict__.pop("_moefx_previous", None)
+        module.__dict__.pop("_moefx_layout", None)
+        config = getattr(module, "config", None) if isinstance(module, PreTrainedModel) else None
+        if config is not None:
+            config._attn_implementation_internal, config._experts_implementation_internal = before
+
+
+# --- the model's structure -------------------------------------------------------------------------------------------
+
+
+def blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The decoder blocks by path: outermost ``GradientCheckpointingLayer``s, else the children of the longest ModuleList."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, GradientCheckpointingLayer) and not any(path.startswith(f"{f}.") for f in found):
+            found[path] = module
+    if not found:
+        lists = [(p, m) for p, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+        if lists:
+            path, longest = max(lists, key=lambda item: len(item[1]))
+            found = {f"{path}.{name}": child for name, child in longest.named_children()}
+    return found
+
+
+def routers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The modules whose output Transformers records as ``router_logits``, by path."""
+    found = {}
+    for module in model.modules():
+        specs = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits") if isinstance(module, PreTrainedModel) else None
+        for spec in specs if isinstance(specs, list) else [specs] if specs is not None else []:
+            target = spec.target_class if isinstance(spec, OutputRecorder) else spec
+            if isinstance(target, type):
+                found |= {p: m for p, m in model.named_modules() if isinstance(m, target)}
+    return found
+
+
+_RECURRENT_PARAMETERS = ("A_log", "dt_bias", "conv1d.weight", "slope_rate")
+_RECURRENT_TYPES = ("linear_attention", "mamba", "mamba2", "recurrent", "lightning")
+
+
+def is_recurrent(module: nn.Module) -> bool:
+    """A mixer whose scan over the sequence would be unrolled by capture, with its length baked in."""
+    names = [n for n, _ in module.named_parameters()] + [n for n, _ in module.named_buffers()]
+    kind = getattr(module, "block_type", getattr(module, "layer_type", None))
+    return kind in _RECURRENT_TYPES or any(n == r or n.endswith(f".{r}") for n in names for r in _RECURRENT_PARAMETERS)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """A plain RMSNorm module, by its class's name (the gated ones of recurrent mixers are another operation)."""
+    name = type(module).__name__
+    return "RMSNorm" in name and "Gated" not in name
+
+
+def requested() -> set[str]:
+    """Which outputs the running forward collects ("router_logits", "attentions", "hidden_states")."""
+    return set(_active_collector.get() or ())
+
+
+_INDEX_NAMES = {"layer_idx", "layer_id", "layer_number"}
+
+
+@cache
+def reads_layer_index(cls: type) -> bool:
+    """Does the class compute with its layer index, other than to address a cache? Then equal blocks may differ."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError, SyntaxError):
+        return True
+    for node in ast.walk(tree):
+        for child in ast.iter_child_nodes(node):
+            child.parent = node  # type: ignore[attr-defined]
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Attribute) and node.attr in _INDEX_NAMES and isinstance(node.ctx, ast.Load)):
+            continue
+        up: Any = node
+        while not isinstance(up, (ast.Call, ast.stmt)):
+            up = up.parent
+        on_cache = isinstance(up, ast.Call) and any(w in ast.unparse(up.func) for w in ("past_key", "cache"))
+        function = up
+        while not isinstance(function, (ast.FunctionDef, ast.Module)):
+            function = function.parent
+        if not on_cache and getattr(function, "name", "") not in ("__init__", "extra_repr"):
+            return True
+    return False
+
+
+def structure(module: nn.Module) -> tuple:
+    """Equal for two modules that compute the same function of their parameters and inputs."""
+    found = []
+    for path, m in module.named_modules():
+        own = [(n, tuple(p.shape), p.dtype, p.device) for n, p in [*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)]]
+        ignored = set() if reads_layer_index(type(m)) else _INDEX_NAMES
+        simple = {
+            k: v for k, v in vars(m).items()
+            if not k.startswith("_") and k != "training" and k not in ignored
+            and isinstance(v, (int, float, str, bool, tuple, type(None)))
+        }  # fmt: skip
+        functions = {k: getattr(v, "__qualname__", type(v).__name__) for k, v in vars(m).items() if callable(v)}
+        found.append((path, type(m).__module__, type(m).__qualname__, tuple(own), repr(simple), repr(functions), id(getattr(m, "config", None))))
+    return tuple(found)
+
+
+def symbols(model: PreTrainedModel) -> dict[str, int]:
+    """The sizes that cost formulas are written in, read from the configuration: H, I, E, K, A, D, V, L."""
+    config = model.config.get_text_config()
+
+    def read(*names: str) -> int | None:
+        return next((v for n in names if isinstance(v := getattr(config, n, None), int) and v), None)
+
+    heads, hidden = read("num_attention_heads"), read("hidden_size")
+    found = {
+        "H": hidden,
+        "I": read("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"),
+        "E": read("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+        "K": read("num_experts_per_tok", "moe_top_k", "moe_k", "top_k"),
+        "A": heads,
+        "D": read("head_dim") or (hidden // heads if hidden and heads else None),
+        "V": read("vocab_size"),
+        "L": read("num_hidden_layers"),
+    }
+    return {k: v for k, v in found.items() if v is not None}
+
+
+def check(model: Any) -> None:
+    """Raises MoefxError, in one sentence, for a model that moefx cannot work on."""
+    if not isinstance(model, PreTrainedModel):
+        raise MoefxError(
+            f"moefx works on a transformers PreTrainedModel, got {type(model).__name__}: pass the model itself, before DDP, "
+            "FSDP or torch.compile wrap it"
+        )
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None) is not None:
+        method = getattr(getattr(model.config, "quantization_config", None), "quant_method", type(getattr(model, "hf_quantizer", None)).__name__)
+        raise MoefxError(
+            f"{type(model).__name__} is quantized ({method}): moefx trains parameters in fp32, bf16 or fp16; load the model "
+            "without quantization_config"
+        )
+    devices: dict[str, str] = {}
+    for name, p in model.named_parameters():
+        devices.setdefault(str(p.device), name)
+    if len(devices) > 1:
+        (a, first), (b, second) = list(devices.items())[:2]
+        raise MoefxError(
+            f"{type(model).__name__} lies on two devices: {first} on {a}, {second} on {b}; move it to one "
+            "(model.to(device), no device_map)"
+        )
+    if not any(is_experts(m) for m in model.modules()) and symbols(model).get("E", 0) < 2:
+        raise MoefxError(
+            f"{type(model).__name__} is dense: it has 0 experts modules, and {type(model.config).__name__} names no number of "
+            "experts; moefx is for mixtures of experts (`moefx models` lists the families)"
+        )
+
+
+def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
+    return {p: m for p, m in model.named_modules() if is_experts(m)}

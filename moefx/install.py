@@ -1,0 +1,371 @@
+"""Puts captured functions to work: a module keeps its class's name and parameters, its forward calls the graph."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from . import hf
+from .capture import Call, capture_module, flatten, foreign_hooks
+from .errors import CaptureError, MoefxError
+from .head import LazyLogits, capture_head_call, head_call, split_logits
+from .program import Function, Program
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
+    from .plan import Plan
+    from .report import Report
+
+#: A module's call is captured anew for at most this many kinds of calls (with and without mask, in training or not, ...).
+MAX_VARIANTS = 8
+
+
+@dataclass(eq=False)
+class Optimized:
+    """All that ``optimize`` leaves on a model, besides the classes of its modules."""
+
+    program: Program
+    plan: Plan
+    pipeline: Pipeline
+    report: Report
+    implementations: tuple[str | None, str | None]
+    loss: Callable | None = None  #: the model's own loss function; None: it had the default
+    runners: dict[int, Callable] = field(default_factory=dict)  #: by id of function
+    shared: dict[tuple, Function | CaptureError] = field(default_factory=dict)
+    bypass: bool = False  #: run the original forwards (moefx.verify)
+
+    def __deepcopy__(self, memo: dict) -> Optimized:
+        return self  # a copied model shares graphs and compiled code; parameters are read from the module that is called
+
+    def runner(self, function: Function) -> Callable:
+        """The function as a callable, compiled once however many instances share it."""
+        if id(function) not in self.runners:
+            run: Callable = function.graph_module
+            if self.plan.compile:
+                backend = self.plan.compile if isinstance(self.plan.compile, str) else "inductor"
+                run = torch.compile(run, fullgraph=True, backend=backend)
+            self.runners[id(function)] = run
+        return self.runners[id(function)]
+
+    def lower(self, function: Function) -> None:
+        """Runs the pipeline over a function that was captured after ``optimize``."""
+        self.program.add(function)
+        partial = Program(self.program.model_class, {function.name: function}, [])
+        self.report.extend(self.pipeline.run(partial, self.plan), function)
+        shortfall = self.report.shortfall([function])
+        if shortfall:
+            self.report.warn_or_raise(shortfall, self.plan.strict)
+
+
+@dataclass(eq=False)
+class Site:
+    """The runtime of one module: finds the function for a call, reads the parameters, runs it."""
+
+    path: str
+    state: Optimized
+    functions: list[Function]
+    routers: list[str] = field(default_factory=list)
+    memo: dict[Any, Function | None] = field(default_factory=dict)
+    owners: dict[int, list[tuple[dict, str]]] = field(default_factory=dict)
+    watched: list[tuple[dict, dict, int, nn.Module]] | None = None
+
+    def __deepcopy__(self, memo: dict) -> Site:
+        return type(self)(self.path, self.state, self.functions, self.routers)
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, original: Callable) -> Any:
+        requested = hf.requested()
+        if self.state.bypass or "attentions" in requested or not self.intact(module):
+            return original(*args, **kwargs)
+        tensors: list[Tensor] = []
+        key = (module.training, *_key(args, tensors), *_key(tuple(kwargs.items()), tensors))
+        try:
+            function = self.memo[key]
+        except KeyError:
+            function = self.memo[key] = self.find(module, args, kwargs)
+            if len(self.memo) > 4096:  # a new length every step, for days
+                self.memo.clear()
+        if function is None:
+            return original(*args, **kwargs)
+        out = self.state.runner(function)(*self.parameters(module, function), *function.constants, *tensors)
+        call: Call = function.call
+        if "router_logits" in requested:
+            for path, template in call.routers:
+                router = module.get_submodule(path)
+                for hook in router._forward_hooks.values():
+                    hook(router, (), _fill(template, out))
+        return out[call.outputs[1]] if call.outputs[0] == "t" else _fill(call.outputs, out)
+
+    def parameters(self, module: nn.Module, function: Function) -> list[Tensor]:
+        owners = self.owners.get(id(function))
+        if owners is None:
+            owners = self.owners[id(function)] = [self._owner(module, name) for name in function.parameters]
+        found = [d[name] for d, name in owners]
+        return [p.to_local() if type(p.data) is DTensor else p for p in found] if self.state.plan.ep_size > 1 else found
+
+    @staticmethod
+    def _owner(module: nn.Module, name: str) -> tuple[dict, str]:
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        return (owner._parameters if leaf in owner._parameters else owner._buffers), leaf
+
+    def intact(self, module: nn.Module) -> bool:
+        """Is the module as it was captured: the same submodules, no hook that the graph would skip?"""
+        if self.watched is None:
+            self.watched = [
+                (m._modules, dict(m._modules), self._hooks(m), m) for path, m in module.named_modules() if m is not module
+            ] + [(module._modules, dict(module._modules), -1, module)]
+        for children, before, hooks, m in self.watched:
+            if children != before or hooks >= 0 and len(m._forward_hooks) + len(m._forward_pre_hooks) != hooks:
+                return self._still_exact(module, children, before)
+        return True
+
+    @staticmethod
+    def _hooks(m: nn.Module) -> int:
+        return len(m._forward_hooks) + len(m._forward_pre_hooks)
+
+    def _still_exact(self, module: nn.Module, children: dict, before: dict) -> bool:
+        """Slow path of ``intact``: Transformers' own recording hooks are served, anything else means the original forward."""
+        if children != before:
+            new = sorted(k for k in {*children, *before} if children.get(k) is not before.get(k))
+            reason = f"its submodule {new[0]} was replaced after optimize"
+        else:
+            hook = foreign_hooks(module)
+            if hook is None:
+                self.watched = None
+                return self.intact(module)
+            reason = f"the forward hook {hook} was added after optimize"
+        self.state.report.fell_back(
+            self.path, f"{reason}: its original forward runs; moefx.restore(model) and optimize again"
+        )
+        return False
+
+    def find(self, module: nn.Module, args: tuple, kwargs: dict) -> Function | None:
+        """The function that covers this call, captured now if none does; None: the original forward must run."""
+        try:
+            tensors, template = flatten(args, kwargs)
+            for function in self.functions:
+                if function.call.covers(tensors, template, module.training):
+                    return function
+            if len(self.functions) >= MAX_VARIANTS:
+                raise CaptureError(f"it was captured for {MAX_VARIANTS} kinds of calls already")
+            function = self.capture(module, Call.of(tensors, template, module.training))
+        except CaptureError as error:
+            self.state.report.fell_back(self.path, str(error))
+            return None
+        self.functions.append(function)
+        return function
+
+    def capture(self, module: nn.Module, call: Call) -> Function:
+        key = (hf.structure(module), call)
+        if key not in self.state.shared:
+            routers = {p: module.get_submodule(p) for p in self.routers}
+            try:
+                with torch.enable_grad():
+                    function = self._export(module, call, routers)
+                self.state.lower(function)
+                self.state.shared[key] = function
+            except CaptureError as error:
+                self.state.shared[key] = error
+        found = self.state.shared[key]
+        if isinstance(found, CaptureError):
+            raise found
+        found.instances.append(self.path)
+        return found
+
+    def _export(self, module: nn.Module, call: Call, routers: dict[str, nn.Module]) -> Function:
+        return capture_module(module, call, routers, type(module).__name__)
+
+
+@dataclass(eq=False)
+class HeadSite(Site):
+    """The runtime of lm_head + loss; ``module`` is lm_head."""
+
+    model_loss: Callable | None = None
+
+    def __deepcopy__(self, memo: dict) -> HeadSite:
+        return type(self)(self.path, self.state, self.functions, model_loss=self.model_loss)
+
+    def _export(self, module: nn.Module, call: Call, routers: dict[str, nn.Module]) -> Function:
+        assert isinstance(module, nn.Linear) and self.model_loss is not None
+        return capture_head_call(self.model_loss, module, self.path, call)
+
+
+class FusedLoss:
+    """The model's loss function: reads hidden states where the logits were not read by anybody, else the logits."""
+
+    def __init__(self, site: HeadSite, loss: Callable):
+        self.site, self.loss = site, loss
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        logits, rest, named = split_logits(args, kwargs)
+        if not isinstance(logits, LazyLogits):
+            return self.loss(*args, **kwargs)
+        lm_head: Any = logits.project
+
+        def original(*_: Any, **__: Any) -> Any:
+            return self.loss(logits.materialize(), *rest, **named)
+
+        if logits.values is not None:
+            return original()
+        try:
+            tensors, template = head_call(logits.hidden, rest, named)
+        except CaptureError as error:
+            self.site.state.report.fell_back(self.site.path, str(error))
+            return original()
+        args, kwargs = template.fill(tensors)
+        return self.site(lm_head.module, args, kwargs, original)
+
+
+class _Projection:
+    """lm_head's own forward, and the module whose parameters the fused loss reads."""
+
+    def __init__(self, module: nn.Module, forward: Callable):
+        self.module, self.forward = module, forward
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self.forward(hidden)
+
+
+def _key(value: Any, tensors: list[Tensor]) -> tuple:
+    """What decides which function a call takes, hashable; collects the tensors on the way, in ``flatten``'s order."""
+    parts: list[Any] = []
+    for v in value:
+        if isinstance(v, Tensor):
+            tensors.append(v)
+            parts.append((v.shape, v.dtype, v.device))
+        elif type(v) is tuple or type(v) is list:
+            parts.append((type(v), _key(v, tensors)))
+        elif type(v) is dict:
+            parts.append((dict, _key(tuple(v.items()), tensors)))
+        elif v is None or isinstance(v, (bool, int, float, str, torch.dtype)):
+            parts.append((type(v), v))
+        else:
+            parts.append(type(v))  # find() says no to it
+    return tuple(parts)
+
+
+def _fill(template: Any, out: tuple) -> Any:
+    kind, what = template
+    if kind == "t":
+        return out[what]
+    if kind in ("tuple", "list"):
+        made = [_fill(x, out) for x in what]
+        return tuple(made) if kind == "tuple" else made
+    return {k: _fill(v, out) for k, v in what} if kind == "dict" else what
+
+
+# --- classes ---------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _class(base: type, make: Callable[[type], Callable]) -> type:
+    """A subclass of ``base`` with another forward and the same name: Transformers and FSDP wrap by class and by name."""
+    forward = functools.wraps(base.forward)(make(base))  # type: ignore[attr-defined]
+    names = {"forward": forward, "__module__": base.__module__, "__qualname__": base.__qualname__, "_moefx_base": base}
+    return type(base.__name__, (base,), names)
+
+
+def _block_forward(base: type) -> Callable:
+    # GradientCheckpointingLayer.__init_subclass__ wraps this forward too: checkpointing works as before
+    plain = base.forward  # type: ignore[attr-defined]
+
+    def forward(self, *args, **kwargs):
+        return self._moefx_site(self, args, kwargs, functools.partial(plain, self))
+
+    return forward
+
+
+def _lm_head_forward(base: type) -> Callable:
+    plain = base.forward  # type: ignore[attr-defined]
+
+    def forward(self, hidden):
+        if not self._moefx_active:
+            return plain(self, hidden)
+        return LazyLogits(hidden, _Projection(self, functools.partial(plain, self)), self.out_features, hidden.dtype)
+
+    return forward
+
+
+def _model_forward(base: type) -> Callable:
+    plain = base.forward  # type: ignore[attr-defined]
+
+    def forward(self, *args, **kwargs):
+        state: Optimized = self._moefx
+        training = kwargs.get("labels") is not None or (self.training and torch.is_grad_enabled())
+        if training and kwargs.get("use_cache") is None:
+            kwargs["use_cache"] = False  # a training step fills no cache that anybody reads
+        fused = isinstance(vars(self).get("_loss_function"), FusedLoss) and not state.bypass
+        lm_head = self.get_output_embeddings()
+        if not fused or kwargs.get("labels") is None or not hasattr(lm_head, "_moefx_active"):
+            return plain(self, *args, **kwargs)
+        lm_head._moefx_active = True
+        try:
+            return plain(self, *args, **kwargs)
+        finally:
+            lm_head._moefx_active = False
+
+    return forward
+
+
+def install(model: Any, state: Optimized) -> None:
+    """Makes every instance of every function run it. Nothing else of the model changes: same names, same parameters."""
+    hf.use(model)
+    routers = hf.routers(model)
+    by_path: dict[str, list[Function]] = {}
+    for function in state.program:
+        for path in function.instances:
+            by_path.setdefault(path, []).append(function)
+    for path, functions in by_path.items():
+        module = model.get_submodule(path)
+        if functions[0].name == "head":
+            continue
+        inner = [p.removeprefix(f"{path}.") for p in routers if p.startswith(f"{path}.")]
+        module.__dict__["_moefx_site"] = Site(path, state, list(functions), inner)
+        module.__class__ = _class(type(module), _block_forward)
+    head = state.program.functions.get("head")
+    if head is not None:
+        loss = model.loss_function
+        state.loss = vars(model).get("_loss_function")
+        lm_head = model.get_submodule(head.instances[0])
+        site = HeadSite(head.instances[0], state, [head], model_loss=loss)
+        lm_head.__dict__["_moefx_active"] = False
+        lm_head.__class__ = _class(type(lm_head), _lm_head_forward)
+        model.loss_function = FusedLoss(site, loss)
+    model.__dict__["_moefx"] = state
+    model.__class__ = _class(type(model), _model_forward)
+
+
+def uninstall(model: Any) -> None:
+    """The model as it was before ``install``."""
+    state: Optimized = model._moefx
+    for module in itertools.chain([model], model.modules()):
+        base = getattr(type(module), "_moefx_base", None)
+        if base is not None:
+            module.__class__ = base
+        for name in ("_moefx_site", "_moefx_active", "_moefx"):
+            module.__dict__.pop(name, None)
+    if isinstance(vars(model).get("_loss_function"), FusedLoss):
+        if state.loss is None:
+            del model._loss_function
+        else:
+            model.loss_function = state.loss
+    hf.restore(model, state.implementations)
+
+
+def state_of(model: Any) -> Optimized:
+    """The model's ``Optimized``; raises MoefxError if it is not optimized."""
+    inner = getattr(model, "module", model)  # DDP
+    state = getattr(inner, "_moefx", None)
+    if state is None:
+        raise MoefxError(f"{type(model).__name__} is not optimized: call moefx.optimize(model) first")
+    return state
+
+

@@ -1,0 +1,136 @@
+"""``moefx.optimize``: check everything, capture, rewrite, and only then touch the model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from . import backends as backends_
+from . import hf, parallel
+from .capture import capture
+from .errors import MoefxError
+from .install import Optimized, install, state_of, uninstall
+from .pipeline import Pipeline
+from .plan import Plan
+from .program import Program
+from .report import Explanation, Report
+from .report import explain as explain_report
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from .backends import Backend
+
+Model = TypeVar("Model")
+
+
+def rewrite(program: Program, plan: Plan, pipeline: Pipeline, model: Any = None) -> Report:
+    """Runs ``pipeline`` over a captured program; the report of what it did. The program's graphs are changed."""
+    for function in program:
+        experts = function.expects.get("experts", 0)
+        if experts:
+            function.expects.setdefault("route", experts)
+        if function.expects.get("attention") and "position_embeddings" in dict(function.call.template.kwargs[1]):
+            function.expects.setdefault("rotary", function.expects["attention"])
+    report = Report(program, plan, pipeline.run(program, plan))
+    if model is not None:
+        report.promised["experts"] = list(hf.experts_modules(model))
+    return report
+
+
+def optimize(
+    model: Model,
+    *,
+    ep_size: int = 1,
+    mesh: DeviceMesh | None = None,
+    example: Mapping[str, Any] | None = None,
+    pipeline: Pipeline | None = None,
+    backends: Sequence[str | Backend] | None = None,
+    compile: bool | str = True,
+    strict: bool = False,
+    verify: bool = False,
+) -> Model:
+    """Makes a Transformers MoE causal language model train on rewritten, compiled graphs. Returns the same object.
+
+    Args:
+        model: a ``PreTrainedModel`` with experts, on one device (or on meta), before DDP, FSDP or torch.compile.
+        ep_size: over how many ranks the experts are spread. Their parameters become DTensors; build the optimizer after.
+        mesh: instead of ``ep_size``, a DeviceMesh with a dimension "ep" (and optionally "dp_replicate").
+        example: keyword arguments of the model's forward that show what kinds of inputs it gets (default: input_ids, labels).
+        pipeline: the passes, ``moefx.passes.default()`` if None.
+        backends: names or ``Backend`` objects in order of preference (default: torch, reference).
+        compile: compile each function with torch.compile: True for Inductor, a string for another compiler backend.
+        strict: raise, instead of warning, if something that the model promises is not raised.
+        verify: compare loss and all gradients with the original model on ``example`` and raise if they differ.
+
+    Raises:
+        MoefxError: bad input, in one sentence; the model is untouched.
+        PassError: a pass broke a graph, or under ``strict`` something promised is missing; the model is untouched.
+        VerifyError: ``verify`` found a difference; the model is restored.
+    """
+    hf.check(model)
+    if getattr(model, "_moefx", None) is not None:
+        raise MoefxError(f"{type(model).__name__} is already optimized: call moefx.restore(model) before optimizing it again")
+    if pipeline is None:
+        from .passes import default
+
+        pipeline = default()
+    if not isinstance(pipeline, Pipeline):
+        raise MoefxError(f"pipeline is a {type(pipeline).__name__}: pass moefx.passes.default() or a moefx.Pipeline of passes")
+    order = backends_.resolve(backends)
+    ep_size, mesh = parallel.make_mesh(model, ep_size, mesh)
+    group = mesh["ep"].get_group().group_name if mesh is not None else ""
+    plan = Plan(order, ep_size, group, mesh, compile, strict)
+    started = time.perf_counter()
+    program = capture(model, example)
+    captured = time.perf_counter()
+    report = rewrite(program, plan, pipeline, model)
+    report.seconds = {"capture": captured - started, "passes": time.perf_counter() - captured}
+    shortfall = report.shortfall()
+    if shortfall:
+        report.warn_or_raise(shortfall, strict)
+    state = Optimized(program, plan, pipeline, report, hf.previous(model))
+    if ep_size > 1:
+        parallel.shard_experts(model, plan)
+    install(model, state)
+    if verify:
+        _verify_or_restore(model, example)
+    return model
+
+
+def _verify_or_restore(model: Any, example: Mapping[str, Any] | None) -> None:
+    from .capture import default_example
+    from .verify import verify
+
+    try:
+        verify(model, {**(example or default_example(model, 2, 16)), "use_cache": False}).raise_if_wrong()
+    except Exception:
+        restore(model)
+        raise
+
+
+def restore(model: Model) -> Model:
+    """Back to the untouched forward, experts' parameters whole on every rank. Returns the same object."""
+    state = state_of(model)
+    inner = getattr(model, "module", model)
+    if state.plan.ep_size > 1:
+        parallel.gather_experts(inner)
+    uninstall(inner)
+    return model
+
+
+def report(model: Any) -> Report:
+    """What ``optimize`` did to this model, and what has happened since."""
+    return state_of(model).report
+
+
+def explain(model: Any, path: str) -> Explanation:
+    """Each node of the module ``path``: the model's line -> passes -> kernel and why; and what was not rewritten, and why."""
+    state_of(model)
+    inner = getattr(model, "module", model)
+    if path not in dict(inner.named_modules()):
+        raise MoefxError(f"{type(inner).__name__} has no module {path!r}: see model.named_modules()")
+    return explain_report(state_of(model).report, path)
+
+

@@ -1,0 +1,136 @@
+"""Expert parallelism: which ranks share the experts, and experts' parameters as DTensors ``Shard(0)`` over them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from . import exchange, grouped, hf
+from .errors import MoefxError
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+
+def make_mesh(model: nn.Module, ep_size: int, mesh: DeviceMesh | None) -> tuple[int, DeviceMesh | None]:
+    """Checks ``ep_size`` against the experts, the ranks and ``mesh``; returns (ep_size, mesh with a dimension "ep" or None).
+
+    Without ``mesh`` the ranks are cut into groups of ``ep_size`` neighbours: dimensions ("dp_replicate", "ep").
+    """
+    if mesh is not None:
+        names = mesh.mesh_dim_names or ()
+        if "ep" not in names:
+            raise MoefxError(f'mesh has the dimensions {names or "(unnamed)"}, none is "ep": name one with mesh_dim_names')
+        size = mesh["ep"].size()
+        if ep_size not in (1, size):
+            raise MoefxError(f'ep_size={ep_size} but mesh["ep"] has {size} ranks: pass one of the two')
+        extra = [n for n in names if n not in ("dp_replicate", "ep")]
+        if extra:
+            raise MoefxError(f'mesh dimension {extra[0]!r} is not known here: use "dp_replicate" and "ep"')
+        ep_size = size
+    if not isinstance(ep_size, int) or ep_size < 1:
+        raise MoefxError(f"ep_size={ep_size!r} is not a positive whole number")
+    if ep_size == 1:
+        return 1, None
+    found = hf.experts_modules(model)
+    if not found:
+        raise MoefxError(
+            f"ep_size={ep_size}, but {type(model).__name__} does not use Transformers' experts interface, so its experts cannot "
+            "be cut over ranks: use ep_size=1"
+        )
+    for path, module in found.items():
+        experts = getattr(module, hf.experts_layout(module).up).shape[0]
+        if experts % ep_size:
+            fits = [n for n in range(1, experts + 1) if experts % n == 0]
+            raise MoefxError(
+                f"ep_size={ep_size} does not divide the {experts} experts of {path}: choose one of {', '.join(map(str, fits))}"
+            )
+    if not dist.is_available() or not dist.is_initialized():
+        raise MoefxError(
+            f"ep_size={ep_size} needs a process group and none is initialized: start with torchrun --nproc-per-node {ep_size} "
+            "and call torch.distributed.init_process_group() before optimize"
+        )
+    world = dist.get_world_size()
+    if world % ep_size:
+        raise MoefxError(f"ep_size={ep_size} does not divide the {world} ranks: start a multiple of {ep_size}")
+    if mesh is None:
+        device = next(model.parameters()).device.type
+        kind = device if device != "meta" else ("cuda" if torch.cuda.is_available() else "cpu")
+        mesh = init_device_mesh(kind, (world // ep_size, ep_size), mesh_dim_names=("dp_replicate", "ep"))
+    return ep_size, mesh
+
+
+def shard_experts(model: nn.Module, plan: Plan) -> list[str]:
+    """Replaces experts' parameters by DTensors ``Shard(0)`` on ``plan.mesh["ep"]``; returns their names.
+
+    The values are those of the group's first rank, so that ranks built from different seeds agree. Build optimizers
+    afterwards: the parameters are new objects. Where the experts are replicated ("dp_replicate"), their gradients are
+    averaged over the replicas as they accumulate; DDP is told to leave them alone.
+    """
+    assert plan.mesh is not None
+    ep, names = plan.mesh["ep"], []
+    replicas = plan.mesh["dp_replicate"] if "dp_replicate" in (plan.mesh.mesh_dim_names or ()) else None
+    for path, module in hf.experts_modules(model).items():
+        for name in hf.experts_layout(module).parameters:
+            full = getattr(module, name)
+            new = nn.Parameter(_shard(full.detach(), ep, replicas), requires_grad=full.requires_grad)
+            for key, kept in vars(full).items():  # what Transformers notes on parameters
+                setattr(new, key, kept)
+            if replicas is not None and replicas.size() > 1 and full.requires_grad:
+                new.register_post_accumulate_grad_hook(_average_over(replicas))
+            setattr(module, name, new)
+            names.append(f"{path}.{name}")
+    # what torch.nn.parallel.DistributedDataParallel reads
+    model._ddp_params_and_buffers_to_ignore = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names]  # type: ignore[assignment]
+    return names
+
+
+def _shard(full: Tensor, ep: DeviceMesh, replicas: DeviceMesh | None) -> DTensor:
+    if full.is_meta:
+        local = full.new_empty((full.shape[0] // ep.size(), *full.shape[1:]))
+        return DTensor.from_local(local, ep, [Shard(0)], run_check=False)
+    sharded = distribute_tensor(full, ep, [Shard(0)])
+    if replicas is not None and replicas.size() > 1:
+        group = replicas.get_group()
+        dist.broadcast(sharded.to_local(), src=dist.get_global_rank(group, 0), group=group)
+    return sharded
+
+
+def _average_over(replicas: DeviceMesh) -> Any:
+    group, many = replicas.get_group(), replicas.size()
+
+    def average(parameter: Tensor) -> None:
+        # right under accumulation too: what was there before is the same on every replica
+        assert isinstance(parameter.grad, DTensor)
+        local = parameter.grad.to_local()
+        dist.all_reduce(local, group=group)
+        local /= many
+
+    return average
+
+
+def gather_experts(model: nn.Module) -> None:
+    """The reverse of ``shard_experts``: every rank holds all experts again, as plain parameters."""
+    for module in hf.experts_modules(model).values():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if isinstance(parameter, DTensor):
+                full = parameter.detach().full_tensor() if not parameter.is_meta else parameter.new_empty(parameter.shape)
+                setattr(module, name, nn.Parameter(full, requires_grad=parameter.requires_grad))
+    vars(model).pop("_ddp_params_and_buffers_to_ignore", None)
+
+
+def experts_over_ranks(x: Tensor, index: Tensor, weights: Tensor, parameters: tuple, options: dict) -> Tensor:
+    """The experts of a call that no captured graph covers; all ranks of the group must make the same calls."""
+    up = parameters[0]
+    where = {"num_experts": up.shape[0], "group": up.device_mesh.get_group().group_name}
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    rows, counts, handle = exchange.dispatch(x, index, **where)
+    rows = grouped.grouped_mlp(rows, counts, *local, **options, grad_scale=1.0 / up.device_mesh.size())
+    return exchange.combine(rows, weights, handle, **where).to(x.dtype)
+
+

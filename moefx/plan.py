@@ -1,0 +1,24 @@
+"""What the caller decided, checked once before anything is touched, and what the model promises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from .backends import Backend
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Read by passes: ``ep_size`` ranks hold the experts, ``ep_group`` names their process group."""
+
+    backends: tuple[Backend, ...]
+    ep_size: int = 1
+    ep_group: str = ""
+    mesh: DeviceMesh | None = None  #: one dimension "ep", or "dp_replicate" and "ep"
+    compile: bool | str = True
+    strict: bool = False
+    expects: dict[str, int] = field(default_factory=dict)  #: operation -> how many the model promises

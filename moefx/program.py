@@ -1,0 +1,97 @@
+"""What capture makes and passes rewrite: a Program of Functions, one per distinct block of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from .errors import MoefxError
+from .graph import code
+
+
+@dataclass(frozen=True)
+class Left:
+    """A module that stays as it was, and why."""
+
+    path: str
+    module: str
+    reason: str
+    by_design: bool = False  #: a recurrent mixer, say: no shortfall, only worth knowing
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.module}): {self.reason}"
+
+
+@dataclass(eq=False)
+class Function:
+    """One captured graph and the places of the model that it serves.
+
+    ``graph_module`` is stateless: its placeholders are ``parameters`` (names relative to an instance), then ``constants``,
+    then the tensor ``inputs`` of the call. It returns a flat tuple: the block's tensors, then what ``routers`` returned.
+    """
+
+    name: str
+    module_class: str
+    graph_module: fx.GraphModule
+    instances: list[str]  #: module paths, in order
+    parameters: list[str]  #: "self_attn.q_proj.weight", one per parameter placeholder
+    constants: list[torch.Tensor]
+    inputs: list[str]  #: names of the tensor inputs, one per remaining placeholder
+    call: Any  #: capture.Call: which calls this graph covers, and how its outputs are put together
+    fake_mode: Any
+    expects: dict[str, int] = field(default_factory=dict)  #: operations that one instance promises
+    placeholders: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.placeholders = [n.name for n in self.graph.nodes if n.op == "placeholder"]
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+    @property
+    def code(self) -> str:
+        return code(self.graph)
+
+    def __str__(self) -> str:
+        where = self.instances[0] + (f" ... {self.instances[-1]} ({len(self.instances)})" if len(self.instances) > 1 else "")
+        return f"# {self.name}: {where}\n{self.code}"
+
+
+@dataclass(eq=False)
+class Program:
+    """A captured model: ``functions`` by name, in the order of the model; ``left``: what stays Python, with reasons."""
+
+    model_class: str
+    functions: dict[str, Function]
+    left: list[Left]
+    symbols: dict[str, int] = field(default_factory=dict)  #: H, I, E, K, ... from the configuration: for cost formulas
+
+    def __getitem__(self, name: str) -> Function:
+        if name not in self.functions:
+            raise MoefxError(f"no function is named {name!r}; this program has: {', '.join(self.functions)}")
+        return self.functions[name]
+
+    def __iter__(self) -> Iterator[Function]:
+        return iter(self.functions.values())
+
+    def serving(self, path: str) -> Function:
+        """The function that serves the module ``path`` or a part of it."""
+        for function in self:
+            if any(path == i or path.startswith(f"{i}.") for i in function.instances):
+                return function
+        raise MoefxError(f"no captured function serves {path!r}; captured: {', '.join(i for f in self for i in f.instances)}")
+
+    def add(self, function: Function) -> None:
+        name, n = function.name, 2
+        while function.name in self.functions:
+            function.name, n = f"{name}_{n}", n + 1
+        self.functions[function.name] = function
+
+    def __str__(self) -> str:
+        parts = [str(f) for f in self]
+        return "\n".join([f"# {self.model_class}: {len(self.functions)} functions", *parts, *(f"# left: {x}" for x in self.left)])

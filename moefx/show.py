@@ -1,0 +1,44 @@
+"""The report as text, readable at 100 columns."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .report import Report
+
+WIDTH = 100
+
+
+def render(*parts: object) -> str:
+    out = io.StringIO()
+    console = Console(file=out, width=WIDTH, color_system=None, highlight=False, soft_wrap=False)
+    for p in parts:
+        console.print(p, markup=False) if isinstance(p, str) else console.print(p)
+    return out.getvalue().rstrip() + "\n"
+
+
+def report_text(report: Report) -> str:
+    """Functions, passes, kernels, then what is not rewritten and why."""
+    functions = Table("function", "instances", "nodes", "promises", title="captured", title_justify="left", expand=False)
+    for f in report.program:
+        where = f.instances[0] + (f" ... {f.instances[-1]}" if len(f.instances) > 1 else "")
+        nodes = str(sum(n.op == "call_function" for n in f.graph.nodes))
+        functions.add_row(f.name, f"{len(f.instances)}: {where}", nodes, ", ".join(f"{n} {k}" for k, n in f.expects.items()))
+    passes = Table("pass", "made", "missed", "seconds", title="passes", title_justify="left")
+    for p in report.passes:
+        passes.add_row(p.name, str(p.made_count), str(p.missed_count), f"{p.seconds:.2f}")
+    kernels = Table("operation", "kernel", "times", "why", title="kernels", title_justify="left")
+    for (op, backend), (many, why) in report.kernels().items():
+        kernels.add_row(op, backend, str(many), why)
+    notes = [f"promised, not raised: {s}" for s in report.shortfall()]
+    notes += [f"left as it is: {x}" for x in report.left]
+    notes += [f"ran the original forward {n} times: {p}: {r}" for (p, r), n in report.fallbacks.items()]
+    total = sum(report.seconds.values())
+    times = ", ".join(f"{k} {v:.1f}" for k, v in report.seconds.items())
+    head = f"{report.program.model_class}, ep_size={report.plan.ep_size}: {total:.1f} s ({times})"
+    return render(head, functions, passes, kernels, *notes)

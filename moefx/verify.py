@@ -1,0 +1,165 @@
+"""Compares the optimized model with the original one on the user's batch: outputs and every gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from .errors import MoefxError, VerifyError
+from .install import Optimized, state_of
+from .parallel import gather_experts
+
+#: Largest difference allowed, as a share of the tensor's largest value: some thousand roundings of sums.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-9}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor: the largest difference, absolute and as a share of the largest value of the original."""
+
+    name: str
+    absolute: float
+    relative: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        return self.relative <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Verification:
+    """``print`` shows the table; ``ok`` says whether every row is within its tolerance; ``worst`` is the worst row."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(r.ok for r in self.rows)
+
+    @property
+    def worst(self) -> Row:
+        return max(self.rows, key=lambda r: r.relative / r.tolerance)
+
+    def raise_if_wrong(self) -> None:
+        if not self.ok:
+            w = self.worst
+            raise VerifyError(
+                f"{w.name} differs by {w.relative:.1e} of its largest value, {w.tolerance:.0e} is allowed; "
+                f"{sum(not r.ok for r in self.rows)} of {len(self.rows)} tensors differ: print(moefx.verify(model, batch))"
+            )
+
+    def __str__(self) -> str:
+        from rich.table import Table
+
+        from .show import render
+
+        table = Table("tensor", "max abs", "max rel", "allowed", "")
+        for r in self.rows:
+            table.add_row(r.name, f"{r.absolute:.1e}", f"{r.relative:.1e}", f"{r.tolerance:.0e}", "" if r.ok else "WRONG")
+        return render(table)
+
+
+def compare(name: str, original: Tensor | None, new: Tensor | None, tolerance: float | None = None) -> Row:
+    """The row of two tensors; one that exists on one side only, or NaN in other places, is an infinite difference."""
+    if original is None and new is None:
+        return Row(name, 0.0, 0.0, 1.0)
+    if original is None or new is None or original.shape != new.shape:
+        return Row(name, float("inf"), float("inf"), 1.0)
+    allowed = TOLERANCE[original.dtype] if tolerance is None else tolerance
+    a, b = original.detach().double(), new.detach().double()
+    if not torch.equal(a.isfinite(), b.isfinite()):
+        return Row(name, float("inf"), float("inf"), allowed)
+    a, b = a.nan_to_num(0, 0, 0), b.nan_to_num(0, 0, 0)
+    gap = float((a - b).abs().max()) if a.numel() else 0.0
+    size = float(a.abs().max()) if a.numel() else 0.0
+    return Row(name, gap, gap / size if size else (0.0 if gap == 0 else float("inf")), allowed)
+
+
+def verify(model: Any, batch: Mapping[str, Any], *, tolerance: float | None = None) -> Verification:
+    """Runs ``batch`` through the original and the optimized forward and backward; compares loss, logits, all gradients.
+
+    The model's gradients and its mode are as before afterwards. Under expert parallelism every rank gathers all experts
+    for the original's run (memory!) and compares its own shards; call it on all ranks, each with its own batch.
+    """
+    state = state_of(model)
+    model = getattr(model, "module", model)
+    kept = {n: p.grad for n, p in model.named_parameters()}
+    try:
+        with _original(model, state):
+            wanted_out, wanted = _run(model, batch)
+        wanted = _local(model, wanted, state)
+        new_out, new = _run(model, batch)
+    finally:
+        for n, p in model.named_parameters():
+            p.grad = kept.get(n)
+    new = {n: g.to_local() if isinstance(g, DTensor) else g for n, g in new.items()}
+    rows = [compare(k, wanted_out[k], new_out[k], tolerance) for k in wanted_out]
+    rows += [compare(f"grad {n}", wanted[n], new[n], tolerance) for n in new]
+    return Verification(tuple(rows))
+
+
+@contextmanager
+def _original(model: nn.Module, state: Optimized) -> Iterator[None]:
+    sharded = {n: p for n, p in model.named_parameters() if isinstance(p, DTensor)}
+    state.bypass = True
+    if state.plan.ep_size > 1:
+        ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", None)
+        gather_experts(model)
+    try:
+        yield
+    finally:
+        state.bypass = False
+        for name, parameter in sharded.items():
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, parameter)
+        if state.plan.ep_size > 1:
+            model._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]
+
+
+def _local(model: nn.Module, grads: dict[str, Tensor | None], state: Optimized) -> dict[str, Tensor | None]:
+    """Experts' gradients as expert parallelism defines them: averaged over the ranks, this rank's shard."""
+    if state.plan.ep_size == 1:
+        return grads
+    out = dict(grads)
+    for name, p in model.named_parameters():
+        g = grads.get(name)
+        if isinstance(p, DTensor) and g is not None:
+            dist.all_reduce(g)
+            ep = p.device_mesh
+            out[name] = (g / dist.get_world_size()).chunk(ep.size())[ep.get_local_rank()]
+    return out
+
+
+def _run(model: Any, batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+    devices = [next(model.parameters()).device] if next(model.parameters()).is_cuda else []
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        torch.manual_seed(0)
+        model.zero_grad(set_to_none=True)
+        out = model(**batch)
+        kept = {}
+        if getattr(out, "loss", None) is not None:
+            kept["loss"] = out.loss
+        if getattr(out, "aux_loss", None) is not None:
+            kept["aux_loss"] = out.aux_loss
+        if "loss" not in kept:
+            if not isinstance(getattr(out, "logits", None), Tensor):
+                raise MoefxError(f"the model returned {type(out).__name__} with neither loss nor logits: add labels to the batch")
+            kept["logits"] = out.logits
+        objective = kept.get("loss")
+        if objective is None:
+            objective = (out.logits.float() * torch.linspace(-1, 1, out.logits.shape[-1], device=out.logits.device)).mean()
+        objective.backward()
+        if "logits" not in kept and isinstance(getattr(out, "logits", None), Tensor):
+            with torch.no_grad():
+                kept["logits"] = out.logits * 1
+        grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        model.zero_grad(set_to_none=True)
+    return kept, grads

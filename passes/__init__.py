@@ -1,0 +1,33 @@
+"""The passes of moefx, one a file, and the default pipeline: one visible tuple."""
+
+from moefx.pipeline import Change, Changes, Pass, Pipeline
+
+from .canonicalize import Canonicalize
+from .expert_parallel import ExpertParallel
+from .linear_cross_entropy import RaiseLinearCrossEntropy
+from .lower import Lower
+from .residual_rms_norm import FuseResidualRMSNorm
+from .rms_norm import RaiseRMSNorm
+from .rotary import RaiseRotary
+from .route import RaiseRoute
+from .swiglu import RaiseSwiGLU
+
+__all__ = [
+    "Canonicalize", "Change", "Changes", "ExpertParallel", "FuseResidualRMSNorm", "Lower", "Pass", "Pipeline",
+    "RaiseLinearCrossEntropy", "RaiseRMSNorm", "RaiseRotary", "RaiseRoute", "RaiseSwiGLU", "default",
+]  # fmt: skip
+
+
+def default() -> Pipeline:
+    """The default pipeline, in order: raise, transform, lower. (Experts and attention are raised by capture itself.)"""
+    return Pipeline((
+        Canonicalize(),
+        RaiseRMSNorm(),
+        RaiseRoute(),
+        RaiseRotary(),
+        RaiseSwiGLU(),
+        RaiseLinearCrossEntropy(),
+        FuseResidualRMSNorm(),
+        ExpertParallel(),
+        Lower(),
+    ))  # fmt: skip

@@ -1,0 +1,34 @@
+"""Gives each semantic operation the first backend's kernel that accepts it, and keeps the choice and the refusals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from moefx import backends
+from moefx.graph import op_name, origin
+from moefx.pipeline import Changes
+
+
+@dataclass(frozen=True)
+class Lower:
+    """Numerics stay within the rounding that each kernel states; with ``backends=("reference",)`` they are the bodies'."""
+
+    name: ClassVar[str] = "lower"
+
+    def run(self, function, plan) -> Changes:
+        changes = Changes()
+        for node in function.graph.nodes:
+            if not isinstance(node.target, torch._ops.OpOverload) or not backends.known(node.target, plan.backends):
+                continue
+            choice = backends.choose(node, plan.backends)
+            refusals = "; ".join(f"{name} refused: {sentence}" for name, sentence in choice.refusals)
+            why = "; ".join(filter(None, (choice.why, refusals)))
+            what = f"{op_name(node.target)} -> {choice.backend.name}"
+            node.meta["moefx"] = replace(origin(node).touched(self.name), kernel=choice.backend.name, why=why)
+            node.meta["semantic"] = node.target
+            node.target = choice.kernel.fn
+            changes.did(node, what + (f" ({why})" if why else ""))
+        return changes

@@ -1,0 +1,45 @@
+"""Fuses a residual addition with the norm that reads its sum: one ``moefx.add_rms_norm`` instead of two passes over memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from moefx import ops
+from moefx.graph import aten, describe, inherit, insert, is_call, value
+from moefx.pipeline import Changes
+from moefx.raising import replace_outputs
+
+
+@dataclass(frozen=True)
+class FuseResidualRMSNorm:
+    """Bitwise: the operation's body is the same addition and the same norm."""
+
+    name: ClassVar[str] = "residual_rms_norm"
+
+    def run(self, function, plan=None) -> Changes:
+        changes = Changes()
+        for norm in list(function.graph.nodes):
+            if not is_call(norm, ops.rms_norm):
+                continue
+            total = norm.args[0]
+            if not is_call(total, aten.add.Tensor):
+                continue  # a norm of something else: nothing to fuse
+            if total.kwargs.get("alpha", 1) != 1 or not all(
+                isinstance(value(a), torch.Tensor) and value(a).shape == value(total).shape for a in total.args
+            ):
+                changes.miss(norm, f"its input {describe(total)} is not a plain sum of two equal shapes")
+                continue
+            val = (value(norm), value(total))
+            new = insert(function.graph, total, ops.add_rms_norm, (*total.args, *norm.args[1:]), norm.kwargs, val=val)
+            late = [a for a in norm.args[1:] if isinstance(a, torch.fx.Node) and a.op != "placeholder"]
+            if late:
+                function.graph.erase_node(new)
+                changes.miss(norm, f"its weight is computed: {describe(late[0])}")
+                continue
+            inherit(new, [total, norm], self.name)
+            replace_outputs(function.graph, new, (norm, total), self.name)
+            changes.did(new, "moefx.add_rms_norm for a sum and its norm")
+        return changes
