@@ -140,7 +140,7 @@ def watching_head(model: Any) -> Iterator[_Watched]:
             del model._loss_function
 
 
-def head_call(hidden: Tensor, args: tuple, kwargs: Mapping[str, Any], training: bool) -> tuple[list[Tensor], Any]:
+def head_call(hidden: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> tuple[list[Tensor], Any]:
     """The tensors and template of a head's call; a number of items becomes a tensor, or each number would be a new graph."""
     kwargs = dict(kwargs)
     count = kwargs.get("num_items_in_batch")
@@ -158,7 +158,7 @@ def capture_head(model: Any, recording: Recording, program: Program) -> None:
         return
     hidden, args, kwargs = recording.head
     try:
-        tensors, template = head_call(hidden, args, kwargs, model.training)
+        tensors, template = head_call(hidden, args, kwargs)
         function = capture_head_call(model.loss_function, lm_head, path, Call.of(tensors, template, model.training))
     except CaptureError as error:
         program.left.append(Left(path, "head", str(error)))

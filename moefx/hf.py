@@ -35,10 +35,16 @@ _emitting: ContextVar[list[tuple[str, nn.Module]] | None] = ContextVar("moefx_em
 def emitting() -> Iterator[list[tuple[str, nn.Module]]]:
     """Within: experts and attention calls become ``moefx.experts`` and ``moefx.attention``; yields who called what."""
     token = _emitting.set(callers := [])
+    collecting = _active_collector.set(None)  # type: ignore[func-returns-value]  # nothing traced belongs to the user's outputs
     try:
         yield callers
     finally:
+        _active_collector.reset(collecting)
         _emitting.reset(token)
+
+
+def is_emitting() -> bool:
+    return _emitting.get() is not None
 
 
 # --- experts ---------------------------------------------------------------------------------------------------------

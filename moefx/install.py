@@ -39,6 +39,7 @@ class Optimized:
     implementations: tuple[str | None, str | None]
     loss: Callable | None = None  #: the model's own loss function; None: it had the default
     runners: dict[int, Callable] = field(default_factory=dict)  #: by id of function
+    compiled: dict[tuple, Callable] = field(default_factory=dict)  #: by what the graph says: equal graphs share code
     shared: dict[tuple, Function | CaptureError] = field(default_factory=dict)
     bypass: bool = False  #: run the original forwards (moefx.verify)
 
@@ -48,11 +49,16 @@ class Optimized:
     def runner(self, function: Function) -> Callable:
         """The function as a callable, compiled once however many instances share it."""
         if id(function) not in self.runners:
-            run: Callable = function.graph_module
-            if self.plan.compile:
-                backend = self.plan.compile if isinstance(self.plan.compile, str) else "inductor"
-                run = torch.compile(run, fullgraph=True, backend=backend)
-            self.runners[id(function)] = run
+            inputs = tuple(n.meta["val"].dtype for n in function.graph.nodes if n.op == "placeholder")
+            targets = tuple(n.target for n in function.graph.nodes if n.op == "call_function")
+            same = (function.graph_module.code, targets, inputs)  # a block in training and in evaluation, mostly
+            if same not in self.compiled:
+                run: Callable = function.graph_module
+                if self.plan.compile:
+                    backend = self.plan.compile if isinstance(self.plan.compile, str) else "inductor"
+                    run = torch.compile(run, fullgraph=True, backend=backend)
+                self.compiled[same] = run
+            self.runners[id(function)] = self.compiled[same]
         return self.runners[id(function)]
 
     def lower(self, function: Function) -> None:
@@ -82,7 +88,7 @@ class Site:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, original: Callable) -> Any:
         requested = hf.requested()
-        if self.state.bypass or "attentions" in requested or not self.intact(module):
+        if self.state.bypass or hf.is_emitting() or "attentions" in requested or not self.intact(module):
             return original(*args, **kwargs)
         tensors: list[Tensor] = []
         key = (module.training, *_key(args, tensors), *_key(tuple(kwargs.items()), tensors))
@@ -287,7 +293,7 @@ def _lm_head_forward(base: type) -> Callable:
     plain = base.forward  # type: ignore[attr-defined]
 
     def forward(self, hidden):
-        if not self._moefx_active:
+        if not self._moefx_active or hf.is_emitting():
             return plain(self, hidden)
         return LazyLogits(hidden, _Projection(self, functools.partial(plain, self)), self.out_features, hidden.dtype)
 

@@ -214,9 +214,9 @@ def attention(
     if mask is None and is_causal:
         distance = torch.arange(q.shape[2], device=q.device)[:, None] - torch.arange(k.shape[2], device=q.device)
         mask = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    boolean = mask is not None and mask.dtype == torch.bool
     if mask is not None:
-        lowest = torch.finfo(scores.dtype).min
-        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if boolean else scores + mask
     if sinks is None:
         probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
     else:
@@ -224,6 +224,8 @@ def attention(
         scores = torch.cat([scores, sink.to(scores.dtype)], dim=-1)
         scores = scores - scores.max(dim=-1, keepdim=True).values
         probabilities = torch.softmax(scores, dim=-1)[..., :-1].to(v.dtype)
+    if boolean and mask is not None:
+        probabilities = probabilities.masked_fill(~mask, 0.0)  # a query that may see nothing (padding) gives zeros, as SDPA
     if dropout:
         probabilities = F.dropout(probabilities, p=dropout)
     return torch.matmul(probabilities, v).transpose(1, 2).contiguous()
