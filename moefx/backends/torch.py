@@ -1,0 +1,162 @@
+"""The torch backend: PyTorch's own fused kernels, and nothing to install.
+
+Glue (gathers, activations, casts) is written as plain operations on purpose: Inductor fuses it around the matrix products.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from .. import exchange, grouped, ops
+from ..activations import ACTIVATIONS
+from ..chunked import linear_cross_entropy
+from ..graph import arguments, dtype_of, value
+from . import Backend, Kernel
+
+# --- norms -----------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, cast_first: bool = True, offset: float = 0.0) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def _refuses_rms_norm(node: fx.Node) -> str | None:
+    given = arguments(node)
+    if given["offset"]:
+        return f"F.rms_norm multiplies by the weight, this norm by {given['offset']} + weight"
+    x, weight = dtype_of(given["x"]), dtype_of(given["weight"])
+    if weight is not None and weight != x:
+        return f"F.rms_norm wants one dtype, the input is {x}, the weight {weight}"
+    return None
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    *,
+    scale: float,
+    is_causal: bool,
+    window: int | None = None,
+    softcap: float = 0.0,
+    dropout: float = 0.0,
+) -> Tensor:
+    if mask is None and window is not None and q.shape[2] > window:
+        distance = torch.arange(q.shape[2], device=q.device)[:, None] - torch.arange(k.shape[2], device=q.device)
+        mask = (distance >= 0) & (distance < window)
+    repeats = q.shape[1] // k.shape[1]
+    # without a mask the flash kernels share key and value heads; with one SDPA would fall to its slow path
+    share = repeats > 1 and mask is None and q.shape[3] == v.shape[3]
+    if repeats > 1 and not share:
+        k, v = (x[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2) for x in (k, v))
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal and mask is None, scale=scale, enable_gqa=share
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+def _refuses_attention(node: fx.Node) -> str | None:
+    given = arguments(node)
+    if given["sinks"] is not None:
+        return "scaled_dot_product_attention has no sinks"
+    if given["softcap"]:
+        return f"scaled_dot_product_attention has no softcap, this attention has {given['softcap']}"
+    return None
+
+
+# --- experts ---------------------------------------------------------------------------------------------------------
+
+
+class _GatherTokens(torch.autograd.Function):
+    """Row i of the result is the token of the i-th sorted (token, k): the backward sums each token's K rows, in order."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(inverse)
+        ctx.top_k = top_k
+        return x[order // top_k]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        (inverse,) = ctx.saved_tensors
+        return grad[inverse].view(-1, ctx.top_k, grad.shape[-1]).sum(dim=1), None, None, None
+
+
+class _Permute(torch.autograd.Function):
+    """``rows[index]`` where ``index`` is a permutation: the backward gathers by its inverse instead of adding atomically."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(inverse)
+        return rows[index]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        (inverse,) = ctx.saved_tensors
+        return grad[inverse], None, None
+
+
+def experts(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    *,
+    activation: str,
+    alpha: float = 0.0,
+    limit: float = 0.0,
+    transposed: bool = False,
+    interleaved: bool = False,
+) -> Tensor:
+    top_k, tokens = index.shape[1], index.shape[0]
+    flat = index.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    inverse = torch.empty_like(order).scatter(0, order, torch.arange(tokens * top_k, device=x.device))
+    expert = flat[order]
+    offsets = torch.searchsorted(expert, torch.arange(up.shape[0], device=x.device), right=True).to(torch.int32)
+
+    def project(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        matrix = weight if transposed else weight.transpose(-2, -1)
+        if h.is_cuda and weight.dtype == torch.bfloat16:
+            out = torch._grouped_mm(h.to(weight.dtype), matrix, offs=offsets)
+        else:
+            out = grouped.grouped_mm(h.to(weight.dtype), matrix, offsets)
+        return out if bias is None else out + bias[expert]
+
+    h = project(_GatherTokens.apply(x, order, inverse, top_k), up, up_bias)
+    h = project(ACTIVATIONS[activation].forward(h, alpha, limit, interleaved), down, down_bias)
+    h = _Permute.apply(h, inverse, order).view(tokens, top_k, -1)
+    return (h * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+
+
+def _refuses_experts(node: fx.Node) -> str | None:
+    up = value(arguments(node)["up"])
+    if up.device.type == "cuda" and up.dtype == torch.bfloat16 and any(n * up.element_size() % 16 for n in up.shape[1:]):
+        return f"torch's grouped GEMM wants rows of whole 16 bytes, the experts' matrices are {tuple(up.shape[1:])} in bf16"
+    return None
+
+
+BACKEND = Backend(
+    "torch",
+    {
+        ops.rms_norm: Kernel(
+            rms_norm, _refuses_rms_norm, "F.rms_norm: in 16 bits one rounding fewer than the model where it casts first"
+        ),
+        ops.attention: Kernel(attention, _refuses_attention, "scaled_dot_product_attention, key/value heads shared"),
+        ops.experts: Kernel(experts, _refuses_experts, "grouped GEMM, one sort, no atomics"),
+        ops.linear_cross_entropy: Kernel(linear_cross_entropy, why="chunked: never all logits"),
+        exchange.dispatch: Kernel(exchange.dispatch, why="all-to-all"),
+        exchange.combine: Kernel(exchange.combine, why="all-to-all"),
+        grouped.grouped_mlp: Kernel(grouped.grouped_mlp, why="grouped GEMM, activation recomputed"),
+    },
+)

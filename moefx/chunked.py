@@ -1,0 +1,104 @@
+"""Linear layer and cross entropy chunk by chunk: the logits of all tokens never exist at once.
+
+The gradients are computed with the loss, while a chunk's logits are there (as Liger-Kernel does, arXiv 2410.10989), and
+scaled in the backward. Nothing waits for the device: the number of labels that count stays a tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Logits of one chunk, in elements: 512 MiB in fp32.
+CHUNK = 1 << 27
+
+
+@torch.library.custom_op("moefx::chunked_linear_cross_entropy", mutates_args=())
+def _chunked(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, mean: bool, grads: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss (fp32 scalar) and, if ``grads``, its gradients by hidden [T, H], weight [V, H], bias [V]; else empty tensors."""
+    tokens, vocabulary = hidden.shape[0], weight.shape[0]
+    rows = max(1, min(tokens, CHUNK // vocabulary))
+    valid = labels != ignore_index
+    target = labels.masked_fill(~valid, 0)
+    share = valid / valid.sum() if mean else valid.to(torch.float32)
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    to_hidden = torch.empty_like(hidden) if grads else hidden.new_empty(0)
+    single = rows >= tokens
+    # over several chunks 16-bit sums would lose digits that one product keeps
+    to_weight = torch.zeros_like(weight, dtype=weight.dtype if single else torch.float32) if grads else weight.new_empty(0)
+    to_bias = torch.zeros(vocabulary, dtype=torch.float32, device=hidden.device) if grads and bias is not None else weight.new_empty(0)
+    for start in range(0, tokens, rows):
+        part = slice(start, start + rows)
+        logits = F.linear(hidden[part], weight, bias).float()
+        at = target[part].unsqueeze(1)
+        norm = logits.logsumexp(dim=1)
+        total += ((norm - logits.gather(1, at).squeeze(1)) * share[part]).sum()
+        if not grads:
+            continue
+        probability = logits.sub_(norm.unsqueeze(1)).exp_()
+        probability.scatter_add_(1, at, -torch.ones_like(at, dtype=probability.dtype))
+        to_logits = probability.mul_(share[part].unsqueeze(1)).to(hidden.dtype)
+        torch.mm(to_logits, weight, out=to_hidden[part])
+        if single:
+            torch.mm(to_logits.T, hidden[part], out=to_weight)
+        else:
+            to_weight += to_logits.T @ hidden[part]
+        if bias is not None:
+            to_bias += to_logits.sum(dim=0, dtype=torch.float32)
+    if grads:
+        to_weight = to_weight.to(weight.dtype)
+        to_bias = to_bias.to(weight.dtype)
+    return total, to_hidden, to_weight, to_bias
+
+
+@_chunked.register_fake
+def _(hidden, weight, bias, labels, ignore_index, mean, grads):
+    empty = hidden.new_empty(0)
+    loss = hidden.new_empty((), dtype=torch.float32)
+    if not grads:
+        return loss, empty, weight.new_empty(0), weight.new_empty(0)
+    to_bias = weight.new_empty(0) if bias is None else weight.new_empty(weight.shape[0])
+    return loss, torch.empty_like(hidden), torch.empty_like(weight), to_bias
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.has_bias = inputs[2] is not None
+    ctx.save_for_backward(*output[1:])
+
+
+def _backward(ctx, grad: Tensor, *_):
+    to_hidden, to_weight, to_bias = ctx.saved_tensors
+    scaled = [None if t is None else t * grad.to(t.dtype) for t in (to_hidden, to_weight, to_bias if ctx.has_bias else None)]
+    return (*scaled, None, None, None, None)
+
+
+_chunked.register_autograd(_backward, setup_context=_save)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """The kernel of ``moefx.linear_cross_entropy``; same arguments, same fp32 scalar.
+
+    torch's own ``F.linear_cross_entropy`` (2.13) takes over where it is as exact and stays in the graph: in fp32, outside
+    of torch.compile, which it would leave.
+    """
+    grads = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    if torch.is_autocast_enabled(hidden.device.type):  # opaque to autocast: cast as F.linear would be
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if hasattr(F, "linear_cross_entropy") and hidden.dtype == torch.float32 and not torch.compiler.is_compiling() and grads:
+        options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)
+        return F.linear_cross_entropy(
+            hidden, weight, labels, linear_bias=bias, reduction=reduction, ignore_index=ignore_index, options=options
+        )
+    return _chunked(hidden, weight, bias, labels, ignore_index, reduction == "mean", grads)[0]

@@ -1,0 +1,203 @@
+"""Grouped matrix products: rows that lie expert by expert, each group times its own matrix.
+
+``grouped_mm`` is one product; ``grouped_mlp`` a rank's experts as one opaque operation, for row counts that only the data
+knows. On CUDA in bf16 both run torch's grouped GEMM, with the offsets on the device; elsewhere a loop over the experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .activations import ACTIVATIONS
+
+
+def _grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """x [R, a] times weight [E, a, b] group by group; group e is rows offsets[e-1] to offsets[e]. -> [R, b]."""
+    if x.is_cuda and x.dtype == torch.bfloat16 and x.shape[0]:
+        return torch._grouped_mm(x, weight, offs=offsets)
+    out = x.new_zeros(x.shape[0], weight.shape[2])
+    start = 0
+    for e, end in enumerate(offsets.tolist()):
+        if end > start:
+            torch.mm(x[start:end], weight[e], out=out[start:end])
+        start = end
+    return out
+
+
+def _grouped_outer(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
+    """x [R, a], y [R, b] -> [E, a, b]: x.T @ y of each group; zeros for an empty one."""
+    if x.is_cuda and x.dtype == torch.bfloat16 and x.shape[0]:
+        return torch._grouped_mm(x.transpose(0, 1), y, offs=offsets)
+    out = x.new_zeros(offsets.shape[0], x.shape[1], y.shape[1])
+    start = 0
+    for e, end in enumerate(offsets.tolist()):
+        if end > start:
+            torch.mm(x[start:end].T, y[start:end], out=out[e])
+        start = end
+    return out
+
+
+@torch.library.custom_op("moefx::grouped_mm", mutates_args=())
+def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """x [R, a], rows expert by expert, times weight [E, a, b]; offsets [E] int32, the end of each group. -> [R, b].
+
+    x and weight have one dtype. Rows after the last offset give zeros (CPU) or are undefined (CUDA, bf16).
+    """
+    return _grouped_gemm(x, weight, offsets)
+
+
+@grouped_mm.register_fake
+def _(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[2])
+
+
+@torch.library.custom_op("moefx::grouped_mm_backward", mutates_args=())
+def grouped_mm_backward(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x [R, a] and weight [E, a, b], the latter in weight's own memory order."""
+    to_x = _grouped_gemm(grad, weight.transpose(1, 2), offsets)
+    if weight.stride(1) < weight.stride(2):  # a transposed view of [E, b, a]: so its gradient lies the same way
+        return to_x, _grouped_outer(grad, x, offsets).transpose(1, 2)
+    return to_x, _grouped_outer(x, grad, offsets)
+
+
+@grouped_mm_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    e, a, b = weight.shape
+    if weight.stride(1) < weight.stride(2):
+        return torch.empty_like(x), x.new_empty(e, b, a).transpose(1, 2)
+    return torch.empty_like(x), x.new_empty(e, a, b)
+
+
+def _save_mm(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_mm(ctx, grad: Tensor):
+    x, weight, offsets = ctx.saved_tensors
+    return (*torch.ops.moefx.grouped_mm_backward(grad.contiguous(), x, weight, offsets), None)
+
+
+grouped_mm.register_autograd(_backward_mm, setup_context=_save_mm)
+
+
+# --- a rank's experts ------------------------------------------------------------------------------------------------
+
+
+def _matrices(weight: Tensor, transposed: bool) -> Tensor:
+    """[E, in, out] whichever way the model stores it."""
+    return weight if transposed else weight.transpose(1, 2)
+
+
+def _experts_of_rows(counts: Tensor, rows: int) -> Tensor:
+    return torch.repeat_interleave(torch.arange(counts.shape[0], device=counts.device), counts, output_size=rows)
+
+
+@torch.library.custom_op("moefx::grouped_mlp_forward", mutates_args=())
+def grouped_mlp_forward(
+    rows: Tensor, counts: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
+    activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool, grad_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The experts' output [R, H] and what the backward needs besides the inputs: the pre-activations [R, 2I or I]."""
+    offsets = counts.cumsum(0).to(torch.int32)
+    biased = up_bias is not None or down_bias is not None
+    expert = _experts_of_rows(counts, rows.shape[0]) if biased else counts
+    h = _grouped_gemm(rows.to(up.dtype), _matrices(up, transposed), offsets)
+    h = h if up_bias is None else h + up_bias[expert]
+    a = ACTIVATIONS[activation].forward(h, alpha, limit, interleaved)
+    out = _grouped_gemm(a.contiguous(), _matrices(down, transposed), offsets)
+    return (out if down_bias is None else out + down_bias[expert]), h
+
+
+@grouped_mlp_forward.register_fake
+def _(rows, counts, up, up_bias, down, down_bias, activation, alpha, limit, transposed, interleaved, grad_scale):
+    out = up.new_empty(rows.shape[0], _matrices(down, transposed).shape[2])
+    return out, up.new_empty(rows.shape[0], _matrices(up, transposed).shape[2])
+
+
+@torch.library.custom_op("moefx::grouped_mlp_backward", mutates_args=())
+def grouped_mlp_backward(
+    grad: Tensor, h: Tensor, rows: Tensor, counts: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor,
+    down_bias: Tensor | None, activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool,
+    grad_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of rows, up, up_bias, down, down_bias (empty where there is no bias); the activation is computed again."""
+    act, offsets = ACTIVATIONS[activation], counts.cumsum(0).to(torch.int32)
+    a = act.forward(h, alpha, limit, interleaved).contiguous()
+    to_a = _grouped_gemm(grad, _matrices(down, transposed).transpose(1, 2), offsets)
+    to_down = _grouped_outer(a, grad, offsets) if transposed else _grouped_outer(grad, a, offsets)
+    to_h = act.backward(h, to_a, alpha, limit, interleaved).contiguous()
+    x = rows.to(up.dtype)
+    to_up = _grouped_outer(x, to_h, offsets) if transposed else _grouped_outer(to_h, x, offsets)
+    to_rows = _grouped_gemm(to_h, _matrices(up, transposed).transpose(1, 2), offsets).to(rows.dtype)
+    to_up_bias = _sum_by_expert(to_h, counts) if up_bias is not None else h.new_empty(0)
+    to_down_bias = _sum_by_expert(grad, counts) if down_bias is not None else h.new_empty(0)
+    if grad_scale != 1.0:
+        for g in (to_up, to_up_bias, to_down, to_down_bias):
+            g.mul_(grad_scale)
+    return to_rows, to_up, to_up_bias, to_down, to_down_bias
+
+
+def _sum_by_expert(grad: Tensor, counts: Tensor) -> Tensor:
+    """[R, n] -> [E, n]: sums of each expert's rows, in fp32, in one fixed order."""
+    return torch.segment_reduce(grad.float(), "sum", lengths=counts, unsafe=True).to(grad.dtype)
+
+
+@grouped_mlp_backward.register_fake
+def _(grad, h, rows, counts, up, up_bias, down, down_bias, activation, alpha, limit, transposed, interleaved, grad_scale):
+    def like(bias: Tensor | None) -> Tensor:
+        return h.new_empty(0) if bias is None else torch.empty_like(bias)
+
+    return torch.empty_like(rows), torch.empty_like(up), like(up_bias), torch.empty_like(down), like(down_bias)
+
+
+def _save_mlp(ctx, inputs, output) -> None:
+    rows, counts, up, up_bias, down, down_bias, *ctx.options = inputs
+    ctx.save_for_backward(output[1], rows, counts, up, up_bias, down, down_bias)
+
+
+def _backward_mlp(ctx, grad: Tensor, _):
+    h, rows, counts, up, up_bias, down, down_bias = ctx.saved_tensors
+    to_rows, to_up, to_up_bias, to_down, to_down_bias = torch.ops.moefx.grouped_mlp_backward(
+        grad.contiguous(), h, rows, counts, up, up_bias, down, down_bias, *ctx.options
+    )
+    to_up_bias = None if up_bias is None else to_up_bias
+    return to_rows, None, to_up, to_up_bias, to_down, None if down_bias is None else to_down_bias, *[None] * 6
+
+
+grouped_mlp_forward.register_autograd(_backward_mlp, setup_context=_save_mlp)
+
+
+def _grouped_mlp(
+    rows: Tensor,
+    counts: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    *,
+    activation: str,
+    alpha: float = 0.0,
+    limit: float = 0.0,
+    transposed: bool = False,
+    interleaved: bool = False,
+    grad_scale: float = 1.0,
+) -> Tensor:
+    """This rank's experts on their rows: rows [R, H] expert by expert, counts [e] int64 -> [R, H] in the weights' dtype.
+
+    up [e, 2I, H], down [e, H, I] and the options are those of ``moefx.experts``. ``grad_scale`` multiplies the gradients of
+    the weights and biases only. Every parameter gets a gradient, zeros where no row came.
+    """
+    return torch.ops.moefx.grouped_mlp_forward(
+        rows, counts, up, up_bias, down, down_bias, activation, alpha, limit, transposed, interleaved, grad_scale
+    )[0]
+
+
+_LIBRARY = torch.library.Library("moefx", "FRAGMENT")
+_LIBRARY.define(
+    "grouped_mlp(Tensor rows, Tensor counts, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, *, str activation, "
+    "float alpha=0.0, float limit=0.0, bool transposed=False, bool interleaved=False, float grad_scale=1.0) -> Tensor"
+)
+_LIBRARY.impl("grouped_mlp", _grouped_mlp, "CompositeImplicitAutograd")
+#: See :func:`_grouped_mlp`.
+grouped_mlp = torch.ops.moefx.grouped_mlp.default
