@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.distributed.tensor import DTensor
 from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 
@@ -200,6 +201,19 @@ def _without_checkpointing(module: nn.Module) -> Iterator[None]:
             m.gradient_checkpointing = value
 
 
+@contextmanager
+def _whole_parameters(module: nn.Module) -> Iterator[None]:
+    """Within: parameters that are spread over ranks look whole. Capture reads shapes only, so they need no memory."""
+    owners = [(m, n, p) for m in module.modules() for n, p in m._parameters.items() if isinstance(p, DTensor)]
+    for m, n, p in owners:
+        m._parameters[n] = nn.Parameter(torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape), p.requires_grad)
+    try:
+        yield
+    finally:
+        for m, n, p in owners:
+            m._parameters[n] = p
+
+
 def foreign_hooks(module: nn.Module) -> str | None:
     """The first forward hook inside that neither Transformers' output recording nor a parallel wrapper put there."""
     for path, m in module.named_modules():
@@ -231,7 +245,7 @@ def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module],
     entry.training = module.training
     try:
         with (
-            warnings.catch_warnings(), _without_checkpointing(module), hf.emitting() as callers, _refusing_autograd_functions(), torch.enable_grad(),
+            warnings.catch_warnings(), _without_checkpointing(module), _whole_parameters(module), hf.emitting() as callers, _refusing_autograd_functions(), torch.enable_grad(),
             torch.autocast(call.device.type if call.device.type != "meta" else "cpu", enabled=False),
         ):  # fmt: skip
             warnings.simplefilter("ignore")

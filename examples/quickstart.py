@@ -1,0 +1,132 @@
+"""The main job, on a CPU: a small Qwen3-MoE learns real text byte by byte, untouched in one process and rewritten over 2 ranks.
+
+    python examples/quickstart.py            # or: make demo
+
+(1) trains the Transformers model as it is, (2) trains ``moefx.optimize(model, ep_size=2)`` under torchrun with two gloo
+ranks, the same global batch and order, (3) prints the rewrite report, both loss curves side by side and tokens/s. Exits
+with 1 if a loss differs by more than 1e-4 or the last one is not below 3.0 nats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent))
+from bytes_data import batches  # noqa: E402
+
+RANKS, BATCH, SEQUENCE = 2, 16, 64
+ALLOWED, GOAL = 1e-4, 3.0
+
+
+def build() -> Any:
+    """A Qwen3-MoE of 5 million parameters: 4 layers, 8 experts of which a byte visits 2."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "qwen3_moe", vocab_size=256, hidden_size=192, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2,
+        head_dim=32, intermediate_size=512, moe_intermediate_size=256, num_experts=8, num_experts_per_tok=2,
+        norm_topk_prob=True, max_position_embeddings=512, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).train()
+
+
+def train(model: Any, parameters: Any, steps: int, rank: int, ranks: int, name: str) -> dict[str, Any]:
+    """Plain AdamW; the loss of each step is the mean over the ranks. The first two steps (compilation) are not timed."""
+    # a moderate epsilon: next to a gradient that is zero but for rounding, Adam's step would be rounding made large
+    optimizer = torch.optim.AdamW(parameters, lr=3e-3, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+    data = batches(BATCH, SEQUENCE, rank=rank, ranks=ranks)
+    losses, started = [], 0.0
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), disable=rank > 0) as progress:
+        task = progress.add_task(name, total=steps)
+        for step in range(steps):
+            if step == 2:
+                started = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = 3e-3 * min(1, (step + 1) / 3)
+            loss = model(**next(data), use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            value = loss.detach().clone()
+            if ranks > 1:
+                dist.all_reduce(value)
+            losses.append(float(value) / ranks)
+            progress.update(task, advance=1, description=f"{name}  loss {losses[-1]:.3f}")
+    seconds = time.perf_counter() - started
+    return {"losses": losses, "tokens_per_second": (steps - 2) * BATCH * SEQUENCE / seconds}
+
+
+def rewritten(steps: int, compile: bool, out: Path) -> None:
+    """What each rank runs: optimize, DDP for the dense parameters, train."""
+    import moefx
+
+    torch.set_num_threads(max(1, torch.get_num_threads() // RANKS))
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    model = moefx.optimize(build(), ep_size=RANKS, compile=compile, strict=True)
+    parallel = torch.nn.parallel.DistributedDataParallel(model)  # leaves experts alone: moefx has told it
+    result = train(parallel, model.parameters(), steps, rank, RANKS, f"moefx, {RANKS} ranks    ")
+    if rank == 0:
+        report = moefx.report(model)
+        (out / "report.txt").write_text(f"{report}\n{report.cost()}\n{report.program}")
+        (out / "moefx.json").write_text(json.dumps(result | {"report": str(report)}))
+    dist.destroy_process_group()
+
+
+def show(hf: dict, ours: dict, out: Path) -> int:
+    """The report, both curves, and the verdict as exit code."""
+    console = Console(width=100)
+    console.print(ours["report"], markup=False, highlight=False)
+    gaps = [abs(a - b) for a, b in zip(hf["losses"], ours["losses"], strict=True)]
+    table = Table("step", "Transformers", f"moefx, {RANKS} ranks", "difference", "", title="loss (nats per byte)")
+    for i, (a, b, gap) in enumerate(zip(hf["losses"], ours["losses"], gaps, strict=True)):
+        if i % 2 == 0 or i == len(gaps) - 1:
+            table.add_row(str(i), f"{a:.5f}", f"{b:.5f}", f"{gap:.1e}", "#" * round(b * 6))
+    console.print(table)
+    for name, r in (("Transformers, 1 process", hf), (f"moefx, {RANKS} ranks", ours)):
+        console.print(f"{name}: {r['tokens_per_second']:,.0f} tokens/s")
+    console.print(f"graphs, costs and every rewrite: {out / 'report.txt'}")
+    good = max(gaps) <= ALLOWED and ours["losses"][-1] < GOAL
+    console.print(
+        f"largest difference {max(gaps):.1e} ({ALLOWED:.0e} allowed), last loss {ours['losses'][-1]:.3f} (goal: below {GOAL}): "
+        + ("as it should be" if good else "WRONG")
+    )
+    return 0 if good else 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--no-compile", action="store_true", help="run the rewritten graphs without torch.compile")
+    parser.add_argument("--out", type=Path, default=Path("build/demo"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if "RANK" in os.environ:
+        rewritten(args.steps, not args.no_compile, args.out)
+        return 0
+    model = build()
+    hf = train(model, model.parameters(), args.steps, 0, 1, "Transformers, 1 process")
+    here = [str(Path(__file__).resolve()), "--steps", str(args.steps), "--out", str(args.out)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
+               "--nproc-per-node", str(RANKS), *here, *(["--no-compile"] if args.no_compile else [])]  # fmt: skip
+    threads = str(max(1, torch.get_num_threads() // RANKS))
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": threads})
+    return show(hf, json.loads((args.out / "moefx.json").read_text()), args.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
