@@ -1,0 +1,168 @@
+"""Experts cut over 2 and 4 gloo ranks: the identity, and values and all gradients against one process with all experts.
+
+Every input comes from a seed, so that this process can compute what the ranks should have found.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+from spawn import run
+
+from moefx import exchange, grouped, ops
+
+E, K, H, INNER = 8, 2, 8, 6
+#: Tokens on each rank; and which experts the routers may choose.
+CASES = {
+    "even": ([6, 6, 6, 6], range(E)),
+    "uneven, a rank without tokens": ([5, 0, 1, 9], range(E)),
+    "an expert without tokens": ([6, 3, 4, 6], [e for e in range(E) if e != 3]),
+    "all tokens to the last rank": ([6, 3, 4, 6], [E - 2, E - 1]),
+    "all tokens to one expert": ([6, 3, 4, 6], [E - 1]),
+    "no tokens at all": ([0, 0, 0, 0], range(E)),
+}
+#: One after the other in one compiled graph: the number of tokens of a rank changes in between.
+COMPILED = ("even", "uneven, a rank without tokens")
+
+
+def _random(*shape, seed, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def _tokens(case, rank, dtype=torch.float64):
+    """x [T, H], index [T, k], weights [T, k] of one rank; k is K, or 1 where there is one expert to choose."""
+    counts, allowed = CASES[case]
+    tokens, allowed = counts[rank], torch.tensor(list(allowed))
+    scores = torch.rand(tokens, len(allowed), generator=torch.Generator().manual_seed(100 + rank))
+    index = allowed[scores.topk(min(K, len(allowed)), dim=1).indices]
+    weights = torch.rand(index.shape, generator=torch.Generator().manual_seed(200 + rank), dtype=torch.float64)
+    return _random(tokens, H, seed=rank, dtype=dtype), index, weights.float() if dtype != torch.float64 else weights
+
+
+def _experts(dtype=torch.float64):
+    """up, up_bias, down, down_bias of all experts."""
+    shapes = (E, 2 * INNER, H), (E, 2 * INNER), (E, H, INNER), (E, H)
+    return [_random(*shape, seed=50 + i, dtype=dtype) / 2 for i, shape in enumerate(shapes)]
+
+
+def _over_ranks(x, index, weights, up, up_bias, down, down_bias, *, group, grad_scale=1.0):
+    rows, counts, handle = exchange.dispatch(x, index, num_experts=E, group=group)
+    rows = grouped.grouped_mlp(rows, counts, up, up_bias, down, down_bias, activation="swiglu", grad_scale=grad_scale)
+    return exchange.combine(rows, weights, handle, num_experts=E, group=group)
+
+
+def _forward_backward(function, case, rank, ep_rank, ep, group, dtype=torch.float64, **options):
+    x, index, weights = _tokens(case, rank, dtype)
+    here = slice(ep_rank * E // ep, (ep_rank + 1) * E // ep)
+    local = [w[here].clone().requires_grad_() for w in _experts(dtype)]
+    x.requires_grad_(), weights.requires_grad_()
+    y = function(x, index, weights, *local, group=group, **options)
+    y.backward(_random(*y.shape, seed=300 + rank, dtype=dtype))
+    return y.detach(), x.grad, weights.grad, *(w.grad for w in local)
+
+
+def on_rank(rank, world_size):
+    """Everything that needs ranks, by name."""
+    group = dist.group.WORLD.group_name
+    found = {}
+    for case in CASES:
+        x, index, _ = _tokens(case, rank)
+        rows, counts, handle = exchange.dispatch(x, index, num_experts=E, group=group)
+        share = torch.full(index.shape, 1 / index.shape[1], dtype=x.dtype)
+        back = exchange.combine(rows, share, handle, num_experts=E, group=group)
+        found[case, "sent"] = rows, counts, back
+        found[case, "trained"] = _forward_backward(_over_ranks, case, rank, rank, world_size, group)
+    uneven = "uneven, a rank without tokens"
+    found["bf16"] = _forward_backward(_over_ranks, uneven, rank, rank, world_size, group, torch.bfloat16)
+    found["grad_scale"] = _forward_backward(
+        _over_ranks, uneven, rank, rank, world_size, group, grad_scale=1 / world_size
+    )
+
+    if world_size == 2:  # compiling costs each rank seconds
+        compiled = torch.compile(_over_ranks, fullgraph=True, dynamic=True, backend="aot_eager")
+        for case in COMPILED:
+            found[case, "compiled"] = _forward_backward(compiled, case, rank, rank, world_size, group)
+
+    pairs = [dist.new_group([first, first + 1]) for first in range(0, world_size, 2)]
+    pair = pairs[rank // 2].group_name
+    found["pairs"] = _forward_backward(_over_ranks, uneven, rank, rank % 2, 2, pair)
+    return found
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
+def ranks(request):
+    return run(on_rank, request.param, timeout=150)  # four ranks import for long on two cores
+
+
+def _one_process(case, ranks, dtype=torch.float64):
+    """What one process finds: y, gradients of x and weights for each of ``ranks``, then gradients of all experts."""
+    parameters = [w.requires_grad_() for w in _experts(dtype)]
+    up, up_bias, down, down_bias = parameters
+    per_rank = []
+    for rank in ranks:
+        x, index, weights = _tokens(case, rank, dtype)
+        x.requires_grad_(), weights.requires_grad_()
+        y = ops.experts(x, index, weights, up, up_bias, down, down_bias, activation="swiglu")
+        y.backward(_random(*y.shape, seed=300 + rank, dtype=dtype))
+        per_rank.append((y.detach(), x.grad, weights.grad))
+    return per_rank, [w.grad for w in parameters]
+
+
+def _check(found, case, members, *, scale=1.0, dtype=torch.float64, rtol=1e-6, atol=1e-6):
+    """``found``: of each member rank, in order. The experts' gradients lie one rank after the other."""
+    per_rank, parameters = _one_process(case, members, dtype)
+    for ours, right in zip(found, per_rank):
+        for a, b in zip(ours[:3], right):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+    for i, right in enumerate(parameters):
+        joined = torch.cat([ours[3 + i] for ours in found])
+        torch.testing.assert_close(joined, right * scale, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_combine_brings_back_what_dispatch_sent(ranks, case):
+    for rank, found in enumerate(ranks):
+        assert torch.equal(found[case, "sent"][2], _tokens(case, rank)[0])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_arrive_by_expert_then_rank_then_token(ranks, case):
+    local = E // len(ranks)
+    everything = [_tokens(case, rank) for rank in range(len(ranks))]
+    for rank, found in enumerate(ranks):
+        rows, counts, _ = found[case, "sent"]
+        mine = range(rank * local, (rank + 1) * local)
+        expected = [[x[t] for x, index, _ in everything for t in range(len(x)) if e in index[t]] for e in mine]
+        assert counts.tolist() == [len(part) for part in expected]
+        flat = [row for part in expected for row in part]
+        assert torch.equal(rows, torch.stack(flat) if flat else torch.empty(0, H, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_are_those_of_one_process(ranks, case):
+    _check([r[case, "trained"] for r in ranks], case, range(len(ranks)))
+
+
+@pytest.mark.parametrize("case", COMPILED)
+def test_compiled_is_eager(ranks, case):
+    if len(ranks) == 2:
+        for found in ranks:
+            for a, b in zip(found[case, "compiled"], found[case, "trained"]):
+                assert torch.equal(a, b)
+
+
+def test_in_bf16_with_fp32_weights(ranks):
+    """The same products with the same roundings; only the order of sums in the experts' gradients may differ."""
+    case = "uneven, a rank without tokens"
+    _check([r["bf16"] for r in ranks], case, range(len(ranks)), dtype=torch.bfloat16, rtol=2**-6, atol=2**-5)
+
+
+def test_grad_scale_makes_experts_gradients_the_average_over_the_ranks(ranks):
+    _check([r["grad_scale"] for r in ranks], "uneven, a rank without tokens", range(len(ranks)), scale=1 / len(ranks))
+
+
+def test_groups_of_two_among_all_ranks(ranks):
+    """Each pair of neighbours holds all the experts, and sees its own tokens only."""
+    for first in range(0, len(ranks), 2):
+        members = range(first, first + 2)
+        _check([ranks[r]["pairs"] for r in members], "uneven, a rank without tokens", members)

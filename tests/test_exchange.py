@@ -1,0 +1,111 @@
+"""Dispatch and combine within one process: their contract for a group of one rank, and shapes for a group of 64."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from moefx import exchange, grouped, ops
+
+E, K, H, INNER = 4, 2, 8, 6
+
+
+def _random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _index(tokens, experts=E, seed=0):
+    """K different experts per token."""
+    scores = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(seed))
+    return scores.topk(K, dim=1).indices
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield {"num_experts": E, "group": dist.group.WORLD.group_name}
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+def test_rows_arrive_by_expert_in_the_order_of_the_tokens(group, tokens):
+    x, index = _random(tokens, H), _index(tokens)
+    rows, counts, handle = exchange.dispatch(x, index, **group)
+    order = [(t, e) for e in range(E) for t in range(tokens) if e in index[t]]
+    assert torch.equal(rows, x[[t for t, _ in order]])
+    assert counts.tolist() == [sum(e == expert for _, expert in order) for e in range(E)]
+    assert counts.dtype == handle.dtype == torch.int64 and handle.dim() == 1
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+def test_combine_weights_the_rows_of_each_token(group, tokens):
+    x, index, weights = _random(tokens, H), _index(tokens), _random(tokens, K, seed=1)
+    rows, _, handle = exchange.dispatch(x, index, **group)
+    y = exchange.combine(rows, weights, handle, **group)
+    torch.testing.assert_close(y, x * weights.sum(dim=1, keepdim=True))
+
+
+def test_combine_multiplies_in_the_promoted_dtype_and_returns_that_of_the_rows(group):
+    x, index, weights = _random(7, H).bfloat16(), _index(7), _random(7, K, seed=1).float()
+    rows, _, handle = exchange.dispatch(x, index, **group)
+    y = exchange.combine(rows, weights, handle, **group)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, (x.float()[:, None] * weights[:, :, None]).sum(dim=1).bfloat16())
+
+
+def test_gradients_of_rows_and_weights(group):
+    """gradcheck in fp64, through both operations: the backward of dispatch is a combine, that of combine a dispatch."""
+    index = _index(5)
+
+    def there_and_back(x, weights):
+        rows, _, handle = exchange.dispatch(x, index, **group)
+        return exchange.combine(rows.square(), weights, handle, **group)
+
+    inputs = _random(5, 3).requires_grad_(), _random(5, K, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(there_and_back, inputs)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_experts_over_the_group_are_the_experts_operation(group, backend):
+    """fullgraph, forward and backward, two numbers of tokens in one graph."""
+    torch._dynamo.reset()
+    weights = [_random(E, 2 * INNER, H, seed=2), _random(E, H, INNER, seed=3)]
+    up, down = (w.float().requires_grad_() for w in weights)
+
+    def over_ranks(x, index, scores):
+        rows, counts, handle = exchange.dispatch(x, index, **group)
+        rows = grouped.grouped_mlp(rows * 1.0, counts, up, None, down, None, activation="swiglu")
+        return exchange.combine(rows, scores, handle, **group)
+
+    compiled = torch.compile(over_ranks, fullgraph=True, dynamic=True, backend=backend)
+    for step, tokens in enumerate((9, 14)):
+        x, index, scores = _random(tokens, H).float().requires_grad_(), _index(tokens), _random(tokens, K).float()
+        inputs = (x, scores.requires_grad_(), up, down)
+        with torch._dynamo.config.patch(error_on_recompile=step == 1):
+            y = compiled(x, index, scores)
+        right = ops.experts(x, index, scores, up, None, down, None, activation="swiglu")
+        torch.testing.assert_close(y, right, rtol=1e-5, atol=1e-5)
+        grad = _random(tokens, H, seed=5).float()
+        found, expected = (torch.autograd.grad(out, inputs, grad) for out in (y, right))
+        for g, e in zip(found, expected):
+            torch.testing.assert_close(g, e, rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
+
+
+def test_shapes_for_64_ranks():
+    """Under fake tensors and the fake process group: how many rows arrive is a new unknown, all else is known."""
+    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=64)
+    try:
+        group = {"num_experts": 128, "group": dist.group.WORLD.group_name}
+        with FakeTensorMode(shape_env=ShapeEnv()):
+            x, index = torch.randn(5, H, dtype=torch.bfloat16, requires_grad=True), torch.zeros(5, K, dtype=torch.int64)
+            weights = torch.rand(5, K, requires_grad=True)
+            rows, counts, handle = exchange.dispatch(x, index, **group)
+            y = exchange.combine(rows, weights, handle, **group)
+            to_x, to_weights = torch.autograd.grad(y.sum(), (x, weights))
+        assert isinstance(rows.shape[0], torch.SymInt) and rows.shape[1] == H and counts.shape == (2,)
+        assert y.shape == to_x.shape == x.shape and y.dtype == torch.bfloat16 and to_weights.shape == weights.shape
+    finally:
+        dist.destroy_process_group()
