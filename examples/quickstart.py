@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parent))
 from bytes_data import batches  # noqa: E402
 
-RANKS, BATCH, SEQUENCE = 2, 16, 64
+RANKS, BATCH, SEQUENCE = 2, 8, 128
 ALLOWED, GOAL = 1e-4, 3.0
 
 
@@ -43,10 +43,16 @@ def build() -> Any:
     return AutoModelForCausalLM.from_config(config).train()
 
 
-def train(model: Any, parameters: Any, steps: int, rank: int, ranks: int, name: str) -> dict[str, Any]:
-    """Plain AdamW; the loss of each step is the mean over the ranks. The first two steps (compilation) are not timed."""
-    # a moderate epsilon: next to a gradient that is zero but for rounding, Adam's step would be rounding made large
-    optimizer = torch.optim.AdamW(parameters, lr=3e-3, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+def train(model: Any, steps: int, rank: int, ranks: int, name: str) -> dict[str, Any]:
+    """AdamW; the loss of each step is the mean over the ranks. The first two steps (compilation) are not timed.
+
+    Top-2 routing is discontinuous: a rounding difference can send a byte elsewhere, and from there two runs drift apart.
+    Slow inner layers, fast embeddings and an epsilon above the rounding of gradients keep 32 steps free of that.
+    """
+    outer = {id(p) for n, p in model.named_parameters() if "embed_tokens" in n or "lm_head" in n}
+    groups = [{"params": [p for p in model.parameters() if (id(p) in outer) == o], "lr": lr} for o, lr in ((True, 1e-2), (False, 5e-4))]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+    warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 3))
     data = batches(BATCH, SEQUENCE, rank=rank, ranks=ranks)
     losses, started = [], 0.0
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -55,11 +61,10 @@ def train(model: Any, parameters: Any, steps: int, rank: int, ranks: int, name: 
         for step in range(steps):
             if step == 2:
                 started = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = 3e-3 * min(1, (step + 1) / 3)
             loss = model(**next(data), use_cache=False).loss
             loss.backward()
             optimizer.step()
+            warm_up.step()
             optimizer.zero_grad()
             value = loss.detach().clone()
             if ranks > 1:
@@ -79,7 +84,7 @@ def rewritten(steps: int, compile: bool, out: Path) -> None:
     rank = dist.get_rank()
     model = moefx.optimize(build(), ep_size=RANKS, compile=compile, strict=True)
     parallel = torch.nn.parallel.DistributedDataParallel(model)  # leaves experts alone: moefx has told it
-    result = train(parallel, model.parameters(), steps, rank, RANKS, f"moefx, {RANKS} ranks    ")
+    result = train(parallel, steps, rank, RANKS, f"moefx, {RANKS} ranks    ")
     if rank == 0:
         report = moefx.report(model)
         (out / "report.txt").write_text(f"{report}\n{report.cost()}\n{report.program}")
@@ -94,7 +99,7 @@ def show(hf: dict, ours: dict, out: Path) -> int:
     gaps = [abs(a - b) for a, b in zip(hf["losses"], ours["losses"], strict=True)]
     table = Table("step", "Transformers", f"moefx, {RANKS} ranks", "difference", "", title="loss (nats per byte)")
     for i, (a, b, gap) in enumerate(zip(hf["losses"], ours["losses"], gaps, strict=True)):
-        if i % 2 == 0 or i == len(gaps) - 1:
+        if i % 3 == 0 or i == len(gaps) - 1:
             table.add_row(str(i), f"{a:.5f}", f"{b:.5f}", f"{gap:.1e}", "#" * round(b * 6))
     console.print(table)
     for name, r in (("Transformers, 1 process", hf), (f"moefx, {RANKS} ranks", ours)):
@@ -110,7 +115,7 @@ def show(hf: dict, ours: dict, out: Path) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--no-compile", action="store_true", help="run the rewritten graphs without torch.compile")
     parser.add_argument("--out", type=Path, default=Path("build/demo"))
     args = parser.parse_args()
@@ -119,7 +124,7 @@ def main() -> int:
         rewritten(args.steps, not args.no_compile, args.out)
         return 0
     model = build()
-    hf = train(model, model.parameters(), args.steps, 0, 1, "Transformers, 1 process")
+    hf = train(model, args.steps, 0, 1, "Transformers, 1 process")
     here = [str(Path(__file__).resolve()), "--steps", str(args.steps), "--out", str(args.out)]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
                "--nproc-per-node", str(RANKS), *here, *(["--no-compile"] if args.no_compile else [])]  # fmt: skip

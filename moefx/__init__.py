@@ -1,7 +1,7 @@
 """moefx: Hugging Face mixture-of-experts models, captured, rewritten and trained with expert parallelism."""
 
 from . import passes
-from .backends import Backend, Kernel
+from .backends import Backend, Kernel, resolve
 from .capture import capture
 from .errors import CaptureError, MoefxError, PassError, VerifyError
 from .graph import insert
@@ -20,5 +20,5 @@ __version__ = "0.1.0"
 __all__ = [
     "Backend", "CaptureError", "Changes", "Function", "Kernel", "Match", "Miss", "MoefxError", "Pass", "PassError", "Pattern",
     "Pipeline", "Plan", "Program", "Raise", "Report", "ShortfallWarning", "Verification", "VerifyError", "capture", "explain",
-    "f64", "insert", "op", "optimize", "passes", "report", "restore", "rewrite", "verify",
+    "f64", "insert", "op", "optimize", "passes", "report", "resolve", "restore", "rewrite", "verify",
 ]  # fmt: skip

@@ -409,7 +409,7 @@ def record(model: Any, example: Mapping[str, Any] | None) -> Recording:
     if "labels" not in given and "input_ids" in given:
         given["labels"] = given["input_ids"]
     try:
-        with torch.no_grad(), hf.emitting() as callers, watching_head(model) as head:
+        with torch.no_grad(), hf.emitting() as callers, hf.unpacked_on_meta(), watching_head(model) as head:
             model(**given)
     except CaptureError:
         raise

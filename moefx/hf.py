@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 from transformers.integrations.moe import ExpertsInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -41,6 +41,17 @@ def emitting() -> Iterator[list[tuple[str, nn.Module]]]:
     finally:
         _active_collector.reset(collecting)
         _emitting.reset(token)
+
+
+@contextmanager
+def unpacked_on_meta() -> Iterator[None]:
+    """Within: Transformers does not look at the values of position ids on the meta device for packed sequences."""
+    look = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None if position_ids.is_meta else look(position_ids)
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = look
 
 
 def is_emitting() -> bool:

@@ -76,6 +76,19 @@ class Canonicalize:
             inherit(cast, [node], self.name)
             node.args, node.kwargs = (cast, given["dim"]), {}
             return True
+        if is_call(node, aten.copy.default):  # what functionalization leaves of `x[...] = y`; autograd has no rule for it
+            source = node.args[1]
+            if _same_shape(value(source), value(node)) and value(source).dtype == value(node).dtype:
+                _replace(node, source)  # type: ignore[arg-type]
+                return True
+            wide = value(node).to(value(source).dtype)
+            target = insert(graph, node, aten.expand_as.default, (source, node.args[0]), val=wide)
+            if value(source).dtype != value(node).dtype:
+                inherit(target, [node], self.name)
+                target = insert(graph, node, aten._to_copy.default, (target,), {"dtype": value(node).dtype}, val=value(node))
+            inherit(target, [node], self.name)
+            _replace(node, target)
+            return True
         if is_call(node, aten.chunk.default):
             dim, size = arguments(node)["dim"], value(x).shape[arguments(node)["dim"]]
             node.target, node.args, node.kwargs = aten.split.Tensor, (x, -(-size // node.args[1]), dim), {}

@@ -1,0 +1,254 @@
+"""What all benchmarks share: the step, the timer, peak memory, the record of the machine, JSON and table."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+_START = time.perf_counter()
+
+
+def say(text: str) -> None:
+    """A progress line with the seconds since the start, visible at once: device machines cut off silent runs."""
+    print(f"[{elapsed():6.1f} s] {text}", flush=True)
+
+
+def elapsed() -> float:
+    return time.perf_counter() - _START
+
+
+# --- the step --------------------------------------------------------------------------------------------------------
+
+
+def drop_gradients(model: nn.Module) -> None:
+    """As ``optimizer.zero_grad()`` does: the next backward allocates and writes instead of adding."""
+    for p in model.parameters():
+        p.grad = None
+
+
+def train_step(model: Callable, batch: Mapping[str, Tensor]) -> Tensor:
+    """Forward, loss and backward: all of a training step but the optimizer, which is the same for all contenders."""
+    loss = model(**batch, use_cache=False).loss
+    loss.backward()
+    return loss.detach()
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares the parameters: the same weights without a second copy in memory."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+# --- time and memory -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Timing:
+    """Milliseconds of the timed steps, and of the warm-up (with compilation)."""
+
+    steps_ms: list[float] = field(default_factory=list)
+    warmup_s: float = 0.0
+    peak_gib: float | None = None  #: above weights and gradients; None where the device does not tell
+
+    @property
+    def median_ms(self) -> float:
+        return statistics.median(self.steps_ms)
+
+    def summary(self) -> dict[str, Any]:
+        return {"median_ms": self.median_ms, "min_ms": min(self.steps_ms), **asdict(self)}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_once(step: Callable[[], Any], device: torch.device) -> float:
+    """Milliseconds of one ``step``. CUDA events, so that the clock starts and stops on the device's own timeline."""
+    synchronize(device)
+    if device.type != "cuda":
+        started = time.perf_counter()
+        step()
+        return (time.perf_counter() - started) * 1e3
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    step()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def warm(model: nn.Module, run: Callable, batch: Mapping[str, Tensor], device: torch.device, steps: int) -> float:
+    """Seconds of the first steps, where code is compiled and memory is reserved."""
+    started = time.perf_counter()
+    for _ in range(steps):
+        drop_gradients(model)
+        train_step(run, batch)
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def measure(
+    model: nn.Module, run: Callable, batch: Mapping[str, Tensor], device: torch.device, *, warmup: int, steps: int
+) -> Timing:
+    """Times ``run`` (the model, or the model compiled). Gradients are None before each step, outside the clock."""
+    timing = Timing(warmup_s=warm(model, run, batch, device, warmup))
+    drop_gradients(model)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        others = torch.cuda.memory_allocated(device)  # weights, and whatever the benchmark itself keeps
+    for _ in range(steps):
+        drop_gradients(model)
+        timing.steps_ms.append(time_once(lambda: train_step(run, batch), device))
+    if device.type == "cuda":
+        gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        timing.peak_gib = (torch.cuda.max_memory_allocated(device) - others - gradients) / 2**30
+    drop_gradients(model)
+    return timing
+
+
+def free(device: torch.device, *, code: bool = True) -> None:
+    """Between contenders: garbage, cached device memory and (``code``) what torch.compile keeps."""
+    if code:
+        torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+# --- comparing gradients ---------------------------------------------------------------------------------------------
+
+
+def gradients(model: nn.Module, run: Callable, batch: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor | None]]:
+    """Loss and all gradients of one step."""
+    drop_gradients(model)
+    loss = float(train_step(run, batch))
+    grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    drop_gradients(model)
+    return loss, grads
+
+
+def relative_l2(wanted: Tensor | None, found: Tensor | None) -> float:
+    """|found - wanted| / |wanted|; infinite where one is missing or not finite, so that no check passes by accident."""
+    if wanted is None or found is None:
+        return 0.0 if wanted is found else float("inf")
+    if wanted.shape != found.shape:
+        return float("inf")
+    # row by row in float64 sums, so that no float64 copy of all experts has to fit in memory
+    gap = size = 0.0
+    rows = zip(wanted, found) if wanted.dim() > 2 else [(wanted, found)]
+    squares = torch.zeros(2, dtype=torch.float64, device=wanted.device)
+    for w, f in rows:
+        w, f = w.detach().float(), f.detach().float()
+        squares += torch.stack([(f - w).square().sum(dtype=torch.float64), w.square().sum(dtype=torch.float64)])
+    gap, size = squares.sqrt().tolist()
+    if not (gap == gap and gap != float("inf")):
+        return float("inf")
+    return gap / size if size else (0.0 if gap == 0 else float("inf"))
+
+
+def distances(wanted: Mapping[str, Tensor | None], found: Mapping[str, Tensor | None]) -> dict[str, float]:
+    """``relative_l2`` per parameter; a parameter that only one side has is infinitely far."""
+    names = list(wanted) + [n for n in found if n not in wanted]
+    return {n: relative_l2(wanted.get(n), found.get(n)) for n in names}
+
+
+def spread(values: Mapping[str, float]) -> dict[str, Any]:
+    """The worst and the mean of ``distances``."""
+    worst = max(values, key=lambda n: values[n])
+    return {"max": values[worst], "mean": statistics.fmean(values.values()), "worst": worst, "tensors": len(values)}
+
+
+# --- the record ------------------------------------------------------------------------------------------------------
+
+
+def _version(package: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit that was measured, "+" if files differ from it; None outside of a repository."""
+    try:
+        out = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty=+"], cwd=HERE, capture_output=True, text=True, timeout=20
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return out.stdout.strip() or None
+
+
+def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Where and with what this was measured. No host name, no paths: results are published."""
+    device = torch.device(device)
+    record: dict[str, Any] = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": _commit(),
+        "cpu": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "versions": {p: _version(p) for p in ("moefx", "torch", "transformers", "triton")},
+    }
+    if device.type == "cuda":
+        p = torch.cuda.get_device_properties(device)
+        record["gpu"] = {"name": p.name, "memory_gib": round(p.total_memory / 2**30, 1), "cuda": torch.version.cuda}
+    return record
+
+
+def save(name: str, record: Mapping[str, Any]) -> Path:
+    """Writes ``benchmarks/results/<name>.json``."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    say(f"wrote {path.relative_to(HERE.parent)}")
+    return path
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*map(str, row))
+    # a fixed width: output that is not a terminal would be cut at 80 columns
+    Console(width=120, highlight=False).print(table)
+
+
+def verdict(problems: Sequence[str]) -> int:
+    """Prints what is wrong; the exit code."""
+    for p in problems:
+        print(f"FAILED: {p}", flush=True)
+    print("FAILED" if problems else "ok", flush=True)
+    return 1 if problems else 0
