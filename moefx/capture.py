@@ -19,6 +19,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from . import hf
 from .errors import CaptureError, MoefxError
 from .graph import aten
+from .functional import functionalize
 from .program import Function, Left, Program
 
 # --- calls -----------------------------------------------------------------------------------------------------------
@@ -251,7 +252,8 @@ def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module],
             warnings.simplefilter("ignore")
             exported = torch.export.export(entry, tuple(tensors), dynamic_shapes=(dynamic,), strict=False)
             _refuse_no_grad_values(exported.graph_module)
-            exported = exported.run_decompositions({})
+            if not functionalize(exported.graph):
+                exported = exported.run_decompositions({})
     except CaptureError:
         raise
     except Exception as error:
@@ -317,7 +319,7 @@ def _function(module: nn.Module, exported: Any, call: Call, name: str, callers: 
             raise CaptureError(f"its graph has a {node.op} of {node.target}")
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise CaptureError(f"it uses the higher-order operator {node.target.name()}")
-        if node.target is aten._assert_scalar.default:
+        if node.target is aten._assert_scalar.default or node.target is torch._C._set_grad_enabled:
             continue
         copied[node] = graph.node_copy(node, copied.__getitem__)
     fake = next(n.meta["val"].fake_mode for n in copied.values() if isinstance(n.meta.get("val"), Tensor))

@@ -23,7 +23,8 @@ def _chunked(
     rows = max(1, min(tokens, CHUNK // vocabulary))
     valid = labels != ignore_index
     target = labels.masked_fill(~valid, 0)
-    share = valid / valid.sum() if mean else valid.to(torch.float32)
+    count = valid.sum() if mean else torch.ones((), device=hidden.device)
+    share = valid / count.clamp(min=1)  # no label at all: the loss is NaN, the gradients zeros, as torch's
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     to_hidden = torch.empty_like(hidden) if grads else hidden.new_empty(0)
     single = rows >= tokens
@@ -35,7 +36,7 @@ def _chunked(
         logits = F.linear(hidden[part], weight, bias).float()
         at = target[part].unsqueeze(1)
         norm = logits.logsumexp(dim=1)
-        total += ((norm - logits.gather(1, at).squeeze(1)) * share[part]).sum()
+        total += ((norm - logits.gather(1, at).squeeze(1)) * valid[part]).sum()
         if not grads:
             continue
         probability = logits.sub_(norm.unsqueeze(1)).exp_()
@@ -51,7 +52,7 @@ def _chunked(
     if grads:
         to_weight = to_weight.to(weight.dtype)
         to_bias = to_bias.to(weight.dtype)
-    return total, to_hidden, to_weight, to_bias
+    return total / count, to_hidden, to_weight, to_bias
 
 
 @_chunked.register_fake
@@ -71,7 +72,9 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad: Tensor, *_):
     to_hidden, to_weight, to_bias = ctx.saved_tensors
-    scaled = [None if t is None else t * grad.to(t.dtype) for t in (to_hidden, to_weight, to_bias if ctx.has_bias else None)]
+    # in fp32: a factor such as 1/3 rounded to 16 bits would bend all gradients the same way
+    found = (to_hidden, to_weight, to_bias if ctx.has_bias else None)
+    scaled = [None if t is None else (t.float() * grad).to(t.dtype) for t in found]
     return (*scaled, None, None, None, None)
 
 
@@ -90,15 +93,24 @@ def linear_cross_entropy(
     """The kernel of ``moefx.linear_cross_entropy``; same arguments, same fp32 scalar.
 
     torch's own ``F.linear_cross_entropy`` (2.13) takes over where it is as exact and stays in the graph: in fp32, outside
-    of torch.compile, which it would leave.
+    of torch.compile, which it would leave. In fp16 the gradients have to be computed after the loss is scaled up, so
+    all logits are built, as the operation itself does.
     """
-    grads = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    grads = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     if torch.is_autocast_enabled(hidden.device.type):  # opaque to autocast: cast as F.linear would be
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if hasattr(F, "linear_cross_entropy") and hidden.dtype == torch.float32 and not torch.compiler.is_compiling() and grads:
         options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)
-        return F.linear_cross_entropy(
-            hidden, weight, labels, linear_bias=bias, reduction=reduction, ignore_index=ignore_index, options=options
+        total = F.linear_cross_entropy(
+            hidden, weight, labels, linear_bias=bias, reduction="sum", ignore_index=ignore_index, options=options
         )
+        if reduction == "sum":
+            return total
+        # divided here: with no label that counts, torch's own mean has NaN gradients where cross_entropy has zeros
+        count = (labels != ignore_index).sum()
+        return torch.where(count > 0, total / count.clamp(min=1), torch.nan)
+    if hidden.dtype == torch.float16 and grads:
+        logits = F.linear(hidden, weight, bias).float()
+        return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction)
     return _chunked(hidden, weight, bias, labels, ignore_index, reduction == "mean", grads)[0]

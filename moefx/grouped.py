@@ -16,12 +16,13 @@ def _grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """x [R, a] times weight [E, a, b] group by group; group e is rows offsets[e-1] to offsets[e]. -> [R, b]."""
     if x.is_cuda and x.dtype == torch.bfloat16 and x.shape[0]:
         return torch._grouped_mm(x, weight, offs=offsets)
-    out = x.new_zeros(x.shape[0], weight.shape[2])
+    out = x.new_empty(x.shape[0], weight.shape[2])
     start = 0
     for e, end in enumerate(offsets.tolist()):
         if end > start:
             torch.mm(x[start:end], weight[e], out=out[start:end])
         start = end
+    out[start:].zero_()
     return out
 
 
@@ -29,11 +30,13 @@ def _grouped_outer(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
     """x [R, a], y [R, b] -> [E, a, b]: x.T @ y of each group; zeros for an empty one."""
     if x.is_cuda and x.dtype == torch.bfloat16 and x.shape[0]:
         return torch._grouped_mm(x.transpose(0, 1), y, offs=offsets)
-    out = x.new_zeros(offsets.shape[0], x.shape[1], y.shape[1])
+    out = x.new_empty(offsets.shape[0], x.shape[1], y.shape[1])
     start = 0
     for e, end in enumerate(offsets.tolist()):
         if end > start:
             torch.mm(x[start:end].T, y[start:end], out=out[e])
+        else:
+            out[e].zero_()
         start = end
     return out
 

@@ -130,7 +130,7 @@ def test_torch_refuses_with_the_reason_and_the_reference_runs(node, sentence):
     assert choice.refusals == [("torch", sentence)]
 
 
-@pytest.mark.parametrize("inner, accepted", [(24, True), (18, False)])
+@pytest.mark.parametrize("inner, accepted", [(24, True), (18, False), (20, False)])
 def test_torch_refuses_experts_that_the_grouped_gemm_cannot_read(inner, accepted):
     with FakeTensorMode():
         up, down = (torch.empty(4, *s, dtype=torch.bfloat16, device="cuda") for s in ((2 * inner, 16), (16, inner)))
@@ -139,7 +139,7 @@ def test_torch_refuses_experts_that_the_grouped_gemm_cannot_read(inner, accepted
     choice = choose(node, resolve("torch"))
     assert choice.backend.name == ("torch" if accepted else "reference")
     if not accepted:
-        assert "rows of whole 16 bytes" in choice.refusals[0][1] and "(36, 16)" in choice.refusals[0][1]
+        assert "rows of whole 16 bytes" in choice.refusals[0][1]
 
 
 def test_an_operation_that_nobody_has():
@@ -190,7 +190,7 @@ def _compare(kernel, op, inputs, options, grad_of=1.0):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
         else:
             bound = 2 * (b - e).abs().max() + torch.finfo(a.dtype).eps * e.abs().max()
-            assert (a - e).abs().max() <= bound
+            assert b.isfinite().all() and (a - e).abs().max() <= bound
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -254,7 +254,7 @@ def test_experts(layout, top_k, dtype):
     _compare(torch_backend.experts, ops.experts, inputs, LAYOUTS[layout])
 
 
-@pytest.mark.parametrize("tokens, allowed", [(1, range(E)), (7, [2]), (7, [0, 3]), (31, range(E))])
+@pytest.mark.parametrize("tokens, allowed", [(0, range(E)), (1, range(E)), (7, [2]), (7, [0, 3]), (31, range(E))])
 def test_experts_for_few_tokens_and_unused_experts(tokens, allowed):
     inputs = _experts_inputs(tokens=tokens, allowed=allowed)
     _compare(torch_backend.experts, ops.experts, inputs, LAYOUTS["qwen3"])
@@ -292,11 +292,20 @@ def test_linear_cross_entropy(reduction, bias, ignored, dtype, chunk, monkeypatc
         return chunked._chunked(hidden, weight, bias, labels, ignore_index, reduction == "mean", True)[0]
 
     for kernel in (torch_backend.linear_cross_entropy, chunks):
-        if ignored == "all" and reduction == "mean":  # 0 / 0, as torch
-            assert kernel(*floats, labels, reduction=reduction).isnan()
-        else:
-            options = dict(reduction=reduction)
-            _compare(kernel, ops.linear_cross_entropy, (*floats, labels), options, grad_of=0.75)
+        # no label that counts: the mean is 0 / 0, the gradients are zeros, as torch's
+        _compare(kernel, ops.linear_cross_entropy, (*floats, labels), dict(reduction=reduction), grad_of=0.75)
+
+
+def test_linear_cross_entropy_in_fp16_with_a_loss_scale():
+    """As GradScaler trains: the scale is not beyond fp16, and no small gradient is lost before it is multiplied."""
+    hidden, weight = _random(256, H).half().requires_grad_(), (_random(200, H, seed=1) / 4).half().requires_grad_()
+    inputs = (hidden, weight, None, torch.arange(256) % 200)
+    _compare(torch_backend.linear_cross_entropy, ops.linear_cross_entropy, inputs, {}, grad_of=65536.0)
+
+
+def test_linear_cross_entropy_with_only_the_bias_trained():
+    inputs = (_random(10, H).bfloat16(), _random(33, H, seed=1).bfloat16(), _random(33).bfloat16().requires_grad_())
+    _compare(torch_backend.linear_cross_entropy, ops.linear_cross_entropy, (*inputs, torch.arange(10)), {})
 
 
 def test_linear_cross_entropy_never_has_more_logits_than_a_chunk(monkeypatch):

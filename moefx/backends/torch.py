@@ -19,7 +19,8 @@ from . import Backend, Kernel
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, cast_first: bool = True, offset: float = 0.0) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    # .to: under CUDA autocast F.rms_norm returns fp32 whatever it got, the operation its input's dtype
+    return F.rms_norm(x, (x.shape[-1],), weight, eps).to(x.dtype)
 
 
 def _refuses_rms_norm(node: fx.Node) -> str | None:
@@ -48,7 +49,7 @@ def attention(
     softcap: float = 0.0,
     dropout: float = 0.0,
 ) -> Tensor:
-    if mask is None and window is not None and q.shape[2] > window:
+    if mask is None and is_causal and window is not None and q.shape[2] > window:
         distance = torch.arange(q.shape[2], device=q.device)[:, None] - torch.arange(k.shape[2], device=q.device)
         mask = (distance >= 0) & (distance < window)
     repeats = q.shape[1] // k.shape[1]
@@ -74,6 +75,20 @@ def _refuses_attention(node: fx.Node) -> str | None:
 # --- experts ---------------------------------------------------------------------------------------------------------
 
 
+def _sum_of_tokens(rows: Tensor, weights: Tensor | None) -> Tensor:
+    """rows [T, K, H], each times its weight [T, K] -> [T, H], added in the order of k.
+
+    Written out over k, not as ``sum(dim=1)``: Inductor's CPU code for a reduction over gathered rows is scalar, ten
+    times slower than these fused additions. 16-bit rows add up in fp32, as in ``sum``.
+    """
+    rows = rows * weights.unsqueeze(-1) if weights is not None else rows
+    total = rows[:, 0]
+    total = total.float() if rows.shape[1] > 1 and total.dtype in (torch.bfloat16, torch.float16) else total
+    for k in range(1, rows.shape[1]):
+        total = total + rows[:, k]
+    return total.to(rows.dtype)
+
+
 class _GatherTokens(torch.autograd.Function):
     """Row i of the result is the token of the i-th sorted (token, k): the backward sums each token's K rows, in order."""
 
@@ -86,7 +101,7 @@ class _GatherTokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         (inverse,) = ctx.saved_tensors
-        return grad[inverse].view(-1, ctx.top_k, grad.shape[-1]).sum(dim=1), None, None, None
+        return _sum_of_tokens(grad[inverse].view(-1, ctx.top_k, grad.shape[-1]), None), None, None, None
 
 
 class _Permute(torch.autograd.Function):
@@ -101,6 +116,23 @@ class _Permute(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         (inverse,) = ctx.saved_tensors
         return grad[inverse], None, None
+
+
+class _BiasOfRows(torch.autograd.Function):
+    """``bias[expert]``: the backward is a product with the experts' one-hot rows, since an indexed sum would add all rows
+    of an expert to one place, atomically, in an order that changes."""
+
+    @staticmethod
+    def forward(ctx, bias: Tensor, expert: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(expert)
+        ctx.experts = bias.shape[0]
+        return bias[expert]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        (expert,) = ctx.saved_tensors
+        chosen = expert == torch.arange(ctx.experts, device=grad.device).unsqueeze(1)
+        return chosen.to(grad.dtype) @ grad, None
 
 
 def experts(
@@ -131,18 +163,20 @@ def experts(
             out = torch._grouped_mm(h.to(weight.dtype), matrix, offs=offsets)
         else:
             out = grouped.grouped_mm(h.to(weight.dtype), matrix, offsets)
-        return out if bias is None else out + bias[expert]
+        return out if bias is None else out + _BiasOfRows.apply(bias, expert)
 
     h = project(_GatherTokens.apply(x, order, inverse, top_k), up, up_bias)
     h = project(ACTIVATIONS[activation].forward(h, alpha, limit, interleaved), down, down_bias)
-    h = _Permute.apply(h, inverse, order).view(tokens, top_k, -1)
-    return (h * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+    h = _Permute.apply(h, inverse, order).view(tokens, top_k, h.shape[-1])
+    return _sum_of_tokens(h, weights).to(x.dtype)
 
 
 def _refuses_experts(node: fx.Node) -> str | None:
-    up = value(arguments(node)["up"])
-    if up.device.type == "cuda" and up.dtype == torch.bfloat16 and any(n * up.element_size() % 16 for n in up.shape[1:]):
-        return f"torch's grouped GEMM wants rows of whole 16 bytes, the experts' matrices are {tuple(up.shape[1:])} in bf16"
+    for name in ("up", "down"):
+        w = value(arguments(node)[name])
+        grouped_gemm = w.device.type == "cuda" and w.dtype == torch.bfloat16
+        if grouped_gemm and any(n * w.element_size() % 16 for n in w.shape[1:]):
+            return f"torch's grouped GEMM wants rows of whole 16 bytes, {name} has matrices {tuple(w.shape[1:])} in bf16"
     return None
 
 
