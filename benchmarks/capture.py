@@ -2,8 +2,8 @@
 
     python benchmarks/capture.py
 
-Bounds: 48 layers in under 15 s and 3 GiB; 96 layers at most 10 % longer; under 50 us of Python per block call. Exit code
-1 if one is broken. The JSON goes to ``benchmarks/results/capture.json``.
+Bounds: 48 layers in under 15 s and 3 GiB; 96 layers at most 10 % longer; under 50 us of Python per block call. Exit
+code 1 if one is broken. The JSON goes to ``benchmarks/results/capture.json``.
 """
 
 from __future__ import annotations
@@ -55,15 +55,17 @@ def captures(layers: int) -> dict[str, Any]:
     if out.returncode:
         raise SystemExit(f"capturing {layers} layers failed:\n{out.stderr}")
     record = json.loads(out.stdout.splitlines()[-1])
-    common.say(f"{layers} layers: {record['seconds']:.2f} s (cpu {record['cpu_s']:.2f} s), {record['peak_gib']:.2f} GiB")
+    seconds, cpu = record["seconds"], record["cpu_s"]
+    common.say(f"{layers} layers: {seconds:.2f} s (cpu {cpu:.2f} s), {record['peak_gib']:.2f} GiB")
     return record
 
 
 def call_overhead(calls: int, rounds: int = 9) -> dict[str, Any]:
-    """Microseconds of Python around a block's graph: everything from ``block(...)`` to its result, the graph costing none."""
-    import moefx
+    """Microseconds of Python around a block's graph: all from ``block(...)`` to its result, the graph costing none."""
     import torch
     from models import build
+
+    import moefx
 
     model = build("tiny", 2, torch.float32, "cpu").train()
     block = model.model.layers[0]
@@ -166,7 +168,9 @@ def main() -> int:
     problems += [f"promised, not raised: {s}" for s in shallow[0]["shortfall"]]
     record = {
         "machine": common.machine(),
-        "median": {"seconds_48": seconds, "seconds_96": seconds96, "longer": longer, "peak_gib_48": gib, "peak_gib_96": gib96},
+        "median": {
+            "seconds_48": seconds, "seconds_96": seconds96, "longer": longer, "peak_gib_48": gib, "peak_gib_96": gib96,
+        },  # fmt: skip
         "call": overhead,
         "runs": [*shallow, *deep],
         "problems": problems,

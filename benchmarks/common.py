@@ -198,9 +198,8 @@ def _processor() -> str:
 def _commit() -> str | None:
     """The commit that was measured, "+" if files differ from it; None outside of a repository."""
     try:
-        out = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=12", "--dirty=+"], cwd=HERE, capture_output=True, text=True, timeout=20
-        )
+        command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+"]
+        out = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return None
     return out.stdout.strip() or None

@@ -2,9 +2,9 @@
 
     python benchmarks/cpu_demo.py
 
-fp32, batch 8, sequence 256, bytes of the standard library's help topics. The steps of the two alternate, so that whatever
-else the machine does hits both. Exit code 1 if moefx is slower or its loss or a gradient differs. The JSON goes to
-``benchmarks/results/cpu_demo.json``.
+fp32, batch 8, sequence 256, bytes of the standard library's help topics. The steps of the two alternate, so that
+whatever else the machine does hits both. Exit code 1 if moefx is slower or its loss or a gradient differs.
+The JSON goes to ``benchmarks/results/cpu_demo.json``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def main() -> int:
         batch = next(data)  # the same for both
         for name in list(runs) if i % 2 else list(reversed(runs)):
             common.drop_gradients(model)  # shared parameters: this drops both models' gradients
-            timings[name].steps_ms.append(common.time_once(lambda r=runs[name]: common.train_step(r, batch), device))
+            ms = common.time_once(lambda r=runs[name], b=batch: common.train_step(r, b), device)
+            timings[name].steps_ms.append(ms)
     batch = next(data)
     loss, wanted = common.gradients(model, model, batch)
     loss_moefx, found = common.gradients(other, other, batch)
@@ -65,7 +66,8 @@ def main() -> int:
         (n, f"{ms:.1f}", f"{tokens / ms * 1e3:.0f}", f"{medians['hf'] / ms:.2f}", f"{timings[n].warmup_s:.1f}")
         for n, ms in medians.items()
     ]
-    common.show(f"demo model, fp32, {args.batch} x {args.seq}", ("who", "ms", "tokens/s", "times HF", "warm-up s"), rows)
+    columns = ("who", "ms", "tokens/s", "times HF", "warm-up s")
+    common.show(f"demo model, fp32, {args.batch} x {args.seq}", columns, rows)
     print(f"loss {loss:.6f} against {loss_moefx:.6f}; gradients apart: max {apart['max']:.1e} ({apart['worst']}), "
           f"mean {apart['mean']:.1e}")  # fmt: skip
     problems = []

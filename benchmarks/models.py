@@ -34,7 +34,7 @@ def config(name: str, layers: int) -> Qwen3MoeConfig:
 def build(
     name: str, layers: int, dtype: torch.dtype, device: str | torch.device, *, experts: str = "grouped_mm"
 ) -> nn.Module:
-    """A model with random weights, the same for the same arguments; sdpa attention, Transformers' fastest that is built in."""
+    """A model with random weights, the same for the same arguments; sdpa, Transformers' fastest built-in attention."""
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config(name, layers), dtype=dtype, attn_implementation="sdpa")

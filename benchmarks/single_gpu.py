@@ -1,11 +1,11 @@
 """Training steps on one device: Transformers eager, torch.compile of it, and moefx, on the same weights in one process.
 
-    python benchmarks/single_gpu.py                                        # Qwen3-30B-A3B's widths, 2 and 6 layers, one GPU
-    python benchmarks/single_gpu.py --model tiny --device cpu --seq 64     # does it run?
+    python benchmarks/single_gpu.py                                     # Qwen3-30B-A3B's widths, 2 and 6 layers
+    python benchmarks/single_gpu.py --model tiny --device cpu --seq 64  # does it run?
 
-bf16, random weights and tokens. Each row is checked in the same run: moefx's loss and every gradient against Transformers'
-and, with the first micro-batch, both against Transformers in fp32. The tolerance is Transformers' own rounding: moefx may
-be at most 1.5 times as far from fp32 as Transformers in bf16 is. Exit code 1 if a check fails or moefx is slower than
+bf16, random weights and tokens. Each row is checked in the same run: moefx's loss and every gradient against
+Transformers', and both against Transformers in fp32. The tolerance is Transformers' own rounding: moefx may be at most
+1.5 times as far from fp32 as Transformers in bf16 is. Exit code 1 if a check fails or moefx is slower than
 ``--min-speedup`` times Transformers eager. The JSON goes to ``benchmarks/results/``.
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 FARTHER = 1.5  #: moefx's distance from fp32 over that of Transformers in bf16
-#: A distance that rounding the result to bf16 alone can make (half a unit in the last place): below it nothing is wrong.
+#: A distance that rounding the result alone can make (bf16: half a unit in the last place): below it nothing is wrong.
 FLOOR = {torch.bfloat16: 2**-8, torch.float32: 1e-4}
 
 
@@ -36,14 +35,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 6])
     parser.add_argument("--seq", type=int, default=4096)
     parser.add_argument("--mbs", type=int, nargs="+", default=[1, 4], help="sequences per micro-batch")
-    parser.add_argument("--peers", default="hf,hf_compile", help="moefx always runs, and so does hf, which it is checked against")
+    parser.add_argument("--peers", default="hf,hf_compile", help="besides moefx; hf always runs, for the check")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--min-speedup", type=float, help="over hf eager, every row (default: 1.5 for qwen3_30b on CUDA)")
-    parser.add_argument("--budget", type=float, default=420, help="seconds after which hf_compile is left out, and said so")
-    parser.add_argument("--profile", action="store_true", help="print the 20 CUDA kernels that one moefx step spends most in")
+    parser.add_argument("--min-speedup", type=float, help="over hf, every row (default: 1.5 for qwen3_30b on CUDA)")
+    parser.add_argument("--budget", type=float, default=420, help="seconds after which hf_compile is left out")
+    parser.add_argument("--profile", action="store_true", help="print the 20 longest CUDA kernels of one moefx step")
     parser.add_argument("--name", help="of the JSON file")
     args = parser.parse_args()
     args.peers = [p for p in args.peers.split(",") if p]
@@ -102,64 +101,61 @@ def reference(args: argparse.Namespace, model: nn.Module, batch: dict[str, Tenso
     exact.model.rotary_emb = common.twin(model.model.rotary_emb)
     exact.set_experts_implementation("eager")  # the loop over experts: the model's own definition
     exact.train()
+    # one sequence at a time, so that fp32 activations fit; all have as many labels, so the mean of losses is the loss
+    many, loss, picked = len(batch["input_ids"]), 0.0, []
     with exact_fp32():
-        loss, grads = common.gradients(exact, exact, batch)
-        picked = choices(exact, exact, batch)
-    return loss, grads, picked
+        for i in range(many):
+            one = {n: t[i : i + 1] for n, t in batch.items()}
+            part = exact(**one, use_cache=False).loss / many
+            part.backward()
+            loss += float(part)
+            picked.append(choices(exact, exact, one))
+    grads = {n: p.grad for n, p in exact.named_parameters()}
+    common.drop_gradients(exact)
+    return loss, grads, [torch.cat(layer) for layer in zip(*picked)]
 
 
-def check_exact(args: argparse.Namespace, model: nn.Module, other: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
-    """moefx and Transformers against fp32: whose rounding is whose."""
+def check(args: argparse.Namespace, model: nn.Module, other: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
+    """moefx and Transformers against fp32 on a timed batch, and against each other: whose rounding is whose."""
     loss, wanted, picked = reference(args, model, batch)
-    common.say(f"  fp32 reference: loss {loss:.5f}")
     record: dict[str, Any] = {"loss": {"fp32": loss}, "flipped": {}, "problems": []}
     far: dict[str, dict[str, float]] = {}
-    chosen = {}
+    chosen, found = {}, {}
     for name, run in (("hf", model), ("moefx", other)):
-        record["loss"][name], found = common.gradients(run, run, batch)
-        far[name] = common.distances(wanted, found)
+        record["loss"][name], found[name] = common.gradients(run, run, batch)
+        far[name] = common.distances(wanted, found[name])
         record[name] = common.spread(far[name])
-        del found
         chosen[name] = choices(run, run, batch)
         record["flipped"][f"{name} against fp32"] = flipped(picked, chosen[name])
     record["flipped"]["moefx against hf"] = flipped(chosen["hf"], chosen["moefx"])
-    floor = FLOOR[model.dtype]
+    apart = common.distances(found["hf"], found["moefx"])
+    record["moefx against hf"] = common.spread(apart)
+    rounding = FLOOR[model.dtype]
+    # How many tokens go to another expert is luck where they are few: 0 for one model, 2 for the other. A share f of
+    # all tokens is about sqrt(f) of a gradient. From 30 flips on the luck is under a tenth: no allowance.
+    share = max(record["flipped"]["moefx against fp32"])
+    luck = share**0.5 if share * batch["input_ids"].numel() < 30 else 0.0
+    floor = max(rounding, luck)
     ratios = {n: far["moefx"][n] / max(far["hf"][n], floor) for n in wanted}
-    record["ratio"] = common.spread(ratios)
+    record["ratio"], record["floor"] = common.spread(ratios), floor
     record["distances"] = {n: [far["hf"][n], far["moefx"][n]] for n in wanted}
-    gaps = {n: abs(record["loss"][n] - loss) / abs(loss) for n in ("hf", "moefx")}
-    record["loss_gap"] = gaps
     for n, r in ratios.items():
         if not r <= FARTHER:
             record["problems"].append(
-                f"grad {n}: {far['moefx'][n]:.2e} from fp32, Transformers {far['hf'][n]:.2e}: {r:.2f} times, {FARTHER} allowed"
+                f"grad {n}: {far['moefx'][n]:.2e} from fp32, Transformers {far['hf'][n]:.2e}: {r:.2f} times, "
+                f"{FARTHER} allowed"
             )
-    # a mean over thousands of tokens: its roundings cancel by luck, so the floor is what one rounding of bf16 makes
-    if not gaps["moefx"] <= max(FARTHER * gaps["hf"], floor):
+    for n, d in apart.items():
+        # two that are a and at most 1.5 a from the truth are at most 2.5 a from each other
+        allowed = (1 + FARTHER) * max(far["hf"][n], floor)
+        if not d <= allowed:
+            record["problems"].append(f"grad {n}: {d:.2e} from Transformers', {allowed:.2e} allowed")
+    gaps = {n: abs(record["loss"][n] - loss) / abs(loss) for n in ("hf", "moefx")}
+    record["loss_gap"] = gaps
+    # a mean over many tokens, whose roundings cancel by luck: so the floor is what one rounding of bf16 makes
+    if not gaps["moefx"] <= max(FARTHER * gaps["hf"], rounding):
         record["problems"].append(f"loss: {gaps['moefx']:.1e} from fp32, Transformers {gaps['hf']:.1e}")
     return record
-
-
-def check_peer(
-    model: nn.Module, run: Callable, other: nn.Module, batch: dict[str, Tensor], own: dict[str, list[float]]
-) -> dict[str, Any]:
-    """moefx against Transformers on a timed batch; ``own``: how far each parameter's gradient is from fp32.
-
-    Two that are a and at most 1.5 a from the truth are at most 2.5 a from each other.
-    """
-    loss, wanted = common.gradients(model, run, batch)
-    loss_moefx, found = common.gradients(other, other, batch)
-    apart = common.distances(wanted, found)
-    floor = FLOOR[model.dtype]
-    problems = []
-    for n, far in apart.items():
-        allowed = (1 + FARTHER) * max(own[n][0], floor)
-        if not far <= allowed:
-            problems.append(f"grad {n}: {far:.2e} from Transformers', {allowed:.2e} allowed")
-    gap = abs(loss - loss_moefx) / abs(loss)
-    if not gap <= floor:
-        problems.append(f"loss {loss_moefx:.5f}, Transformers {loss:.5f}")
-    return {"loss": [loss, loss_moefx], "loss_gap": gap, **common.spread(apart), "problems": problems}
 
 
 # --- one depth -------------------------------------------------------------------------------------------------------
@@ -194,18 +190,19 @@ def depth(args: argparse.Namespace, layers: int) -> dict[str, Any]:
         common.free(device, code=False)  # its code serves every length: dropping it would hide that
     if args.profile:
         record["profile"] = profile(args, other)
-    with common_memory(device):
-        record["checks"]["fp32"] = check_exact(args, model, other, tokens(args, args.mbs[0]))
-        common.free(device, code=False)
-        for batch in args.mbs:
-            own = record["checks"]["fp32"]["distances"]
-            record["checks"][f"mbs {batch}"] = check_peer(model, model, other, tokens(args, batch), own)
-            common.free(device, code=False)
-    for name, check in record["checks"].items():
-        verdict = f"{len(check['problems'])} problems" if check["problems"] else "ok"
-        common.say(f"  check {name}: {verdict}")
     report = moefx.report(other)
     record["fallbacks"] = [f"{p}: {r}: {n} times" for (p, r), n in report.fallbacks.items()]
+    for batch in args.mbs:
+        name = f"mbs {batch}"
+        found = record["checks"][name] = check(args, model, other, tokens(args, batch))
+        text = f"{len(found['problems'])} problems" if found["problems"] else "ok"
+        common.say(f"  check, {name}: {text}; losses {found['loss']}")
+        common.free(device, code=False)
+    # asking for router logits is another kind of call than the timed one: noted, but the times are not about it
+    after = [f"{p}: {r}: {n} times" for (p, r), n in report.fallbacks.items()]
+    record["fallbacks_in_checks"] = [f for f in after if f not in record["fallbacks"]]
+    for text in record["fallbacks_in_checks"][:1]:
+        common.say(f"  output_router_logits ran the original forward, so moefx's choices are not known: {text}")
     record["kernels"] = {f"{op} by {backend}": many for (op, backend), (many, _) in report.kernels().items()}
     record["optimize_s"] = report.seconds
     del other, report
@@ -233,16 +230,6 @@ def depth(args: argparse.Namespace, layers: int) -> dict[str, Any]:
     del model
     common.free(device)
     return record
-
-
-@contextlib.contextmanager
-def common_memory(device: torch.device) -> Iterator[None]:
-    """Checks keep several models' gradients: their memory is given back before anything else is timed."""
-    try:
-        yield
-    finally:
-        gc.collect()
-        common.free(device, code=False)
 
 
 def profile(args: argparse.Namespace, model: nn.Module) -> list[dict[str, Any]]:
@@ -273,7 +260,7 @@ def profile(args: argparse.Namespace, model: nn.Module) -> list[dict[str, Any]]:
 
 
 def extrapolate(args: argparse.Namespace, depths: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """From the shallowest and the deepest: ms per layer, ms of everything else (embedding, head, loss), the whole model."""
+    """From the shallowest and the deepest: ms per layer, ms of the rest (embedding, head, loss), the whole model."""
     first, last = min(depths, key=lambda d: d["layers"]), max(depths, key=lambda d: d["layers"])
     if first is last:
         return []
@@ -309,7 +296,7 @@ def main() -> int:
                          f"{r['speedup']:.2f}"))  # fmt: skip
             if r["who"] == "moefx" and r["speedup"] < args.min_speedup:
                 problems.append(
-                    f"{d['layers']} layers, mbs {r['mbs']}: {r['speedup']:.2f} times hf eager, {args.min_speedup} is the bound"
+                    f"{d['layers']} layers, mbs {r['mbs']}: {r['speedup']:.2f} times hf, {args.min_speedup} wanted"
                 )
         for name, check in d["checks"].items():
             problems += [f"{d['layers']} layers, {name}: {p}" for p in check["problems"]]
@@ -318,8 +305,9 @@ def main() -> int:
     eager = {r["mbs"]: r["ms"] for r in whole if r["who"] == "hf"}
     for r in sorted(whole, key=lambda r: r["mbs"]):
         r["speedup"] = eager[r["mbs"]] / r["ms"]
-        rows.append((f"{r['layers']} (extrapolated)", r["mbs"], r["who"], f"{r['ms']:.2f}", f"{r['tokens_per_s']:.0f}", "",
-                     f"{r['speedup']:.2f}"))  # fmt: skip
+        layers = f"{r['layers']} (extrapolated)"
+        per_s, speedup = f"{r['tokens_per_s']:.0f}", f"{r['speedup']:.2f}"
+        rows.append((layers, r["mbs"], r["who"], f"{r['ms']:.2f}", per_s, "", speedup))
     columns = ("layers", "mbs", "who", "ms", "tokens/s", "peak GiB", "times HF")
     common.show(f"{args.model}, sequence {args.seq}, {args.dtype}: forward + loss + backward", columns, rows)
     show_checks(depths)
@@ -340,21 +328,16 @@ def show_checks(depths: list[dict[str, Any]]) -> None:
     """Gradients' distances and flipped choices, one table."""
     rows = []
     for d in depths:
-        exact = d["checks"]["fp32"]
-        for who in ("hf", "moefx"):
-            share = statistics.fmean(exact["flipped"][f"{who} against fp32"])
-            rows.append((d["layers"], f"{who} against fp32", f"{exact['loss_gap'][who]:.1e}", f"{exact[who]['max']:.1e}",
-                         f"{exact[who]['mean']:.1e}", exact[who]["worst"], f"{share:.2%}"))  # fmt: skip
-        share = statistics.fmean(exact["flipped"]["moefx against hf"])
         for name, c in d["checks"].items():
-            if name != "fp32":
-                rows.append((d["layers"], f"moefx against hf, {name}", f"{c['loss_gap']:.1e}", f"{c['max']:.1e}",
-                             f"{c['mean']:.1e}", c["worst"], f"{share:.2%}"))  # fmt: skip
-                share = float("nan")
-    columns = ("layers", "who", "loss", "grad max", "grad mean", "worst", "other experts")
-    common.show("relative distance of the loss and of all gradients (L2)", columns, [
-        [x.replace("nan%", "") if isinstance(x, str) else x for x in r] for r in rows
-    ])  # fmt: skip
+            for who in ("hf against fp32", "moefx against fp32", "moefx against hf"):
+                found = c[who] if who in c else c[who.split()[0]]
+                gap = c["loss_gap"].get(who.split()[0]) if who.endswith("fp32") else None
+                gap = abs(c["loss"]["moefx"] - c["loss"]["hf"]) / abs(c["loss"]["hf"]) if gap is None else gap
+                share = statistics.fmean(c["flipped"][who])
+                rows.append((d["layers"], name, who, f"{gap:.1e}", f"{found['max']:.1e}", f"{found['mean']:.1e}",
+                             found["worst"].removeprefix("model."), f"{share:.2%}"))  # fmt: skip
+    columns = ("layers", "batch", "who", "loss", "grad max", "mean", "worst", "other experts")
+    common.show("relative distance of the loss and of all gradients (L2)", columns, rows)
 
 
 if __name__ == "__main__":
