@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,13 +87,21 @@ class Call:
         if not tensors:
             raise CaptureError("it is called without tensors")
         lead = tensors[0].shape[:-1] if tensors[0].dim() > 1 else tensors[0].shape
-        letters: dict[int, str] = {}
-        for size, letter in zip(lead, "abcdefg", strict=False):
-            letters.setdefault(int(size), letter)
-        if len(lead) == 2:
-            letters.setdefault(int(lead[0] * lead[1]), "ab")
-        first = tuple("abcdefg"[i] for i in range(len(lead))) + tuple(tensors[0].shape[len(lead) :])
-        rest = (tuple(letters.get(int(n), int(n)) if n != 1 else 1 for n in t.shape) for t in tensors[1:])
+        names = "abcdefg"[: len(lead)]
+
+        def name(t: Tensor, i: int) -> int | str:
+            n = int(t.shape[i])
+            # the last size of a table (cos, sin) counts features, whatever the sequence length happens to be
+            feature = t.dim() in (2, 3) and i == t.dim() - 1 and t.dtype.is_floating_point
+            if n == 1 or feature:
+                return n
+            same = [x for x, size in zip(names, lead, strict=True) if size == n]
+            if same:
+                return same[0] if i == 0 else same[-1]  # batch before sequence, where they are equal
+            return "ab" if len(lead) == 2 and n == lead[0] * lead[1] else n
+
+        first = (*names, *map(int, tensors[0].shape[len(lead) :]))
+        rest = (tuple(name(t, i) for i in range(t.dim())) for t in tensors[1:])
         return Call(
             template, tuple(t.dtype for t in tensors), tensors[0].device, (first, *rest), training
         )  # fmt: skip
@@ -139,7 +148,7 @@ def distinct_sizes(taken: set[int]) -> tuple[int, int]:
 def sizes_of(module: nn.Module) -> set[int]:
     found = {int(n) for p in itertools.chain(module.parameters(), module.buffers()) for n in p.shape}
     for m in module.modules():
-        found |= {v for v in vars(m).values() if type(v) is int}
+        found |= {v for k, v in vars(m).items() if type(v) is int and k not in hf.INDEX_NAMES}
     return found | {1, 2}
 
 
@@ -347,11 +356,12 @@ class Site:
     path: str
     module: nn.Module
     call: Call
+    structure: tuple
     routers: dict[str, nn.Module] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple:
-        return hf.structure(self.module), self.call
+        return self.structure, self.call
 
 
 @dataclass
@@ -359,9 +369,17 @@ class Recording:
     """What one forward on an example showed."""
 
     calls: dict[str, tuple[tuple, dict]]
-    callers: list[tuple[str, nn.Module]]
     head: tuple[Any, tuple, dict] | None
     head_reason: str = ""
+    like: dict[str, str] = field(default_factory=dict)  #: a block that was not run -> the equal one that was
+    structures: dict[str, tuple] = field(default_factory=dict)
+
+    def call(self, path: str) -> tuple[tuple, dict] | None:
+        """What the module was called with; of a part of a block that was not run, what the equal part was called with."""
+        for block, other in self.like.items():
+            if path.startswith(f"{block}."):
+                return self.calls.get(other + path[len(block) :])
+        return self.calls.get(path)
 
 
 def default_example(model: nn.Module, batch: int, sequence: int) -> dict[str, Tensor]:
@@ -407,11 +425,12 @@ def record(model: Any, example: Mapping[str, Any] | None) -> Recording:
     for path, module in model.named_modules():
         if path:
             handles.append(module.register_forward_pre_hook(remember(path), with_kwargs=True))
+    recording = Recording(calls, None)
     given.setdefault("use_cache", False)
     if "labels" not in given and "input_ids" in given:
         given["labels"] = given["input_ids"]
     try:
-        with torch.no_grad(), hf.emitting() as callers, hf.unpacked_on_meta(), watching_head(model) as head:
+        with torch.no_grad(), hf.emitting(), hf.unpacked_on_meta(), watching_head(model) as head, _once(model, recording):
             model(**given)
     except CaptureError:
         raise
@@ -424,7 +443,37 @@ def record(model: Any, example: Mapping[str, Any] | None) -> Recording:
     finally:
         for h in handles:
             h.remove()
-    return Recording(calls, callers, head.call, head.reason)
+    recording.head, recording.head_reason = head.call, head.reason
+    return recording
+
+
+@contextmanager
+def _once(model: nn.Module, recording: Recording) -> Iterator[None]:
+    """Within: of blocks with equal structure and equal calls one runs, the others return its output: depth costs nothing."""
+    outputs: dict[tuple, tuple[str, Any]] = {}
+    blocks = hf.blocks(model)
+
+    def run(path: str, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        structure = recording.structures[path] = hf.structure(block)
+        try:
+            tensors, template = flatten(args, kwargs)
+        except CaptureError:
+            return type(block).forward(block, *args, **kwargs)
+        key = (structure, template, tuple((t.shape, t.dtype) for t in tensors))
+        if key not in outputs:
+            outputs[key] = path, type(block).forward(block, *args, **kwargs)
+        else:
+            recording.like[path] = outputs[key][0]
+        return outputs[key][1]
+
+    changed = {p: b for p, b in blocks.items() if "forward" not in vars(b)}
+    for path, block in changed.items():
+        block.forward = partial(run, path, block)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for block in changed.values():
+            del block.forward
 
 
 def sites(model: Any, recording: Recording, left: list[Left]) -> list[Site]:
@@ -448,11 +497,12 @@ def sites(model: Any, recording: Recording, left: list[Left]) -> list[Site]:
 
 
 def site_of(path: str, module: nn.Module, recording: Recording, routers: dict, left: list[Left]) -> Site | None:
-    args, kwargs = recording.calls[path]
-    inner = {p.removeprefix(f"{path}."): m for p, m in routers.items() if p.startswith(f"{path}.") and p in recording.calls}
+    args, kwargs = recording.call(path) or ((), {})
+    inner = {p.removeprefix(f"{path}."): m for p, m in routers.items() if p.startswith(f"{path}.") and recording.call(p)}
     try:
         tensors, template = flatten(args, kwargs)
-        return Site(path, module, Call.of(tensors, template, module.training), inner)
+        structure = recording.structures.get(path) or hf.structure(module)
+        return Site(path, module, Call.of(tensors, template, module.training), structure, inner)
     except CaptureError as error:
         left.append(Left(path, type(module).__name__, str(error)))
         return None
@@ -477,7 +527,7 @@ def capture_sites(model: Any, recording: Recording, program: Program) -> None:
         for name, child in site.module.named_children():
             path = f"{site.path}.{name}"
             worth = any(True for _ in child.parameters()) and not type(child).__module__.startswith("torch.nn")
-            if worth and path in recording.calls and not hf.is_recurrent(child):
+            if worth and recording.call(path) and not hf.is_recurrent(child):
                 inner = site_of(path, child, recording, routers, program.left)
                 if inner:
                     take(inner)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import sys
 import textwrap
@@ -241,6 +242,8 @@ def use(model: PreTrainedModel) -> None:
     for module in model.modules():
         if is_experts(module):
             module.__dict__.setdefault("_moefx_previous", experts)
+            with contextlib.suppress(CaptureError):  # said again, with its reason, where the module is called
+                experts_layout(module)  # found on numbers: not while tracing
         elif hasattr(module, "is_causal"):
             module.__dict__.setdefault("_moefx_previous", attention)
     model.set_attn_implementation("moefx")
@@ -308,7 +311,8 @@ def requested() -> set[str]:
     return set(_active_collector.get() or ())
 
 
-_INDEX_NAMES = {"layer_idx", "layer_id", "layer_number"}
+#: Attributes that number a block: no sizes.
+INDEX_NAMES = {"layer_idx", "layer_id", "layer_number"}
 
 
 @cache
@@ -322,7 +326,7 @@ def reads_layer_index(cls: type) -> bool:
         for child in ast.iter_child_nodes(node):
             child.parent = node  # type: ignore[attr-defined]
     for node in ast.walk(tree):
-        if not (isinstance(node, ast.Attribute) and node.attr in _INDEX_NAMES and isinstance(node.ctx, ast.Load)):
+        if not (isinstance(node, ast.Attribute) and node.attr in INDEX_NAMES and isinstance(node.ctx, ast.Load)):
             continue
         up: Any = node
         while not isinstance(up, (ast.Call, ast.stmt)):
@@ -341,7 +345,7 @@ def structure(module: nn.Module) -> tuple:
     found = []
     for path, m in module.named_modules():
         own = [(n, tuple(p.shape), p.dtype, p.device) for n, p in [*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)]]
-        ignored = set() if reads_layer_index(type(m)) else _INDEX_NAMES
+        ignored = set() if reads_layer_index(type(m)) else INDEX_NAMES
         simple = {
             k: v for k, v in vars(m).items()
             if not k.startswith("_") and k != "training" and k not in ignored
