@@ -247,9 +247,6 @@ def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module],
     if hook:
         raise CaptureError(f"the forward hook {hook} would be baked into the graph")
     tensors = call.example(sizes_of(module))
-    # one name, one symbol: batch and sequence are the same in every input
-    names = {n: Dim.DYNAMIC if n == "ab" else Dim(f"size_{n}") for shape in call.sizes for n in shape if isinstance(n, str)}
-    dynamic = tuple({i: names[n] for i, n in enumerate(shape) if isinstance(n, str)} for shape in call.sizes)
     returned: list[Any] = []
     entry = _Entry(module, call.template, routers, returned.append)
     entry.training = module.training
@@ -259,7 +256,7 @@ def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module],
             torch.autocast(call.device.type if call.device.type != "meta" else "cpu", enabled=False),
         ):  # fmt: skip
             warnings.simplefilter("ignore")
-            exported = torch.export.export(entry, tuple(tensors), dynamic_shapes=(dynamic,), strict=False)
+            exported = _export(entry, tensors, call)
             _refuse_no_grad_values(exported.graph_module)
             if not functionalize(exported.graph):
                 exported = exported.run_decompositions({})
@@ -270,6 +267,22 @@ def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module],
     outputs, *of_routers = returned[-1]
     call = replace(call, outputs=outputs, routers=tuple(zip(routers, of_routers, strict=True)))
     return _function(module, exported, call, name, callers)
+
+
+def _export(entry: _Entry, tensors: list[Tensor], call: Call) -> Any:
+    """torch.export with every lettered size dynamic; an error if one would become a constant."""
+
+    def export(names: Callable[[str], Any]) -> Any:
+        shapes = tuple({i: names(n) for i, n in enumerate(size) if isinstance(n, str)} for size in call.sizes)
+        return torch.export.export(entry, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
+
+    named = {n: Dim(f"size_{n}") for n in "abcdefg"}
+    try:
+        # one name, one symbol: batch and sequence are the same in every input
+        return export(lambda n: named.get(n, Dim.DYNAMIC))
+    except torch._dynamo.exc.UserError:
+        # named sizes must satisfy every guard for all numbers; torch 2.11 writes guards, always true, that it cannot prove so
+        return export(lambda n: Dim.DYNAMIC)
 
 
 def _first_sentence(error: BaseException) -> str:

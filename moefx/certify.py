@@ -23,14 +23,19 @@ class Sizes:
 
     def __init__(self, shrink: bool = True):
         self.symbols: dict[sympy.Symbol, int] = {}
+        self.hints: dict[Any, int] = {}
         self.large: dict[int, int] = {}
         self.shrink = shrink
 
     def __call__(self, size: Any) -> int:
         if isinstance(size, torch.SymInt):
             expression = size.node.expr
+            environment = size.node.shape_env
+            known = getattr(environment, "backed_var_to_val", None) or getattr(environment, "var_to_val", {})
             for s in sorted(expression.free_symbols, key=str):
-                self.symbols.setdefault(s, 2 + len(self.symbols))
+                # two symbols of one size in the example (the batch of two inputs) are one size
+                hint = known.get(s, s)
+                self.symbols[s] = self.hints.setdefault(hint, 2 + len(self.hints))
             return int(expression.subs(self.symbols))
         if self.shrink and type(size) is int and size > _LARGE and len(self.large) < len(_SMALL):
             self.large.setdefault(size, _SMALL[len(self.large)])

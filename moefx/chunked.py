@@ -6,12 +6,34 @@ scaled in the backward. Nothing waits for the device: the number of labels that 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Logits of one chunk, in elements: 512 MiB in fp32.
-CHUNK = 1 << 27
+#: Logits of one chunk, in elements: 512 MiB in 16 bits.
+CHUNK = 1 << 28
+#: Up to so many chunks the weight's gradient is summed in its own dtype. On an H200 (bf16, 4,096 tokens, 151,936 words) its
+#: distance from fp32 is 7.9e-4 then, 7.4e-4 with an fp32 sum, which costs 5 to 10 % of the time and twice the memory.
+PLAIN_SUMS = 16
+
+
+def _loss_and_gradient(logits: Tensor, at: Tensor, counts: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Of one chunk [r, V]: the sum of the losses where ``counts`` [r], and the gradient of the logits times ``share`` [r]."""
+    x = logits.float()
+    norm = x.logsumexp(dim=1)
+    loss = ((norm - x.gather(1, at).squeeze(1)) * counts).sum()
+    hit = torch.arange(x.shape[1], device=x.device) == at
+    gradient = ((x - norm.unsqueeze(1)).exp() - hit.to(x.dtype)) * share.unsqueeze(1)
+    return loss, gradient.to(logits.dtype)
+
+
+@functools.cache
+def _fused() -> Callable[..., tuple[Tensor, Tensor]]:
+    """Compiled for CUDA: two passes over the logits instead of eight."""
+    return torch.compile(_loss_and_gradient)
 
 
 @torch.library.custom_op("moefx::chunked_linear_cross_entropy", mutates_args=())
@@ -20,39 +42,37 @@ def _chunked(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss (fp32 scalar) and, if ``grads``, its gradients by hidden [T, H], weight [V, H], bias [V]; else empty tensors."""
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
-    rows = max(1, min(tokens, CHUNK // vocabulary))
+    chunks = max(1, -(-tokens * vocabulary // CHUNK))
+    rows = max(1, -(-tokens // chunks))
     valid = labels != ignore_index
     target = labels.masked_fill(~valid, 0)
     count = valid.sum() if mean else torch.ones((), device=hidden.device)
     share = valid / count.clamp(min=1)  # no label at all: the loss is NaN, the gradients zeros, as torch's
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    to_hidden = torch.empty_like(hidden) if grads else hidden.new_empty(0)
-    single = rows >= tokens
-    # over several chunks 16-bit sums would lose digits that one product keeps
-    to_weight = torch.zeros_like(weight, dtype=weight.dtype if single else torch.float32) if grads else weight.new_empty(0)
-    to_bias = torch.zeros(vocabulary, dtype=torch.float32, device=hidden.device) if grads and bias is not None else weight.new_empty(0)
+    if not grads:
+        for start in range(0, tokens, rows):
+            part = slice(start, start + rows)
+            logits = F.linear(hidden[part], weight, bias).float()
+            loss = logits.logsumexp(dim=1) - logits.gather(1, target[part].unsqueeze(1)).squeeze(1)
+            total += (loss * valid[part]).sum()
+        return total / count, hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0)
+    to_hidden = torch.empty_like(hidden)
+    to_weight = torch.zeros_like(weight, dtype=weight.dtype if chunks <= PLAIN_SUMS else torch.float32)
+    to_bias = torch.zeros(0 if bias is None else vocabulary, dtype=torch.float32, device=hidden.device)
+    chunk = _fused() if hidden.is_cuda else _loss_and_gradient
     for start in range(0, tokens, rows):
         part = slice(start, start + rows)
-        logits = F.linear(hidden[part], weight, bias).float()
-        at = target[part].unsqueeze(1)
-        norm = logits.logsumexp(dim=1)
-        total += ((norm - logits.gather(1, at).squeeze(1)) * valid[part]).sum()
-        if not grads:
-            continue
-        probability = logits.sub_(norm.unsqueeze(1)).exp_()
-        probability.scatter_add_(1, at, -torch.ones_like(at, dtype=probability.dtype))
-        to_logits = probability.mul_(share[part].unsqueeze(1)).to(hidden.dtype)
+        logits = F.linear(hidden[part], weight, bias)
+        loss, to_logits = chunk(logits, target[part].unsqueeze(1), valid[part].float(), share[part])
+        total += loss
         torch.mm(to_logits, weight, out=to_hidden[part])
-        if single:
-            torch.mm(to_logits.T, hidden[part], out=to_weight)
+        if to_weight.dtype == weight.dtype:
+            to_weight.addmm_(to_logits.T, hidden[part])
         else:
             to_weight += to_logits.T @ hidden[part]
         if bias is not None:
             to_bias += to_logits.sum(dim=0, dtype=torch.float32)
-    if grads:
-        to_weight = to_weight.to(weight.dtype)
-        to_bias = to_bias.to(weight.dtype)
-    return total / count, to_hidden, to_weight, to_bias
+    return total / count, to_hidden, to_weight.to(weight.dtype), to_bias.to(weight.dtype)
 
 
 @_chunked.register_fake
