@@ -16,9 +16,9 @@ WIDTH = 100
 
 def render(*parts: object) -> str:
     out = io.StringIO()
-    console = Console(file=out, width=WIDTH, color_system=None, highlight=False, soft_wrap=False)
+    console = Console(file=out, width=WIDTH, color_system=None, highlight=False, markup=False)
     for p in parts:
-        console.print(p, markup=False) if isinstance(p, str) else console.print(p)
+        console.print(p)
     return out.getvalue().rstrip() + "\n"
 
 

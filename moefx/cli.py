@@ -1,0 +1,217 @@
+"""The command line: ``moefx inspect`` (what would be rewritten), ``moefx models`` (which families), ``moefx doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import platform
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.table import Table
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from . import backends, hf, passes
+from .capture import capture
+from .errors import MoefxError
+from .optimize import rewrite
+from .plan import Plan
+from .report import Report
+from .show import render
+from .tiny import tiny_config
+
+
+def read_config(model: str, tiny: bool) -> PreTrainedConfig:
+    """The configuration of a model_type, a config.json or a checkpoint folder."""
+    path = Path(model)
+    if path.suffix == ".json" or path.exists() or "/" in model:
+        file = path / "config.json" if path.is_dir() else path
+        if not file.is_file():
+            raise MoefxError(f"there is no {file}: pass a model_type, a config.json or a folder that holds one")
+        try:
+            found = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise MoefxError(f"{file} is not readable as JSON ({error}): pass an intact config.json") from error
+        if not isinstance(found, dict) or "model_type" not in found:
+            raise MoefxError(f"{file} has no model_type: it is not a Transformers config.json")
+        return tiny_config(known_type(found["model_type"])) if tiny else AutoConfig.for_model(known_type(found.pop("model_type")), **found)
+    return tiny_config(known_type(model)) if tiny else AutoConfig.for_model(known_type(model))
+
+
+def known_type(model_type: str) -> str:
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        near = difflib.get_close_matches(model_type, list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), 3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "`moefx models` lists the families"
+        raise MoefxError(f"Transformers {transformers.__version__} has no causal language model of type {model_type!r}: {hint}")
+    return model_type
+
+
+@contextlib.contextmanager
+def ranks(ep_size: int) -> Iterator[Any]:
+    """A process group that only pretends to have ``ep_size`` ranks: enough to see the structure."""
+    if ep_size == 1:
+        yield None
+        return
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ep_size)
+    try:
+        yield init_device_mesh("cpu", (ep_size,), mesh_dim_names=("ep",))
+    finally:
+        dist.destroy_process_group()
+
+
+def inspect(config: PreTrainedConfig, ep_size: int, device: str = "meta") -> Report:
+    """Captures and rewrites a model of ``config`` without installing anything."""
+    from .parallel import make_mesh
+
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config)
+    hf.check(model)
+    with ranks(ep_size) as mesh:
+        ep_size, mesh = make_mesh(model, ep_size, mesh)
+        plan = Plan(backends.resolve(None), ep_size, mesh["ep"].get_group().group_name if mesh is not None else "", mesh)
+        return rewrite(capture(model), plan, passes.default(), model)
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    if args.pass_name:
+        passes.default()[args.pass_name]  # an unknown name, before a minute of work
+    report = inspect(read_config(args.model, args.tiny), args.ep_size)
+    if args.json:
+        found = report.to_dict()
+        found["cost"] = {n: [str(p) for p in c.parts] for n, (c, _) in report.cost().functions.items()}
+        print(json.dumps(found, indent=1))
+    elif args.pass_name:
+        print(report[args.pass_name].diff() if args.diff else f"{report[args.pass_name]}\n{report[args.pass_name].code}")
+    elif args.diff:
+        for p in report.passes:
+            print(f"# {p.name}\n{p.diff()}")
+    else:
+        print(report)
+        print(report.cost())
+
+
+def moe_families() -> list[str]:
+    """The causal language models of Transformers whose configuration names experts."""
+    found = []
+    for name in sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)):
+        with contextlib.suppress(Exception):
+            config = AutoConfig.for_model(name).get_text_config()
+            counts = (getattr(config, a, None) for a in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"))
+            if any(isinstance(n, int) and n > 1 for n in counts):
+                found.append(name)
+    return found
+
+
+def run_models(args: argparse.Namespace) -> None:
+    rows = []
+    for family in tqdm([known_type(f) for f in args.families] or moe_families(), file=sys.stderr, disable=None):
+        row: dict[str, Any] = {"family": family, "captured": 0, "raised": "", "note": ""}
+        try:
+            report = inspect(tiny_config(family), 1, "cpu")
+            promised: dict[str, int] = {}
+            made: dict[str, int] = {}
+            for f in report.program:
+                for op, n in f.expects.items():
+                    promised[op] = promised.get(op, 0) + n * len(f.instances)
+                    made[op] = made.get(op, 0) + (report.made(op, f) or 0) * len(f.instances)
+            row["captured"] = sum(len(f.instances) for f in report.program)
+            row["raised"] = ", ".join(f"{op} {made[op]}/{n}" for op, n in promised.items())
+            row["note"] = "; ".join(dict.fromkeys(x.reason for x in report.left))[:200]
+        except Exception as error:  # one family must not hide the others
+            row["note"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        rows.append(row)
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table("family", "captured", "raised", "left as it is, and why", title="small configurations of each family", title_justify="left")
+    for r in rows:
+        table.add_row(r["family"], str(r["captured"]), r["raised"], r["note"])
+    print(render(table), end="")
+
+
+def diagnose() -> list[dict[str, str]]:
+    """What is here: name, version or state, and what to do where something is missing."""
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return ""
+
+    cuda = f"{torch.version.cuda}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "no CUDA device: graphs run on the CPU"
+    rows = [
+        {"what": "python", "state": platform.python_version()},
+        {"what": "torch", "state": torch.__version__},
+        {"what": "CUDA", "state": cuda},
+        {"what": "transformers", "state": transformers.__version__},
+    ]
+    for name, backend in backends.builtin().items():
+        rows.append({"what": f"backend {name}", "state": backend.available() or "usable"})
+    for package, module, how in (
+        ("triton", "triton", "pip install moefx[gpu]"),
+        ("transformer-engine", "transformer_engine", "pip install moefx[te]"),
+        ("deep_ep", "deep_ep", "build it from its repository; no registry has it"),
+    ):
+        there = importlib.util.find_spec(module) is not None
+        rows.append({"what": package, "state": (version(package) or "installed") if there else f"not installed: {how}"})
+    return rows
+
+
+def run_doctor(args: argparse.Namespace) -> None:
+    rows = diagnose()
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table("what", "state")
+    for r in rows:
+        table.add_row(r["what"], r["state"])
+    print(render(table), end="")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 1, with one sentence on stderr, for bad input."""
+    parser = argparse.ArgumentParser(prog="moefx", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("inspect", help="what would be captured and rewritten, and what it costs; nothing is downloaded")
+    p.add_argument("model", metavar="MODEL", help="a model_type (qwen3_moe), a config.json or a checkpoint folder")
+    p.add_argument("--tiny", action="store_true", help="a small configuration of the same family")
+    p.add_argument("--ep-size", type=int, default=1, metavar="N")
+    p.add_argument("--pass", dest="pass_name", metavar="NAME", help="the graph after one pass")
+    p.add_argument("--diff", action="store_true", help="what the pass (or each) changed")
+    p.set_defaults(run=run_inspect)
+    p = commands.add_parser("models", help="the families of Transformers: what was captured and raised of each")
+    p.add_argument("families", nargs="*", metavar="FAMILY")
+    p.set_defaults(run=run_models)
+    p = commands.add_parser("doctor", help="what is usable here, and why the rest is not")
+    p.set_defaults(run=run_doctor)
+    for p in commands.choices.values():
+        p.add_argument("--json", action="store_true", help="for programs")
+    args = parser.parse_args(argv)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            args.run(args)
+    except MoefxError as error:
+        print(f"moefx: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

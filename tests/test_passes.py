@@ -1,0 +1,283 @@
+"""Each pass: rewritten (what becomes what), refused (the exact reason), numerics (forward and all gradients)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import moefx
+from moefx import f64, ops
+from moefx.capture import Call, capture_module, flatten
+from moefx.graph import aten, is_call
+from moefx.passes import (
+    Canonicalize, Changes, FuseResidualRMSNorm, Lower, RaiseLinearCrossEntropy, RaiseRMSNorm, RaiseRotary, RaiseRoute,
+    RaiseSwiGLU, default,
+)  # fmt: skip
+from moefx.pipeline import run_pass
+
+
+class Wrap(nn.Module):
+    """A function as a module, so that it is captured as blocks are."""
+
+    def __init__(self, function, *parameters):
+        super().__init__()
+        self.function, self.weights = function, nn.ParameterList(parameters)
+
+    def forward(self, *inputs):
+        return self.function(*self.weights, *inputs)
+
+
+def captured(function, inputs, parameters=()):
+    module = Wrap(function, *parameters)
+    tensors, template = flatten(tuple(inputs), {})
+    f = capture_module(module, Call.of(tensors, template, True), {}, "f")
+    f.instances.append("f")
+    return module, f
+
+
+def run(passes, function, inputs, parameters=()):
+    """The function after the passes, the last pass's changes; outputs and gradients are those of the plain function."""
+    module, f = captured(function, inputs, parameters)
+    plan = moefx.Plan(moefx.resolve(["reference"]))
+    changes = Changes()
+    for p in (Canonicalize(), *passes):
+        changes = run_pass(p, f, plan)[0]
+    inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+    wanted = module(*inputs)
+    found = f.graph_module(*[dict(module.named_parameters())[n] for n in f.parameters], *f.constants, *inputs)
+    wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+    leaves = [t for t in (*module.parameters(), *inputs) if t.requires_grad]
+    for a, b in zip(wanted, found, strict=True):
+        torch.testing.assert_close(b, a)
+
+    def grads(outs):
+        return torch.autograd.grad(sum((o.float() ** 2).sum() for o in outs if o.is_floating_point()), leaves, allow_unused=True)
+
+    for a, b in zip(grads(wanted), grads(found), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(b, a)
+    return f, changes
+
+
+def calls(f, op):
+    return [n for n in f.graph.nodes if is_call(n, op)]
+
+
+def norm(weight, x, eps=1e-5):
+    h = x.to(torch.float32)
+    return weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def norm_after(weight, x):
+    h = x.to(torch.float32)
+    return (weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5))).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("function,first", [(norm, True), (norm_after, False)])
+def test_rms_norm(dtype, function, first):
+    weight = nn.Parameter(torch.randn(16).to(dtype))
+    f, changes = run([RaiseRMSNorm()], function, [torch.randn(3, 17, 16).to(dtype)], [weight])
+    (node,) = calls(f, ops.rms_norm)
+    assert node.args[2] == 1e-5 and len(changes.made) == 1 and changes.missed == []
+    assert node.kwargs.get("cast_first", True) is first
+
+
+def test_rms_norm_refuses_a_sum_for_the_mean():
+    def wrong(weight, x):
+        return weight * (x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-5))
+
+    f, changes = run([RaiseRMSNorm()], wrong, [torch.randn(3, 17, 16)], [nn.Parameter(torch.randn(16))])
+    assert calls(f, ops.rms_norm) == []
+    assert any("expected aten.mean.dim, found sum_1 = aten.sum.dim_IntList" in c.what for c in changes.missed), changes.missed
+
+
+def test_rms_norm_refuses_another_power():
+    def wrong(weight, x):
+        return weight * (x * torch.rsqrt(x.pow(4).mean(-1, keepdim=True) + 1e-5))
+
+    f, changes = run([RaiseRMSNorm()], wrong, [torch.randn(3, 17, 16)], [nn.Parameter(torch.randn(16))])
+    assert calls(f, ops.rms_norm) == [] and any("expected 2, found the constant 4" in c.what for c in changes.missed)
+
+
+def route_mixtral(logits):
+    p = torch.softmax(logits.float(), dim=-1)
+    value, index = torch.topk(p, 2, dim=-1)
+    value /= value.sum(dim=-1, keepdim=True)
+    return value, index
+
+
+def route_gpt_oss(logits):
+    value, index = torch.topk(logits, 2, dim=-1)
+    return F.softmax(value, dim=1, dtype=value.dtype), index
+
+
+def route_deepseek(logits):
+    scores = logits.sigmoid()
+    groups = scores.view(-1, 4, 2).topk(2, dim=-1)[0].sum(dim=-1)
+    chosen = torch.topk(groups, k=2, dim=-1, sorted=False)[1]
+    mask = torch.zeros_like(groups)
+    mask.scatter_(1, chosen, 1)
+    mask = mask.unsqueeze(-1).expand(-1, 4, 2).reshape(-1, 8)
+    index = torch.topk(scores.masked_fill(~mask.bool(), float("-inf")), k=2, dim=-1, sorted=False)[1]
+    weights = scores.gather(1, index)
+    return weights / (weights.sum(dim=-1, keepdim=True) + 1e-20) * 2.5, index
+
+
+@pytest.mark.parametrize(
+    "function,options",
+    [
+        (route_mixtral, {"renormalize": True}),
+        (route_gpt_oss, {"topk_first": True}),
+        (route_deepseek, {"score": "sigmoid", "groups": 4, "topk_groups": 2, "scale": 2.5, "eps": 1e-20, "sorted": False}),
+    ],
+)
+def test_route(function, options):
+    f, changes = run([RaiseRoute()], function, [torch.randn(17, 8)])
+    (node,) = calls(f, ops.route)
+    assert node.args[2] == 2 and options.items() <= node.kwargs.items() and len(changes.made) == 1
+
+
+def test_route_refuses_another_score():
+    def wrong(logits):
+        value, index = torch.topk(torch.softmax(logits, -1).sqrt(), 2, dim=-1)
+        return value / value.sum(dim=-1, keepdim=True), index
+
+    f, changes = run([RaiseRoute()], wrong, [torch.randn(17, 8)])
+    assert calls(f, ops.route) == [] and any("found sqrt = aten.sqrt" in c.what for c in changes.missed), changes.missed
+
+
+@pytest.mark.parametrize("layout", ops.ROTARY_LAYOUTS)
+def test_rotary(layout):
+    def rope(q, k, cos, sin):
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        return ops._rotate(q, cos, sin, layout), ops._rotate(k, cos, sin, layout)
+
+    table = torch.randn(3, 19, 16 if layout == "half" else 8)
+    f, changes = run([RaiseRotary()], rope, [torch.randn(3, 4, 19, 16), torch.randn(3, 2, 19, 16), table, table + 1])
+    (node,) = calls(f, ops.rotary)
+    assert node.kwargs == {"layout": layout, "unsqueeze_dim": 1} and len(changes.made) == 1
+
+
+def test_rotary_refuses_a_query_without_a_key():
+    def rope(q, cos, sin):
+        return ops._rotate(q, cos.unsqueeze(1), sin.unsqueeze(1), "half")
+
+    f, changes = run([RaiseRotary()], rope, [torch.randn(3, 4, 19, 16), torch.randn(3, 19, 16), torch.randn(3, 19, 16)])
+    assert calls(f, ops.rotary) == []
+    assert "1 tensors are rotated by" in changes.missed[0].what and "expected a query and its key" in changes.missed[0].what
+
+
+def test_swiglu_and_its_refusal():
+    f, changes = run([RaiseSwiGLU()], lambda g, u: F.silu(g) * u, [torch.randn(3, 17), torch.randn(3, 17)])
+    assert len(calls(f, ops.swiglu)) == 1 and len(changes.made) == 1
+    f, changes = run([RaiseSwiGLU()], lambda g, u: F.silu(g) + u, [torch.randn(3, 17), torch.randn(3, 17)])
+    assert calls(f, ops.swiglu) == []
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_linear_cross_entropy(reduction):
+    def head(weight, hidden, labels):
+        logits = F.linear(hidden, weight).float()
+        return F.cross_entropy(logits.view(-1, 32), labels.view(-1), ignore_index=-100, reduction=reduction)
+
+    labels = torch.randint(0, 32, (3, 17))
+    labels[0, :5] = -100
+    f, changes = run([RaiseLinearCrossEntropy()], head, [torch.randn(3, 17, 16), labels], [nn.Parameter(torch.randn(32, 16))])
+    (node,) = calls(f, ops.linear_cross_entropy)
+    assert node.kwargs.get("reduction", "mean") == reduction and len(changes.made) == 1
+
+
+def test_linear_cross_entropy_refuses_smoothing():
+    def head(weight, hidden, labels):
+        return F.cross_entropy(F.linear(hidden, weight).view(-1, 32), labels.view(-1), label_smoothing=0.1)
+
+    f, changes = run([RaiseLinearCrossEntropy()], head, [torch.randn(3, 17, 16), torch.randint(0, 32, (3, 17))],
+                     [nn.Parameter(torch.randn(32, 16))])  # fmt: skip
+    assert calls(f, ops.linear_cross_entropy) == [] and any("found the constant 0.1" in c.what for c in changes.missed)
+
+
+def test_residual_rms_norm():
+    def block(weight, x, y):
+        total = x + y
+        return norm(weight, total), total
+
+    f, changes = run([RaiseRMSNorm(), FuseResidualRMSNorm()], block, [torch.randn(3, 17, 16), torch.randn(3, 17, 16)],
+                     [nn.Parameter(torch.randn(16))])  # fmt: skip
+    assert len(calls(f, ops.add_rms_norm)) == 1 and calls(f, ops.rms_norm) == [] and calls(f, aten.add.Tensor) == []
+
+
+def test_canonicalize_drops_what_does_nothing():
+    f, _ = run([], lambda x: F.dropout(x.float().clone(), 0.0).contiguous().view(3, -1, 16) + 1, [torch.randn(3, 17, 16)])
+    assert [n.target for n in f.graph.nodes if n.op == "call_function" and n.target is not aten.sym_size.int] == [aten.add.Tensor]
+
+
+def test_lower_keeps_the_choice_and_the_refusals():
+    module, f = captured(norm, [torch.randn(3, 17, 16)], [nn.Parameter(torch.randn(16))])
+    never = moefx.Backend("never", {ops.rms_norm: moefx.Kernel(lambda x, weight, eps, *, cast_first, offset: x, lambda n: "16 is too small")})
+    plan = moefx.Plan(moefx.resolve([never, "reference"]))
+    for p in (Canonicalize(), RaiseRMSNorm(), Lower()):
+        changes = run_pass(p, f, plan)[0]
+    assert "never refused: 16 is too small" in changes.made[0].what
+
+
+def test_a_pass_that_breaks_the_graph_is_named():
+    class Breaks:
+        name = "breaks"
+
+        def run(self, function, plan):
+            node = next(n for n in function.graph.nodes if n.op == "call_function")
+            with function.graph.inserting_after(node):
+                function.graph.call_function(aten.neg.default, (node,))
+            return Changes()
+
+    _, f = captured(lambda x: x * 2, [torch.randn(3, 17)])
+    with pytest.raises(moefx.PassError, match=r"pass 'breaks' left neg.* without meta\['val'\]"):
+        run_pass(Breaks(), f, moefx.Plan(()))
+
+
+def test_pipeline_edits_and_unknown_names():
+    swiglu = moefx.Raise("mine", ops.swiglu, {"gate": f64(2, 3), "up": f64(2, 3)})
+    names = default().before("route", swiglu).names
+    assert names.index("mine") == names.index("route") - 1
+    assert default().after("route", swiglu).names.index("mine") == default().names.index("route") + 1
+    assert "swiglu" not in default().without("swiglu").names and "mine" in default().replace("swiglu", swiglu).names
+    with pytest.raises(moefx.MoefxError, match="no pass is named 'rote'; the pipeline has: canonicalize, rms_norm, route"):
+        default().before("rote", swiglu)
+
+
+def test_capture_refuses_an_autograd_function():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 7
+
+    with pytest.raises(moefx.CaptureError, match="autograd.Function .*Twice, whose backward a captured graph would lose"):
+        captured(Twice.apply, [torch.randn(3, 17)])
+
+
+def test_capture_refuses_a_baked_length_and_data_dependent_python():
+    def loops(x):
+        return sum(x[:, i] for i in range(x.shape[1]))
+
+    with pytest.raises(moefx.CaptureError, match="torch.export"):
+        captured(loops, [torch.randn(3, 17, 4)])
+    with pytest.raises(moefx.CaptureError, match="torch.export"):
+        captured(lambda x: x * 2 if x.sum() > 0 else x, [torch.randn(3, 17, 4)])
+
+
+def test_capture_refuses_floats_from_no_grad():
+    def hidden(x):
+        with torch.no_grad():
+            scale = x.sum(-1, keepdim=True)
+        return x * scale
+
+    with pytest.raises(moefx.CaptureError, match="no_grad"):
+        captured(hidden, [torch.randn(3, 17, 4)])
