@@ -4,6 +4,7 @@ into a graph."""
 from __future__ import annotations
 
 import itertools
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import function as autograd_function
 from torch.distributed.tensor import DTensor
 from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
@@ -181,21 +183,27 @@ class _Entry(nn.Module):
 
 @contextmanager
 def _refusing_autograd_functions() -> Iterator[None]:
-    """torch.export drops the backward of a ``torch.autograd.Function`` without a word: refuse instead."""
-    apply = torch.autograd.Function.__dict__["apply"]
+    """torch.export drops the backward of a ``torch.autograd.Function`` without a word: refuse instead.
 
-    def refuse(cls, *args, **kwargs):
-        if cls.__module__.startswith("torch._library"):  # a custom operator's registered backward: stays with its node
-            return apply.__get__(None, cls)(*args, **kwargs)
-        raise CaptureError(
-            f"it calls the autograd.Function {cls.__module__}.{cls.__qualname__}, whose backward a captured graph would lose"
-        )
+    ``Function.apply`` may have been bound long ago (``op = Fn.apply`` in a module), so it is not what is replaced but a
+    helper that it calls first, which sees the class in its caller's frame.
+    """
+    look = autograd_function._is_setup_context_defined
 
-    torch.autograd.Function.apply = classmethod(refuse)  # type: ignore[method-assign,assignment]
+    def refuse(setup_context: Any) -> Any:
+        cls = sys._getframe(1).f_locals.get("cls")
+        # a custom operator's registered backward stays with its node
+        if isinstance(cls, type) and not cls.__module__.startswith("torch._library"):
+            raise CaptureError(
+                f"it calls the autograd.Function {cls.__module__}.{cls.__qualname__}, whose backward a captured graph would lose"
+            )
+        return look(setup_context)
+
+    autograd_function._is_setup_context_defined = refuse  # type: ignore[assignment]
     try:
         yield
     finally:
-        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+        autograd_function._is_setup_context_defined = look  # type: ignore[assignment]
 
 
 @contextmanager

@@ -197,7 +197,7 @@ def test_linear_cross_entropy_refuses_smoothing():
 
     f, changes = run([RaiseLinearCrossEntropy()], head, [torch.randn(3, 17, 16), torch.randint(0, 32, (3, 17))],
                      [nn.Parameter(torch.randn(32, 16))])  # fmt: skip
-    assert calls(f, ops.linear_cross_entropy) == [] and any("found the constant 0.1" in c.what for c in changes.missed)
+    assert calls(f, ops.linear_cross_entropy) == [] and changes.made == []
 
 
 def test_residual_rms_norm():
@@ -211,7 +211,7 @@ def test_residual_rms_norm():
 
 
 def test_canonicalize_drops_what_does_nothing():
-    f, _ = run([], lambda x: F.dropout(x.float().clone(), 0.0).contiguous().view(3, -1, 16) + 1, [torch.randn(3, 17, 16)])
+    f, _ = run([], lambda x: F.dropout(x.float().clone(), 0.0).contiguous().view(x.shape) + 1, [torch.randn(3, 17, 16)])
     assert [n.target for n in f.graph.nodes if n.op == "call_function" and n.target is not aten.sym_size.int] == [aten.add.Tensor]
 
 
