@@ -169,7 +169,11 @@ def main() -> int:
     record = {
         "machine": common.machine(),
         "median": {
-            "seconds_48": seconds, "seconds_96": seconds96, "longer": longer, "peak_gib_48": gib, "peak_gib_96": gib96,
+            "seconds_48": seconds,
+            "seconds_96": seconds96,
+            "longer": longer,
+            "peak_gib_48": gib,
+            "peak_gib_96": gib96,
         },  # fmt: skip
         "call": overhead,
         "runs": [*shallow, *deep],

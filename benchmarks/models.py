@@ -31,9 +31,7 @@ def config(name: str, layers: int) -> Qwen3MoeConfig:
     return Qwen3MoeConfig(num_hidden_layers=layers, **WIDTHS[name])
 
 
-def build(
-    name: str, layers: int, dtype: torch.dtype, device: str | torch.device, *, experts: str = "grouped_mm"
-) -> nn.Module:
+def build(name: str, layers: int, dtype: torch.dtype, device: str | torch.device, *, experts: str = "grouped_mm") -> nn.Module:
     """A model with random weights, the same for the same arguments; sdpa, Transformers' fastest built-in attention."""
     torch.manual_seed(0)
     with torch.device(device):

@@ -92,9 +92,7 @@ def reference(args: argparse.Namespace, model: nn.Module, batch: dict[str, Tenso
     """Loss, gradients and choices of the same weights (each bf16 number is an fp32 number) computed in fp32."""
     layers = model.config.num_hidden_layers
     with torch.device("meta"):
-        exact = AutoModelForCausalLM.from_config(
-            config(args.model, layers), dtype=torch.float32, attn_implementation="sdpa"
-        )
+        exact = AutoModelForCausalLM.from_config(config(args.model, layers), dtype=torch.float32, attn_implementation="sdpa")
     # assign: the meta parameters are replaced, and no random initialization is drawn that nobody uses
     exact.load_state_dict({n: t.float() for n, t in model.state_dict().items()}, assign=True)
     # rotary frequencies are buffers outside of the state dict, and fp32 in every model
@@ -142,8 +140,7 @@ def check(args: argparse.Namespace, model: nn.Module, other: nn.Module, batch: d
     for n, r in ratios.items():
         if not r <= FARTHER:
             record["problems"].append(
-                f"grad {n}: {far['moefx'][n]:.2e} from fp32, Transformers {far['hf'][n]:.2e}: {r:.2f} times, "
-                f"{FARTHER} allowed"
+                f"grad {n}: {far['moefx'][n]:.2e} from fp32, Transformers {far['hf'][n]:.2e}: {r:.2f} times, {FARTHER} allowed"
             )
     for n, d in apart.items():
         # two that are a and at most 1.5 a from the truth are at most 2.5 a from each other
@@ -295,9 +292,7 @@ def main() -> int:
             rows.append((d["layers"], r["mbs"], r["who"], f"{r['median_ms']:.2f}", f"{r['tokens_per_s']:.0f}", peak,
                          f"{r['speedup']:.2f}"))  # fmt: skip
             if r["who"] == "moefx" and r["speedup"] < args.min_speedup:
-                problems.append(
-                    f"{d['layers']} layers, mbs {r['mbs']}: {r['speedup']:.2f} times hf, {args.min_speedup} wanted"
-                )
+                problems.append(f"{d['layers']} layers, mbs {r['mbs']}: {r['speedup']:.2f} times hf, {args.min_speedup} wanted")
         for name, check in d["checks"].items():
             problems += [f"{d['layers']} layers, {name}: {p}" for p in check["problems"]]
         problems += [f"{d['layers']} layers: ran the original forward: {f}" for f in d["fallbacks"]]

@@ -1,6 +1,6 @@
 """A kernel of your own: a backend is a name and a table from operations to functions of the same signature.
 
-    python examples/custom_backend.py
+python examples/custom_backend.py
 """
 
 import torch

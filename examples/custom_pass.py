@@ -1,6 +1,6 @@
 """A pass of your own: a pattern found in the captured graph becomes one operation, certified before it is put there.
 
-    python examples/custom_pass.py
+python examples/custom_pass.py
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Look before you install: capture a model on the meta device, run the passes, read the graph, its report and its cost.
 
-    python examples/inspect_graph.py
+python examples/inspect_graph.py
 """
 
 import torch

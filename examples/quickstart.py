@@ -50,7 +50,10 @@ def train(model: Any, steps: int, rank: int, ranks: int, name: str) -> dict[str,
     Slow inner layers, fast embeddings and an epsilon above the rounding of gradients keep 32 steps free of that.
     """
     outer = {id(p) for n, p in model.named_parameters() if "embed_tokens" in n or "lm_head" in n}
-    groups = [{"params": [p for p in model.parameters() if (id(p) in outer) == o], "lr": lr} for o, lr in ((True, 1e-2), (False, 5e-4))]
+    groups = [
+        {"params": [p for p in model.parameters() if (id(p) in outer) == o], "lr": lr}
+        for o, lr in ((True, 1e-2), (False, 5e-4))
+    ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
     warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 3))
     data = batches(BATCH, SEQUENCE, rank=rank, ranks=ranks)

@@ -1,7 +1,7 @@
 """Plain PyTorch training with expert parallelism: optimize, then DDP for the dense parameters, then your own loop.
 
-    python examples/train_ep.py                                        # one process
-    torchrun --standalone --nproc-per-node 2 examples/train_ep.py      # two ranks, half of the experts each
+python examples/train_ep.py                                        # one process
+torchrun --standalone --nproc-per-node 2 examples/train_ep.py      # two ranks, half of the experts each
 """
 
 import argparse

@@ -21,8 +21,8 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from . import hf
 from .errors import CaptureError, MoefxError
-from .graph import aten
 from .functional import functionalize
+from .graph import aten
 from .program import Function, Left, Program
 
 # --- calls -----------------------------------------------------------------------------------------------------------
@@ -134,9 +134,7 @@ class Call:
         sizes = distinct_sizes(taken)
         letters = {"a": sizes[0], "b": sizes[1], "ab": sizes[0] * sizes[1], "c": sizes[1] + 2, "d": sizes[1] + 4}
         shapes = [[letters[n] if isinstance(n, str) else n for n in shape] for shape in self.sizes]
-        return [
-            torch.zeros(shape, dtype=d, device=self.device) for shape, d in zip(shapes, self.dtypes, strict=True)
-        ]
+        return [torch.zeros(shape, dtype=d, device=self.device) for shape, d in zip(shapes, self.dtypes, strict=True)]
 
 
 def distinct_sizes(taken: set[int]) -> tuple[int, int]:
@@ -167,9 +165,7 @@ class _Entry(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         seen: dict[int, Any] = {}
-        hooks = [
-            m.register_forward_hook(lambda m, _, out: seen.__setitem__(id(m), out)) for m in self.routers
-        ]
+        hooks = [m.register_forward_hook(lambda m, _, out: seen.__setitem__(id(m), out)) for m in self.routers]
         try:
             args, kwargs = self.template.fill(tensors)
             out = self.block(*args, **kwargs)
@@ -195,7 +191,7 @@ def _refusing_autograd_functions() -> Iterator[None]:
         # a custom operator's registered backward stays with its node
         if isinstance(cls, type) and not cls.__module__.startswith("torch._library"):
             raise CaptureError(
-                f"it calls the autograd.Function {cls.__module__}.{cls.__qualname__}, whose backward a captured graph would lose"
+                f"it calls the autograd.Function {cls.__module__}.{cls.__qualname__}, whose backward a captured graph would lose"  # noqa: E501
             )
         return look(setup_context)
 
@@ -211,7 +207,7 @@ def _without_checkpointing(module: nn.Module) -> Iterator[None]:
     """Activation checkpointing wraps a block's call from outside: it is no part of the graph."""
     before = [(m, m.gradient_checkpointing) for m in module.modules() if getattr(m, "gradient_checkpointing", False)]
     for m, _ in before:
-        m.gradient_checkpointing = False
+        m.gradient_checkpointing = False  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -224,7 +220,7 @@ def _whole_parameters(module: nn.Module) -> Iterator[None]:
     """Within: parameters that are spread over ranks look whole. Capture reads shapes only, so they need no memory."""
     owners = [(m, n, p) for m in module.modules() for n, p in m._parameters.items() if isinstance(p, DTensor)]
     for m, n, p in owners:
-        m._parameters[n] = nn.Parameter(torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape), p.requires_grad)
+        m._parameters[n] = nn.Parameter(torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape), p.requires_grad)  # type: ignore[union-attr]
     try:
         yield
     finally:
@@ -260,7 +256,7 @@ def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module],
     entry.training = module.training
     try:
         with (
-            warnings.catch_warnings(), _without_checkpointing(module), _whole_parameters(module), hf.emitting() as callers, _refusing_autograd_functions(), torch.enable_grad(),
+            warnings.catch_warnings(), _without_checkpointing(module), _whole_parameters(module), hf.emitting() as callers, _refusing_autograd_functions(), torch.enable_grad(),  # noqa: E501
             torch.autocast(call.device.type if call.device.type != "meta" else "cpu", enabled=False),
         ):  # fmt: skip
             warnings.simplefilter("ignore")
@@ -405,7 +401,7 @@ class Recording:
 
 def default_example(model: nn.Module, batch: int, sequence: int) -> dict[str, Tensor]:
     device = next(model.parameters()).device
-    vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr]
+    vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr,operator]
     ids = torch.arange(batch * sequence).remainder(vocabulary).view(batch, sequence).to(device)
     return {"input_ids": ids, "labels": ids}
 
@@ -447,7 +443,7 @@ def record(model: Any, example: Mapping[str, Any] | None) -> Recording:
         if path:
             handles.append(module.register_forward_pre_hook(remember(path), with_kwargs=True))
     recording = Recording(calls, None)
-    given.setdefault("use_cache", False)
+    given.setdefault("use_cache", False)  # type: ignore[arg-type]
     if "labels" not in given and "input_ids" in given:
         given["labels"] = given["input_ids"]
     try:
@@ -505,7 +501,7 @@ def sites(model: Any, recording: Recording, left: list[Left]) -> list[Site]:
     for path, module in model.named_modules():
         outside = not any(path == b or path.startswith(f"{b}.") or b.startswith(f"{path}.") for b in blocks) and path
         alone = (
-            outside and path in recording.calls and id(module) not in heads and any(True for _ in module.parameters(recurse=False))
+            outside and path in recording.calls and id(module) not in heads and any(True for _ in module.parameters(recurse=False))  # noqa: E501
             and not type(module).__module__.startswith("torch.nn")
         )  # fmt: skip
         if path in blocks and path not in recording.calls:

@@ -46,7 +46,11 @@ def read_config(model: str, tiny: bool) -> PreTrainedConfig:
             raise MoefxError(f"{file} is not readable as JSON ({error}): pass an intact config.json") from error
         if not isinstance(found, dict) or "model_type" not in found:
             raise MoefxError(f"{file} has no model_type: it is not a Transformers config.json")
-        return tiny_config(known_type(found["model_type"])) if tiny else AutoConfig.for_model(known_type(found.pop("model_type")), **found)
+        return (
+            tiny_config(known_type(found["model_type"]))
+            if tiny
+            else AutoConfig.for_model(known_type(found.pop("model_type")), **found)
+        )
     return tiny_config(known_type(model)) if tiny else AutoConfig.for_model(known_type(model))
 
 
@@ -112,7 +116,9 @@ def moe_families() -> list[str]:
     for name in sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)):
         with contextlib.suppress(Exception):
             config = AutoConfig.for_model(name).get_text_config()
-            counts = (getattr(config, a, None) for a in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"))
+            counts = (
+                getattr(config, a, None) for a in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+            )
             if any(isinstance(n, int) and n > 1 for n in counts):
                 found.append(name)
     return found
@@ -139,7 +145,14 @@ def run_models(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(rows, indent=1))
         return
-    table = Table("family", "captured", "raised", "left as it is, and why", title="small configurations of each family", title_justify="left")
+    table = Table(
+        "family",
+        "captured",
+        "raised",
+        "left as it is, and why",
+        title="small configurations of each family",
+        title_justify="left",
+    )
     for r in rows:
         table.add_row(r["family"], str(r["captured"]), r["raised"], r["note"])
     print(render(table), end="")
@@ -147,13 +160,18 @@ def run_models(args: argparse.Namespace) -> None:
 
 def diagnose() -> list[dict[str, str]]:
     """What is here: name, version or state, and what to do where something is missing."""
+
     def version(package: str) -> str:
         try:
             return importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             return ""
 
-    cuda = f"{torch.version.cuda}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "no CUDA device: graphs run on the CPU"
+    cuda = (
+        f"{torch.version.cuda}, {torch.cuda.get_device_name()}"
+        if torch.cuda.is_available()
+        else "no CUDA device: graphs run on the CPU"
+    )
     rows = [
         {"what": "python", "state": platform.python_version()},
         {"what": "torch", "state": torch.__version__},

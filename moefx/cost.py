@@ -67,7 +67,9 @@ class Sizes:
             if taken:
                 del self.names[number]  # two meanings: keep the number
         self.dynamic: dict[Any, sympy.Expr] = {}
-        inputs = [n for n in function.graph.nodes if n.op == "placeholder"][len(function.parameters) + len(function.constants):]
+        inputs = [n for n in function.graph.nodes if n.op == "placeholder"][
+            len(function.parameters) + len(function.constants) :
+        ]
         for node, sizes in zip(inputs, function.call.sizes):
             for size, letter in zip(value(node).shape, sizes):
                 if isinstance(size, torch.SymInt) and letter in ("a", "b"):
@@ -97,7 +99,12 @@ class Sizes:
 def node_cost(node: fx.Node, sizes: Sizes, ep_size: int = 1) -> Cost:
     """The cost of one call; views are free. ``dispatch`` and ``combine`` send all but the rank's own share of rows."""
     op = node.meta.get("semantic", node.target)
-    if node.op != "call_function" or op in VIEWS or op is operator.getitem or not isinstance(value(node), (Tensor, tuple, list)):
+    if (
+        node.op != "call_function"
+        or op in VIEWS
+        or op is operator.getitem
+        or not isinstance(value(node), (Tensor, tuple, list))
+    ):
         return Cost()
     inputs = [value(a) for a in node.all_input_nodes if isinstance(value(a), (Tensor, tuple, list))]
     read = sympy.Add(*(sizes.bytes(v) for v in inputs))
@@ -129,6 +136,7 @@ def node_cost(node: fx.Node, sizes: Sizes, ep_size: int = 1) -> Cost:
 
 def _matrix(sizes: Sizes, weight: Tensor) -> sympy.Expr:
     """Elements of one expert's matrix [E, a, b]; 2I is recognised where a gate and an up projection share it."""
+
     def one(n: int) -> sympy.Expr:
         half = sizes.known(n // 2)
         return 2 * half if n % 2 == 0 and half.free_symbols and not sizes.known(n).free_symbols else sizes.known(n)
@@ -163,11 +171,23 @@ class ProgramCost:
         from .show import render
 
         known = ", ".join(f"{k}={v}" for k, v in self.sizes.items())
-        table = Table("function", "times", "TFLOP", "GB read", "GB written", "GB sent", title=f"forward of one rank at {known}", title_justify="left")
+        table = Table(
+            "function",
+            "times",
+            "TFLOP",
+            "GB read",
+            "GB written",
+            "GB sent",
+            title=f"forward of one rank at {known}",
+            title_justify="left",
+        )
         formulas = []
         for name, (cost, many) in self.functions.items():
             table.add_row(name, str(many), *_numbers((cost * many).evaluate(self.sizes)))
-            formulas.append(f"{name}: FLOPs = {sympy.factor(cost.flops)}" + (f"; bytes sent = {sympy.factor(cost.sent)}" if cost.sent != 0 else ""))
+            formulas.append(
+                f"{name}: FLOPs = {sympy.factor(cost.flops)}"
+                + (f"; bytes sent = {sympy.factor(cost.sent)}" if cost.sent != 0 else "")
+            )
         table.add_row("total", "", *_numbers(self.evaluate()))
         return render(table, *formulas)
 
@@ -188,5 +208,3 @@ def program_cost(program: Program, plan: Plan, **sizes: int) -> ProgramCost:
             seen.update(f.instances)
             functions[f.name] = (function_cost(f, program.symbols, plan.ep_size), len(f.instances))
     return ProgramCost(functions, {**program.symbols, "ep": plan.ep_size, "B": 1, "S": 4096, **sizes})
-
-

@@ -77,8 +77,7 @@ def arguments(node: fx.Node) -> dict[str, Any]:
         return {str(i): a for i, a in enumerate(node.args)} | dict(node.kwargs)
     given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | dict(node.kwargs)
     return {
-        a.name: given.get(a.name, a.default_value if a.has_default_value() else None)
-        for a in node.target._schema.arguments
+        a.name: given.get(a.name, a.default_value if a.has_default_value() else None) for a in node.target._schema.arguments
     }
 
 
@@ -132,7 +131,9 @@ def code(graph: fx.Graph) -> str:
         lines.append(f"    # {n.name}: {shape_text(value(n))}")
     for n in graph.nodes:
         if n.op == "call_function":
-            arg = ", ".join([fx.node._format_arg(a) for a in n.args] + [f"{k}={fx.node._format_arg(v)}" for k, v in n.kwargs.items()])
+            arg = ", ".join(
+                [fx.node._format_arg(a) for a in n.args] + [f"{k}={fx.node._format_arg(v)}" for k, v in n.kwargs.items()]
+            )
             note = origin(n)
             tail = [shape_text(value(n))]
             tail += [", ".join(note.sources[-1:])] if note.sources else []
@@ -145,9 +146,7 @@ def code(graph: fx.Graph) -> str:
     return "\n".join(lines) + "\n"
 
 
-def insert(
-    graph: fx.Graph, before: fx.Node, target: Callable, args: tuple, kwargs: dict | None = None, *, val: Any
-) -> fx.Node:
+def insert(graph: fx.Graph, before: fx.Node, target: Callable, args: tuple, kwargs: dict | None = None, *, val: Any) -> fx.Node:
     """A new call before ``before``, with its fake value set."""
     with graph.inserting_before(before):
         node = graph.call_function(target, args, kwargs or {})

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import hf
 from .capture import Call, Recording, capture_module, flatten
 from .errors import CaptureError
 from .program import Function, Left, Program
@@ -30,19 +29,19 @@ class LazyLogits(Tensor):
 
     hidden: Tensor
     project: Callable[[Tensor], Tensor]
-    values: Tensor | None
+    logits: Tensor | None
 
     @staticmethod
     def __new__(cls, hidden: Tensor, project: Callable[[Tensor], Tensor], vocabulary: int, dtype: torch.dtype):
         shape = (*hidden.shape[:-1], vocabulary)
         out = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)  # type: ignore[attr-defined]
-        out.hidden, out.project, out.values = hidden, project, None
+        out.hidden, out.project, out.logits = hidden, project, None
         return out
 
     def materialize(self) -> Tensor:
-        if self.values is None:
-            self.values = self.project(self.hidden).to(self.dtype)
-        return self.values
+        if self.logits is None:
+            self.logits = self.project(self.hidden).to(self.dtype)
+        return self.logits
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -51,7 +50,7 @@ class LazyLogits(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         me = args[0] if args else None
-        if isinstance(me, LazyLogits) and me.values is None:
+        if isinstance(me, LazyLogits) and me.logits is None:
             if func is Tensor.requires_grad.__get__:  # type: ignore[attr-defined]
                 return me.hidden.requires_grad
             if func is Tensor.float and not kwargs and len(args) == 1:
@@ -121,14 +120,14 @@ def watching_head(model: Any) -> Iterator[_Watched]:
     def watch(*args: Any, **kwargs: Any) -> Any:
         logits, rest, named = split_logits(args, kwargs)
         if isinstance(logits, LazyLogits):
-            if logits.values is None:
+            if logits.logits is None:
                 watched.call = (logits.hidden, rest, named)
             else:
                 watched.reason = "the model reads the logits between lm_head and the loss"
             logits = logits.materialize()
         return loss(logits, *rest, **named)
 
-    lm_head.forward = lambda h: LazyLogits(h, real, lm_head.out_features, h.dtype)  # type: ignore[method-assign]
+    lm_head.forward = lambda h: LazyLogits(h, real, lm_head.out_features, h.dtype)  # type: ignore[method-assign,assignment]
     model.loss_function = watch
     try:
         yield watched

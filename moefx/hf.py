@@ -35,7 +35,8 @@ _emitting: ContextVar[list[tuple[str, nn.Module]] | None] = ContextVar("moefx_em
 @contextmanager
 def emitting() -> Iterator[list[tuple[str, nn.Module]]]:
     """Within: experts and attention calls become ``moefx.experts`` and ``moefx.attention``; yields who called what."""
-    token = _emitting.set(callers := [])
+    callers: list[tuple[str, nn.Module]] = []
+    token = _emitting.set(callers)
     collecting = _active_collector.set(None)  # type: ignore[func-returns-value]  # nothing traced belongs to the user's outputs
     try:
         yield callers
@@ -126,7 +127,7 @@ def _activation(module: nn.Module, interleaved: bool) -> tuple[str, float, float
     generator = torch.Generator().manual_seed(0)
     magnitude = 10 ** (torch.rand(64, 64, generator=generator, dtype=torch.float64) * 6 - 3)
     h = torch.where(torch.rand(64, 64, generator=generator) < 0.5, -magnitude, magnitude)
-    wanted = module._apply_gate(h) if module.has_gate else module.act_fn(h)
+    wanted = module._apply_gate(h) if module.has_gate else module.act_fn(h)  # type: ignore[operator]
     numbers = sorted({float(v) for k, v in vars(module).items() if type(v) is float and not k.startswith("_")} | {0.0})
     for name, candidate in ACTIVATIONS.items():
         if candidate.gated != bool(module.has_gate):
@@ -279,9 +280,13 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 def routers(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The modules whose output Transformers records as ``router_logits``, by path."""
-    found = {}
+    found = {}  # type: ignore[var-annotated]
     for module in model.modules():
-        specs = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits") if isinstance(module, PreTrainedModel) else None
+        specs = (
+            (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
+            if isinstance(module, PreTrainedModel)
+            else None
+        )
         for spec in specs if isinstance(specs, list) else [specs] if specs is not None else []:
             target = spec.target_class if isinstance(spec, OutputRecorder) else spec
             if isinstance(target, type):
@@ -334,7 +339,7 @@ def reads_layer_index(cls: type) -> bool:
         on_cache = isinstance(up, ast.Call) and any(w in ast.unparse(up.func) for w in ("past_key", "cache"))
         function = up
         while not isinstance(function, (ast.FunctionDef, ast.Module)):
-            function = function.parent
+            function = function.parent  # type: ignore[union-attr]
         if not on_cache and getattr(function, "name", "") not in ("__init__", "extra_repr"):
             return True
     return False
@@ -344,15 +349,28 @@ def structure(module: nn.Module) -> tuple:
     """Equal for two modules that compute the same function of their parameters and inputs."""
     found = []
     for path, m in module.named_modules():
-        own = [(n, tuple(p.shape), p.dtype, p.device) for n, p in [*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)]]
-        ignored = set() if reads_layer_index(type(m)) else INDEX_NAMES
+        own = [
+            (n, tuple(p.shape), p.dtype, p.device)
+            for n, p in [*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)]
+        ]
+        ignored = set() if reads_layer_index(type(m)) else INDEX_NAMES  # type: ignore[arg-type]
         simple = {
             k: v for k, v in vars(m).items()
             if not k.startswith("_") and k != "training" and k not in ignored
             and isinstance(v, (int, float, str, bool, tuple, type(None)))
         }  # fmt: skip
         functions = {k: getattr(v, "__qualname__", type(v).__name__) for k, v in vars(m).items() if callable(v)}
-        found.append((path, type(m).__module__, type(m).__qualname__, tuple(own), repr(simple), repr(functions), id(getattr(m, "config", None))))
+        found.append(
+            (
+                path,
+                type(m).__module__,
+                type(m).__qualname__,
+                tuple(own),
+                repr(simple),
+                repr(functions),
+                id(getattr(m, "config", None)),
+            )
+        )
     return tuple(found)
 
 
@@ -385,7 +403,11 @@ def check(model: Any) -> None:
             "FSDP or torch.compile wrap it"
         )
     if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None) is not None:
-        method = getattr(getattr(model.config, "quantization_config", None), "quant_method", type(getattr(model, "hf_quantizer", None)).__name__)
+        method = getattr(
+            getattr(model.config, "quantization_config", None),
+            "quant_method",
+            type(getattr(model, "hf_quantizer", None)).__name__,
+        )
         raise MoefxError(
             f"{type(model).__name__} is quantized ({method}): moefx trains parameters in fp32, bf16 or fp16; load the model "
             "without quantization_config"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -148,9 +147,7 @@ class Site:
                 self.watched = None
                 return self.intact(module)
             reason = f"the forward hook {hook} was added after optimize"
-        self.state.report.fell_back(
-            self.path, f"{reason}: its original forward runs; moefx.restore(model) and optimize again"
-        )
+        self.state.report.fell_back(self.path, f"{reason}: its original forward runs; moefx.restore(model) and optimize again")
         return False
 
     def find(self, module: nn.Module, args: tuple, kwargs: dict) -> Function | None:
@@ -219,7 +216,7 @@ class FusedLoss:
         def original(*_: Any, **__: Any) -> Any:
             return self.loss(logits.materialize(), *rest, **named)
 
-        if logits.values is not None:
+        if logits.logits is not None:
             return original()
         try:
             tensors, template = head_call(logits.hidden, rest, named)
@@ -335,7 +332,7 @@ def install(model: Any, state: Optimized) -> None:
             continue
         inner = [p.removeprefix(f"{path}.") for p in routers if p.startswith(f"{path}.")]
         module.__dict__["_moefx_site"] = Site(path, state, list(functions), inner)
-        module.__class__ = _class(type(module), _block_forward)
+        module.__class__ = _class(type(module), _block_forward)  # type: ignore[arg-type]
     head = state.program.functions.get("head")
     if head is not None:
         loss = model.loss_function
@@ -343,10 +340,14 @@ def install(model: Any, state: Optimized) -> None:
         lm_head = model.get_submodule(head.instances[0])
         site = HeadSite(head.instances[0], state, [head], model_loss=loss)
         lm_head.__dict__["_moefx_active"] = False
-        lm_head.__class__ = _class(type(lm_head), _lm_head_forward)
+        lm_head.__class__ = _class(type(lm_head), _lm_head_forward)  # type: ignore[arg-type]
         model.loss_function = FusedLoss(site, loss)
+    for path, functions in by_path.items():
+        if functions[0].name != "head":
+            module = model.get_submodule(path)
+            module._moefx_site.intact(module)  # from here on, what is replaced inside is noticed
     model.__dict__["_moefx"] = state
-    model.__class__ = _class(type(model), _model_forward)
+    model.__class__ = _class(type(model), _model_forward)  # type: ignore[arg-type]
 
 
 def uninstall(model: Any) -> None:
@@ -373,5 +374,3 @@ def state_of(model: Any) -> Optimized:
     if state is None:
         raise MoefxError(f"{type(model).__name__} is not optimized: call moefx.optimize(model) first")
     return state
-
-

@@ -27,7 +27,18 @@ _COMMON = VIEWS | {
 }  # fmt: skip
 _COMMUTATIVE = {aten.add.Tensor, aten.mul.Tensor}
 #: Arguments that only say what the shapes of the inputs say already; certification checks them by running both sides.
-_SHAPES = {"sorted", "size", "shape", "split_size", "split_sizes", "pin_memory", "layout", "device", "implicit", "memory_format"}
+_SHAPES = {
+    "sorted",
+    "size",
+    "shape",
+    "split_size",
+    "split_sizes",
+    "pin_memory",
+    "layout",
+    "device",
+    "implicit",
+    "memory_format",
+}
 
 
 def f64(*shape: int) -> Tensor:

@@ -160,9 +160,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
 ROTARY_LAYOUTS = ("half", "half_table", "interleaved")
 
 
-@op(
-    "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, *, str layout='half', int unsqueeze_dim=1) -> (Tensor, Tensor)"
-)
+@op("rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, *, str layout='half', int unsqueeze_dim=1) -> (Tensor, Tensor)")
 def rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, layout: str = "half", unsqueeze_dim: int = 1
 ) -> tuple[Tensor, Tensor]:

@@ -79,7 +79,7 @@ def optimize(
     if not isinstance(pipeline, Pipeline):
         raise MoefxError(f"pipeline is a {type(pipeline).__name__}: pass moefx.passes.default() or a moefx.Pipeline of passes")
     order = backends_.resolve(backends)
-    ep_size, mesh = parallel.make_mesh(model, ep_size, mesh)
+    ep_size, mesh = parallel.make_mesh(model, ep_size, mesh)  # type: ignore[arg-type]
     group = mesh["ep"].get_group().group_name if mesh is not None else ""
     plan = Plan(order, ep_size, group, mesh, compile, strict)
     started = time.perf_counter()
@@ -90,9 +90,9 @@ def optimize(
     shortfall = report.shortfall()
     if shortfall:
         report.warn_or_raise(shortfall, strict)
-    state = Optimized(program, plan, pipeline, report, hf.previous(model))
+    state = Optimized(program, plan, pipeline, report, hf.previous(model))  # type: ignore[arg-type]
     if ep_size > 1:
-        parallel.shard_experts(model, plan)
+        parallel.shard_experts(model, plan)  # type: ignore[arg-type]
     install(model, state)
     if verify:
         _verify_or_restore(model, example)
@@ -115,7 +115,7 @@ def restore(model: Model) -> Model:
     state = state_of(model)
     inner = getattr(model, "module", model)
     if state.plan.ep_size > 1:
-        parallel.gather_experts(inner)
+        parallel.gather_experts(inner)  # type: ignore[arg-type]
     uninstall(inner)
     return model
 
@@ -132,5 +132,3 @@ def explain(model: Any, path: str) -> Explanation:
     if path not in dict(inner.named_modules()):
         raise MoefxError(f"{type(inner).__name__} has no module {path!r}: see model.named_modules()")
     return explain_report(state_of(model).report, path)
-
-

@@ -40,7 +40,7 @@ def make_mesh(model: nn.Module, ep_size: int, mesh: DeviceMesh | None) -> tuple[
     found = hf.experts_modules(model)
     if not found:
         raise MoefxError(
-            f"ep_size={ep_size}, but {type(model).__name__} does not use Transformers' experts interface, so its experts cannot "
+            f"ep_size={ep_size}, but {type(model).__name__} does not use Transformers' experts interface, so its experts cannot "  # noqa: E501
             "be cut over ranks: use ep_size=1"
         )
     for path, module in found.items():
@@ -119,7 +119,7 @@ def gather_experts(model: nn.Module) -> None:
     for module in hf.experts_modules(model).values():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if isinstance(parameter, DTensor):
-                full = parameter.detach().full_tensor() if not parameter.is_meta else parameter.new_empty(parameter.shape)
+                full = parameter.detach().full_tensor() if not parameter.is_meta else parameter.new_empty(parameter.shape)  # type: ignore[attr-defined]
                 setattr(module, name, nn.Parameter(full, requires_grad=parameter.requires_grad))
     vars(model).pop("_ddp_params_and_buffers_to_ignore", None)
 
@@ -132,5 +132,3 @@ def experts_over_ranks(x: Tensor, index: Tensor, weights: Tensor, parameters: tu
     rows, counts, handle = exchange.dispatch(x, index, **where)
     rows = grouped.grouped_mlp(rows, counts, *local, **options, grad_scale=1.0 / up.device_mesh.size())
     return exchange.combine(rows, weights, handle, **where).to(x.dtype)
-
-

@@ -94,4 +94,6 @@ class Program:
 
     def __str__(self) -> str:
         parts = [str(f) for f in self]
-        return "\n".join([f"# {self.model_class}: {len(self.functions)} functions", *parts, *(f"# left: {x}" for x in self.left)])
+        return "\n".join(
+            [f"# {self.model_class}: {len(self.functions)} functions", *parts, *(f"# left: {x}" for x in self.left)]
+        )

@@ -53,7 +53,9 @@ class Raise:
         if at not in self._cache:
             given = {**self.example, **self.variants[at]}
             example = {k: v for k, v in given.items() if k in self.example and type(v) not in (bool, str, type(None))}
-            self._cache[at] = Pattern(self.body or BODIES[self.op], example, {k: v for k, v in given.items() if k not in example})
+            self._cache[at] = Pattern(
+                self.body or BODIES[self.op], example, {k: v for k, v in given.items() if k not in example}
+            )
         return self._cache[at]
 
     def patterns(self, graph: fx.Graph) -> list[Pattern]:
@@ -63,7 +65,8 @@ class Raise:
         return sorted(map(self.pattern, possible), key=lambda p: -p.size)
 
     def run(self, function, plan=None) -> Changes:
-        changes, covered, near_misses = Changes(), set(), []
+        changes, near_misses = Changes(), []
+        covered: set[fx.Node] = set()
         patterns = self.patterns(function.graph)
         # from the end: the larger of two patterns ends later
         for node in reversed(list(function.graph.nodes)):

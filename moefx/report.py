@@ -74,16 +74,16 @@ class Report:
                     missed = [str(c) for p in self.passes if p.name == _MAKERS.get(op) for c in p.missed
                               if c.function == function.name]  # fmt: skip
                     why = f": {'; '.join(missed)}" if missed else ": nothing in the graph resembles it"
-                    found.append(
-                        f"{op}: {made} of {promised} in {function.name} ({len(function.instances)} instances){why}"
-                    )
+                    found.append(f"{op}: {made} of {promised} in {function.name} ({len(function.instances)} instances){why}")
         if functions is None:
             served = [i for f in self.program for i in f.instances]
             for op, paths in self.promised.items():
                 outside = [p for p in paths if not any(p == i or p.startswith(f"{i}.") for i in served)]
                 if outside:
                     reasons = {x.reason for x in self.left if any(p == x.path or p.startswith(f"{x.path}.") for p in outside)}
-                    found.append(f"{op}: {len(outside)} of {len(paths)} stay Python, {outside[0]} first: {'; '.join(sorted(reasons))}")
+                    found.append(
+                        f"{op}: {len(outside)} of {len(paths)} stay Python, {outside[0]} first: {'; '.join(sorted(reasons))}"
+                    )
             found += [f"head: {x.reason}" for x in self.left if x.module == "head"]
         return found
 

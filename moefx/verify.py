@@ -160,7 +160,9 @@ def _run(model: Any, batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[
             kept["aux_loss"] = out.aux_loss
         if "loss" not in kept:
             if not isinstance(getattr(out, "logits", None), Tensor):
-                raise MoefxError(f"the model returned {type(out).__name__} with neither loss nor logits: add labels to the batch")
+                raise MoefxError(
+                    f"the model returned {type(out).__name__} with neither loss nor logits: add labels to the batch"
+                )
             kept["logits"] = out.logits
         objective = kept.get("loss")
         if objective is None:

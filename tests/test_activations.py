@@ -81,9 +81,7 @@ def test_backward_in_bf16_rounds_a_few_times(name):
     grad = torch.randn(4, 6 if act.gated else 12, generator=torch.Generator().manual_seed(1)).bfloat16()
     found = act.backward(h, grad, ALPHA, LIMIT, False).double()
     exact = act.backward(h.double(), grad.double(), ALPHA, LIMIT, False)
-    scale = (
-        grad.abs().amax(dim=1, keepdim=True).double() * ALPHA * (h.double().abs().amax(dim=1, keepdim=True) + 1) ** 2
-    )
+    scale = grad.abs().amax(dim=1, keepdim=True).double() * ALPHA * (h.double().abs().amax(dim=1, keepdim=True) + 1) ** 2
     assert ((found - exact).abs() <= 8 * 2**-9 * scale).all()
 
 

@@ -160,9 +160,7 @@ def test_reference_has_every_operation_and_those_that_users_add():
     opaque = (exchange.dispatch, exchange.combine, grouped.grouped_mlp)
     for op in (*ops.BODIES, *opaque):
         assert reference.kernel(op).fn is op
-    assert double in ops.BODIES and len(reference.kernels) == len(list(reference.kernels)) == len(ops.BODIES) + len(
-        opaque
-    )
+    assert double in ops.BODIES and len(reference.kernels) == len(list(reference.kernels)) == len(ops.BODIES) + len(opaque)
 
 
 # --- the torch backend's kernels against the operations --------------------------------------------------------------
@@ -268,16 +266,12 @@ def test_experts_do_not_depend_on_how_equal_experts_are_sorted():
     x, index, weights, *rest = _experts_inputs(tokens=16)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(7))
     y = torch_backend.experts(x, index, weights, *rest, **LAYOUTS["qwen3"])
-    assert torch.equal(
-        torch_backend.experts(x[order], index[order], weights[order], *rest, **LAYOUTS["qwen3"]), y[order]
-    )
+    assert torch.equal(torch_backend.experts(x[order], index[order], weights[order], *rest, **LAYOUTS["qwen3"]), y[order])
 
 
 @pytest.mark.parametrize("chunk", [1 << 27, 4 * 33], ids=["one chunk", "four rows a chunk"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "reduction, bias, ignored", itertools.product(["mean", "sum"], [False, True], ["none", "some", "all"])
-)
+@pytest.mark.parametrize("reduction, bias, ignored", itertools.product(["mean", "sum"], [False, True], ["none", "some", "all"]))
 def test_linear_cross_entropy(reduction, bias, ignored, dtype, chunk, monkeypatch):
     """Both ways to it: torch's own where it has one (fp32, eager), and the chunked operation itself."""
     monkeypatch.setattr(chunked, "CHUNK", chunk)
@@ -337,9 +331,7 @@ def test_linear_cross_entropy_under_autocast():
         return call
 
     inputs = (hidden, weight, None, torch.arange(10))
-    found, right = (
-        _run(under_autocast(f), inputs, {}) for f in (torch_backend.linear_cross_entropy, ops.linear_cross_entropy)
-    )
+    found, right = (_run(under_autocast(f), inputs, {}) for f in (torch_backend.linear_cross_entropy, ops.linear_cross_entropy))
     for a, b in zip(found, right):
         assert a.dtype == b.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=2**-7, atol=2**-7 * b.abs().max().item())

@@ -21,7 +21,11 @@ def model():
 def untouched(model):
     before = [type(m) for m in model.modules()], model.config._attn_implementation, model.config._experts_implementation
     yield
-    assert ([type(m) for m in model.modules()], model.config._attn_implementation, model.config._experts_implementation) == before
+    assert (
+        [type(m) for m in model.modules()],
+        model.config._attn_implementation,
+        model.config._experts_implementation,
+    ) == before
     assert not hasattr(model, "_moefx")
 
 
@@ -85,7 +89,11 @@ def test_unknown_backend(model):
 
 def test_kernel_with_another_signature(model):
     mine = moefx.Backend("mine", {ops.rms_norm: moefx.Kernel(lambda x, weight: x)})
-    fails(model, r"backend 'mine': the kernel of moefx.rms_norm takes \(x, weight\), the operation has \(x, weight, eps", backends=[mine])
+    fails(
+        model,
+        r"backend 'mine': the kernel of moefx.rms_norm takes \(x, weight\), the operation has \(x, weight, eps",
+        backends=[mine],
+    )
 
 
 def test_pipeline_of_another_type(model):
@@ -109,6 +117,7 @@ def test_strict_raises_where_a_router_is_not_known(monkeypatch):
     model = build("qwen3_moe")
     for m in model.modules():
         if type(m).__name__ == "Qwen3MoeTopKRouter":
+
             def forward(hidden, m=m):
                 logits = torch.nn.functional.linear(hidden.reshape(-1, m.hidden_dim), m.weight)
                 value, index = torch.topk(torch.softmax(logits, -1).sqrt(), 2)

@@ -5,16 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from moefx.passes import (
+    Canonicalize,
+    Changes,
+    FuseResidualRMSNorm,
+    Lower,
+    RaiseLinearCrossEntropy,
+    RaiseRMSNorm,
+    RaiseRotary,
+    RaiseRoute,
+    RaiseSwiGLU,
+    default,
+)  # fmt: skip
 from torch import nn
 
 import moefx
 from moefx import f64, ops
 from moefx.capture import Call, capture_module, flatten
 from moefx.graph import aten, is_call
-from moefx.passes import (
-    Canonicalize, Changes, FuseResidualRMSNorm, Lower, RaiseLinearCrossEntropy, RaiseRMSNorm, RaiseRotary, RaiseRoute,
-    RaiseSwiGLU, default,
-)  # fmt: skip
 from moefx.pipeline import run_pass
 
 
@@ -53,7 +61,9 @@ def run(passes, function, inputs, parameters=()):
         torch.testing.assert_close(b, a)
 
     def grads(outs):
-        return torch.autograd.grad(sum((o.float() ** 2).sum() for o in outs if o.is_floating_point()), leaves, allow_unused=True)
+        return torch.autograd.grad(
+            sum((o.float() ** 2).sum() for o in outs if o.is_floating_point()), leaves, allow_unused=True
+        )
 
     for a, b in zip(grads(wanted), grads(found), strict=True):
         assert (a is None) == (b is None)
@@ -212,12 +222,16 @@ def test_residual_rms_norm():
 
 def test_canonicalize_drops_what_does_nothing():
     f, _ = run([], lambda x: F.dropout(x.float().clone(), 0.0).contiguous().view(x.shape) + 1, [torch.randn(3, 17, 16)])
-    assert [n.target for n in f.graph.nodes if n.op == "call_function" and n.target is not aten.sym_size.int] == [aten.add.Tensor]
+    assert [n.target for n in f.graph.nodes if n.op == "call_function" and n.target is not aten.sym_size.int] == [
+        aten.add.Tensor
+    ]
 
 
 def test_lower_keeps_the_choice_and_the_refusals():
     module, f = captured(norm, [torch.randn(3, 17, 16)], [nn.Parameter(torch.randn(16))])
-    never = moefx.Backend("never", {ops.rms_norm: moefx.Kernel(lambda x, weight, eps, *, cast_first, offset: x, lambda n: "16 is too small")})
+    never = moefx.Backend(
+        "never", {ops.rms_norm: moefx.Kernel(lambda x, weight, eps, *, cast_first, offset: x, lambda n: "16 is too small")}
+    )
     plan = moefx.Plan(moefx.resolve([never, "reference"]))
     for p in (Canonicalize(), RaiseRMSNorm(), Lower()):
         changes = run_pass(p, f, plan)[0]

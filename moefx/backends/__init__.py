@@ -91,7 +91,9 @@ def resolve(backends: Sequence[str | Backend] | None) -> tuple[Backend, ...]:
 def check_signature(backend: str, op: Any, kernel: Kernel) -> None:
     """Raises MoefxError if ``kernel`` cannot be called as ``op`` is."""
     if not isinstance(op, OpOverload):
-        raise MoefxError(f"backend {backend!r} has a kernel for {op!r}, which is not an operation (torch.ops.moefx.<name>.default)")
+        raise MoefxError(
+            f"backend {backend!r} has a kernel for {op!r}, which is not an operation (torch.ops.moefx.<name>.default)"
+        )
     if isinstance(kernel.fn, OpOverload):
         theirs = [(a.name, a.kwarg_only) for a in kernel.fn._schema.arguments]
     else:
@@ -136,5 +138,6 @@ def choose(node: fx.Node, backends: Sequence[Backend]) -> Choice:
             return Choice(backend, kernel, kernel.why, refusals)
         refusals.append((backend.name, sentence))
     raise MoefxError(
-        f"no backend takes {op_name(node.target)}: " + ("; ".join(f"{n}: {s}" for n, s in refusals) or "none has a kernel for it")
+        f"no backend takes {op_name(node.target)}: "
+        + ("; ".join(f"{n}: {s}" for n, s in refusals) or "none has a kernel for it")
     )

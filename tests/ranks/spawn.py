@@ -70,9 +70,7 @@ def _rank(rank: int, file: str, name: str, world_size: int, folder: str, args: t
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         store = f"file://{folder}/store"
-        dist.init_process_group(
-            "gloo", init_method=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
-        )
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
         torch.save(getattr(module, name)(rank, world_size, *args), Path(folder, f"result-{rank}"))
         dist.barrier()  # nobody closes a connection that a slower rank still reads
         dist.destroy_process_group()

@@ -73,9 +73,7 @@ def on_rank(rank, world_size):
         found[case, "trained"] = _forward_backward(_over_ranks, case, rank, rank, world_size, group)
     uneven = "uneven, a rank without tokens"
     found["bf16"] = _forward_backward(_over_ranks, uneven, rank, rank, world_size, group, torch.bfloat16)
-    found["grad_scale"] = _forward_backward(
-        _over_ranks, uneven, rank, rank, world_size, group, grad_scale=1 / world_size
-    )
+    found["grad_scale"] = _forward_backward(_over_ranks, uneven, rank, rank, world_size, group, grad_scale=1 / world_size)
 
     if world_size == 2:  # compiling costs each rank seconds
         compiled = torch.compile(_over_ranks, fullgraph=True, dynamic=True, backend="aot_eager")
