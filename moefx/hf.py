@@ -7,8 +7,8 @@ import contextlib
 import inspect
 import sys
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -49,11 +49,24 @@ def emitting() -> Iterator[list[tuple[str, nn.Module]]]:
 def unpacked_on_meta() -> Iterator[None]:
     """Within: Transformers does not look at the values of position ids on the meta device for packed sequences."""
     look = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None if position_ids.is_meta else look(position_ids)
+    with _looking_for_packing(lambda position_ids: None if position_ids.is_meta else look(position_ids)):
+        yield
+
+
+def unpacked() -> AbstractContextManager[None]:
+    """Within: no packed sequences are looked for. For a call without position ids, whose positions the model numbers
+    itself: reading them back would make the host wait, once a step, until the device has done all that is queued."""
+    return _looking_for_packing(lambda position_ids: None)
+
+
+@contextmanager
+def _looking_for_packing(look: Callable) -> Iterator[None]:
+    before = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = look
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = look
+        masking_utils.find_packed_sequence_indices = before
 
 
 def is_emitting() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable
@@ -307,13 +308,15 @@ def _model_forward(base: type) -> Callable:
             kwargs["use_cache"] = False  # a training step fills no cache that anybody reads
         fused = isinstance(vars(self).get("_loss_function"), FusedLoss) and not state.bypass
         lm_head = self.get_output_embeddings()
-        if not fused or kwargs.get("labels") is None or not hasattr(lm_head, "_moefx_active"):
-            return plain(self, *args, **kwargs)
-        lm_head._moefx_active = True
-        try:
-            return plain(self, *args, **kwargs)
-        finally:
-            lm_head._moefx_active = False
+        numbered = len(args) <= 1 and kwargs.get("position_ids") is None and kwargs.get("past_key_values") is None
+        with hf.unpacked() if numbered and training else contextlib.nullcontext():
+            if not fused or kwargs.get("labels") is None or not hasattr(lm_head, "_moefx_active"):
+                return plain(self, *args, **kwargs)
+            lm_head._moefx_active = True
+            try:
+                return plain(self, *args, **kwargs)
+            finally:
+                lm_head._moefx_active = False
 
     return forward
 
