@@ -119,9 +119,14 @@ def gather_experts(model: nn.Module) -> None:
     for module in hf.experts_modules(model).values():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if isinstance(parameter, DTensor):
-                full = parameter.detach().full_tensor() if not parameter.is_meta else parameter.new_empty(parameter.shape)  # type: ignore[attr-defined]
-                setattr(module, name, nn.Parameter(full, requires_grad=parameter.requires_grad))
+                setattr(module, name, nn.Parameter(_whole(parameter), requires_grad=parameter.requires_grad))
     vars(model).pop("_ddp_params_and_buffers_to_ignore", None)
+
+
+def _whole(parameter: DTensor) -> Tensor:
+    if parameter.is_meta:  # full_tensor would ask a process group that has no meta device
+        return torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    return parameter.detach().full_tensor()
 
 
 def experts_over_ranks(x: Tensor, index: Tensor, weights: Tensor, parameters: tuple, options: dict) -> Tensor:

@@ -1,0 +1,78 @@
+"""An installed model among PyTorch's tools: compiled for any length, copied, wrapped."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import moefx
+
+from .families import batch, build
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_compiled_once_for_all_lengths(name):
+    """Compiled functions agree with the original; after the second shape nothing is compiled again.
+
+    A batch of one is compiled apart: Dynamo takes sizes of 1 for constants.
+    """
+    torch._dynamo.reset()
+    model = moefx.optimize(build(name), compile="aot_eager", strict=True)
+    for step, shape in enumerate(((2, 9), (3, 14), (4, 5))):
+        with torch._dynamo.config.patch(error_on_recompile=step > 1):
+            result = moefx.verify(model, batch(*shape, seed=step))
+        assert result.ok, f"{shape}: {result}"
+    assert not moefx.report(model).fallbacks
+
+
+def test_compiled_by_inductor():
+    """Code that Inductor made, forward and backward, on lengths that no vector width divides; one code for both layers."""
+    torch._dynamo.reset()
+    model = moefx.optimize(build("qwen3_moe"), strict=True)
+    for shape in ((2, 9), (3, 13)):
+        result = moefx.verify(model, batch(*shape))
+        assert result.ok, str(result)
+    assert len(model._moefx.compiled) == len(list(moefx.report(model).program))
+
+
+def test_a_copy_trains_on_its_own_parameters():
+    model = moefx.optimize(build("qwen3_moe"), compile=False)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(0.5)
+    fresh = build("qwen3_moe")
+    with torch.no_grad():
+        for p in fresh.parameters():
+            p.mul_(0.5)
+    loss, wanted = other(**batch(2, 9)).loss, fresh(**batch(2, 9)).loss
+    torch.testing.assert_close(loss, wanted)
+    loss.backward()
+    wanted.backward()
+    assert all(p.grad is None for p in model.parameters())
+    for p, w in zip(other.parameters(), fresh.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, w.grad, rtol=1e-3, atol=1e-6)
+    moefx.restore(other)
+    assert moefx.verify(model, batch(2, 9)).ok  # the first is still optimized
+
+
+def test_ddp_of_an_optimized_model(tmp_path):
+    """DDP's forward and gradients; report, verify and explain take the wrapper."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(moefx.optimize(build("qwen3_moe"), compile=False))
+        original = build("qwen3_moe")
+        for step in range(2):
+            loss, wanted = model(**batch(2, 9, step)).loss, original(**batch(2, 9, step)).loss
+            torch.testing.assert_close(loss, wanted)
+            loss.backward()
+            wanted.backward()
+        for p, w in zip(model.parameters(), original.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, w.grad, rtol=1e-3, atol=1e-6)
+        assert moefx.report(model)["route"].made_count == 2
+        assert "moefx.experts" in str(moefx.explain(model, "model.layers.0.mlp"))
+    finally:
+        torch.distributed.destroy_process_group()
