@@ -190,9 +190,8 @@ def _refusing_autograd_functions() -> Iterator[None]:
         cls = sys._getframe(1).f_locals.get("cls")
         # a custom operator's registered backward stays with its node
         if isinstance(cls, type) and not cls.__module__.startswith("torch._library"):
-            raise CaptureError(
-                f"it calls the autograd.Function {cls.__module__}.{cls.__qualname__}, whose backward a captured graph would lose"  # noqa: E501
-            )
+            name = f"{cls.__module__}.{cls.__qualname__}"
+            raise CaptureError(f"it calls the autograd.Function {name}, whose backward a captured graph would lose")
         return look(setup_context)
 
     autograd_function._is_setup_context_defined = refuse  # type: ignore[assignment]
@@ -256,7 +255,8 @@ def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module],
     entry.training = module.training
     try:
         with (
-            warnings.catch_warnings(), _without_checkpointing(module), _whole_parameters(module), hf.emitting() as callers, _refusing_autograd_functions(), torch.enable_grad(),  # noqa: E501
+            warnings.catch_warnings(), _without_checkpointing(module), _whole_parameters(module), hf.emitting() as callers,
+            _refusing_autograd_functions(), torch.enable_grad(),
             torch.autocast(call.device.type if call.device.type != "meta" else "cpu", enabled=False),
         ):  # fmt: skip
             warnings.simplefilter("ignore")
@@ -500,10 +500,8 @@ def sites(model: Any, recording: Recording, left: list[Left]) -> list[Site]:
     heads = {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
     for path, module in model.named_modules():
         outside = not any(path == b or path.startswith(f"{b}.") or b.startswith(f"{path}.") for b in blocks) and path
-        alone = (
-            outside and path in recording.calls and id(module) not in heads and any(True for _ in module.parameters(recurse=False))  # noqa: E501
-            and not type(module).__module__.startswith("torch.nn")
-        )  # fmt: skip
+        own = any(True for _ in module.parameters(recurse=False)) and not type(module).__module__.startswith("torch.nn")
+        alone = outside and path in recording.calls and id(module) not in heads and own
         if path in blocks and path not in recording.calls:
             left.append(Left(path, type(module).__name__, "the example forward did not call it"))
         elif path in blocks or alone:

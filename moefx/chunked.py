@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Logits of one chunk, in elements: 1 GiB in 16 bits. On an H200 with 16,384 tokens and 151,936 words half of it takes 8 % longer,
-#: twice as much is 2 % faster.
+#: Logits of one chunk, in elements: 1 GiB in 16 bits. On an H200 with 16,384 tokens and 151,936 words half of it takes 8 %
+#: longer, twice as much is 2 % faster.
 CHUNK = 1 << 29
 #: Up to so many chunks the weight's gradient is summed in its own dtype. On an H200 (bf16, 4,096 tokens, 151,936 words) its
 #: distance from fp32 is 7.9e-4 then, 7.4e-4 with an fp32 sum, which costs 5 to 10 % of the time and twice the memory.

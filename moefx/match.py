@@ -66,12 +66,14 @@ class Match:
 
 @dataclass(frozen=True)
 class Miss:
-    """Not found. Falsy; ``str(miss)`` is the sentence; ``depth``: how many of the pattern's distinctive nodes had matched."""
+    """Not found. Falsy; ``str(miss)`` is the sentence; ``depth`` distinctive nodes of the pattern, ``matched`` in all, had
+    matched."""
 
     expected: Any = ""
     found: Any = None
     depth: int = 0
     reason: str = ""
+    matched: int = 0
 
     def __bool__(self) -> bool:
         return False
@@ -202,10 +204,10 @@ class Pattern:
 
     def _fail(self, best: list[Miss], state: _State, expected: Any, found: Any, at: Any = None) -> bool:
         depth = sum(p.target in self.distinctive for p in state.pairs)
-        if depth >= best[0].depth:
+        if (depth, len(state.pairs)) >= (best[0].depth, best[0].matched):
             where = f" at {describe(at)}" if isinstance(at, fx.Node) else ""
             text = f"expected {expected}, found {describe(found)}{where}"
-            best[0] = Miss(expected, found, depth, text)
+            best[0] = Miss(expected, found, depth, text, len(state.pairs))
         return False
 
     def _unify(self, p: Any, t: Any, state: _State, best: list[Miss], at: Any = None) -> bool:
@@ -248,9 +250,11 @@ class Pattern:
                     if type(a) in (int, float) and a in self.numbers and type(b) is type(a):
                         state.bound.setdefault(self.numbers[a], b)
             return True
+        if not isinstance(p, fx.Node):
+            return self._constant(p, t, state, best, at, f"{name}=")
         return self._unify(p, t, state, best, at)
 
-    def _constant(self, p: Any, t: Any, state: _State, best: list[Miss], at: Any) -> bool:
+    def _constant(self, p: Any, t: Any, state: _State, best: list[Miss], at: Any, name: str = "") -> bool:
         if isinstance(p, (list, tuple)):
             same = isinstance(t, (list, tuple)) and len(p) == len(t)
             if not same:
@@ -263,7 +267,7 @@ class Pattern:
             return known == t or self._fail(best, state, f"{self.numbers[p]}={known} again", t, at)
         if p == t or (not p and not t and not isinstance(p, (int, float)) | isinstance(t, (int, float))):
             return True
-        return p == t or self._fail(best, state, p, t, at)
+        return p == t or self._fail(best, state, f"{name}{p}", t, at)
 
     def _cast(self, p: fx.Node, t: Any, state: _State, best: list[Miss], at: Any) -> bool:
         wanted = p.kwargs.get("dtype")

@@ -40,8 +40,8 @@ def make_mesh(model: nn.Module, ep_size: int, mesh: DeviceMesh | None) -> tuple[
     found = hf.experts_modules(model)
     if not found:
         raise MoefxError(
-            f"ep_size={ep_size}, but {type(model).__name__} does not use Transformers' experts interface, so its experts cannot "  # noqa: E501
-            "be cut over ranks: use ep_size=1"
+            f"ep_size={ep_size}, but {type(model).__name__} does not use Transformers' experts interface, so its experts "
+            "cannot be cut over ranks: use ep_size=1"
         )
     for path, module in found.items():
         experts = getattr(module, hf.experts_layout(module).up).shape[0]
@@ -126,7 +126,7 @@ def gather_experts(model: nn.Module) -> None:
 def _whole(parameter: DTensor) -> Tensor:
     if parameter.is_meta:  # full_tensor would ask a process group that has no meta device
         return torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-    return parameter.detach().full_tensor()
+    return parameter.full_tensor().detach()
 
 
 def experts_over_ranks(x: Tensor, index: Tensor, weights: Tensor, parameters: tuple, options: dict) -> Tensor:

@@ -96,7 +96,7 @@ class Raise:
                 break
             result = pattern.match(node)
             if isinstance(result, Miss):
-                if result.depth and (near is None or result.depth > near.depth):
+                if result.depth and (near is None or (result.depth, result.matched) > (near.depth, near.matched)):
                     near = result
             elif not covered.intersection(result.nodes):
                 if best is None or (len(result.nodes), -result.loose) > (len(best.nodes), -best.loose):

@@ -31,7 +31,7 @@ def _order(graph: fx.Graph, before: fx.Node, match: Match) -> dict[str, Any]:
 
 
 def _variants() -> list[dict[str, Any]]:
-    """Score, selection, renormalization, scale and cast in the combinations that models write (docs/vocabulary.md)."""
+    """Score, selection, renormalization, scale and cast in the combinations that models of Transformers write."""
     off: dict[str, Any] = {"groups": 0, "topk_groups": 0, "eps": 0.0, "scale": 1.0}
     made = []
     for score, order in (("softmax", "scores"), ("softmax", "logits"), ("sigmoid", "scores"), ("sigmoid", "logits")):

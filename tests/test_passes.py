@@ -110,7 +110,7 @@ def test_rms_norm_refuses_another_power():
         return weight * (x * torch.rsqrt(x.pow(4).mean(-1, keepdim=True) + 1e-5))
 
     f, changes = run([RaiseRMSNorm()], wrong, [torch.randn(3, 17, 16)], [nn.Parameter(torch.randn(16))])
-    assert calls(f, ops.rms_norm) == [] and any("expected 2, found the constant 4" in c.what for c in changes.missed)
+    assert calls(f, ops.rms_norm) == [] and any("expected exponent=2, found the constant 4" in c.what for c in changes.missed)
 
 
 def route_mixtral(logits):
@@ -208,6 +208,7 @@ def test_linear_cross_entropy_refuses_smoothing():
     f, changes = run([RaiseLinearCrossEntropy()], head, [torch.randn(3, 17, 16), torch.randint(0, 32, (3, 17))],
                      [nn.Parameter(torch.randn(32, 16))])  # fmt: skip
     assert calls(f, ops.linear_cross_entropy) == [] and changes.made == []
+    assert "expected label_smoothing=0.0, found the constant 0.1 at cross_entropy_loss" in changes.missed[0].what
 
 
 def test_residual_rms_norm():

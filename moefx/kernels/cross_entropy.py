@@ -13,7 +13,7 @@ BLOCK = 8192
 
 @triton.jit
 def _row(logits, at, share, losses, columns, stride, BLOCK: tl.constexpr):
-    """One program, one row: the running maximum and sum of exponentials (online softmax, arXiv 1805.02867), then the gradient."""
+    """One program a row: running maximum and sum of exponentials (online softmax, arXiv 1805.02867), then the gradient."""
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * stride
     factor = tl.load(share + row)
