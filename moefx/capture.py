@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd import function as autograd_function
-from torch.distributed.tensor import DTensor
 from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 
-from . import hf
+from . import hf, sharded
 from .errors import CaptureError, MoefxError
 from .functional import functionalize
 from .graph import aten
@@ -214,26 +213,13 @@ def _without_checkpointing(module: nn.Module) -> Iterator[None]:
             m.gradient_checkpointing = value
 
 
-@contextmanager
-def _whole_parameters(module: nn.Module) -> Iterator[None]:
-    """Within: parameters that are spread over ranks look whole. Capture reads shapes only, so they need no memory."""
-    owners = [(m, n, p) for m in module.modules() for n, p in m._parameters.items() if isinstance(p, DTensor)]
-    for m, n, p in owners:
-        m._parameters[n] = nn.Parameter(torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape), p.requires_grad)  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        for m, n, p in owners:
-            m._parameters[n] = p
-
-
 def foreign_hooks(module: nn.Module) -> str | None:
     """The first forward hook inside that neither Transformers' output recording nor a parallel wrapper put there."""
     for path, m in module.named_modules():
         if path == "":
             continue  # its own hooks run around the call, captured or not
         for hook in itertools.chain(m._forward_hooks.values(), m._forward_pre_hooks.values()):
-            if "output_capturing_hook" not in getattr(hook, "__qualname__", ""):
+            if "output_capturing_hook" not in getattr(hook, "__qualname__", "") and not sharded.is_fsdp_hook(hook):
                 return f"{getattr(hook, '__qualname__', hook)} on {path}"
         for hook in itertools.chain(m._backward_hooks.values(), m._backward_pre_hooks.values()):
             return f"{getattr(hook, '__qualname__', hook)} (backward) on {path}"
@@ -255,7 +241,7 @@ def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module],
     entry.training = module.training
     try:
         with (
-            warnings.catch_warnings(), _without_checkpointing(module), _whole_parameters(module), hf.emitting() as callers,
+            warnings.catch_warnings(), _without_checkpointing(module), sharded.as_one_process(module), hf.emitting() as callers,
             _refusing_autograd_functions(), torch.enable_grad(),
             torch.autocast(call.device.type if call.device.type != "meta" else "cpu", enabled=False),
         ):  # fmt: skip
@@ -387,6 +373,7 @@ class Recording:
 
     calls: dict[str, tuple[tuple, dict]]
     head: tuple[Any, tuple, dict] | None
+    device: torch.device  #: where the model's calls take place: not where a model that is spread over ranks was recorded
     head_reason: str = ""
     like: dict[str, str] = field(default_factory=dict)  #: a block that was not run -> the equal one that was
     structures: dict[str, tuple] = field(default_factory=dict)
@@ -442,12 +429,19 @@ def record(model: Any, example: Mapping[str, Any] | None) -> Recording:
     for path, module in model.named_modules():
         if path:
             handles.append(module.register_forward_pre_hook(remember(path), with_kwargs=True))
-    recording = Recording(calls, None)
+    recording = Recording(calls, None, next(model.parameters()).device)
+    # what is spread over ranks is recorded on meta, whole: no rank holds it, and no rank waits for another
+    meta = torch.device("meta") if sharded.is_sharded(model) else None
+    if meta is not None:
+        given = {k: v.to(meta) if isinstance(v, Tensor) else v for k, v in given.items()}
     given.setdefault("use_cache", False)  # type: ignore[arg-type]
     if "labels" not in given and "input_ids" in given:
         given["labels"] = given["input_ids"]
     try:
-        with torch.no_grad(), hf.emitting(), hf.unpacked_on_meta(), watching_head(model) as head, _once(model, recording):
+        with (
+            torch.no_grad(), hf.emitting(), hf.unpacked_on_meta(), sharded.as_one_process(model, meta),
+            watching_head(model) as head, _once(model, recording),
+        ):  # fmt: skip
             model(**given)
     except CaptureError:
         raise
@@ -517,7 +511,8 @@ def site_of(path: str, module: nn.Module, recording: Recording, routers: dict, l
     try:
         tensors, template = flatten(args, kwargs)
         structure = recording.structures.get(path) or hf.structure(module)
-        return Site(path, module, Call.of(tensors, template, module.training), structure, inner)
+        call = replace(Call.of(tensors, template, module.training), device=recording.device)
+        return Site(path, module, call, structure, inner)
     except CaptureError as error:
         left.append(Left(path, type(module).__name__, str(error)))
         return None

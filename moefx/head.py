@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .program import Function, Left, Program
 _LOOKS = {
     Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.ndim.__get__, Tensor.layout.__get__,  # type: ignore[attr-defined]
     Tensor.is_cuda.__get__, Tensor.is_sparse.__get__, Tensor.size, Tensor.dim, Tensor.numel,  # type: ignore[attr-defined]
-    Tensor.is_floating_point, Tensor.is_complex, Tensor.ndimension, Tensor.__len__,
+    Tensor.is_floating_point, Tensor.is_complex, Tensor.ndimension, Tensor.__len__, torch.is_floating_point, torch.is_complex,
 }  # fmt: skip
 
 
@@ -30,18 +31,24 @@ class LazyLogits(Tensor):
     hidden: Tensor
     project: Callable[[Tensor], Tensor]
     logits: Tensor | None
+    hooks: list[Callable]  #: what FSDP registers on outputs: for the logits, should there ever be any
 
     @staticmethod
     def __new__(cls, hidden: Tensor, project: Callable[[Tensor], Tensor], vocabulary: int, dtype: torch.dtype):
         shape = (*hidden.shape[:-1], vocabulary)
         out = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)  # type: ignore[attr-defined]
-        out.hidden, out.project, out.logits = hidden, project, None
+        out.hidden, out.project, out.logits, out.hooks = hidden, project, None, []
         return out
 
     def materialize(self) -> Tensor:
         if self.logits is None:
             self.logits = self.project(self.hidden).to(self.dtype)
+            for hook in self.hooks if self.logits.requires_grad else ():
+                self.logits.register_hook(hook)
         return self.logits
+
+    def _as(self, dtype: torch.dtype) -> LazyLogits:
+        return self if dtype == self.dtype else LazyLogits(self.hidden, self.project, self.shape[-1], dtype)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -54,7 +61,11 @@ class LazyLogits(Tensor):
             if func is Tensor.requires_grad.__get__:  # type: ignore[attr-defined]
                 return me.hidden.requires_grad
             if func is Tensor.float and not kwargs and len(args) == 1:
-                return me if me.dtype == torch.float32 else LazyLogits(me.hidden, me.project, me.shape[-1], torch.float32)
+                return me._as(torch.float32)
+            if func is Tensor.to and not kwargs and len(args) == 2 and isinstance(args[1], torch.dtype):
+                return me._as(args[1])
+            if func is Tensor.register_hook and not kwargs:
+                return me.hooks.append(args[1])
 
         def real(x: Any) -> Any:
             if isinstance(x, LazyLogits):
@@ -158,7 +169,8 @@ def capture_head(model: Any, recording: Recording, program: Program) -> None:
     hidden, args, kwargs = recording.head
     try:
         tensors, template = head_call(hidden, args, kwargs)
-        function = capture_head_call(model.loss_function, lm_head, path, Call.of(tensors, template, model.training))
+        call = replace(Call.of(tensors, template, model.training), device=recording.device)
+        function = capture_head_call(model.loss_function, lm_head, path, call)
     except CaptureError as error:
         program.left.append(Left(path, "head", str(error)))
         return

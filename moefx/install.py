@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from . import hf
+from . import hf, sharded
 from .capture import Call, capture_module, flatten, foreign_hooks
 from .errors import CaptureError, MoefxError
 from .head import LazyLogits, capture_head_call, head_call, split_logits
@@ -42,6 +42,7 @@ class Optimized:
     compiled: dict[tuple, Callable] = field(default_factory=dict)  #: by what the graph says: equal graphs share code
     shared: dict[tuple, Function | CaptureError] = field(default_factory=dict)
     bypass: bool = False  #: run the original forwards (moefx.verify)
+    shards_experts: bool = False  #: ``optimize`` spread the experts over ranks: ``restore`` brings them back
 
     def __deepcopy__(self, memo: dict) -> Optimized:
         return self  # a copied model shares graphs and compiled code; parameters are read from the module that is called
@@ -82,6 +83,7 @@ class Site:
     memo: dict[Any, Function | None] = field(default_factory=dict)
     owners: dict[int, list[tuple[dict, str]]] = field(default_factory=dict)
     watched: list[tuple[dict, dict, int, nn.Module]] | None = None
+    units: list[nn.Module] = field(default_factory=list)  #: FSDP's units inside the module
 
     def __deepcopy__(self, memo: dict) -> Site:
         return type(self)(self.path, self.state, self.functions, self.routers)
@@ -100,7 +102,13 @@ class Site:
                 self.memo.clear()
         if function is None:
             return original(*args, **kwargs)
-        out = self.state.runner(function)(*self.parameters(module, function), *function.constants, *tensors)
+        run = self.state.runner(function)
+        if self.units:
+            tensors = sharded.enter(self.units, tensors)
+            out = run(*self.parameters(module, function), *function.constants, *tensors)
+            out = sharded.leave(self.units, tensors, out)
+        else:
+            out = run(*self.parameters(module, function), *function.constants, *tensors)
         call: Call = function.call
         if "router_logits" in requested:
             for path, template in call.routers:
@@ -128,6 +136,7 @@ class Site:
             self.watched = [
                 (m._modules, dict(m._modules), self._hooks(m), m) for path, m in module.named_modules() if m is not module
             ] + [(module._modules, dict(module._modules), -1, module)]
+            self.units = sharded.units(module)
         for children, before, hooks, m in self.watched:
             if children != before or hooks >= 0 and len(m._forward_hooks) + len(m._forward_pre_hooks) != hooks:
                 return self._still_exact(module, children, before)
@@ -291,7 +300,7 @@ def _lm_head_forward(base: type) -> Callable:
     plain = base.forward  # type: ignore[attr-defined]
 
     def forward(self, hidden):
-        if not self._moefx_active or hf.is_emitting():
+        if not self._moefx_active or hf.is_emitting() or sharded.frees_weights(self):
             return plain(self, hidden)
         return LazyLogits(hidden, _Projection(self, functools.partial(plain, self)), self.out_features, hidden.dtype)
 

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import backends as backends_
-from . import hf, parallel
+from . import hf, parallel, sharded
 from .capture import capture
 from .errors import MoefxError
 from .install import Optimized, install, state_of, uninstall
 from .pipeline import Pipeline
-from .plan import Plan
 from .program import Program
 from .report import Explanation, Report
 from .report import explain as explain_report
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from .backends import Backend
+    from .plan import Plan
 
 Model = TypeVar("Model")
 
@@ -80,8 +80,7 @@ def optimize(
         raise MoefxError(f"pipeline is a {type(pipeline).__name__}: pass moefx.passes.default() or a moefx.Pipeline of passes")
     order = backends_.resolve(backends)
     ep_size, mesh = parallel.make_mesh(model, ep_size, mesh)  # type: ignore[arg-type]
-    group = mesh["ep"].get_group().group_name if mesh is not None else ""
-    plan = Plan(order, ep_size, group, mesh, compile, strict)
+    plan = parallel.plan(model, order, ep_size, mesh, compile, strict)  # type: ignore[arg-type]
     started = time.perf_counter()
     program = capture(model, example)
     captured = time.perf_counter()
@@ -91,7 +90,8 @@ def optimize(
     if shortfall:
         report.warn_or_raise(shortfall, strict)
     state = Optimized(program, plan, pipeline, report, hf.previous(model))  # type: ignore[arg-type]
-    if ep_size > 1:
+    state.shards_experts = ep_size > 1 and sharded.experts_mesh(model) is None  # type: ignore[arg-type]
+    if state.shards_experts:
         parallel.shard_experts(model, plan)  # type: ignore[arg-type]
     install(model, state)
     if verify:
@@ -114,7 +114,7 @@ def restore(model: Model) -> Model:
     """Back to the untouched forward, experts' parameters whole on every rank. Returns the same object."""
     state = state_of(model)
     inner = getattr(model, "module", model)
-    if state.plan.ep_size > 1:
+    if state.shards_experts:
         parallel.gather_experts(inner)  # type: ignore[arg-type]
     uninstall(inner)
     return model

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from . import exchange, grouped, hf
+from . import exchange, grouped, hf, sharded
 from .errors import MoefxError
 
 if TYPE_CHECKING:
+    from .backends import Backend
     from .plan import Plan
 
 
@@ -22,6 +23,14 @@ def make_mesh(model: nn.Module, ep_size: int, mesh: DeviceMesh | None) -> tuple[
 
     Without ``mesh`` the ranks are cut into groups of ``ep_size`` neighbours: dimensions ("dp_replicate", "ep").
     """
+    spread = sharded.experts_mesh(model)
+    if spread is not None:
+        size = spread["ep"].size()
+        if mesh is not None or ep_size not in (1, size):
+            raise MoefxError(
+                f"the experts are spread over {size} ranks already: leave mesh out, and ep_size={ep_size} too or make it {size}"
+            )
+        return size, spread
     if mesh is not None:
         names = mesh.mesh_dim_names or ()
         if "ep" not in names:
@@ -63,6 +72,18 @@ def make_mesh(model: nn.Module, ep_size: int, mesh: DeviceMesh | None) -> tuple[
         kind = device if device != "meta" else ("cuda" if torch.cuda.is_available() else "cpu")
         mesh = init_device_mesh(kind, (world // ep_size, ep_size), mesh_dim_names=("dp_replicate", "ep"))
     return ep_size, mesh
+
+
+def plan(
+    model: nn.Module, order: tuple[Backend, ...], ep_size: int, mesh: DeviceMesh | None, compile: bool | str, strict: bool
+) -> Plan:
+    """The plan of a model whose experts are, or will be, spread over ``mesh["ep"]``."""
+    from .plan import Plan
+
+    if mesh is None:
+        return Plan(order, compile=compile, strict=strict)
+    scale = sharded.experts_gradient_scale(model, ep_size)
+    return Plan(order, ep_size, mesh["ep"].get_group().group_name, mesh, compile, strict, scale)
 
 
 def shard_experts(model: nn.Module, plan: Plan) -> list[str]:

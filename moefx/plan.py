@@ -21,4 +21,5 @@ class Plan:
     mesh: DeviceMesh | None = None  #: one dimension "ep", or "dp_replicate" and "ep"
     compile: bool | str = True
     strict: bool = False
+    experts_gradient_scale: float = 1.0  #: makes the experts' gradients the mean over all ranks' tokens
     expects: dict[str, int] = field(default_factory=dict)  #: operation -> how many the model promises

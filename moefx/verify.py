@@ -119,7 +119,7 @@ def verify(model: Any, batch: Mapping[str, Any], *, tolerance: float | None = No
 def _original(model: nn.Module, state: Optimized) -> Iterator[None]:
     sharded = {n: p for n, p in model.named_parameters() if isinstance(p, DTensor)}
     state.bypass = True
-    if state.plan.ep_size > 1:
+    if state.shards_experts:
         ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", None)
         gather_experts(model)
     try:
@@ -129,14 +129,14 @@ def _original(model: nn.Module, state: Optimized) -> Iterator[None]:
         for name, parameter in sharded.items():
             path, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(path), leaf, parameter)
-        if state.plan.ep_size > 1:
+        if state.shards_experts:
             model._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]
 
 
 def _local(model: nn.Module, grads: dict[str, Tensor | None], state: Optimized) -> dict[str, Tensor | None]:
     """Experts' gradients as expert parallelism defines them: averaged over the ranks, this rank's shard."""
-    if state.plan.ep_size == 1:
-        return grads
+    if not state.shards_experts:
+        return {n: g.to_local() if isinstance(g, DTensor) else g for n, g in grads.items()}
     out = dict(grads)
     for name, p in model.named_parameters():
         g = grads.get(name)

@@ -65,7 +65,7 @@ class ExpertParallel:
         rows, counts, handle = (self._item(graph, node, sent, i) for i in range(3))
         options = {k: given[k] for k in ("activation", "alpha", "limit", "transposed", "interleaved")}
         weights = tuple(given[w] for w in _WEIGHTS)
-        done = call(grouped.grouped_mlp, (rows, counts, *weights), {**options, "grad_scale": 1.0 / plan.ep_size})
+        done = call(grouped.grouped_mlp, (rows, counts, *weights), {**options, "grad_scale": plan.experts_gradient_scale})
         back = call(exchange.combine, (done, given["weights"], handle), where)
         if value(back).dtype != value(node).dtype:
             back = call(torch.ops.aten._to_copy.default, (back,), {"dtype": value(node).dtype})
