@@ -3,11 +3,13 @@
 from . import passes
 from .backends import Backend, Kernel, resolve
 from .capture import capture
+from .clip import clip_grad_norm_
 from .errors import CaptureError, MoefxError, PassError, VerifyError
 from .graph import insert
 from .match import Match, Miss, Pattern, f64
 from .ops import op
 from .optimize import explain, optimize, report, restore, rewrite
+from .parallelize import parallelize
 from .pipeline import Changes, Pass, Pipeline
 from .plan import Plan
 from .program import Function, Program
@@ -19,6 +21,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Backend", "CaptureError", "Changes", "Function", "Kernel", "Match", "Miss", "MoefxError", "Pass", "PassError", "Pattern",
-    "Pipeline", "Plan", "Program", "Raise", "Report", "ShortfallWarning", "Verification", "VerifyError", "capture", "explain",
-    "f64", "insert", "op", "optimize", "passes", "report", "resolve", "restore", "rewrite", "verify",
+    "Pipeline", "Plan", "Program", "Raise", "Report", "ShortfallWarning", "Verification", "VerifyError", "capture", "clip_grad_norm_", "explain",
+    "f64", "insert", "op", "optimize", "parallelize", "passes", "report", "resolve", "restore", "rewrite", "verify",
 ]  # fmt: skip

@@ -46,19 +46,7 @@ def make_mesh(model: nn.Module, ep_size: int, mesh: DeviceMesh | None) -> tuple[
         raise MoefxError(f"ep_size={ep_size!r} is not a positive whole number")
     if ep_size == 1:
         return 1, None
-    found = hf.experts_modules(model)
-    if not found:
-        raise MoefxError(
-            f"ep_size={ep_size}, but {type(model).__name__} does not use Transformers' experts interface, so its experts "
-            "cannot be cut over ranks: use ep_size=1"
-        )
-    for path, module in found.items():
-        experts = getattr(module, hf.experts_layout(module).up).shape[0]
-        if experts % ep_size:
-            fits = [n for n in range(1, experts + 1) if experts % n == 0]
-            raise MoefxError(
-                f"ep_size={ep_size} does not divide the {experts} experts of {path}: choose one of {', '.join(map(str, fits))}"
-            )
+    check_experts(model, ep_size)
     if not dist.is_available() or not dist.is_initialized():
         raise MoefxError(
             f"ep_size={ep_size} needs a process group and none is initialized: start with torchrun --nproc-per-node {ep_size} "
@@ -72,6 +60,23 @@ def make_mesh(model: nn.Module, ep_size: int, mesh: DeviceMesh | None) -> tuple[
         kind = device if device != "meta" else ("cuda" if torch.cuda.is_available() else "cpu")
         mesh = init_device_mesh(kind, (world // ep_size, ep_size), mesh_dim_names=("dp_replicate", "ep"))
     return ep_size, mesh
+
+
+def check_experts(model: nn.Module, ep_size: int) -> None:
+    """Raises MoefxError, with both numbers, if the experts cannot be cut over ``ep_size`` ranks."""
+    found = hf.experts_modules(model)
+    if not found:
+        raise MoefxError(
+            f"ep_size={ep_size}, but {type(model).__name__} does not use Transformers' experts interface, so its experts "
+            "cannot be cut over ranks: use ep_size=1"
+        )
+    for path, module in found.items():
+        experts = getattr(module, hf.experts_layout(module).up).shape[0]
+        if experts % ep_size:
+            fits = [n for n in range(1, experts + 1) if experts % n == 0]
+            raise MoefxError(
+                f"ep_size={ep_size} does not divide the {experts} experts of {path}: choose one of {', '.join(map(str, fits))}"
+            )
 
 
 def plan(
@@ -94,8 +99,16 @@ def shard_experts(model: nn.Module, plan: Plan) -> list[str]:
     averaged over the replicas as they accumulate; DDP is told to leave them alone.
     """
     assert plan.mesh is not None
-    ep, names = plan.mesh["ep"], []
     replicas = plan.mesh["dp_replicate"] if "dp_replicate" in (plan.mesh.mesh_dim_names or ()) else None
+    names = shard_parameters(model, plan.mesh["ep"], replicas)
+    # what torch.nn.parallel.DistributedDataParallel reads
+    model._ddp_params_and_buffers_to_ignore = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names]  # type: ignore[assignment]
+    return names
+
+
+def shard_parameters(model: nn.Module, ep: DeviceMesh, replicas: DeviceMesh | None = None) -> list[str]:
+    """Experts' parameters as DTensors ``Shard(0)`` on ``ep``; ``replicas``: their gradients are averaged over these ranks."""
+    names = []
     for path, module in hf.experts_modules(model).items():
         for name in hf.experts_layout(module).parameters:
             full = getattr(module, name)
@@ -106,8 +119,6 @@ def shard_experts(model: nn.Module, plan: Plan) -> list[str]:
                 new.register_post_accumulate_grad_hook(_average_over(replicas))
             setattr(module, name, new)
             names.append(f"{path}.{name}")
-    # what torch.nn.parallel.DistributedDataParallel reads
-    model._ddp_params_and_buffers_to_ignore = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names]  # type: ignore[assignment]
     return names
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from . import hf
 from .errors import MoefxError
@@ -61,6 +62,17 @@ def _groups(module: FSDPModule) -> list[Any]:
     many = getattr(state, "_fsdp_param_groups", None)
     one = getattr(state, "_fsdp_param_group", None)
     return list(many) if many is not None else [one] if one is not None else []
+
+
+def local_slices(spread: DTensor) -> tuple[slice, ...]:
+    """Where this rank's part of a spread tensor lies in the whole."""
+    sizes, offsets = compute_local_shape_and_global_offset(spread.shape, spread.device_mesh, spread.placements)
+    return tuple(slice(o, o + n) for n, o in zip(sizes, offsets, strict=True))
+
+
+def fill(spread: DTensor, whole: Tensor) -> None:
+    """Copies this rank's part of ``whole`` into ``spread``; no rank talks to another."""
+    spread.to_local().copy_(whole[local_slices(spread)])
 
 
 def is_sharded(model: nn.Module) -> bool:

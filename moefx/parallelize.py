@@ -1,0 +1,237 @@
+"""``moefx.parallelize``: dense parameters by FSDP2 over all ranks, experts over ep x efsdp, then ``optimize``.
+
+Meshes, loading and the marks that the Trainer reads are Transformers' own (``transformers.distributed``); what is cut how is
+decided here, for every family that uses the experts interface, with or without a plan in its configuration.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.distributed import DistributedConfig
+from transformers.distributed.utils import TransformersDeviceMesh, initialize_distributed_mesh
+
+from . import hf, parallel, sharded
+from .errors import MoefxError
+from .optimize import optimize
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How parameters are cut: world = dp_replicate x fsdp, and fsdp = efsdp x ep for the experts."""
+
+    ep_size: int
+    dp_replicate: int
+    fsdp: int
+    mp_policy: MixedPrecisionPolicy
+    reshard_after_forward: bool | int
+    offload_policy: OffloadPolicy
+
+    @property
+    def efsdp(self) -> int:
+        return self.fsdp // self.ep_size
+
+    @property
+    def config(self) -> DistributedConfig:
+        return DistributedConfig(
+            fsdp_size=self.fsdp, dp_replicate_size=self.dp_replicate, ep_size=self.ep_size,
+            fsdp_cpu_offload=isinstance(self.offload_policy, CPUOffloadPolicy),
+            fsdp_mixed_precision=self.mp_policy.param_dtype is not None,
+        )  # fmt: skip
+
+
+def parallelize(
+    model: PreTrainedModel | str | os.PathLike,
+    *,
+    ep_size: int = 1,
+    dp_replicate: int = 1,
+    mp_policy: MixedPrecisionPolicy | None = None,
+    reshard_after_forward: bool | int = True,
+    offload_policy: OffloadPolicy | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Any:
+    """Spreads a model over all ranks (FSDP2, HSDP, expert parallelism) and optimizes it. Returns the model.
+
+    Call it on every rank, after ``torch.distributed.init_process_group``. Every decoder block is an FSDP2 unit, its experts
+    are another on the ranks that hold the same experts; embeddings, final norm and lm_head belong to the root. All ranks see
+    their own batches; gradients come out as the mean over all ranks.
+
+    Args:
+        model: a checkpoint folder in Hugging Face layout, of which each rank reads only its own shards; or a model, the same
+            on every rank; or a model on the meta device, which gets random weights.
+        ep_size: ranks that share one copy of the experts; divides the number of experts and the ranks of a replica.
+        dp_replicate: copies of the whole model (HSDP): gradients are reduced inside a copy, then summed over copies.
+        mp_policy, reshard_after_forward, offload_policy: as in ``torch.distributed.fsdp.fully_shard``.
+        dtype: of the parameters, if ``model`` is a folder (default: what its configuration says).
+        options: of :func:`moefx.optimize` (``compile``, ``pipeline``, ``backends``, ``strict``, ``example``).
+
+    Raises:
+        MoefxError: bad sizes; a checkpoint that lacks a tensor of the model, has one too many, or one of another shape.
+    """
+    layout = _layout(ep_size, dp_replicate, mp_policy, reshard_after_forward, offload_policy)
+    for name in ("mesh", "verify"):
+        if name in options:
+            raise MoefxError(f"parallelize does not take {name}: it makes its own meshes; call moefx.verify on a small model")
+    if isinstance(model, (str, os.PathLike)):
+        return optimize(_load(Path(model), layout, dtype).train(), **options)
+    if dtype is not None:
+        raise MoefxError(f"dtype={dtype} is for a checkpoint folder, but a {type(model).__name__} was given: convert it before")
+    hf.check(model)
+    if sharded.is_sharded(model) or getattr(model, "_moefx", None) is not None:
+        raise MoefxError(f"{type(model).__name__} is optimized or spread over ranks already: parallelize comes first")
+    _check_experts(model, layout)
+    meta = next(model.parameters()).is_meta
+    _distribute(model, layout, initialize_distributed_mesh(layout.config)[1])
+    if meta:
+        _initialize(model)
+    return optimize(model.train(), **options)
+
+
+def _layout(ep_size: int, dp_replicate: int, mp: Any, reshard: bool | int, offload: Any) -> Layout:
+    for name, n in (("ep_size", ep_size), ("dp_replicate", dp_replicate)):
+        if not isinstance(n, int) or n < 1:
+            raise MoefxError(f"{name}={n!r} is not a positive whole number")
+    if not dist.is_available() or not dist.is_initialized():
+        raise MoefxError(
+            "parallelize needs a process group and none is initialized: start with torchrun and call "
+            "torch.distributed.init_process_group() before"
+        )
+    world = dist.get_world_size()
+    if world % dp_replicate:
+        raise MoefxError(f"dp_replicate={dp_replicate} does not divide the {world} ranks")
+    if (world // dp_replicate) % ep_size:
+        raise MoefxError(
+            f"ep_size={ep_size} does not divide the {world // dp_replicate} ranks of a replica ({world} ranks, "
+            f"dp_replicate={dp_replicate})"
+        )
+    fsdp = world // dp_replicate
+    return Layout(ep_size, dp_replicate, fsdp, mp or MixedPrecisionPolicy(), reshard, offload or OffloadPolicy())
+
+
+def _check_experts(model: PreTrainedModel, layout: Layout) -> None:
+    if layout.ep_size > 1:
+        parallel.check_experts(model, layout.ep_size)
+
+
+# --- cutting ---------------------------------------------------------------------------------------------------------
+
+
+def _distribute(model: Any, layout: Layout, meshes: TransformersDeviceMesh | None) -> Any:
+    """Cuts the parameters and marks the model as Transformers marks what it cut itself: its Trainer reads that."""
+    if meshes is None:
+        return model  # one rank
+    replicated = ("dp_replicate",) if layout.dp_replicate > 1 else ()
+    dense, policies = meshes.get_mesh((*replicated, "fsdp")), _policies(layout)
+    if layout.ep_size > 1:
+        _check_experts(model, layout)
+        parallel.shard_parameters(model, meshes.get_mesh("ep"))
+        for experts in hf.experts_modules(model).values():
+            fully_shard(experts, mesh=meshes.get_mesh((*replicated, "efsdp")), **policies)
+    blocks = hf.blocks(model)
+    for block in blocks.values():
+        for inside in _of_another_dtype(block):
+            fully_shard(inside, mesh=dense, **policies)
+        fully_shard(block, mesh=dense, **policies)
+    fully_shard(model, mesh=dense, **{**policies, "reshard_after_forward": False})
+    model.config.distributed_config = layout.config
+    model._mesh_manager, model._device_mesh = meshes, meshes.get_mesh(("pp", "fsdp", "tp"))
+    model._tp_size, model._fsdp_size = 1, layout.fsdp
+    model._is_distributed_loading_by_transformers = model._is_fsdp_managed_module = True
+    return model
+
+
+def _policies(layout: Layout) -> dict[str, Any]:
+    return {
+        "mp_policy": layout.mp_policy, "reshard_after_forward": layout.reshard_after_forward,
+        "offload_policy": layout.offload_policy,
+    }  # fmt: skip
+
+
+def _of_another_dtype(block: nn.Module) -> list[nn.Module]:
+    """The modules whose own parameters are of another dtype than most of the block's: FSDP2 wants one dtype a unit."""
+    many: dict[torch.dtype, int] = {}
+    for p in block.parameters():
+        many[p.dtype] = many.get(p.dtype, 0) + p.numel()
+    usual = max(many, key=many.__getitem__) if many else None
+    return [m for m in block.modules() if any(p.dtype != usual for p in m.parameters(recurse=False))]
+
+
+def _initialize(model: Any) -> None:
+    """Random weights for a model on meta, module by module: each rank draws a whole module's (the same: the first rank's seed)
+    and keeps its shards, since initializations are written for whole tensors."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    seed = [torch.initial_seed()]
+    dist.broadcast_object_list(seed)
+    model._move_missing_keys_from_meta_to_device(set(model.state_dict()), {"": device}, model._device_mesh, None)
+    model.tie_weights(recompute_mapping=False)
+    with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed[0])
+        for path, module in tqdm(list(model.named_modules()), desc="initializing", disable=dist.get_rank() > 0):
+            spread = {n: p for n, p in module._parameters.items() if isinstance(p, DTensor)}
+            for name, p in spread.items():
+                module._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=device), p.requires_grad)
+            owner = _owner_of(model, path)
+            owner._initialize_weights(module)
+            for name, p in spread.items():
+                sharded.fill(p, module._parameters[name])
+                module._parameters[name] = p
+
+
+def _owner_of(model: PreTrainedModel, path: str) -> Any:
+    """The innermost ``PreTrainedModel`` around a module: it knows how to initialize it."""
+    owners = [m for p, m in model.named_modules() if isinstance(m, PreTrainedModel) and (not p or f"{path}.".startswith(f"{p}."))]
+    return owners[-1]
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def _load(folder: Path, layout: Layout, dtype: torch.dtype | None) -> Any:
+    """Transformers' own loading (its conversion of layouts, its progress bar), of this rank's shards."""
+    if not (folder / "config.json").is_file():
+        raise MoefxError(f"there is no {folder / 'config.json'}: pass a folder in Hugging Face layout, or a model")
+    chosen: Mapping[str, Any] = {} if dtype is None else {"dtype": dtype}
+    loader: Any = AutoModelForCausalLM.from_pretrained
+    with _distributing(layout):
+        model, info = loader(folder, distributed_config=layout.config, output_loading_info=True, **chosen)
+    for what, said in (("missing_keys", "lacks"), ("unexpected_keys", "has, and the model has not,"), ("mismatched_keys", "")):
+        names = sorted(map(str, info[what]))
+        if names and said:
+            raise MoefxError(f"{folder} {said} {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "") + f": {_DO}")
+        if names:
+            raise MoefxError(f"{folder} has tensors of another shape than the model: {names[0]}: {_DO}")
+    return model
+
+
+_DO = "load the checkpoint that belongs to this configuration"
+
+
+@contextmanager
+def _distributing(layout: Layout) -> Iterator[None]:
+    """Within: ``from_pretrained`` cuts the empty model as ``parallelize`` does, before it reads the weights."""
+    before = PreTrainedModel.__dict__.get("maybe_distribute_model")
+
+    def distribute(cls: type, model: Any, config: Any, meshes: TransformersDeviceMesh | None) -> Any:
+        return _distribute(model, layout, meshes)
+
+    PreTrainedModel.maybe_distribute_model = classmethod(distribute)  # type: ignore
+    try:
+        yield
+    finally:
+        if before is None:
+            del PreTrainedModel.maybe_distribute_model
+        else:
+            PreTrainedModel.maybe_distribute_model = before  # type: ignore
