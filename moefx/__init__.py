@@ -20,7 +20,8 @@ from .verify import Verification, verify
 __version__ = "0.1.0"
 
 __all__ = [
-    "Backend", "CaptureError", "Changes", "Function", "Kernel", "Match", "Miss", "MoefxError", "Pass", "PassError", "Pattern",
-    "Pipeline", "Plan", "Program", "Raise", "Report", "ShortfallWarning", "Verification", "VerifyError", "capture", "clip_grad_norm_", "explain",
-    "f64", "insert", "op", "optimize", "parallelize", "passes", "report", "resolve", "restore", "rewrite", "verify",
+    "Backend", "CaptureError", "Changes", "Function", "Kernel", "Match", "Miss", "MoefxError", "Pass", "PassError",
+    "Pattern", "Pipeline", "Plan", "Program", "Raise", "Report", "ShortfallWarning", "Verification", "VerifyError",
+    "capture", "clip_grad_norm_", "explain", "f64", "insert", "op", "optimize", "parallelize", "passes", "report",
+    "resolve", "restore", "rewrite", "verify",
 ]  # fmt: skip

@@ -575,7 +575,7 @@ def capture(model: Any, example: Mapping[str, Any] | None = None) -> Program:
         )
     with hf.implementations(model):
         recording = record(model, example)
-        program = Program(type(model).__name__, {}, [], hf.symbols(model))
+        program = Program(type(model).__name__, {}, [])
         capture_sites(model, recording, program)
         capture_head(model, recording, program)
     return program

@@ -23,11 +23,10 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from . import backends, hf, passes
+from . import backends, hf, parallel, passes
 from .capture import capture
 from .errors import MoefxError
 from .optimize import rewrite
-from .plan import Plan
 from .report import Report
 from .show import render
 from .tiny import tiny_config
@@ -81,14 +80,12 @@ def ranks(ep_size: int) -> Iterator[Any]:
 
 def inspect(config: PreTrainedConfig, ep_size: int, device: str = "meta") -> Report:
     """Captures and rewrites a model of ``config`` without installing anything."""
-    from .parallel import make_mesh
-
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config)
     hf.check(model)
     with ranks(ep_size) as mesh:
-        ep_size, mesh = make_mesh(model, ep_size, mesh)
-        plan = Plan(backends.resolve(None), ep_size, mesh["ep"].get_group().group_name if mesh is not None else "", mesh)
+        ep_size, mesh = parallel.make_mesh(model, ep_size, mesh)
+        plan = parallel.plan(model, backends.resolve(None), ep_size, mesh, True, False)
         return rewrite(capture(model), plan, passes.default(), model)
 
 

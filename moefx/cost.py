@@ -1,9 +1,10 @@
 """What a captured graph costs, as formulas: FLOPs, bytes read and written, bytes sent between ranks.
 
-Sizes are the symbols B, S (batch and sequence of one rank), ep and those of ``Program.symbols`` (H, I, E, K, A, D, V, L). A
-number that is none of them, or two of them at once, stays a number. FLOPs count a multiply-add as two; only matrix products
-are counted as FLOPs, everything else as the bytes that it moves. Formulas are of the forward; the backward of a matrix product
-costs twice its forward.
+Sizes are symbols: B, S (batch and sequence of one rank), ep, and the roles that the semantic operations of a function give to
+numbers: H hidden, I intermediate, E experts, K experts a token, A heads, G key/value heads, D head size, V vocabulary. A number
+with two roles in one function (128 experts, heads of 128) stays a number, except where an operation itself says which is meant.
+FLOPs count a multiply-add as two; only matrix products are counted as FLOPs, everything else as the bytes that it moves.
+Formulas are of the forward; the backward of a matrix product costs twice its forward. Routing is taken to be balanced.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, fx
 
 from . import exchange, grouped, ops
 from .errors import MoefxError
-from .graph import VIEWS, aten, value
+from .graph import VIEWS, arguments, aten, value
 from .plan import Plan
 from .program import Function, Program
 
@@ -56,16 +57,42 @@ class Cost:
         return numbers[0], numbers[1], numbers[2], numbers[3]
 
 
+def _roles(function: Function) -> dict[str, int]:
+    """The numbers behind the symbols, as the function's semantic operations use them."""
+    found: dict[str, int] = {}
+
+    def say(**numbers: Any) -> None:
+        for name, number in numbers.items():
+            if isinstance(number, int):
+                found.setdefault(name, number)
+
+    for node in function.graph.nodes:
+        op = node.meta.get("semantic", node.target)
+        if op in (ops.experts, grouped.grouped_mlp):
+            given = arguments(node)
+            x, down = value(given["x" if op is ops.experts else "rows"]), value(given["down"])
+            say(H=x.shape[-1], I=down.shape[1 if given["transposed"] else 2])
+            say(E=down.shape[0]) if op is ops.experts else None
+        elif op is exchange.dispatch:
+            say(E=arguments(node)["num_experts"], K=value(arguments(node)["index"]).shape[1])
+        elif op is ops.route:
+            say(E=value(arguments(node)["logits"]).shape[-1], K=arguments(node)["top_k"])
+        elif op is ops.attention:
+            q, k = value(arguments(node)["q"]), value(arguments(node)["k"])
+            say(A=q.shape[1], G=k.shape[1], D=q.shape[3])
+        elif op is ops.linear_cross_entropy:
+            weight = value(arguments(node)["weight"])
+            say(V=weight.shape[0], H=weight.shape[1])
+    return found
+
+
 class Sizes:
     """Turns the sizes of a function's tensors into symbols."""
 
-    def __init__(self, function: Function, symbols: dict[str, int]):
-        self.names: dict[int, sympy.Symbol] = {}
-        for name, number in symbols.items():
-            taken = number in self.names
-            self.names[number] = sympy.Symbol(name, positive=True, integer=True)
-            if taken:
-                del self.names[number]  # two meanings: keep the number
+    def __init__(self, function: Function):
+        self.roles = _roles(function)
+        numbers = list(self.roles.values())
+        self.names = {n: _symbol(name) for name, n in self.roles.items() if numbers.count(n) == 1 and n > 4}
         self.dynamic: dict[Any, sympy.Expr] = {}
         inputs = [n for n in function.graph.nodes if n.op == "placeholder"][
             len(function.parameters) + len(function.constants) :
@@ -74,16 +101,15 @@ class Sizes:
             for size, letter in zip(value(node).shape, sizes):
                 if isinstance(size, torch.SymInt) and letter in ("a", "b"):
                     self.dynamic.setdefault(size.node.expr, B if letter == "a" else S)
-        self.rows = B * S * self.known(symbols.get("K", 1))
+        self.rows = B * S * self.role("K") if "K" in self.roles else B * S
 
-    def known(self, number: int) -> sympy.Expr:
-        return self.names.get(number, sympy.Integer(number))
+    def role(self, name: str) -> sympy.Expr:
+        return _symbol(name)
 
     def size(self, n: Any) -> sympy.Expr:
         if not isinstance(n, torch.SymInt):
-            return self.known(int(n)) if int(n) > 4 else sympy.Integer(int(n))
-        expression = n.node.expr
-        found = expression.subs(self.dynamic)
+            return self.names.get(int(n), sympy.Integer(int(n)))
+        found = n.node.expr.subs(self.dynamic)
         # rows that arrive from other ranks: as many as leave, if routing is balanced
         return found if found.free_symbols <= {B, S} else self.rows
 
@@ -96,7 +122,11 @@ class Sizes:
         return self.elements(val) * val.element_size() if isinstance(val, Tensor) else sympy.Integer(0)
 
 
-def node_cost(node: fx.Node, sizes: Sizes, ep_size: int = 1) -> Cost:
+def _symbol(name: str) -> sympy.Symbol:
+    return sympy.Symbol(name, positive=True, integer=True)
+
+
+def node_cost(node: fx.Node, sizes: Sizes) -> Cost:
     """The cost of one call; views are free. ``dispatch`` and ``combine`` send all but the rank's own share of rows."""
     op = node.meta.get("semantic", node.target)
     if (
@@ -107,47 +137,72 @@ def node_cost(node: fx.Node, sizes: Sizes, ep_size: int = 1) -> Cost:
     ):
         return Cost()
     inputs = [value(a) for a in node.all_input_nodes if isinstance(value(a), (Tensor, tuple, list))]
-    read = sympy.Add(*(sizes.bytes(v) for v in inputs))
-    flops, sent = sympy.Integer(0), sympy.Integer(0)
-    given = list(node.args)
+    read, written = sympy.Add(*(sizes.bytes(v) for v in inputs)), sizes.bytes(value(node))
     if op in _MATRIX:
-        matrix = value(given[0])
-        weights = value(given[1])
-        inner = sizes.size(matrix.shape[-1]) if op is not aten.addmm.default else sizes.size(weights.shape[-1])
-        flops = 2 * sizes.elements(value(node)) * inner
-    elif op is ops.experts:
-        up, down = value(given[3]), value(given[5])
-        flops = 2 * sizes.rows * _matrix(sizes, up) + 2 * sizes.rows * _matrix(sizes, down)
-    elif op is grouped.grouped_mlp:
-        up, down = value(given[2]), value(given[4])
-        flops = 2 * sizes.rows * _matrix(sizes, up) + 2 * sizes.rows * _matrix(sizes, down)
-    elif op is ops.attention:
-        q, k, v = (value(a) for a in given[:3])
-        pairs = sizes.elements(q) / sizes.size(q.shape[-1]) * sizes.size(k.shape[2])
-        share = sympy.Rational(1, 2) if given[3] is None and node.kwargs.get("is_causal", True) else 1
-        flops = 2 * pairs * (sizes.size(q.shape[-1]) + sizes.size(v.shape[-1])) * share
-    elif op is ops.linear_cross_entropy:
-        flops = 2 * sizes.elements(value(given[0])) * sizes.size(value(given[1]).shape[0])
-    elif op in (exchange.dispatch, exchange.combine):
-        rows = value(given[0])
-        sent = sizes.rows * sizes.size(rows.shape[-1]) * rows.element_size() * (EP - 1) / EP
-    return Cost(flops, read, sizes.bytes(value(node)), sent)
+        return Cost(_matrix_product(node, op, sizes), read, written)
+    rule = _RULES.get(op)
+    if rule is None:
+        return Cost(sympy.Integer(0), read, written)
+    flops, sent, instead = rule(arguments(node), sizes)
+    return Cost(flops, read if instead is None else instead, written, sent)
 
 
-def _matrix(sizes: Sizes, weight: Tensor) -> sympy.Expr:
-    """Elements of one expert's matrix [E, a, b]; 2I is recognised where a gate and an up projection share it."""
-
-    def one(n: int) -> sympy.Expr:
-        half = sizes.known(n // 2)
-        return 2 * half if n % 2 == 0 and half.free_symbols and not sizes.known(n).free_symbols else sizes.known(n)
-
-    return one(int(weight.shape[1])) * one(int(weight.shape[2]))
+def _matrix_product(node: fx.Node, op: Any, sizes: Sizes) -> sympy.Expr:
+    inner = value(node.args[1 if op is aten.addmm.default else 0]).shape[-1]
+    return 2 * sizes.elements(value(node)) * sizes.size(inner)
 
 
-def function_cost(function: Function, symbols: dict[str, int], ep_size: int = 1) -> Cost:
-    """The cost of one call of ``function``."""
-    sizes = Sizes(function, symbols)
-    return sum((node_cost(n, sizes, ep_size) for n in function.graph.nodes), Cost())
+def _experts(given: dict[str, Any], sizes: Sizes) -> tuple[Any, Any, Any]:
+    """Each of the B*S*K rows goes through one expert's two matrices; all of a rank's experts' weights are read."""
+    spread = "rows" in given
+    x, up, down = value(given["rows" if spread else "x"]), value(given["up"]), value(given["down"])
+    h, i, local = sizes.role("H"), sizes.role("I"), sizes.role("E") / (EP if spread else 1)
+    wide = up.shape[2 if given["transposed"] else 1] // down.shape[1 if given["transposed"] else 2]  # 2 where there is a gate
+    read = sizes.bytes(x) + local * (wide + 1) * h * i * up.element_size()
+    for name, width in (("up_bias", wide * i), ("down_bias", h)):
+        bias = given[name]
+        read += 0 if bias is None else local * width * value(bias).element_size()
+    read += sum(sizes.bytes(value(given[n])) for n in ("index", "weights", "counts") if n in given)
+    return 2 * sizes.rows * (wide + 1) * h * i, sympy.Integer(0), read
+
+
+def _attention(given: dict[str, Any], sizes: Sizes) -> tuple[Any, Any, Any]:
+    """Pairs of positions that see each other: the triangle, or the band of a sliding window; a mask is not looked into."""
+    q, v = value(given["q"]), value(given["v"])
+    same = q.shape[3] == v.shape[3]
+    widths = 2 * sizes.role("D") if same else sizes.role("D") + sizes.size(v.shape[3])
+    length, window = sizes.size(q.shape[2]), given["window"]
+    pairs = length * sizes.size(value(given["k"]).shape[2])
+    if given["is_causal"] and given["mask"] is None:
+        pairs = length * (length + 1) / 2
+        if window is not None:
+            near = sympy.Min(length, window)
+            pairs = near * (near + 1) / 2 + (length - near) * near
+    return 2 * sizes.size(q.shape[0]) * sizes.role("A") * pairs * widths, sympy.Integer(0), None
+
+
+def _head(given: dict[str, Any], sizes: Sizes) -> tuple[Any, Any, Any]:
+    hidden = value(given["hidden"])
+    tokens = sizes.elements(hidden) / sizes.size(hidden.shape[-1])
+    return 2 * tokens * sizes.role("H") * sizes.role("V"), sympy.Integer(0), None
+
+
+def _exchange(given: dict[str, Any], sizes: Sizes) -> tuple[Any, Any, Any]:
+    rows = value(given.get("x", given.get("rows")))
+    return sympy.Integer(0), sizes.rows * sizes.size(rows.shape[-1]) * rows.element_size() * (EP - 1) / EP, None
+
+
+#: operation -> (arguments, sizes) -> (FLOPs, bytes sent, bytes read or None for all inputs)
+_RULES: dict[Any, Any] = {
+    ops.experts: _experts, grouped.grouped_mlp: _experts, ops.attention: _attention, ops.linear_cross_entropy: _head,
+    exchange.dispatch: _exchange, exchange.combine: _exchange,
+}  # fmt: skip
+
+
+def function_cost(function: Function) -> tuple[Cost, dict[str, int]]:
+    """The cost of one call of ``function``, and the numbers behind its symbols."""
+    sizes = Sizes(function)
+    return sum((node_cost(n, sizes) for n in function.graph.nodes), Cost()), sizes.roles
 
 
 @dataclass(frozen=True)
@@ -155,41 +210,41 @@ class ProgramCost:
     """Per function (cost of one call, instances) and in total; ``print`` shows formulas, and numbers at ``sizes``."""
 
     functions: dict[str, tuple[Cost, int]]
-    sizes: dict[str, int]
+    sizes: dict[str, int]  #: B, S, ep and what the caller fixed
+    roles: dict[str, dict[str, int]]  #: of each function: H, I, E, ...
 
-    @property
-    def total(self) -> Cost:
-        return sum((cost * many for cost, many in self.functions.values()), Cost())
+    def numbers(self, name: str, **sizes: int) -> tuple[float, float, float, float]:
+        """(FLOPs, bytes read, bytes written, bytes sent) of one call of a function."""
+        return self.functions[name][0].evaluate({**self.roles[name], **self.sizes, **sizes})
 
     def evaluate(self, **sizes: int) -> tuple[float, float, float, float]:
         """(FLOPs, bytes read, bytes written, bytes sent) of a forward of one rank at these sizes."""
-        return self.total.evaluate({**self.sizes, **sizes})
+        calls = [(self.numbers(name, **sizes), many) for name, (_, many) in self.functions.items()]
+        a, b, c, d = (sum(numbers[i] * many for numbers, many in calls) for i in range(4))
+        return a, b, c, d
 
     def __str__(self) -> str:
         from rich.table import Table
 
         from .show import render
 
-        known = ", ".join(f"{k}={v}" for k, v in self.sizes.items())
-        table = Table(
-            "function",
-            "times",
-            "TFLOP",
-            "GB read",
-            "GB written",
-            "GB sent",
-            title=f"forward of one rank at {known}",
-            title_justify="left",
-        )
-        formulas = []
+        at = ", ".join(f"{k}={v}" for k, v in self.sizes.items())
+        table = Table("function", "times", "TFLOP", "GB read", "GB written", "GB sent", title=f"forward of one rank at {at}",
+                      title_justify="left")  # fmt: skip
+        formulas = Table("function", "of one call", "where", title="formulas", title_justify="left")
         for name, (cost, many) in self.functions.items():
-            table.add_row(name, str(many), *_numbers((cost * many).evaluate(self.sizes)))
-            formulas.append(
-                f"{name}: FLOPs = {sympy.factor(cost.flops)}"
-                + (f"; bytes sent = {sympy.factor(cost.sent)}" if cost.sent != 0 else "")
-            )
+            table.add_row(name, str(many), *_numbers(tuple(n * many for n in self.numbers(name))))
+            where = ", ".join(f"{k}={v}" for k, v in self.roles[name].items())
+            if cost.flops != 0:
+                formulas.add_row(name, f"FLOPs = {_readable(cost.flops)}", where)
+            if cost.sent != 0:
+                formulas.add_row(name, f"bytes sent = {_readable(cost.sent)}", "")
         table.add_row("total", "", *_numbers(self.evaluate()))
-        return render(table, *formulas)
+        return render(table, formulas)
+
+
+def _readable(expression: sympy.Expr) -> str:
+    return str(sympy.factor(expression)) if not expression.has(sympy.Min) else str(expression)
 
 
 def _numbers(parts: tuple[float, ...]) -> list[str]:
@@ -202,9 +257,10 @@ def program_cost(program: Program, plan: Plan, **sizes: int) -> ProgramCost:
     Functions captured later for other kinds of calls of the same modules are left out: a forward runs one of them.
     """
     seen: set[str] = set()
-    functions = {}
+    functions, roles = {}, {}
     for f in program:
         if f.instances and f.instances[0] not in seen:
             seen.update(f.instances)
-            functions[f.name] = (function_cost(f, program.symbols, plan.ep_size), len(f.instances))
-    return ProgramCost(functions, {**program.symbols, "ep": plan.ep_size, "B": 1, "S": 4096, **sizes})
+            cost, roles[f.name] = function_cost(f)
+            functions[f.name] = (cost, len(f.instances))
+    return ProgramCost(functions, {"B": 1, "S": 4096, "ep": plan.ep_size, **sizes}, roles)

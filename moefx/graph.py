@@ -72,13 +72,16 @@ def inherit(new: fx.Node, old: Iterable[fx.Node], pass_name: str) -> None:
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
-    """All arguments of a call by schema name, defaults filled in; positional numbers for targets without a schema."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    """All arguments of a call by schema name, defaults filled in; positional numbers for targets without a schema.
+
+    A kernel's call is read by the schema of the operation that it stands for.
+    """
+    op = node.meta.get("semantic", node.target)
+    if not isinstance(op, torch._ops.OpOverload):
         return {str(i): a for i, a in enumerate(node.args)} | dict(node.kwargs)
-    given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | dict(node.kwargs)
-    return {
-        a.name: given.get(a.name, a.default_value if a.has_default_value() else None) for a in node.target._schema.arguments
-    }
+    schema = op._schema.arguments
+    given = dict(zip((a.name for a in schema), node.args, strict=False)) | dict(node.kwargs)
+    return {a.name: given.get(a.name, a.default_value if a.has_default_value() else None) for a in schema}
 
 
 def is_call(node: Any, *targets: Any) -> bool:

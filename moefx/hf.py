@@ -387,25 +387,11 @@ def structure(module: nn.Module) -> tuple:
     return tuple(found)
 
 
-def symbols(model: PreTrainedModel) -> dict[str, int]:
-    """The sizes that cost formulas are written in, read from the configuration: H, I, E, K, A, D, V, L."""
+def experts_named(model: PreTrainedModel) -> int:
+    """How many experts the configuration names; 0 if none."""
     config = model.config.get_text_config()
-
-    def read(*names: str) -> int | None:
-        return next((v for n in names if isinstance(v := getattr(config, n, None), int) and v), None)
-
-    heads, hidden = read("num_attention_heads"), read("hidden_size")
-    found = {
-        "H": hidden,
-        "I": read("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"),
-        "E": read("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
-        "K": read("num_experts_per_tok", "moe_top_k", "moe_k", "top_k"),
-        "A": heads,
-        "D": read("head_dim") or (hidden // heads if hidden and heads else None),
-        "V": read("vocab_size"),
-        "L": read("num_hidden_layers"),
-    }
-    return {k: v for k, v in found.items() if v is not None}
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return next((v for n in names if isinstance(v := getattr(config, n, None), int)), 0)
 
 
 def check(model: Any) -> None:
@@ -434,7 +420,7 @@ def check(model: Any) -> None:
             f"{type(model).__name__} lies on two devices: {first} on {a}, {second} on {b}; move it to one "
             "(model.to(device), no device_map)"
         )
-    if not any(is_experts(m) for m in model.modules()) and symbols(model).get("E", 0) < 2:
+    if not any(is_experts(m) for m in model.modules()) and experts_named(model) < 2:
         raise MoefxError(
             f"{type(model).__name__} is dense: it has 0 experts modules, and {type(model.config).__name__} names no number of "
             "experts; moefx is for mixtures of experts (`moefx models` lists the families)"

@@ -192,8 +192,8 @@ def _initialize(model: Any) -> None:
 
 def _owner_of(model: PreTrainedModel, path: str) -> Any:
     """The innermost ``PreTrainedModel`` around a module: it knows how to initialize it."""
-    owners = [m for p, m in model.named_modules() if isinstance(m, PreTrainedModel) and (not p or f"{path}.".startswith(f"{p}."))]
-    return owners[-1]
+    around = [m for p, m in model.named_modules() if not p or f"{path}.".startswith(f"{p}.")]
+    return [m for m in around if isinstance(m, PreTrainedModel)][-1]
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------

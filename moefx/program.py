@@ -69,7 +69,6 @@ class Program:
     model_class: str
     functions: dict[str, Function]
     left: list[Left]
-    symbols: dict[str, int] = field(default_factory=dict)  #: H, I, E, K, ... from the configuration: for cost formulas
 
     def __getitem__(self, name: str) -> Function:
         if name not in self.functions:

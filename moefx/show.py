@@ -40,5 +40,5 @@ def report_text(report: Report) -> str:
     notes += [f"ran the original forward {n} times: {p}: {r}" for (p, r), n in report.fallbacks.items()]
     total = sum(report.seconds.values())
     times = ", ".join(f"{k} {v:.1f}" for k, v in report.seconds.items())
-    head = f"{report.program.model_class}, ep_size={report.plan.ep_size}: {total:.1f} s ({times})"
+    head = f"{report.program.model_class}, ep_size={report.plan.ep_size}" + (f": {total:.1f} s ({times})" if times else "")
     return render(head, functions, passes, kernels, *notes)
