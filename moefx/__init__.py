@@ -3,6 +3,7 @@
 from . import passes
 from .backends import Backend, Kernel, resolve
 from .capture import capture
+from .checkpoint import load_checkpoint, save_checkpoint
 from .clip import clip_grad_norm_
 from .errors import CaptureError, MoefxError, PassError, VerifyError
 from .graph import insert
@@ -22,6 +23,6 @@ __version__ = "0.1.0"
 __all__ = [
     "Backend", "CaptureError", "Changes", "Function", "Kernel", "Match", "Miss", "MoefxError", "Pass", "PassError",
     "Pattern", "Pipeline", "Plan", "Program", "Raise", "Report", "ShortfallWarning", "Verification", "VerifyError",
-    "capture", "clip_grad_norm_", "explain", "f64", "insert", "op", "optimize", "parallelize", "passes", "report",
-    "resolve", "restore", "rewrite", "verify",
+    "capture", "clip_grad_norm_", "explain", "f64", "insert", "load_checkpoint", "op", "optimize", "parallelize", "passes",
+    "report", "resolve", "restore", "rewrite", "save_checkpoint", "verify",
 ]  # fmt: skip

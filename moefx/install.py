@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
-from . import hf, sharded
+from . import checkpoint, hf, sharded
 from .capture import Call, capture_module, flatten, foreign_hooks
 from .errors import CaptureError, MoefxError
 from .head import LazyLogits, capture_head_call, head_call, split_logits
@@ -283,7 +284,26 @@ def _class(base: type, make: Callable[[type], Callable]) -> type:
     """A subclass of ``base`` with another forward and the same name: Transformers and FSDP wrap by class and by name."""
     forward = functools.wraps(base.forward)(make(base))  # type: ignore[attr-defined]
     names = {"forward": forward, "__module__": base.__module__, "__qualname__": base.__qualname__, "_moefx_base": base}
+    if issubclass(base, PreTrainedModel):
+        names["save_pretrained"] = functools.wraps(base.save_pretrained)(_save_pretrained(base))
     return type(base.__name__, (base,), names)
+
+
+def _save_pretrained(base: type) -> Callable:
+    plain = base.save_pretrained  # type: ignore[attr-defined]
+
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs):
+        if state_dict is not None or not sharded.is_sharded(self) or kwargs.get("distributed_checkpoint"):
+            return plain(self, save_directory, is_main_process, state_dict, **kwargs)
+        unknown = set(kwargs) - {"max_shard_size", "save_original_format"}
+        if unknown:
+            raise MoefxError(
+                f"save_pretrained of a model that is spread over ranks does not take {sorted(unknown)[0]}: save without, then "
+                "load the folder in one process"
+            )
+        return checkpoint.save_pretrained(self, save_directory, **kwargs)
+
+    return save_pretrained
 
 
 def _block_forward(base: type) -> Callable:

@@ -1,0 +1,215 @@
+"""Checkpoints of models that are spread over ranks: in Hugging Face layout for everybody, and by DCP for resuming."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.distributed.checkpoint import _redistribute_state_dict
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from . import hf
+from .errors import MoefxError
+
+_WEIGHTS, _INDEX = "model{suffix}.safetensors", "model.safetensors.index.json"
+_NEW = ".incomplete"
+
+
+# --- Hugging Face layout ---------------------------------------------------------------------------------------------
+
+
+def save_pretrained(
+    model: Any, folder: str | os.PathLike, *, max_shard_size: int | str = "50GB", save_original_format: bool = True
+) -> None:
+    """Writes ``model`` as plain Transformers would, files and tensors alike; every rank calls it.
+
+    The files are dealt out to the ranks; a rank holds the tensors of one file and of one block besides, never the model. Files
+    get their names when all are written: a save that is interrupted leaves the previous one in ``folder`` as it was.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    spread = model.state_dict()
+    whole = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in spread.items()}
+    whole = remove_tied_weights_from_state_dict(whole, model)
+    written = revert_weight_conversion(model, dict(whole)) if save_original_format else whole
+    plan = split_torch_state_dict_into_shards(written, filename_pattern=_WEIGHTS, max_shard_size=max_shard_size)
+    owner = {file: i % world for i, file in enumerate(plan.filename_to_tensors)}
+    waiting: dict[str, dict[str, Tensor]] = {file: {} for file, r in owner.items() if r == rank}
+    groups = list(_groups(model, list(whole)))
+    for names in tqdm(groups, desc="saving", disable=rank > 0):
+        here = {name: _gathered(spread[name]) for name in names}  # every rank: gathering is collective
+        for name, t in (revert_weight_conversion(model, here) if save_original_format else here).items():
+            file = plan.tensor_to_filename[name]
+            if owner[file] == rank:
+                waiting[file][name] = t.cpu().contiguous().clone()
+                if len(waiting[file]) == len(plan.filename_to_tensors[file]):
+                    save_file(waiting.pop(file), folder / (file + _NEW), metadata={"format": "pt"})
+        del here
+    if waiting:
+        file, found = next(iter(waiting.items()))
+        missing = sorted(set(plan.filename_to_tensors[file]) - set(found))
+        raise MoefxError(f"{folder / file} was not written: {missing[0]} came out of no block of the model; report this")
+    dist.barrier()
+    if rank == 0:
+        _put_in_place(folder, plan)
+        _save_configuration(model, folder)
+    dist.barrier()
+
+
+def _gathered(t: Tensor) -> Tensor:
+    return t.full_tensor().detach() if isinstance(t, DTensor) else t.detach()
+
+
+def _groups(model: Any, names: list[str]) -> Iterator[list[str]]:
+    """Names that a conversion may need together: those of a block; the others alone."""
+    blocks = [f"{p}." for p in hf.blocks(model)]
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(next((b for b in blocks if name.startswith(b)), name), []).append(name)
+    yield from found.values()
+
+
+def _put_in_place(folder: Path, plan: Any) -> None:
+    """Old weights give way to the new in the time of a few renames."""
+    new = set(plan.filename_to_tensors)
+    for file in new:
+        os.replace(folder / (file + _NEW), folder / file)
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / (_INDEX + _NEW)).write_text(text, encoding="utf-8")
+        os.replace(folder / (_INDEX + _NEW), folder / _INDEX)
+    else:
+        (folder / _INDEX).unlink(missing_ok=True)
+    for old in folder.glob("model*.safetensors"):
+        if old.name not in new:
+            old.unlink()
+    for left in folder.glob(f"*{_NEW}"):  # of a save that was interrupted
+        left.unlink()
+
+
+def _save_configuration(model: Any, folder: Path) -> None:
+    config = copy.deepcopy(model.config)
+    vars(config).pop("distributed_config", None)
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+# --- resuming --------------------------------------------------------------------------------------------------------
+
+_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)  # by parameter name: groups may differ at another ep_size
+
+
+def _state(model: Any, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    found: dict[str, Any] = {"model": model.state_dict()}
+    if optimizer is not None:
+        found["optimizer"] = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
+    return found
+
+
+def save_checkpoint(
+    folder: str | os.PathLike, model: Any, optimizer: torch.optim.Optimizer | None = None, **extra: Any
+) -> None:
+    """Model, optimizer, random states and ``extra`` (step, scheduler.state_dict(), ...), each rank its shards, by DCP.
+
+    Every rank calls it. ``folder`` appears when all is written; one that was there is replaced, and survives an interruption.
+    ``extra`` is pickled on rank 0.
+    """
+    folder, rank = Path(folder), dist.get_rank()
+    new = folder.with_name(folder.name + _NEW)
+    if rank == 0:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+    dist.barrier()
+    # DCP takes a tensor's part for one rectangle, which a strided shard is not: it goes out as plain shards
+    dcp.save(_redistribute_state_dict(_state(model, optimizer)), checkpoint_id=str(new))
+    torch.save(_random_state(), new / f"random-{rank}.pt")
+    if rank == 0:
+        torch.save(extra, new / "extra.pt")
+    dist.barrier()
+    if rank == 0:
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(new, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    dist.barrier()
+
+
+def load_checkpoint(folder: str | os.PathLike, model: Any, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+    """Reads what ``save_checkpoint`` wrote, at any ``ep_size`` and number of ranks; returns ``extra``.
+
+    Random states come back where the number of ranks is the same.
+
+    Raises:
+        MoefxError: there is no complete checkpoint, or it lacks a tensor of the model or has it in another shape.
+    """
+    folder = Path(folder)
+    old = folder.with_name(folder.name + ".old")
+    if not folder.exists() and old.exists():  # interrupted between two renames: the previous one is whole
+        folder = old
+    if not (folder / ".metadata").is_file():
+        raise MoefxError(f"there is no complete checkpoint in {folder}: pass a folder that save_checkpoint wrote")
+    state = _state(model, optimizer)
+    _check(folder, state)
+    even = _redistribute_state_dict(state)
+    dcp.load(even, checkpoint_id=str(folder))
+    state = _redistribute_state_dict(even, reference_state_dict=state)
+    model.load_state_dict(state["model"])
+    if optimizer is not None:
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_OPTIONS)
+    mine = folder / f"random-{dist.get_rank()}.pt"
+    if len(list(folder.glob("random-*.pt"))) == dist.get_world_size() and mine.is_file():
+        _set_random_state(torch.load(mine, weights_only=False))
+    return torch.load(folder / "extra.pt", weights_only=False)
+
+
+def _check(folder: Path, state: dict[str, Any]) -> None:
+    """Names the first tensor that disagrees: DCP itself would say less."""
+    there: dict[str, Any] = dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    for name, t in state["model"].items():
+        found = there.get(f"model.{name}")
+        if found is None:
+            raise MoefxError(f"{folder} lacks {name}: it is a checkpoint of another model")
+        if tuple(found.size) != tuple(t.shape):
+            raise MoefxError(f"{folder} has {name} of shape {tuple(found.size)}, the model of {tuple(t.shape)}")
+    extra = sorted(n for n in there if n.startswith("model.") and n.removeprefix("model.") not in state["model"])
+    if extra:
+        raise MoefxError(f"{folder} has {extra[0].removeprefix('model.')}, which the model has not")
+    if "optimizer" in state and not any(n.startswith("optimizer.") for n in there):
+        raise MoefxError(f"{folder} has no optimizer state: it was saved without one; load it without optimizer")
+
+
+def _random_state() -> dict[str, Any]:
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,98 @@
+"""FSDP2 and HSDP around expert parallelism: gradients, clipped norm and optimizer step of one process on the global batch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from spawn import run
+
+
+def start():
+    """In a rank: makes the helpers of the tests importable."""
+    sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+
+
+def whole(t):
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def global_batch(world, accumulation, seed):
+    """[accumulation][world] micro-batches: lengths that differ, labels masked unevenly, no label at all on one rank."""
+    from tests.families import batch
+
+    made = []
+    for a in range(accumulation):
+        row = []
+        for r in range(world):
+            b = batch(2, 5 + r + a, seed=100 * seed + 10 * a + r)
+            b["labels"] = b["labels"].clone()
+            b["labels"][:, : (r * 3) % 5] = -100
+            if r == world - 1 and a == 0:
+                b["labels"][:] = -100
+            row.append(b)
+        made.append(row)
+    items = sum(int((b["labels"][:, 1:] != -100).sum()) for row in made for b in row)
+    return made, items
+
+
+def train_step(model, micro, items, scale, aux, accumulate=lambda last: None):
+    for i, b in enumerate(micro):
+        accumulate(i == len(micro) - 1)
+        out = model(**b, num_items_in_batch=items, output_router_logits=aux or None)
+        (out.loss * scale).backward()
+
+
+def agrees(rank, world, cases):
+    """Runs in each rank; what differs, as sentences."""
+    start()
+    import moefx
+    from tests.families import build
+
+    wrong = []
+    for name, ep, replicas, accumulation, aux in cases:
+        case = f"{name} ep={ep} dp_replicate={replicas} x{accumulation} aux={aux} rank {rank}"
+        one = build(name)
+        model = moefx.parallelize(build(name), ep_size=ep, dp_replicate=replicas, compile=False, strict=True)
+        steps = [torch.optim.AdamW(m.parameters(), lr=1e-2, eps=1e-3) for m in (model, one)]
+        for step in range(2):
+            micro, items = global_batch(world, accumulation, step)
+            train_step(model, [row[rank] for row in micro], items, world, aux, model.set_requires_gradient_sync)
+            # with an auxiliary loss the mean over micro-batches is taken, as every trainer does
+            train_step(one, [b for row in micro for b in row], items, 1.0, aux)
+            for (n, p), q in zip(model.named_parameters(), one.named_parameters(), strict=True):
+                far, size = float((whole(p.grad) - q[1].grad).abs().max()), float(q[1].grad.abs().max())
+                if not far <= 1e-4 * size + 1e-7:
+                    wrong.append(f"{case}: gradient of {n}: {far:.1e} of {size:.1e}")
+            limit = 0.5 * float(torch.nn.utils.get_total_norm([p.grad for p in one.parameters()]))
+            norms = moefx.clip_grad_norm_(model, limit), torch.nn.utils.clip_grad_norm_(one.parameters(), limit)
+            if not torch.allclose(*norms, rtol=1e-5):
+                wrong.append(f"{case}: norms {norms}")
+            for optimizer in steps:
+                optimizer.step()
+                optimizer.zero_grad()
+            for (n, p), q in zip(model.named_parameters(), one.parameters(), strict=True):
+                far = float((whole(p) - q).detach().abs().max())
+                if not far <= 2e-5:
+                    wrong.append(f"{case}: {n} after step {step}: {far:.1e}")
+        if moefx.report(model).fallbacks:
+            wrong.append(f"{case}: {moefx.report(model).fallbacks}")
+    return wrong
+
+
+QWEN = "qwen3_moe"
+
+
+@pytest.mark.parametrize(
+    "world, cases",
+    [
+        (2, [(QWEN, 1, 1, 3, False), (QWEN, 2, 1, 1, False), (QWEN, 1, 2, 1, False), ("nemotron_h", 2, 1, 1, False)]),
+        (4, [(QWEN, 2, 1, 3, False), (QWEN, 2, 2, 1, False), (QWEN, 4, 1, 1, False), ("gpt_oss", 2, 1, 1, False)]),
+        (8, [(QWEN, 8, 1, 1, False), (QWEN, 2, 2, 3, False)]),
+    ],
+    ids=["2 ranks", "4 ranks", "8 ranks"],
+)
+def test_one_process_and_many(world, cases):
+    assert [w for wrong in run(agrees, world, cases, timeout=600) for w in wrong] == []
