@@ -439,7 +439,7 @@ def record(model: Any, example: Mapping[str, Any] | None) -> Recording:
         given["labels"] = given["input_ids"]
     try:
         with (
-            torch.no_grad(), hf.emitting(), hf.unpacked_on_meta(), sharded.as_one_process(model, meta),
+            torch.no_grad(), hf.emitting(lenient=True), hf.unpacked_on_meta(), sharded.as_one_process(model, meta),
             watching_head(model) as head, _once(model, recording),
         ):  # fmt: skip
             model(**given)

@@ -49,7 +49,7 @@ def save_pretrained(
     whole = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in spread.items()}
     whole = remove_tied_weights_from_state_dict(whole, model)
     written = revert_weight_conversion(model, dict(whole)) if save_original_format else whole
-    plan = split_torch_state_dict_into_shards(written, filename_pattern=_WEIGHTS, max_shard_size=max_shard_size)
+    plan = _plan(written, max_shard_size)
     owner = {file: i % world for i, file in enumerate(plan.filename_to_tensors)}
     waiting: dict[str, dict[str, Tensor]] = {file: {} for file, r in owner.items() if r == rank}
     groups = list(_groups(model, list(whole)))
@@ -71,6 +71,20 @@ def save_pretrained(
         _put_in_place(folder, plan)
         _save_configuration(model, folder)
     dist.barrier()
+
+
+def _plan(written: dict[str, Tensor], max_shard_size: int | str) -> Any:
+    """Which tensor goes into which file, as huggingface_hub deals them out: what are views of one tensor stay together."""
+    views: dict[int, list[str]] = {}
+    for name, t in written.items():
+        views.setdefault(t.untyped_storage()._cdata, []).append(name)
+    first = {names[0]: written[names[0]] for names in views.values()}
+    plan = split_torch_state_dict_into_shards(first, filename_pattern=_WEIGHTS, max_shard_size=max_shard_size)
+    others = {names[0]: names for names in views.values()}
+    for file, names in plan.filename_to_tensors.items():
+        plan.filename_to_tensors[file] = [n for name in names for n in others[name]]
+        plan.tensor_to_filename.update(dict.fromkeys(plan.filename_to_tensors[file], file))
+    return plan
 
 
 def _gathered(t: Tensor) -> Tensor:

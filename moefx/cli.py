@@ -121,12 +121,22 @@ def moe_families() -> list[str]:
     return found
 
 
+#: Parameters that a small configuration may have to be tried with real memory: some models look at values, which meta has not.
+FITS = 50_000_000
+
+
+def _parameters(config: PreTrainedConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
+
 def run_models(args: argparse.Namespace) -> None:
     rows = []
     for family in tqdm([known_type(f) for f in args.families] or moe_families(), file=sys.stderr, disable=None):
         row: dict[str, Any] = {"family": family, "captured": 0, "raised": "", "note": ""}
         try:
-            report = inspect(tiny_config(family), 1, "cpu")
+            config = tiny_config(family)
+            report = inspect(config, 1, "cpu" if _parameters(config) < FITS else "meta")
             promised: dict[str, int] = {}
             made: dict[str, int] = {}
             for f in report.program:
@@ -135,9 +145,9 @@ def run_models(args: argparse.Namespace) -> None:
                     made[op] = made.get(op, 0) + (report.made(op, f) or 0) * len(f.instances)
             row["captured"] = sum(len(f.instances) for f in report.program)
             row["raised"] = ", ".join(f"{op} {made[op]}/{n}" for op, n in promised.items())
-            row["note"] = "; ".join(dict.fromkeys(x.reason for x in report.left))[:200]
+            row["note"] = "; ".join(dict.fromkeys(x.reason for x in report.left))
         except Exception as error:  # one family must not hide the others
-            row["note"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            row["note"] = f"{type(error).__name__}: {error}".splitlines()[0]
         rows.append(row)
     if args.json:
         print(json.dumps(rows, indent=1))
@@ -151,8 +161,12 @@ def run_models(args: argparse.Namespace) -> None:
         title_justify="left",
     )
     for r in rows:
-        table.add_row(r["family"], str(r["captured"]), r["raised"], r["note"])
+        table.add_row(r["family"], str(r["captured"]), r["raised"], shortened(r["note"], 90))
     print(render(table), end="")
+
+
+def shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 4].rsplit(" ", 1)[0] + " ..."
 
 
 def diagnose() -> list[dict[str, str]]:

@@ -28,14 +28,25 @@ from . import ops
 from .activations import ACTIVATIONS
 from .errors import CaptureError, MoefxError
 
+
+class _Callers(list[tuple[str, nn.Module]]):
+    """Who called what; ``lenient``: a call that no operation can express runs as it is."""
+
+    lenient = False
+
+
 #: Set while a model is recorded or captured: the interfaces below then emit semantic operations and note who called.
-_emitting: ContextVar[list[tuple[str, nn.Module]] | None] = ContextVar("moefx_emitting", default=None)
+_emitting: ContextVar[_Callers | None] = ContextVar("moefx_emitting", default=None)
 
 
 @contextmanager
-def emitting() -> Iterator[list[tuple[str, nn.Module]]]:
-    """Within: experts and attention calls become ``moefx.experts`` and ``moefx.attention``; yields who called what."""
-    callers: list[tuple[str, nn.Module]] = []
+def emitting(lenient: bool = False) -> Iterator[list[tuple[str, nn.Module]]]:
+    """Within: experts and attention calls become ``moefx.experts`` and ``moefx.attention``; yields who called what.
+
+    A call that these cannot express raises CaptureError, or runs as the model wrote it if ``lenient`` (while recording).
+    """
+    callers = _Callers()
+    callers.lenient = lenient
     token = _emitting.set(callers)
     collecting = _active_collector.set(None)  # type: ignore[func-returns-value]  # nothing traced belongs to the user's outputs
     try:
@@ -156,6 +167,14 @@ def _activation(module: nn.Module, interleaved: bool) -> tuple[str, float, float
     )
 
 
+def _expressible(module: nn.Module) -> bool:
+    try:
+        experts_layout(module)
+    except CaptureError:
+        return False
+    return True
+
+
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The "moefx" entry of Transformers' experts interface.
 
@@ -163,15 +182,16 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     cache, say): the implementation that the model had before, or, where experts are spread over ranks, the exchange.
     """
     callers = _emitting.get()
-    layout = experts_layout(self)
-    if callers is not None:
+    if callers is not None and callers.lenient and not _expressible(self):
+        callers = None
+    layout = experts_layout(self) if callers is not None or isinstance(next(self.parameters()), DTensor) else None
+    if callers is not None and layout is not None:
         callers.append(("experts", self))
         return ops.experts(hidden_states, top_k_index, top_k_weights, *layout.weights(self), **layout.options)
-    weights = layout.weights(self)
-    if isinstance(weights[0], DTensor):
+    if layout is not None:
         from .parallel import experts_over_ranks
 
-        return experts_over_ranks(hidden_states, top_k_index, top_k_weights, weights, layout.options)
+        return experts_over_ranks(hidden_states, top_k_index, top_k_weights, layout.weights(self), layout.options)
     previous = self.__dict__.get("_moefx_previous") or "grouped_mm"
     own = inspect.unwrap(type(self).forward)
     return ExpertsInterface().get(previous, own)(self, hidden_states, top_k_index, top_k_weights)
@@ -196,8 +216,8 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """The "moefx" entry of Transformers' attention interface; query [B, A, S, D] -> [B, S, A, Dv]."""
     callers = _emitting.get()
-    if callers is not None:
-        unknown = [k for k in ("position_bias", "cache", "indices", "block_indices") if kwargs.get(k) is not None]
+    unknown = [k for k in ("position_bias", "cache", "indices", "block_indices") if kwargs.get(k) is not None]
+    if callers is not None and not (unknown and callers.lenient):
         if unknown:
             raise CaptureError(f"{type(module).__name__} passes {unknown[0]} to attention: moefx.attention has no such input")
         callers.append(("attention", module))
@@ -389,7 +409,7 @@ def structure(module: nn.Module) -> tuple:
 
 def experts_named(model: PreTrainedModel) -> int:
     """How many experts the configuration names; 0 if none."""
-    config = model.config.get_text_config()
+    config: Any = model.config.get_text_config()
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     return next((v for n in names if isinstance(v := getattr(config, n, None), int)), 0)
 
