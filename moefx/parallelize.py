@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
-from transformers.distributed.utils import TransformersDeviceMesh, initialize_distributed_mesh
+from transformers.distributed.utils import TransformersDeviceMesh
 
 from . import hf, parallel, sharded
 from .errors import MoefxError
@@ -94,7 +95,7 @@ def parallelize(
         raise MoefxError(f"{type(model).__name__} is optimized or spread over ranks already: parallelize comes first")
     _check_experts(model, layout)
     meta = next(model.parameters()).is_meta
-    _distribute(model, layout, initialize_distributed_mesh(layout.config)[1])
+    _distribute(model, layout, _meshes(layout))
     if meta:
         _initialize(model)
     return optimize(model.train(), **options)
@@ -126,6 +127,21 @@ def _check_experts(model: PreTrainedModel, layout: Layout) -> None:
         parallel.check_experts(model, layout.ep_size)
 
 
+def _device() -> torch.device:
+    """Where this rank's shards lie: the current CUDA device (``torch.cuda.set_device`` says which), or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _meshes(layout: Layout) -> TransformersDeviceMesh | None:
+    """The two views of the ranks, as ``transformers.distributed`` names their dimensions; None for one rank."""
+    if layout.dp_replicate * layout.fsdp == 1:
+        return None
+    kind, names = _device().type, ("pp", "dp_replicate")
+    dense = init_device_mesh(kind, (1, layout.dp_replicate, layout.fsdp, 1), mesh_dim_names=(*names, "fsdp", "tp"))
+    sizes = (1, layout.dp_replicate, layout.efsdp, layout.ep_size)
+    return TransformersDeviceMesh(dense, init_device_mesh(kind, sizes, mesh_dim_names=(*names, "efsdp", "ep")))
+
+
 # --- cutting ---------------------------------------------------------------------------------------------------------
 
 
@@ -137,6 +153,7 @@ def _distribute(model: Any, layout: Layout, meshes: TransformersDeviceMesh | Non
     dense, policies = meshes.get_mesh((*replicated, "fsdp")), _policies(layout)
     if layout.ep_size > 1:
         _check_experts(model, layout)
+        meshes.get_mesh(("efsdp", "ep"))._flatten("experts")  # norms of experts' gradients: one reduction, not two
         parallel.shard_parameters(model, meshes.get_mesh("ep"))
         for experts in hf.experts_modules(model).values():
             fully_shard(experts, mesh=meshes.get_mesh((*replicated, "efsdp")), **policies)
@@ -172,7 +189,7 @@ def _of_another_dtype(block: nn.Module) -> list[nn.Module]:
 def _initialize(model: Any) -> None:
     """Random weights for a model on meta, module by module: each rank draws a whole module's (the same: the first rank's seed)
     and keeps its shards, since initializations are written for whole tensors."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = _device()
     seed = [torch.initial_seed()]
     dist.broadcast_object_list(seed)
     model._move_missing_keys_from_meta_to_device(set(model.state_dict()), {"": device}, model._device_mesh, None)
@@ -222,16 +239,18 @@ _DO = "load the checkpoint that belongs to this configuration"
 @contextmanager
 def _distributing(layout: Layout) -> Iterator[None]:
     """Within: ``from_pretrained`` cuts the empty model as ``parallelize`` does, before it reads the weights."""
-    before = PreTrainedModel.__dict__.get("maybe_distribute_model")
+
+    def prepare(cls: type, config: Any, device_map: Any = None) -> tuple[Any, Any, TransformersDeviceMesh | None]:
+        return layout.config, _device(), _meshes(layout)
 
     def distribute(cls: type, model: Any, config: Any, meshes: TransformersDeviceMesh | None) -> Any:
         return _distribute(model, layout, meshes)
 
-    PreTrainedModel.maybe_distribute_model = classmethod(distribute)  # type: ignore
-    try:
+    with ExitStack() as undo:
+        for name, ours in (("prepare_distribute_model", prepare), ("maybe_distribute_model", distribute)):
+            if name in vars(PreTrainedModel):
+                undo.callback(setattr, PreTrainedModel, name, vars(PreTrainedModel)[name])
+            else:
+                undo.callback(delattr, PreTrainedModel, name)
+            setattr(PreTrainedModel, name, classmethod(ours))
         yield
-    finally:
-        if before is None:
-            del PreTrainedModel.maybe_distribute_model
-        else:
-            PreTrainedModel.maybe_distribute_model = before  # type: ignore
