@@ -5,7 +5,10 @@
 
 First rank 0 trains Transformers' own model on the global batch while the others wait; then all ranks train
 ``moefx.parallelize(model, ep_size=ranks)`` on their parts of the same batches. AdamW, real text byte by byte, fp32 by default.
-Prints both curves; exit code 1 if a step differs by more than ``--allowed``. The JSON goes to ``benchmarks/results/``.
+
+Top-k routing is discontinuous, so two runs that differ by rounding drift apart: how far is measured, by a control, the same one
+process from weights that are off by one rounding. Exit code 1 if the ranks' curve is ``--allowed`` times farther from the first
+than the control's is (largest difference up to each step, and 1e-5 nats in any case). The JSON goes to ``benchmarks/results/``.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="sequences of all ranks together")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--allowed", type=float, default=1e-3, help="difference of a step's loss, in nats")
+    parser.add_argument("--allowed", type=float, default=4.0, help="times the control's distance")
     parser.add_argument("--compile", action="store_true")
     return parser.parse_args()
 
@@ -57,7 +60,8 @@ def build(args: argparse.Namespace) -> Any:
 
 def train(args: argparse.Namespace, model: Any, rank: int, ranks: int) -> tuple[list[float], float]:
     """The loss of each step (mean over ranks), and seconds of a step after the first five."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, eps=1e-6)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, eps=1e-5)
+    warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10))
     data, losses, started = batches(args.batch, args.seq, rank=rank, ranks=ranks), [], 0.0
     for step in range(args.steps):
         if step == min(5, args.steps - 1):
@@ -67,6 +71,7 @@ def train(args: argparse.Namespace, model: Any, rank: int, ranks: int) -> tuple[
         loss.backward()
         moefx.clip_grad_norm_(model, 1.0)
         optimizer.step()
+        warm_up.step()
         optimizer.zero_grad()
         value = loss.detach().float().clone()
         if ranks > 1:
@@ -89,7 +94,14 @@ def main() -> int:
         parameters = sum(p.numel() for p in model.parameters())
         common.say(f"{parameters / 1e9:.2f}e9 parameters, {args.dtype}; one process first")
         losses, seconds = train(args, model, 0, 1)
-        alone = [{"losses": losses, "seconds": seconds, "parameters": parameters}]
+        del model
+        common.free(torch.device(args.device))
+        model = build(args).to(args.device)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1 + torch.finfo(p.dtype).eps)
+        control, _ = train(args, model, 0, 1)
+        alone = [{"losses": losses, "seconds": seconds, "parameters": parameters, "control": control}]
         del model
         common.free(torch.device(args.device))
     dist.broadcast_object_list(alone, device=torch.device(args.device))
@@ -99,16 +111,24 @@ def main() -> int:
     code = 0
     if rank == 0:
         one = alone[0]
-        far = [abs(a - b) for a, b in zip(one["losses"], losses, strict=True)]
-        rows = [(i, f"{a:.5f}", f"{b:.5f}", f"{d:.1e}") for i, (a, b, d) in enumerate(zip(one["losses"], losses, far)) if i % 5 == 0]
-        common.show(f"loss, {args.dtype}, ep_size={ranks}", ("step", "one process", f"{ranks} ranks", "difference"), rows)
-        problems = [f"step {i}: the losses differ by {d:.1e}, {args.allowed} allowed" for i, d in enumerate(far) if not d <= args.allowed]
+        far, control = ([abs(a - b) for a, b in zip(one["losses"], other)] for other in (losses, one["control"]))
+        rows = [
+            (i, f"{one['losses'][i]:.5f}", f"{losses[i]:.5f}", f"{far[i]:.1e}", f"{control[i]:.1e}")
+            for i in range(0, args.steps, 5)
+        ]
+        columns = ("step", "one process", f"{ranks} ranks", "difference", "control's")
+        common.show(f"loss, {args.dtype}, ep_size={ranks}", columns, rows)
+        problems = []
+        for i in range(args.steps):
+            most = args.allowed * max(control[: i + 1]) + 1e-5
+            if not far[i] <= most:
+                problems.append(f"step {i}: the losses differ by {far[i]:.1e}, {most:.1e} allowed")
         if moefx.report(model).fallbacks:
             problems.append(f"original forwards ran: {moefx.report(model).fallbacks}")
         where = common.slug(torch.cuda.get_device_name()) if cuda else "cpu"
         common.save(f"train_parity-ep{ranks}-{args.dtype}-{where}", {
             "machine": common.machine(torch.device(args.device)), "settings": vars(args), "ranks": ranks, "one_process": one,
-            "over_ranks": {"losses": losses, "seconds": seconds}, "largest_difference": max(far), "problems": problems,
+            "over_ranks": {"losses": losses, "seconds": seconds}, "largest_difference": max(far), "control": max(control), "problems": problems,
         })  # fmt: skip
         code = common.verdict(problems)
     dist.destroy_process_group()
