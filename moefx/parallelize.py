@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.distributed.utils import TransformersDeviceMesh
+from transformers.utils import is_accelerate_available
 
 from . import hf, parallel, sharded
 from .errors import MoefxError
@@ -220,6 +221,8 @@ def _load(folder: Path, layout: Layout, dtype: torch.dtype | None) -> Any:
     """Transformers' own loading (its conversion of layouts, its progress bar), of this rank's shards."""
     if not (folder / "config.json").is_file():
         raise MoefxError(f"there is no {folder / 'config.json'}: pass a folder in Hugging Face layout, or a model")
+    if not is_accelerate_available():
+        raise MoefxError(f"loading {folder} over ranks needs accelerate, which is not installed: pip install moefx[train]")
     chosen: Mapping[str, Any] = {} if dtype is None else {"dtype": dtype}
     loader: Any = AutoModelForCausalLM.from_pretrained
     with _distributing(layout):

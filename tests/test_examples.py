@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
 
 
 @pytest.mark.parametrize(
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parent.parent
         (["examples/inspect_graph.py"], "moefx.route"),
         (["examples/custom_pass.py"], "gated_linear: 2 made, 0 missed"),
         (["examples/custom_backend.py"], "four lines of my own"),
-        (["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2", "examples/train_ep.py", "--steps", "3"], "last loss"),
+        ([*TORCHRUN, "examples/train_ep.py", "--steps", "3"], "last loss"),
         (["examples/quickstart.py", "--steps", "32", "--no-compile", "--out", "{tmp}"], "as it should be"),
     ],
     ids=["inspect_graph", "custom_pass", "custom_backend", "train_ep", "quickstart"],

@@ -1,0 +1,53 @@
+"""Hugging Face's Trainer over ranks: gradient accumulation, evaluation, checkpoints in Hugging Face layout.
+
+python examples/trainer.py                                     # one process, moefx.optimize
+torchrun --standalone --nproc-per-node 2 examples/trainer.py   # two ranks, moefx.parallelize: FSDP2, half of the experts each
+
+Both print the same losses: the global batch is the same.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Trainer, TrainingArguments
+
+import moefx
+
+sys.path.insert(0, str(Path(__file__).parent))
+from bytes_data import batches  # noqa: E402
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--steps", type=int, default=6)
+parser.add_argument("--out", default="trainer-out")
+args = parser.parse_args()
+
+ranks = int(os.environ.get("WORLD_SIZE", 1))
+if ranks > 1:
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+torch.manual_seed(0)
+config = Qwen3MoeConfig(
+    vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    intermediate_size=128, moe_intermediate_size=64, num_experts=8, num_experts_per_tok=2,
+)  # fmt: skip
+model = AutoModelForCausalLM.from_config(config)
+model = moefx.parallelize(model, ep_size=ranks, compile=False) if ranks > 1 else moefx.optimize(model, compile=False)
+
+rows = [{k: v[0] for k, v in b.items()} for b, _ in zip(batches(1, 64), range(64))]
+arguments = TrainingArguments(
+    args.out, max_steps=args.steps, per_device_train_batch_size=4 // ranks, gradient_accumulation_steps=3, learning_rate=2e-3,
+    adam_epsilon=1e-5, lr_scheduler_type="constant", logging_steps=1, eval_strategy="steps", eval_steps=args.steps,
+    save_strategy="steps", save_steps=args.steps, save_only_model=True, report_to=[], use_cpu=not torch.cuda.is_available(),
+)  # fmt: skip
+trainer = Trainer(model, arguments, train_dataset=rows[:48], eval_dataset=rows[48:])
+trainer.train()
+if trainer.is_world_process_zero():
+    print("losses", [round(h["loss"], 4) for h in trainer.state.log_history if "loss" in h])
+    print("gradient norms", [round(float(h["grad_norm"]), 3) for h in trainer.state.log_history if "grad_norm" in h])
+    print("evaluation", [round(h["eval_loss"], 4) for h in trainer.state.log_history if "eval_loss" in h])
+if ranks > 1:
+    dist.destroy_process_group()
