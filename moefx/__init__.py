@@ -16,6 +16,7 @@ from .plan import Plan
 from .program import Function, Program
 from .raising import Raise
 from .report import Report, ShortfallWarning
+from .routing import count_routes, expert_load, load_metrics, record_routes, replay_routes, update_router_bias
 from .verify import Verification, verify
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Backend", "CaptureError", "Changes", "Function", "Kernel", "Match", "Miss", "MoefxError", "Pass", "PassError",
     "Pattern", "Pipeline", "Plan", "Program", "Raise", "Report", "ShortfallWarning", "Verification", "VerifyError",
-    "capture", "clip_grad_norm_", "explain", "f64", "insert", "load_checkpoint", "op", "optimize", "parallelize", "passes",
-    "report", "resolve", "restore", "rewrite", "save_checkpoint", "verify",
+    "capture", "clip_grad_norm_", "count_routes", "expert_load", "explain", "f64", "insert", "load_checkpoint", "load_metrics",
+    "op", "optimize", "parallelize", "passes", "record_routes", "replay_routes", "report", "resolve", "restore", "rewrite",
+    "save_checkpoint", "update_router_bias", "verify",
 ]  # fmt: skip

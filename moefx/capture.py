@@ -336,8 +336,10 @@ def _function(module: nn.Module, exported: Any, call: Call, name: str, callers: 
         copied[node] = graph.node_copy(node, copied.__getitem__)
     fake = next(n.meta["val"].fake_mode for n in copied.values() if isinstance(n.meta.get("val"), Tensor))
     graph_module = fx.GraphModule(nn.Module(), graph)
-    return Function(name, type(module).__name__, graph_module, [], parameters, constants, inputs, call, fake,
+    made = Function(name, type(module).__name__, graph_module, [], parameters, constants, inputs, call, fake,
                     promises(module, callers))  # fmt: skip
+    made.captured = made.copy() if made.expects.get("experts") else None
+    return made
 
 
 def promises(module: nn.Module, callers: list[tuple[str, nn.Module]]) -> dict[str, int]:

@@ -6,6 +6,11 @@ the backward of combine a dispatch: all is built from two moves of rows, ``_send
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -44,6 +49,30 @@ class _Handle:
         return _Handle(packed[2 * ep : 2 * ep + sent], packed[2 * ep + sent :], send, receive)
 
 
+@dataclass(eq=False)
+class Dispatches:
+    """The handles and counts of a block's dispatches, in order, kept in one forward for another on the same tokens."""
+
+    made: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    complete: bool = False  #: the next forward takes them instead of agreeing on them with the other ranks again
+    taken: int = 0
+
+
+_dispatches: ContextVar[Dispatches | None] = ContextVar("moefx_dispatches", default=None)
+
+
+@contextmanager
+def sharing(dispatches: Dispatches) -> Iterator[None]:
+    """Within: dispatches leave their handles in ``dispatches``, or take them from there once it is complete."""
+    token = _dispatches.set(dispatches)
+    dispatches.taken = 0
+    try:
+        yield
+        dispatches.complete = True
+    finally:
+        _dispatches.reset(token)
+
+
 def _send(rows: Tensor, handle: _Handle, group: dist.ProcessGroup) -> Tensor:
     """Rows [T*K, H] in (token, k) order -> [R, H] by local expert."""
     arrived = _all_to_all(rows[handle.order], handle.send, handle.receive, group)
@@ -69,19 +98,28 @@ def _dispatch(x: Tensor, index: Tensor, *, num_experts: int, group: str) -> tupl
     """
     process_group = _group(group)
     ep, top_k = process_group.size(), index.shape[1]
+    shared = _dispatches.get()
+    if shared is not None and shared.complete:
+        packed, counts = shared.made[shared.taken]
+        shared.taken += 1
+        handle = _Handle.unpack(packed, ep)
+        arrived = _all_to_all(x[handle.order // top_k], handle.send, handle.receive, process_group)
+        return arrived[handle.arrival], counts.clone(), packed.clone()
     local = num_experts // ep
     flat = index.reshape(-1)
     order = torch.argsort(flat, stable=True)
     per_expert = torch.bincount(flat, minlength=num_experts)
     arriving = torch.empty_like(per_expert)
     dist.all_to_all_single(arriving, per_expert, group=process_group)  # [ep source ranks, local experts]
-    counts = torch.stack((per_expert.view(ep, local).sum(1), arriving.view(ep, local).sum(1))).tolist()
-    send, receive = counts
+    send, receive = torch.stack((per_expert.view(ep, local).sum(1), arriving.view(ep, local).sum(1))).tolist()
     expert = torch.arange(local, device=x.device).repeat(ep)
     arrival = torch.argsort(torch.repeat_interleave(expert, arriving, output_size=sum(receive)), stable=True)
     handle = _Handle(order, arrival, send, receive)
     arrived = _all_to_all(x[order // top_k], send, receive, process_group)
-    return arrived[arrival], arriving.view(ep, local).sum(0), handle.pack()
+    counts, packed = arriving.view(ep, local).sum(0), handle.pack()
+    if shared is not None:
+        shared.made.append((packed.clone(), counts.clone()))
+    return arrived[arrival], counts, packed
 
 
 @_dispatch.register_fake

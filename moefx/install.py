@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
 from collections.abc import Callable
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from . import checkpoint, hf, sharded
+from . import checkpoint, exchange, hf, sharded
 from .capture import Call, capture_module, flatten, foreign_hooks
 from .errors import CaptureError, MoefxError
 from .head import LazyLogits, capture_head_call, head_call, split_logits
 from .program import Function, Program
+from .routing import Routing
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -27,6 +29,11 @@ if TYPE_CHECKING:
 
 #: A module's call is captured anew for at most this many kinds of calls (with and without mask, in training or not, ...).
 MAX_VARIANTS = 8
+
+
+def _unseen() -> contextlib.AbstractContextManager:
+    """Within: what autograd saves while a graph is made is none of the checkpointing's around the call that needs it."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
 
 
 @dataclass(eq=False)
@@ -40,6 +47,7 @@ class Optimized:
     implementations: tuple[str | None, str | None]
     loss: Callable | None = None  #: the model's own loss function; None: it had the default
     runners: dict[int, Callable] = field(default_factory=dict)  #: by id of function
+    replaying: dict[int, Function] = field(default_factory=dict)  #: by id of function: its twin that is told the routes
     compiled: dict[tuple, Callable] = field(default_factory=dict)  #: by what the graph says: equal graphs share code
     shared: dict[tuple, Function | CaptureError] = field(default_factory=dict)
     bypass: bool = False  #: run the original forwards (moefx.verify)
@@ -55,13 +63,24 @@ class Optimized:
             targets = tuple(n.target for n in function.graph.nodes if n.op == "call_function")
             same = (function.graph_module.code, targets, inputs)  # a block in training and in evaluation, mostly
             if same not in self.compiled:
-                run: Callable = function.graph_module
+                # not the module: its __call__ looks into an exception that passes, and early stopping of checkpointing is one
+                run: Callable = function.graph_module.forward
                 if self.plan.compile:
                     backend = self.plan.compile if isinstance(self.plan.compile, str) else "inductor"
                     run = torch.compile(run, fullgraph=True, backend=backend)
                 self.compiled[same] = run
             self.runners[id(function)] = self.compiled[same]
         return self.runners[id(function)]
+
+    def twin(self, function: Function) -> Function:
+        """The function that computes the same with the routes as inputs; made when first asked for."""
+        if id(function) not in self.replaying:
+            assert function.captured is not None
+            twin = function.captured.replaying()
+            with _unseen():
+                self.pipeline.run(Program(self.program.model_class, {twin.name: twin}, []), self.plan)
+            self.replaying[id(function)] = twin
+        return self.replaying[id(function)]
 
     def lower(self, function: Function) -> None:
         """Runs the pipeline over a function that was captured after ``optimize``."""
@@ -80,14 +99,16 @@ class Site:
     path: str
     state: Optimized
     functions: list[Function]
+    routing: Routing
     routers: list[str] = field(default_factory=list)
+    kept: list[Any] = field(default_factory=list)  #: of moefx.routing: the routes of forwards that will run again
     memo: dict[Any, Function | None] = field(default_factory=dict)
     owners: dict[int, list[tuple[dict, str]]] = field(default_factory=dict)
     watched: list[tuple[dict, dict, int, nn.Module]] | None = None
     units: list[nn.Module] = field(default_factory=list)  #: FSDP's units inside the module
 
     def __deepcopy__(self, memo: dict) -> Site:
-        return type(self)(self.path, self.state, self.functions, self.routers)
+        return type(self)(self.path, self.state, self.functions, copy.deepcopy(self.routing, memo), self.routers)
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, original: Callable) -> Any:
         requested = hf.requested()
@@ -103,13 +124,10 @@ class Site:
                 self.memo.clear()
         if function is None:
             return original(*args, **kwargs)
-        run = self.state.runner(function)
-        if self.units:
-            tensors = sharded.enter(self.units, tensors)
-            out = run(*self.parameters(module, function), *function.constants, *tensors)
-            out = sharded.leave(self.units, tensors, out)
+        if not function.routes:
+            out = self.run(module, function, tensors)
         else:
-            out = run(*self.parameters(module, function), *function.constants, *tensors)
+            out = self.run_routed(module, function, tensors)
         call: Call = function.call
         if "router_logits" in requested:
             for path, template in call.routers:
@@ -117,6 +135,27 @@ class Site:
                 for hook in router._forward_hooks.values():
                     hook(router, (), _fill(template, out))
         return out[call.outputs[1]] if call.outputs[0] == "t" else _fill(call.outputs, out)
+
+    def run(self, module: nn.Module, function: Function, tensors: list[Tensor]) -> Any:
+        run = self.state.runner(function)
+        if not self.units:
+            return run(*self.parameters(module, function), *function.constants, *tensors)
+        tensors = sharded.enter(self.units, tensors)
+        out = run(*self.parameters(module, function), *function.constants, *tensors)
+        return sharded.leave(self.units, tensors, out)
+
+    def run_routed(self, module: nn.Module, function: Function, tensors: list[Tensor]) -> Any:
+        """Runs a function with routers: tells it whom to choose where that is decided, and notes whom it chose."""
+        x, dispatches = tensors[0], None
+        told = self.routing.told(self, function, x, module.training)
+        if told is None:
+            out = self.run(module, function, tensors)
+        else:
+            given, dispatches = told
+            with exchange.sharing(dispatches):
+                out = self.run(module, self.state.twin(function), [*tensors, *given])
+        self.routing.saw(self, function, x, module.training, out, dispatches)
+        return out
 
     def parameters(self, module: nn.Module, function: Function) -> list[Tensor]:
         owners = self.owners.get(id(function))
@@ -182,9 +221,9 @@ class Site:
         if key not in self.state.shared:
             routers = {p: module.get_submodule(p) for p in self.routers}
             try:
-                with torch.enable_grad():
+                with torch.enable_grad(), _unseen():
                     function = self._export(module, call, routers)
-                self.state.lower(function)
+                    self.state.lower(function)
                 self.state.shared[key] = function
             except CaptureError as error:
                 self.state.shared[key] = error
@@ -205,7 +244,9 @@ class HeadSite(Site):
     model_loss: Callable | None = None
 
     def __deepcopy__(self, memo: dict) -> HeadSite:
-        return type(self)(self.path, self.state, self.functions, model_loss=self.model_loss)
+        return type(self)(
+            self.path, self.state, self.functions, copy.deepcopy(self.routing, memo), model_loss=self.model_loss
+        )
 
     def _export(self, module: nn.Module, call: Call, routers: dict[str, nn.Module]) -> Function:
         assert isinstance(module, nn.Linear) and self.model_loss is not None
@@ -331,6 +372,10 @@ def _model_forward(base: type) -> Callable:
     plain = base.forward  # type: ignore[attr-defined]
 
     def forward(self, *args, **kwargs):
+        self._moefx_routing.start()
+        return self._moefx_routing.finish(self._moefx, run(self, args, kwargs))
+
+    def run(self, args, kwargs):
         state: Optimized = self._moefx
         training = kwargs.get("labels") is not None or (self.training and torch.is_grad_enabled())
         if training and kwargs.get("use_cache") is None:
@@ -353,7 +398,7 @@ def _model_forward(base: type) -> Callable:
 def install(model: Any, state: Optimized) -> None:
     """Makes every instance of every function run it. Nothing else of the model changes: same names, same parameters."""
     hf.use(model)
-    routers = hf.routers(model)
+    routers, routing = hf.routers(model), Routing()
     by_path: dict[str, list[Function]] = {}
     for function in state.program:
         for path in function.instances:
@@ -363,14 +408,14 @@ def install(model: Any, state: Optimized) -> None:
         if functions[0].name == "head":
             continue
         inner = [p.removeprefix(f"{path}.") for p in routers if p.startswith(f"{path}.")]
-        module.__dict__["_moefx_site"] = Site(path, state, list(functions), inner)
+        module.__dict__["_moefx_site"] = Site(path, state, list(functions), routing, inner)
         module.__class__ = _class(type(module), _block_forward)  # type: ignore[arg-type]
     head = state.program.functions.get("head")
     if head is not None:
         loss = model.loss_function
         state.loss = vars(model).get("_loss_function")
         lm_head = model.get_submodule(head.instances[0])
-        site = HeadSite(head.instances[0], state, [head], model_loss=loss)
+        site = HeadSite(head.instances[0], state, [head], routing, model_loss=loss)
         lm_head.__dict__["_moefx_active"] = False
         lm_head.__class__ = _class(type(lm_head), _lm_head_forward)  # type: ignore[arg-type]
         model.loss_function = FusedLoss(site, loss)
@@ -378,7 +423,7 @@ def install(model: Any, state: Optimized) -> None:
         if functions[0].name != "head":
             module = model.get_submodule(path)
             module._moefx_site.intact(module)  # from here on, what is replaced inside is noticed
-    model.__dict__["_moefx"] = state
+    model.__dict__["_moefx"], model.__dict__["_moefx_routing"] = state, routing
     model.__class__ = _class(type(model), _model_forward)  # type: ignore[arg-type]
 
 
@@ -389,7 +434,7 @@ def uninstall(model: Any) -> None:
         base = getattr(type(module), "_moefx_base", None)
         if base is not None:
             module.__class__ = base
-        for name in ("_moefx_site", "_moefx_active", "_moefx"):
+        for name in ("_moefx_site", "_moefx_active", "_moefx", "_moefx_routing"):
             module.__dict__.pop(name, None)
     if isinstance(vars(model).get("_loss_function"), FusedLoss):
         if state.loss is None:

@@ -96,13 +96,7 @@ def route_body(
     cast: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`route`; here ``groups`` of 1 still writes the group selection out, as the models do."""
-
-    def to_score(x: Tensor) -> Tensor:
-        if score == "sigmoid":
-            return torch.sigmoid(x)
-        return torch.softmax(x.to(torch.float32) if fp32 else x, dim=-1)
-
-    scores = logits if topk_first else to_score(logits)
+    scores = logits if topk_first else _scores(logits, score, fp32)
     choice = scores if bias is None else scores + bias
     if groups:
         experts = choice.shape[-1]
@@ -117,13 +111,24 @@ def route_body(
     if gather:
         weights = scores.gather(1, index)
     if topk_first:
-        weights = to_score(weights)
+        weights = _scores(weights, score, fp32)
+    return _weights(weights, renormalize, eps, scale, logits.dtype if cast else None), index
+
+
+def _scores(logits: Tensor, score: str, fp32: bool) -> Tensor:
+    if score == "sigmoid":
+        return torch.sigmoid(logits)
+    return torch.softmax(logits.to(torch.float32) if fp32 else logits, dim=-1)
+
+
+def _weights(weights: Tensor, renormalize: bool, eps: float, scale: float, dtype: torch.dtype | None) -> Tensor:
+    """What a router does with the scores of the experts that it chose."""
     if renormalize:
         total = weights.sum(dim=-1, keepdim=True)
         weights = weights / (total + eps if eps else total)
     if scale != 1.0:
         weights = weights * scale
-    return (weights.to(logits.dtype) if cast else weights), index
+    return weights if dtype is None else weights.to(dtype)
 
 
 @op(
@@ -144,6 +149,46 @@ def route(logits: Tensor, bias: Tensor | None, top_k: int, **options) -> tuple[T
     if options.get("groups", 0) == options.get("topk_groups", 0):
         options = {**options, "groups": 0, "topk_groups": 0}  # all groups are allowed: nothing to select
     return route_body(logits, bias, top_k, **options)
+
+
+@op(
+    "route_at(Tensor logits, Tensor? bias, Tensor index, *, str score='softmax', bool topk_first=False, bool fp32=True, "
+    "bool gather=False, bool renormalize=False, float eps=0.0, float scale=1.0, bool cast=False) -> Tensor"
+)
+def route_at(
+    logits: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    *,
+    score: str = "softmax",
+    topk_first: bool = False,
+    fp32: bool = True,
+    gather: bool = False,
+    renormalize: bool = False,
+    eps: float = 0.0,
+    scale: float = 1.0,
+    cast: bool = False,
+) -> Tensor:
+    """The weights [T, K] that :func:`route` would give to the experts index [T, K], chosen by somebody else."""
+    if topk_first:
+        weights = _scores(logits.gather(1, index), score, fp32)
+    else:
+        scores = _scores(logits, score, fp32)
+        weights = (scores if gather or bias is None else scores + bias).gather(1, index)
+    return _weights(weights, renormalize, eps, scale, logits.dtype if cast else None)
+
+
+@op("balanced_index(Tensor logits, int top_k) -> Tensor")
+def balanced_index(logits: Tensor, top_k: int) -> Tensor:
+    """An index [T, K] that gives every expert of logits [T, E] the same number of rows (but one), whatever the logits say."""
+    rows = torch.arange(logits.shape[0] * top_k, device=logits.device)
+    return rows.remainder(logits.shape[1]).view(logits.shape[0], top_k)
+
+
+@op("nonfinite(Tensor x) -> Tensor")
+def nonfinite(x: Tensor) -> Tensor:
+    """How many numbers of x are NaN or infinite; int64 scalar."""
+    return (~torch.isfinite(x)).sum()
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import backends as backends_
@@ -15,6 +16,7 @@ from .pipeline import Pipeline
 from .program import Program
 from .report import Explanation, Report
 from .report import explain as explain_report
+from .routing import warn_balanced
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -50,6 +52,9 @@ def optimize(
     compile: bool | str = True,
     strict: bool = False,
     verify: bool = False,
+    router_z_loss: float = 0.0,
+    balanced_routing: bool = False,
+    check_numerics: bool = False,
 ) -> Model:
     """Makes a Transformers MoE causal language model train on rewritten, compiled graphs. Returns the same object.
 
@@ -63,6 +68,10 @@ def optimize(
         compile: compile each function with torch.compile: True for Inductor, a string for another compiler backend.
         strict: raise, instead of warning, if something that the model promises is not raised.
         verify: compare loss and all gradients with the original model on ``example`` and raise if they differ.
+        router_z_loss: adds this times ``sum over layers of mean(logsumexp(router logits)^2)`` to the loss (arXiv 2202.08906).
+        balanced_routing: send tokens to experts in turn, whatever the routers say. For benchmarks only: nothing is learnt.
+        check_numerics: raise MoefxError, naming forward and layer, when routing logits are NaN or infinite. The host waits
+            once a forward.
 
     Raises:
         MoefxError: bad input, in one sentence; the model is untouched.
@@ -80,7 +89,12 @@ def optimize(
         raise MoefxError(f"pipeline is a {type(pipeline).__name__}: pass moefx.passes.default() or a moefx.Pipeline of passes")
     order = backends_.resolve(backends)
     ep_size, mesh = parallel.make_mesh(model, ep_size, mesh)  # type: ignore[arg-type]
+    if not isinstance(router_z_loss, (int, float)) or not 0 <= router_z_loss < float("inf"):
+        raise MoefxError(f"router_z_loss={router_z_loss!r} is not a coefficient: pass a number of 0 or more (1e-3 is usual)")
     plan = parallel.plan(model, order, ep_size, mesh, compile, strict)  # type: ignore[arg-type]
+    plan = replace(
+        plan, router_z_loss=float(router_z_loss), balanced_routing=balanced_routing, check_numerics=check_numerics
+    )
     started = time.perf_counter()
     program = capture(model, example)
     captured = time.perf_counter()
@@ -94,6 +108,8 @@ def optimize(
     if state.shards_experts:
         parallel.shard_experts(model, plan)  # type: ignore[arg-type]
     install(model, state)
+    if balanced_routing:
+        warn_balanced(model)
     if verify:
         _verify_or_restore(model, example)
     return model

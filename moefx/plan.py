@@ -1,8 +1,8 @@
-"""What the caller decided, checked once before anything is touched, and what the model promises."""
+"""What the caller decided, checked once before anything is touched."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,4 +22,6 @@ class Plan:
     compile: bool | str = True
     strict: bool = False
     experts_gradient_scale: float = 1.0  #: makes the experts' gradients the mean over all ranks' tokens
-    expects: dict[str, int] = field(default_factory=dict)  #: operation -> how many the model promises
+    balanced_routing: bool = False  #: every expert gets the same number of tokens: for benchmarks only
+    router_z_loss: float = 0.0
+    check_numerics: bool = False

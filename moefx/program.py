@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from .errors import MoefxError
 from .graph import code
@@ -26,12 +26,27 @@ class Left:
         return f"{self.path} ({self.module}): {self.reason}"
 
 
+@dataclass(frozen=True)
+class Route:
+    """A router of a function, found by the pass ``routes``: what its function returns of it, by output position."""
+
+    experts: str  #: path of the experts module inside the block
+    index: int  #: [T, K]: the experts chosen
+    num_experts: int
+    top_k: int
+    bias: str | None = None  #: the parameter or buffer of the block that is added for the choice only
+    logits: int | None = None  #: [T, E]
+    nonfinite: int | None = None  #: how many logits are NaN or infinite
+    fixed: str = ""  #: why its choice cannot be given
+
+
 @dataclass(eq=False)
 class Function:
     """One captured graph and the places of the model that it serves.
 
     ``graph_module`` is stateless: its placeholders are ``parameters`` (names relative to an instance), then ``constants``,
-    then the tensor ``inputs`` of the call. It returns a flat tuple: the block's tensors, then what ``routers`` returned.
+    then the tensor ``inputs`` of the call. It returns a flat tuple: the block's tensors, then what ``routers`` returned, then
+    what ``routes`` says.
     """
 
     name: str
@@ -45,9 +60,34 @@ class Function:
     fake_mode: Any
     expects: dict[str, int] = field(default_factory=dict)  #: operations that one instance promises
     placeholders: list[str] = field(default_factory=list)
+    routes: tuple[Route, ...] = ()
+    captured: Function | None = None  #: the function before any pass, where it has experts
+    given: tuple[str, ...] = ()  #: in a replaying function: the inputs that choose experts, one per route, and whether they do
 
     def __post_init__(self) -> None:
         self.placeholders = [n.name for n in self.graph.nodes if n.op == "placeholder"]
+
+    def copy(self) -> Function:
+        """The same function over a graph of its own."""
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.graph, {}))
+        return replace(self, graph_module=fx.GraphModule(nn.Module(), graph), instances=list(self.instances))
+
+    def replaying(self) -> Function:
+        """A copy of a captured function, before any pass, with an input [T, K] for each call of experts, whom to call, and
+        one, a boolean scalar, that says whether these count or what the routers choose."""
+        made = self.copy()
+        graph = made.graph
+        calls = [n for n in graph.nodes if n.op == "call_function" and n.target is torch.ops.moefx.experts.default]
+        with self.fake_mode:
+            scalar = torch.empty((), dtype=torch.bool, device=self.call.device)
+        wanted = {f"given_index_{i}": n.args[1].meta["val"] for i, n in enumerate(calls)} | {"given": scalar}  # type: ignore[union-attr]
+        last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+        for name, val in wanted.items():
+            with graph.inserting_after(last):
+                last = graph.placeholder(name)
+            last.meta["val"] = val
+        return replace(made, name=f"{self.name}_replaying", given=tuple(wanted), inputs=[*self.inputs, *wanted])
 
     @property
     def graph(self) -> fx.Graph:

@@ -32,6 +32,7 @@ class Report:
     passes: list[PassReport]
     promised: dict[str, list[str]] = field(default_factory=dict)  #: operation -> module paths that promise one
     fallbacks: dict[tuple[str, str], int] = field(default_factory=dict)  #: (path, reason) -> calls
+    notes: dict[tuple[str, str], int] = field(default_factory=dict)  #: (path, what else is worth knowing) -> calls
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> PassReport:
@@ -46,6 +47,9 @@ class Report:
 
     def fell_back(self, path: str, reason: str) -> None:
         self.fallbacks[path, reason] = self.fallbacks.get((path, reason), 0) + 1
+
+    def note(self, path: str, text: str) -> None:
+        self.notes[path, text] = self.notes.get((path, text), 0) + 1
 
     def extend(self, passes: list[PassReport], function: Function) -> None:
         """Adds what the passes did to a function captured later."""
@@ -129,6 +133,7 @@ class Report:
             "kernels": [{"op": op, "backend": b, "count": n, "why": why} for (op, b), (n, why) in self.kernels().items()],
             "left": [{"path": x.path, "module": x.module, "reason": x.reason, "by_design": x.by_design} for x in self.left],
             "fallbacks": [{"path": p, "reason": r, "calls": n} for (p, r), n in self.fallbacks.items()],
+            "notes": [{"path": p, "text": t, "calls": n} for (p, t), n in self.notes.items()],
             "shortfall": self.shortfall(),
         }  # fmt: skip
 
@@ -169,6 +174,7 @@ def explain(report: Report, path: str) -> Explanation:
     notes = [f"  not rewritten by {p.name}: {c}" for p in report.passes for c in p.missed if c.function == function.name]
     notes += [f"  left: {x}" for x in report.left if x.path == path or path.startswith(f"{x.path}.")]
     notes += [f"  {n} calls ran the original forward: {r}" for (p, r), n in report.fallbacks.items() if p == instance]
+    notes += [f"  in {n} calls {t}" for (p, t), n in report.notes.items() if p == instance]
     return Explanation(path, function.name, lines, notes)
 
 

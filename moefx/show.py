@@ -38,7 +38,12 @@ def report_text(report: Report) -> str:
     notes = [f"promised, not raised: {s}" for s in report.shortfall()]
     notes += [f"left as it is: {x}" for x in report.left]
     notes += [f"ran the original forward {n} times: {p}: {r}" for (p, r), n in report.fallbacks.items()]
+    notes += [f"in {n} calls {p}: {t}" for (p, t), n in report.notes.items()]
     total = sum(report.seconds.values())
     times = ", ".join(f"{k} {v:.1f}" for k, v in report.seconds.items())
-    head = f"{report.program.model_class}, ep_size={report.plan.ep_size}" + (f": {total:.1f} s ({times})" if times else "")
+    plan = report.plan
+    options = [f"ep_size={plan.ep_size}", *(["BALANCED ROUTING, FOR BENCHMARKS ONLY"] if plan.balanced_routing else [])]
+    options += [f"router_z_loss={plan.router_z_loss:g}"] if plan.router_z_loss else []
+    options += ["check_numerics"] if plan.check_numerics else []
+    head = f"{report.program.model_class}, {', '.join(options)}" + (f": {total:.1f} s ({times})" if times else "")
     return render(head, functions, passes, kernels, *notes)

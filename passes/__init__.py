@@ -10,11 +10,12 @@ from .residual_rms_norm import FuseResidualRMSNorm
 from .rms_norm import RaiseRMSNorm
 from .rotary import RaiseRotary
 from .route import RaiseRoute
+from .routes import Routes
 from .swiglu import RaiseSwiGLU
 
 __all__ = [
     "Canonicalize", "Change", "Changes", "ExpertParallel", "FuseResidualRMSNorm", "Lower", "Pass", "Pipeline",
-    "RaiseLinearCrossEntropy", "RaiseRMSNorm", "RaiseRotary", "RaiseRoute", "RaiseSwiGLU", "default",
+    "RaiseLinearCrossEntropy", "RaiseRMSNorm", "RaiseRotary", "RaiseRoute", "RaiseSwiGLU", "Routes", "default",
 ]  # fmt: skip
 
 
@@ -28,6 +29,7 @@ def default() -> Pipeline:
         RaiseSwiGLU(),
         RaiseLinearCrossEntropy(),
         FuseResidualRMSNorm(),
+        Routes(),
         ExpertParallel(),
         Lower(),
     ))  # fmt: skip

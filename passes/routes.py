@@ -1,0 +1,106 @@
+"""Makes each router's choice of experts an output of its function; in a replaying function, an input."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from moefx import ops
+from moefx.graph import VIEWS, arguments, aten, compute, describe, getitems, inherit, insert, is_call, value
+from moefx.pipeline import Changes
+from moefx.program import Route
+
+_GIVEN = ("score", "topk_first", "fp32", "gather", "renormalize", "eps", "scale", "cast")
+
+
+@dataclass(frozen=True)
+class Routes:
+    """For ``weights, index = route(logits, ...)`` before ``experts(x, index, weights, ...)``
+
+        return ..., index                                    # what was chosen: load metrics, recording, recomputation
+        index = where(given, given_index, index)             # in a function made by Function.replaying(), and
+        weights = route_at(logits, bias, index)
+
+    and under ``plan.balanced_routing`` the index is ``balanced_index(logits)``, which no training wants. The router's logits,
+    or how many of them are not finite, are returned too where the plan asks for them. Numerics: ``route_at`` is ``route``
+    without its top-k.
+    """
+
+    name: ClassVar[str] = "routes"
+
+    def run(self, function, plan) -> Changes:
+        changes, found = Changes(), []
+        for i, experts in enumerate([n for n in function.graph.nodes if is_call(n, ops.experts)]):
+            given = arguments(experts)
+            route = self._route(given["index"])
+            fixed = "" if route else f"{describe(given['index'])} is not the choice of a moefx.route"
+            if fixed:
+                changes.miss(experts, fixed)
+            elif function.given or plan.balanced_routing:
+                self._choose(function, route, plan, i)
+            found.append(self._return(function, experts, route, fixed, plan))
+            changes.did(experts, f"its index is output {found[-1].index}")
+        function.routes = tuple(found)
+        return changes
+
+    @staticmethod
+    def _route(index: fx.Node) -> fx.Node | None:
+        """The ``route`` whose second output ``index`` is."""
+        while is_call(index) and index.target in VIEWS and index.target is not operator.getitem:
+            index = index.args[0]  # type: ignore[assignment]
+        here = is_call(index, operator.getitem) and index.args[1] == 1 and is_call(index.args[0], ops.route)
+        return index.args[0] if here else None  # type: ignore[return-value]
+
+    def _call(self, function, at: fx.Node, op, args: tuple, kwargs: dict | None = None) -> fx.Node:
+        new = insert(function.graph, at, op, args, kwargs, val=compute(op, args, kwargs or {}, function.fake_mode))
+        inherit(new, [at], self.name)
+        return new
+
+    def _choose(self, function, route: fx.Node, plan, at: int) -> None:
+        """Lets the plan, or the function's inputs, choose instead of ``route``."""
+        given, used = arguments(route), getitems(route)
+        after, index = max(used.values()).next, used[1]
+        if plan.balanced_routing:
+            index = self._call(function, after, ops.balanced_index, (given["logits"], given["top_k"]))
+        if function.given:
+            known = {n.name: n for n in function.graph.nodes if n.op == "placeholder"}
+            index = self._call(
+                function, after, aten.where.self, (known[function.given[-1]], known[function.given[at]], index)
+            )
+        options = {k: given[k] for k in _GIVEN}
+        weights = self._call(function, after, ops.route_at, (given["logits"], given["bias"], index), options)
+        for i, old in used.items():
+            old.replace_all_uses_with((weights, index)[i], lambda reader: reader is not index)
+
+    def _return(self, function, experts: fx.Node, route: fx.Node | None, fixed: str, plan) -> Route:
+        graph, given = function.graph, arguments(experts)
+        output = next(n for n in graph.nodes if n.op == "output")
+        results = list(output.args[0])
+
+        def put(node: fx.Node) -> int:
+            results.append(node)
+            return len(results) - 1
+
+        # as the experts read it, whatever became of it since the router
+        index = put(arguments(experts)["index"])
+        logits = nonfinite = bias = None
+        if route is not None:
+            of_router = arguments(route)
+            logits = put(of_router["logits"]) if plan.router_z_loss else None
+            nonfinite = put(self._call(function, route, ops.nonfinite, (of_router["logits"],))) if plan.check_numerics else None
+            bias = self._name(function, of_router["bias"])
+        output.args = (tuple(results),)
+        path = (self._name(function, given["up"]) or experts.name).rpartition(".")[0]
+        num_experts, top_k = value(given["up"]).shape[0], value(given["index"]).shape[1]
+        return Route(path, index, num_experts, top_k, bias, logits, nonfinite, fixed)
+
+    @staticmethod
+    def _name(function, node: fx.Node | None) -> str | None:
+        """Which parameter or buffer of the block ``node`` is, perhaps cast or reshaped."""
+        while is_call(node) and (node.target in VIEWS or node.target is aten.squeeze.default):  # type: ignore[union-attr]
+            node = node.args[0]  # type: ignore[assignment,union-attr]
+        known = dict(zip(function.placeholders, function.parameters))
+        return known.get(node.name) if node is not None else None
