@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from . import checkpoint, exchange, hf, sharded
+from . import aux_loss, checkpoint, exchange, hf, sharded
 from .capture import Call, capture_module, flatten, foreign_hooks
 from .errors import CaptureError, MoefxError
 from .head import LazyLogits, capture_head_call, head_call, split_logits
@@ -51,6 +51,7 @@ class Optimized:
     compiled: dict[tuple, Callable] = field(default_factory=dict)  #: by what the graph says: equal graphs share code
     shared: dict[tuple, Function | CaptureError] = field(default_factory=dict)
     bypass: bool = False  #: run the original forwards (moefx.verify)
+    global_aux_loss: bool = False  #: the auxiliary loss is that of all ranks' tokens
     shards_experts: bool = False  #: ``optimize`` spread the experts over ranks: ``restore`` brings them back
 
     def __deepcopy__(self, memo: dict) -> Optimized:
@@ -372,8 +373,12 @@ def _model_forward(base: type) -> Callable:
     plain = base.forward  # type: ignore[attr-defined]
 
     def forward(self, *args, **kwargs):
+        state: Optimized = self._moefx
         self._moefx_routing.start()
-        return self._moefx_routing.finish(self._moefx, run(self, args, kwargs))
+        mean = kwargs.get("num_items_in_batch") is None
+        everywhere = state.global_aux_loss and self.training and not state.bypass
+        with aux_loss.over_all_ranks(self, mean) if everywhere else contextlib.nullcontext():
+            return self._moefx_routing.finish(state, run(self, args, kwargs))
 
     def run(self, args, kwargs):
         state: Optimized = self._moefx

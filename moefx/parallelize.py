@@ -63,6 +63,7 @@ def parallelize(
     reshard_after_forward: bool | int = True,
     offload_policy: OffloadPolicy | None = None,
     dtype: torch.dtype | None = None,
+    global_aux_loss: bool = True,
     **options: Any,
 ) -> Any:
     """Spreads a model over all ranks (FSDP2, HSDP, expert parallelism) and optimizes it. Returns the model.
@@ -78,7 +79,9 @@ def parallelize(
         dp_replicate: copies of the whole model (HSDP): gradients are reduced inside a copy, then summed over copies.
         mp_policy, reshard_after_forward, offload_policy: as in ``torch.distributed.fsdp.fully_shard``.
         dtype: of the parameters, if ``model`` is a folder (default: what its configuration says).
-        options: of :func:`moefx.optimize` (``compile``, ``pipeline``, ``backends``, ``strict``, ``example``).
+        global_aux_loss: with ``output_router_logits``, the auxiliary load-balancing loss is that of all ranks' tokens
+            together, as one process would compute it (one small all-reduce); otherwise each rank's own.
+        options: of :func:`moefx.optimize` (``compile``, ``pipeline``, ``backends``, ``strict``, ``example``, ...).
 
     Raises:
         MoefxError: bad sizes; a checkpoint that lacks a tensor of the model, has one too many, or one of another shape.
@@ -88,7 +91,7 @@ def parallelize(
         if name in options:
             raise MoefxError(f"parallelize does not take {name}: it makes its own meshes; call moefx.verify on a small model")
     if isinstance(model, (str, os.PathLike)):
-        return optimize(_load(Path(model), layout, dtype).train(), **options)
+        return _optimize(_load(Path(model), layout, dtype), global_aux_loss, options)
     if dtype is not None:
         raise MoefxError(f"dtype={dtype} is for a checkpoint folder, but a {type(model).__name__} was given: convert it before")
     hf.check(model)
@@ -99,7 +102,13 @@ def parallelize(
     _distribute(model, layout, _meshes(layout))
     if meta:
         _initialize(model)
-    return optimize(model.train(), **options)
+    return _optimize(model, global_aux_loss, options)
+
+
+def _optimize(model: Any, global_aux_loss: bool, options: dict[str, Any]) -> Any:
+    optimize(model.train(), **options)
+    model._moefx.global_aux_loss = global_aux_loss and dist.get_world_size() > 1
+    return model
 
 
 def _layout(ep_size: int, dp_replicate: int, mp: Any, reshard: bool | int, offload: Any) -> Layout:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -13,14 +12,13 @@ import moefx
 from .families import batch, build
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
-def test_compiled_once_for_all_lengths(name):
+def test_compiled_once_for_all_lengths():
     """Compiled functions agree with the original; after the second shape nothing is compiled again.
 
     A batch of one is compiled apart: Dynamo takes sizes of 1 for constants.
     """
     torch._dynamo.reset()
-    model = moefx.optimize(build(name), compile="aot_eager", strict=True)
+    model = moefx.optimize(build("qwen3_moe"), compile="aot_eager", strict=True)
     for step, shape in enumerate(((2, 9), (3, 14), (4, 5))):
         with torch._dynamo.config.patch(error_on_recompile=step > 1):
             result = moefx.verify(model, batch(*shape, seed=step))

@@ -38,11 +38,27 @@ def global_batch(world, accumulation, seed):
     return made, items
 
 
+def together(row):
+    """The ranks' batches as one, padded on the right: the auxiliary loss is none of a sum of batches."""
+    from torch.nn.functional import pad
+
+    length = max(b["input_ids"].shape[1] for b in row)
+
+    def join(tensors, value):
+        return torch.cat([pad(t, (0, length - t.shape[1]), value=value) for t in tensors])
+
+    ids, labels = join([b["input_ids"] for b in row], 0), join([b["labels"] for b in row], -100)
+    return {"input_ids": ids, "labels": labels, "attention_mask": join([torch.ones_like(b["input_ids"]) for b in row], 0)}
+
+
 def train_step(model, micro, items, scale, aux, accumulate=lambda last: None):
+    found = []
     for i, b in enumerate(micro):
         accumulate(i == len(micro) - 1)
         out = model(**b, num_items_in_batch=items, output_router_logits=aux or None)
         (out.loss * scale).backward()
+        found.append(float(out.aux_loss.detach()) if aux else 0.0)
+    return found
 
 
 def agrees(rank, world, cases):
@@ -59,9 +75,10 @@ def agrees(rank, world, cases):
         steps = [torch.optim.AdamW(m.parameters(), lr=1e-2, eps=1e-3) for m in (model, one)]
         for step in range(2):
             micro, items = global_batch(world, accumulation, step)
-            train_step(model, [row[rank] for row in micro], items, world, aux, model.set_requires_gradient_sync)
-            # with an auxiliary loss the mean over micro-batches is taken, as every trainer does
-            train_step(one, [b for row in micro for b in row], items, 1.0, aux)
+            ours = train_step(model, [row[rank] for row in micro], items, world, aux, model.set_requires_gradient_sync)
+            theirs = train_step(one, list(map(together, micro)), items, 1.0, aux)
+            if not torch.allclose(torch.tensor(ours), torch.tensor(theirs), rtol=1e-5):
+                wrong.append(f"{case}: auxiliary losses {ours}, {theirs}")
             for (n, p), q in zip(model.named_parameters(), one.named_parameters(), strict=True):
                 far, size = float((whole(p.grad) - q[1].grad).abs().max()), float(q[1].grad.abs().max())
                 if not far <= 1e-4 * size + 1e-7:
@@ -88,9 +105,9 @@ QWEN = "qwen3_moe"
 @pytest.mark.parametrize(
     "world, cases",
     [
-        (2, [(QWEN, 1, 1, 3, False), (QWEN, 2, 1, 1, False), (QWEN, 1, 2, 1, False), ("nemotron_h", 2, 1, 1, False)]),
-        (4, [(QWEN, 2, 1, 3, False), (QWEN, 2, 2, 1, False), (QWEN, 4, 1, 1, False), ("gpt_oss", 2, 1, 1, False)]),
-        (8, [(QWEN, 8, 1, 1, False), (QWEN, 2, 2, 3, False)]),
+        (2, [(QWEN, 1, 1, 3, True), (QWEN, 2, 1, 1, False), (QWEN, 1, 2, 1, False), ("nemotron_h", 2, 1, 1, False)]),
+        (4, [(QWEN, 2, 1, 3, True), (QWEN, 2, 2, 1, True), (QWEN, 4, 1, 3, False), ("gpt_oss", 2, 1, 1, False)]),
+        (8, [(QWEN, 8, 1, 1, False), (QWEN, 2, 2, 3, True)]),
     ],
     ids=["2 ranks", "4 ranks", "8 ranks"],
 )
