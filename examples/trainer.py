@@ -1,9 +1,11 @@
-"""Hugging Face's Trainer over ranks: gradient accumulation, evaluation, checkpoints in Hugging Face layout.
+"""Hugging Face's Trainer over ranks: gradient accumulation, evaluation, load metrics, checkpoints, resuming.
 
 python examples/trainer.py                                     # one process, moefx.optimize
 torchrun --standalone --nproc-per-node 2 examples/trainer.py   # two ranks, moefx.parallelize: FSDP2, half of the experts each
+accelerate launch --num_processes 2 examples/trainer.py        # the same (on CPU: add --cpu --num_machines 1)
 
-Both print the same losses: the global batch is the same.
+All print the same losses: the global batch is the same. --resume goes on from the last checkpoint in --out, whatever the
+number of ranks that wrote it.
 """
 
 import argparse
@@ -13,9 +15,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, TrainingArguments
 
 import moefx
+from moefx.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bytes_data import batches  # noqa: E402
@@ -23,6 +26,7 @@ from bytes_data import batches  # noqa: E402
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--steps", type=int, default=6)
 parser.add_argument("--out", default="trainer-out")
+parser.add_argument("--resume", action="store_true")
 args = parser.parse_args()
 
 ranks = int(os.environ.get("WORLD_SIZE", 1))
@@ -40,14 +44,13 @@ model = moefx.parallelize(model, ep_size=ranks, compile=False) if ranks > 1 else
 rows = [{k: v[0] for k, v in b.items()} for b, _ in zip(batches(1, 64), range(64))]
 arguments = TrainingArguments(
     args.out, max_steps=args.steps, per_device_train_batch_size=4 // ranks, gradient_accumulation_steps=3, learning_rate=2e-3,
-    adam_epsilon=1e-5, lr_scheduler_type="constant", logging_steps=1, eval_strategy="steps", eval_steps=args.steps,
-    save_strategy="steps", save_steps=args.steps, save_only_model=True, report_to=[], use_cpu=not torch.cuda.is_available(),
+    adam_epsilon=1e-5, lr_scheduler_type="constant", logging_steps=1, eval_strategy="steps", eval_steps=2,
+    save_strategy="steps", save_steps=2, report_to=[], use_cpu=not torch.cuda.is_available(),
 )  # fmt: skip
 trainer = Trainer(model, arguments, train_dataset=rows[:48], eval_dataset=rows[48:])
-trainer.train()
+trainer.train(resume_from_checkpoint=args.resume)
 if trainer.is_world_process_zero():
-    print("losses", [round(h["loss"], 4) for h in trainer.state.log_history if "loss" in h])
-    print("gradient norms", [round(float(h["grad_norm"]), 3) for h in trainer.state.log_history if "grad_norm" in h])
-    print("evaluation", [round(h["eval_loss"], 4) for h in trainer.state.log_history if "eval_loss" in h])
+    for name in ("loss", "grad_norm", "eval_loss", "router/max_load"):
+        print(name, [round(float(h[name]), 4) for h in trainer.state.log_history if name in h])
 if ranks > 1:
     dist.destroy_process_group()

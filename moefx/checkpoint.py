@@ -42,7 +42,7 @@ def save_pretrained(
     The files are dealt out to the ranks; a rank holds the tensors of one file and of one block besides, never the model. Files
     get their names when all are written: a save that is interrupted leaves the previous one in ``folder`` as it was.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank, world = _rank_and_world()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     spread = model.state_dict()
@@ -66,11 +66,11 @@ def save_pretrained(
         file, found = next(iter(waiting.items()))
         missing = sorted(set(plan.filename_to_tensors[file]) - set(found))
         raise MoefxError(f"{folder / file} was not written: {missing[0]} came out of no block of the model; report this")
-    dist.barrier()
+    _barrier()
     if rank == 0:
         _put_in_place(folder, plan)
         _save_configuration(model, folder)
-    dist.barrier()
+    _barrier()
 
 
 def _plan(written: dict[str, Tensor], max_shard_size: int | str) -> Any:
@@ -129,6 +129,15 @@ def _save_configuration(model: Any, folder: Path) -> None:
         model.generation_config.save_pretrained(folder)
 
 
+def _rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)  # by parameter name: groups may differ at another ep_size
@@ -149,18 +158,18 @@ def save_checkpoint(
     Every rank calls it. ``folder`` appears when all is written; one that was there is replaced, and survives an interruption.
     ``extra`` is pickled on rank 0.
     """
-    folder, rank = Path(folder), dist.get_rank()
+    folder, rank = Path(folder), _rank_and_world()[0]
     new = folder.with_name(folder.name + _NEW)
     if rank == 0:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
-    dist.barrier()
+    _barrier()
     # DCP takes a tensor's part for one rectangle, which a strided shard is not: it goes out as plain shards
     dcp.save(_redistribute_state_dict(_state(model, optimizer)), checkpoint_id=str(new))
     torch.save(_random_state(), new / f"random-{rank}.pt")
     if rank == 0:
         torch.save(extra, new / "extra.pt")
-    dist.barrier()
+    _barrier()
     if rank == 0:
         old = folder.with_name(folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
@@ -168,7 +177,7 @@ def save_checkpoint(
             os.replace(folder, old)
         os.replace(new, folder)
         shutil.rmtree(old, ignore_errors=True)
-    dist.barrier()
+    _barrier()
 
 
 def load_checkpoint(folder: str | os.PathLike, model: Any, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
@@ -193,8 +202,9 @@ def load_checkpoint(folder: str | os.PathLike, model: Any, optimizer: torch.opti
     model.load_state_dict(state["model"])
     if optimizer is not None:
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_OPTIONS)
-    mine = folder / f"random-{dist.get_rank()}.pt"
-    if len(list(folder.glob("random-*.pt"))) == dist.get_world_size() and mine.is_file():
+    rank, world = _rank_and_world()
+    mine = folder / f"random-{rank}.pt"
+    if len(list(folder.glob("random-*.pt"))) == world and mine.is_file():
         _set_random_state(torch.load(mine, weights_only=False))
     return torch.load(folder / "extra.pt", weights_only=False)
 

@@ -1,0 +1,123 @@
+"""Hugging Face's Trainer for models that moefx optimized: resuming at any mesh, load metrics in its log, a balancing callback.
+
+Needs ``moefx[train]``. The untouched ``transformers.Trainer`` trains such models too, but refuses to save what resuming needs
+for a model that is spread over ranks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import TrainerCallback
+
+from . import checkpoint, routing, sharded
+from .errors import MoefxError
+
+#: The folder, inside a checkpoint of the Trainer, with what resuming needs.
+FOLDER = "moefx"
+
+
+class RouterBias(TrainerCallback):
+    """Auxiliary-loss-free balancing (arXiv 2408.15664), once per optimizer step: see :func:`moefx.update_router_bias`."""
+
+    def __init__(self, rate: float = 1e-3):
+        self.rate = rate
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        routing.count_routes(_optimized(model))
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        routing.update_router_bias(_optimized(model), self.rate)
+
+
+class TrainerMixin:
+    """What ``moefx.trainer.Trainer`` adds, for other trainers: ``class Mine(TrainerMixin, trl.SFTTrainer): ...``
+
+    Checkpoints get a folder for resuming at any ``ep_size`` and number of ranks (DCP: weights, optimizer, scheduler), besides
+    the weights in Hugging Face layout. ``log`` gets ``router/max_load``, ``router/entropy`` and
+    ``router/dropped``, the means since the last log (:func:`moefx.load_metrics`).
+
+    Args:
+        log_router_load: count tokens per expert and log them. One small all-reduce a log.
+    """
+
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+    args: Any
+
+    def __init__(self, model: Any = None, args: Any = None, *rest: Any, log_router_load: bool = True, **named: Any):
+        self._spread = model is not None and not isinstance(model, str) and sharded.is_sharded(model)
+        only = getattr(args, "save_only_model", None)
+        if self._spread and args is not None:
+            args.save_only_model = True  # the Trainer would refuse to save the rest: see _save_optimizer_and_scheduler
+        super().__init__(model, args, *rest, **named)  # type: ignore[call-arg]
+        if self._spread and args is not None:
+            self.args.save_only_model = only
+        self._counts = log_router_load
+        if log_router_load:
+            routing.count_routes(_optimized(self.model))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._counts and "loss" in logs:
+            load = routing.expert_load(_optimized(self.model), "log")
+            if any(int(c.sum()) for c in load.values()):
+                found = routing.load_metrics(load)
+                logs |= {f"router/{k}": round(found[k], 4) for k in ("max_load", "entropy", "dropped")}
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        scheduler = self.lr_scheduler.state_dict()
+        checkpoint.save_checkpoint(Path(output_dir, FOLDER), self._held(), _plain(self.optimizer), scheduler=scheduler)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        here = Path(resume_from_checkpoint, FOLDER).is_dir()
+        if self._spread and not here:
+            raise MoefxError(
+                f"{resume_from_checkpoint} has no folder {FOLDER!r} with the shards to resume from: it was saved with "
+                "save_only_model, or by another Trainer"
+            )
+        if not here:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        # else: weights come with the optimizer, once there is one
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        if checkpoint_folder is None or not Path(checkpoint_folder, FOLDER).is_dir():
+            return super()._load_optimizer_and_scheduler(checkpoint_folder)  # type: ignore[misc]
+        extra = checkpoint.load_checkpoint(Path(checkpoint_folder, FOLDER), self._held(), _plain(self.optimizer))
+        self.lr_scheduler.load_state_dict(_for_groups(extra["scheduler"], len(_plain(self.optimizer).param_groups)))
+
+    def _held(self) -> Any:
+        """The model whose state is saved: inside DDP."""
+        return getattr(self.model, "module", self.model)
+
+
+class Trainer(TrainerMixin, transformers.Trainer):
+    """``transformers.Trainer`` with :class:`TrainerMixin`."""
+
+
+def _plain(optimizer: Any) -> Any:
+    """The optimizer inside Accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _for_groups(scheduler: dict[str, Any], groups: int) -> dict[str, Any]:
+    """A scheduler's state for ``groups`` parameter groups: there is one more for each mesh that parameters lie on."""
+    found = dict(scheduler)
+    for key, values in scheduler.items():
+        if isinstance(values, list) and len(values) not in (0, groups):
+            if any(v != values[0] for v in values):
+                raise MoefxError(
+                    f"the checkpoint's scheduler has {len(values)} parameter groups whose {key} differ ({values}), this "
+                    f"optimizer has {groups}: resume with as many ranks and the ep_size of the run that saved it"
+                )
+            found[key] = values[:1] * groups
+    return found
+
+
+def _optimized(model: Any) -> Any:
+    """The optimized model inside DDP's and PEFT's wrappers."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
