@@ -84,6 +84,24 @@ def _backward_mm(ctx, grad: Tensor):
 grouped_mm.register_autograd(_backward_mm, setup_context=_save_mm)
 
 
+@torch.library.custom_op("moefx::scale_gradient", mutates_args=())
+def scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """x; its gradient is multiplied by ``scale``."""
+    return x.clone()
+
+
+@scale_gradient.register_fake
+def _(x: Tensor, scale: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _save_scale(ctx, inputs, output) -> None:
+    ctx.scale = inputs[1]
+
+
+scale_gradient.register_autograd(lambda ctx, grad: (grad * ctx.scale, None), setup_context=_save_scale)
+
+
 # --- a rank's experts ------------------------------------------------------------------------------------------------
 
 

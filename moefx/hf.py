@@ -24,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import OutputRecorder, _active_collector
 
-from . import ops
+from . import adapters, ops
 from .activations import ACTIVATIONS
 from .errors import CaptureError, MoefxError
 
@@ -113,10 +113,10 @@ class ExpertsLayout:
         }  # fmt: skip
 
     def weights(self, module: nn.Module) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        up, down = getattr(module, self.up), getattr(module, self.down)
+        up, down = adapters.weight(module, self.up), adapters.weight(module, self.down)
         if not self.biased:
             return up, None, down, None
-        return up, getattr(module, f"{self.up}_bias"), down, getattr(module, f"{self.down}_bias")
+        return up, adapters.weight(module, f"{self.up}_bias"), down, adapters.weight(module, f"{self.down}_bias")
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -191,7 +191,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     if layout is not None:
         from .parallel import experts_over_ranks
 
-        return experts_over_ranks(hidden_states, top_k_index, top_k_weights, layout.weights(self), layout.options)
+        return experts_over_ranks(hidden_states, top_k_index, top_k_weights, self, layout)
     previous = self.__dict__.get("_moefx_previous") or "grouped_mm"
     own = inspect.unwrap(type(self).forward)
     return ExpertsInterface().get(previous, own)(self, hidden_states, top_k_index, top_k_weights)
@@ -280,6 +280,8 @@ def use(model: PreTrainedModel) -> None:
                 experts_layout(module)  # found on numbers: not while tracing
         elif hasattr(module, "is_causal"):
             module.__dict__.setdefault("_moefx_previous", attention)
+        elif adapters.is_wrapper(module) and not hasattr(type(module), "_moefx_base"):
+            module.__class__ = adapters.adapting(type(module), is_emitting)  # type: ignore[arg-type]
     model.set_attn_implementation("moefx")
     model.set_experts_implementation("moefx")
 
@@ -289,6 +291,8 @@ def restore(model: PreTrainedModel, before: tuple[str | None, str | None]) -> No
     for module in model.modules():
         module.__dict__.pop("_moefx_previous", None)
         module.__dict__.pop("_moefx_layout", None)
+        if adapters.is_wrapper(module):
+            module.__class__ = getattr(type(module), "_moefx_base", type(module))
         config = getattr(module, "config", None) if isinstance(module, PreTrainedModel) else None
         if config is not None:
             config._attn_implementation_internal, config._experts_implementation_internal = before

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from . import aux_loss, checkpoint, exchange, hf, sharded
+from .adapters import unwrap
 from .capture import Call, capture_module, flatten, foreign_hooks
 from .errors import CaptureError, MoefxError
 from .head import LazyLogits, capture_head_call, head_call, split_logits
@@ -451,7 +452,7 @@ def uninstall(model: Any) -> None:
 
 def state_of(model: Any) -> Optimized:
     """The model's ``Optimized``; raises MoefxError if it is not optimized."""
-    inner = getattr(model, "module", model)  # DDP
+    inner = unwrap(model)
     state = getattr(inner, "_moefx", None)
     if state is None:
         raise MoefxError(f"{type(model).__name__} is not optimized: call moefx.optimize(model) first")

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from . import adapters, hf, parallel, sharded
 from . import backends as backends_
-from . import hf, parallel, sharded
+from .adapters import unwrap
 from .capture import capture
 from .errors import MoefxError
 from .install import Optimized, install, state_of, uninstall
@@ -59,7 +60,8 @@ def optimize(
     """Makes a Transformers MoE causal language model train on rewritten, compiled graphs. Returns the same object.
 
     Args:
-        model: a ``PreTrainedModel`` with experts, on one device (or on meta), before DDP, FSDP or torch.compile.
+        model: a ``PreTrainedModel`` with experts, or a PEFT model around one, on one device (or on meta), before DDP, FSDP or
+            torch.compile.
         ep_size: over how many ranks the experts are spread. Their parameters become DTensors; build the optimizer after.
         mesh: instead of ``ep_size``, a DeviceMesh with a dimension "ep" (and optionally "dp_replicate").
         example: keyword arguments of the model's forward that show what kinds of inputs it gets (default: input_ids, labels).
@@ -78,6 +80,7 @@ def optimize(
         PassError: a pass broke a graph, or under ``strict`` something promised is missing; the model is untouched.
         VerifyError: ``verify`` found a difference; the model is restored.
     """
+    given, model = model, adapters.inside(model)
     hf.check(model)
     if getattr(model, "_moefx", None) is not None:
         raise MoefxError(f"{type(model).__name__} is already optimized: call moefx.restore(model) before optimizing it again")
@@ -112,7 +115,10 @@ def optimize(
         warn_balanced(model)
     if verify:
         _verify_or_restore(model, example)
-    return model
+    if given is not model:
+        parallel.tell_ddp(given)  # type: ignore[arg-type]
+        given.__class__ = adapters.saving(type(given))  # type: ignore[assignment,arg-type]
+    return given
 
 
 def _verify_or_restore(model: Any, example: Mapping[str, Any] | None) -> None:
@@ -129,10 +135,11 @@ def _verify_or_restore(model: Any, example: Mapping[str, Any] | None) -> None:
 def restore(model: Model) -> Model:
     """Back to the untouched forward, experts' parameters whole on every rank. Returns the same object."""
     state = state_of(model)
-    inner = getattr(model, "module", model)
+    inner = unwrap(model)
     if state.shards_experts:
         parallel.gather_experts(inner)  # type: ignore[arg-type]
     uninstall(inner)
+    model.__class__ = getattr(type(model), "_moefx_base", type(model))  # type: ignore[assignment]
     return model
 
 
@@ -144,7 +151,7 @@ def report(model: Any) -> Report:
 def explain(model: Any, path: str) -> Explanation:
     """Each node of the module ``path``: the model's line -> passes -> kernel and why; and what was not rewritten, and why."""
     state_of(model)
-    inner = getattr(model, "module", model)
+    inner = unwrap(model)
     if path not in dict(inner.named_modules()):
         raise MoefxError(f"{type(inner).__name__} has no module {path!r}: see model.named_modules()")
     return explain_report(state_of(model).report, path)

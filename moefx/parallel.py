@@ -88,7 +88,8 @@ def plan(
     if mesh is None:
         return Plan(order, compile=compile, strict=strict)
     scale = sharded.experts_gradient_scale(model, ep_size)
-    return Plan(order, ep_size, mesh["ep"].get_group().group_name, mesh, compile, strict, scale)
+    ep = mesh["ep"]
+    return Plan(order, ep_size, ep.get_group().group_name, ep.get_local_rank(), mesh, compile, strict, scale)
 
 
 def shard_experts(model: nn.Module, plan: Plan) -> list[str]:
@@ -101,9 +102,15 @@ def shard_experts(model: nn.Module, plan: Plan) -> list[str]:
     assert plan.mesh is not None
     replicas = plan.mesh["dp_replicate"] if "dp_replicate" in (plan.mesh.mesh_dim_names or ()) else None
     names = shard_parameters(model, plan.mesh["ep"], replicas)
-    # what torch.nn.parallel.DistributedDataParallel reads
-    model._ddp_params_and_buffers_to_ignore = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names]  # type: ignore[assignment]
+    tell_ddp(model)
     return names
+
+
+def tell_ddp(model: nn.Module) -> None:
+    """Writes, where torch.nn.parallel.DistributedDataParallel reads it, that experts' parameters are none of its business."""
+    spread = [n for n, p in model.named_parameters() if isinstance(p, DTensor)]
+    before = vars(model).get("_ddp_params_and_buffers_to_ignore", ())
+    model._ddp_params_and_buffers_to_ignore = list(dict.fromkeys([*before, *spread]))  # type: ignore[assignment]
 
 
 def shard_parameters(model: nn.Module, ep: DeviceMesh, replicas: DeviceMesh | None = None) -> list[str]:
@@ -161,11 +168,11 @@ def _whole(parameter: DTensor) -> Tensor:
     return parameter.full_tensor().detach()
 
 
-def experts_over_ranks(x: Tensor, index: Tensor, weights: Tensor, parameters: tuple, options: dict) -> Tensor:
+def experts_over_ranks(x: Tensor, index: Tensor, weights: Tensor, module: nn.Module, layout: hf.ExpertsLayout) -> Tensor:
     """The experts of a call that no captured graph covers; all ranks of the group must make the same calls."""
-    up = parameters[0]
+    up: Any = getattr(module, layout.up)
     where = {"num_experts": up.shape[0], "group": up.device_mesh.get_group().group_name}
-    local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in layout.weights(module)]
     rows, counts, handle = exchange.dispatch(x, index, **where)
-    rows = grouped.grouped_mlp(rows, counts, *local, **options, grad_scale=1.0 / up.device_mesh.size())
+    rows = grouped.grouped_mlp(rows, counts, *local, **layout.options, grad_scale=1.0 / up.device_mesh.size())
     return exchange.combine(rows, weights, handle, **where).to(x.dtype)

@@ -26,6 +26,7 @@ from transformers.distributed.utils import TransformersDeviceMesh
 from transformers.utils import is_accelerate_available
 
 from . import hf, parallel, sharded
+from .adapters import inside
 from .errors import MoefxError
 from .optimize import optimize
 
@@ -55,7 +56,7 @@ class Layout:
 
 
 def parallelize(
-    model: PreTrainedModel | str | os.PathLike,
+    model: Any,
     *,
     ep_size: int = 1,
     dp_replicate: int = 1,
@@ -73,8 +74,8 @@ def parallelize(
     their own batches; gradients come out as the mean over all ranks.
 
     Args:
-        model: a checkpoint folder in Hugging Face layout, of which each rank reads only its own shards; or a model, the same
-            on every rank; or a model on the meta device, which gets random weights.
+        model: a checkpoint folder in Hugging Face layout, of which each rank reads only its own shards; or a model, with or
+            without PEFT around it, the same on every rank; or a model on the meta device, which gets random weights.
         ep_size: ranks that share one copy of the experts; divides the number of experts and the ranks of a replica.
         dp_replicate: copies of the whole model (HSDP): gradients are reduced inside a copy, then summed over copies.
         mp_policy, reshard_after_forward, offload_policy: as in ``torch.distributed.fsdp.fully_shard``.
@@ -94,6 +95,8 @@ def parallelize(
         return _optimize(_load(Path(model), layout, dtype), global_aux_loss, options)
     if dtype is not None:
         raise MoefxError(f"dtype={dtype} is for a checkpoint folder, but a {type(model).__name__} was given: convert it before")
+    given: Any = model
+    model = inside(model)
     hf.check(model)
     if sharded.is_sharded(model) or getattr(model, "_moefx", None) is not None:
         raise MoefxError(f"{type(model).__name__} is optimized or spread over ranks already: parallelize comes first")
@@ -102,12 +105,12 @@ def parallelize(
     _distribute(model, layout, _meshes(layout))
     if meta:
         _initialize(model)
-    return _optimize(model, global_aux_loss, options)
+    return _optimize(given, global_aux_loss, options)
 
 
 def _optimize(model: Any, global_aux_loss: bool, options: dict[str, Any]) -> Any:
     optimize(model.train(), **options)
-    model._moefx.global_aux_loss = global_aux_loss and dist.get_world_size() > 1
+    inside(model)._moefx.global_aux_loss = global_aux_loss and dist.get_world_size() > 1
     return model
 
 
@@ -169,8 +172,8 @@ def _distribute(model: Any, layout: Layout, meshes: TransformersDeviceMesh | Non
             fully_shard(experts, mesh=meshes.get_mesh((*replicated, "efsdp")), **policies)
     blocks = hf.blocks(model)
     for block in blocks.values():
-        for inside in _of_another_dtype(block):
-            fully_shard(inside, mesh=dense, **policies)
+        for part in _of_another_dtype(block):
+            fully_shard(part, mesh=dense, **policies)
         fully_shard(block, mesh=dense, **policies)
     fully_shard(model, mesh=dense, **{**policies, "reshard_after_forward": False})
     model.config.distributed_config = layout.config

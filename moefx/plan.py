@@ -18,6 +18,7 @@ class Plan:
     backends: tuple[Backend, ...]
     ep_size: int = 1
     ep_group: str = ""
+    ep_rank: int = 0  #: this rank's place in the group
     mesh: DeviceMesh | None = None  #: one dimension "ep", or "dp_replicate" and "ep"
     compile: bool | str = True
     strict: bool = False

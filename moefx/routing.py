@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import sharded
+from .adapters import unwrap
 from .errors import MoefxError
 from .exchange import Dispatches
 
@@ -182,7 +183,7 @@ def _of(model: Any) -> tuple[Any, Optimized, Routing]:
     from .install import state_of
 
     state = state_of(model)
-    inner = getattr(model, "module", model)
+    inner = unwrap(model)
     if not any(f.routes for f in state.program):
         raise MoefxError(
             f"no function of {type(inner).__name__} returns its routers' choices: is the pass 'routes' in the pipeline?"

@@ -13,6 +13,7 @@ import transformers
 from transformers import TrainerCallback
 
 from . import checkpoint, routing, sharded
+from .adapters import unwrap
 from .errors import MoefxError
 
 #: The folder, inside a checkpoint of the Trainer, with what resuming needs.
@@ -26,10 +27,10 @@ class RouterBias(TrainerCallback):
         self.rate = rate
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        routing.count_routes(_optimized(model))
+        routing.count_routes(unwrap(model))
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        routing.update_router_bias(_optimized(model), self.rate)
+        routing.update_router_bias(unwrap(model), self.rate)
 
 
 class TrainerMixin:
@@ -58,11 +59,11 @@ class TrainerMixin:
             self.args.save_only_model = only
         self._counts = log_router_load
         if log_router_load:
-            routing.count_routes(_optimized(self.model))
+            routing.count_routes(unwrap(self.model))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._counts and "loss" in logs:
-            load = routing.expert_load(_optimized(self.model), "log")
+            load = routing.expert_load(unwrap(self.model), "log")
             if any(int(c.sum()) for c in load.values()):
                 found = routing.load_metrics(load)
                 logs |= {f"router/{k}": round(found[k], 4) for k in ("max_load", "entropy", "dropped")}
@@ -115,9 +116,3 @@ def _for_groups(scheduler: dict[str, Any], groups: int) -> dict[str, Any]:
                 )
             found[key] = values[:1] * groups
     return found
-
-
-def _optimized(model: Any) -> Any:
-    """The optimized model inside DDP's and PEFT's wrappers."""
-    model = getattr(model, "module", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

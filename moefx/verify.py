@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from .adapters import unwrap
 from .errors import MoefxError, VerifyError
 from .install import Optimized, state_of
 from .parallel import gather_experts
@@ -98,7 +99,7 @@ def verify(model: Any, batch: Mapping[str, Any], *, tolerance: float | None = No
     for the original's run (memory!) and compares its own shards; call it on all ranks, each with its own batch.
     """
     state = state_of(model)
-    model = getattr(model, "module", model)
+    model = unwrap(model)
     kept = {n: p.grad for n, p in model.named_parameters()}
     try:
         with _original(model, state):

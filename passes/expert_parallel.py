@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from moefx import exchange, grouped, ops
-from moefx.graph import arguments, compute, describe, inherit, insert, is_call, value
+from moefx.graph import arguments, aten, compute, describe, inherit, insert, is_call, value
 from moefx.pipeline import Changes
 
 _WEIGHTS = ("up", "up_bias", "down", "down_bias")
@@ -24,7 +24,8 @@ class ExpertParallel:
         y = combine(rows, weights, handle)               # all-to-all back, weighted sum per token
 
     Numerics: the same products; sums over tokens in a weight's gradient are taken per rank. ``grad_scale`` = 1/ep makes
-    experts' gradients the average over the ranks' losses, as DDP and FSDP average the dense ones.
+    experts' gradients the average over the ranks' losses, as DDP and FSDP average the dense ones. Weights with LoRA updates
+    (PEFT's ``target_parameters``) are updated locally, each rank those of its own experts.
     """
 
     name: ClassVar[str] = "expert_parallel"
@@ -45,14 +46,11 @@ class ExpertParallel:
         num_experts = value(given["up"]).shape[0]
         if num_experts % plan.ep_size:
             return f"{num_experts} experts cannot be cut over ep_size={plan.ep_size} ranks"
-        owners = [given[w] for w in _WEIGHTS if given[w] is not None]
-        computed = [w for w in owners if w.op != "placeholder"]
-        if computed:
-            return f"the experts' weight {describe(computed[0])} is computed in the block, not a parameter of the model"
-        for w in owners:
-            full = value(w)
-            with function.fake_mode:
-                w.meta["val"] = full.new_empty((num_experts // plan.ep_size, *full.shape[1:]))
+        owners = {w: given[w] for w in _WEIGHTS if given[w] is not None}
+        strange = [w for w in owners.values() if not (w.op == "placeholder" or self._is_adapted(w))]
+        if strange:
+            return f"the experts' weight {describe(strange[0])} is computed in the block, not a parameter of the model"
+        local = {w: self._local(function, node, n, plan) for w, n in owners.items()}
         where = {"num_experts": num_experts, "group": plan.ep_group}
         made = []
 
@@ -64,7 +62,7 @@ class ExpertParallel:
         sent = call(exchange.dispatch, (given["x"], given["index"]), where)
         rows, counts, handle = (self._item(graph, node, sent, i) for i in range(3))
         options = {k: given[k] for k in ("activation", "alpha", "limit", "transposed", "interleaved")}
-        weights = tuple(given[w] for w in _WEIGHTS)
+        weights = tuple(local.get(w) for w in _WEIGHTS)
         done = call(grouped.grouped_mlp, (rows, counts, *weights), {**options, "grad_scale": plan.experts_gradient_scale})
         back = call(exchange.combine, (done, given["weights"], handle), where)
         if value(back).dtype != value(node).dtype:
@@ -76,6 +74,33 @@ class ExpertParallel:
         graph.erase_node(node)
         changes.did(sent, f"dispatch, grouped_mlp, combine: {num_experts // plan.ep_size} of {num_experts} experts a rank")
         return None
+
+    @staticmethod
+    def _is_adapted(w: fx.Node) -> bool:
+        """A parameter plus products of LoRA factors, as moefx.adapters writes it."""
+        while is_call(w, aten.baddbmm.default):
+            w = w.args[0]  # type: ignore[assignment]
+        return w.op == "placeholder"
+
+    def _local(self, function, at: fx.Node, w: fx.Node, plan) -> fx.Node:
+        """This rank's part of a weight. LoRA factors are whole on every rank, like dense parameters: each rank's gradient of
+        them is that of its own experts, and the mean over ranks must not divide it twice."""
+        many = value(w).shape[0] // plan.ep_size
+        if w.op == "placeholder":
+            with function.fake_mode:
+                w.meta["val"] = value(w).new_empty((many, *value(w).shape[1:]))
+            return w
+
+        def call(op, args, kwargs=None):
+            new = insert(function.graph, at, op, args, kwargs, val=compute(op, args, kwargs or {}, function.fake_mode))
+            inherit(new, [w], self.name)
+            return new
+
+        inner, *factors = w.args
+        first = plan.ep_rank * many
+        parts = [call(aten.slice.Tensor, (f, 0, first, first + many)) for f in factors]
+        parts = [call(torch.ops.moefx.scale_gradient.default, (f, 1.0 / plan.experts_gradient_scale)) for f in parts]
+        return call(aten.baddbmm.default, (self._local(function, at, inner, plan), *parts), dict(w.kwargs))
 
     @staticmethod
     def _item(graph: fx.Graph, before: fx.Node, source: fx.Node, i: int) -> fx.Node:

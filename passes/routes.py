@@ -93,7 +93,10 @@ class Routes:
             nonfinite = put(self._call(function, route, ops.nonfinite, (of_router["logits"],))) if plan.check_numerics else None
             bias = self._name(function, of_router["bias"])
         output.args = (tuple(results),)
-        path = (self._name(function, given["up"]) or experts.name).rpartition(".")[0]
+        up = given["up"]
+        while is_call(up, aten.baddbmm.default):  # a parameter and its LoRA update
+            up = up.args[0]
+        path = (self._name(function, up) or experts.name).rpartition(".")[0]
         num_experts, top_k = value(given["up"]).shape[0], value(given["index"]).shape[1]
         return Route(path, index, num_experts, top_k, bias, logits, nonfinite, fixed)
 

@@ -1,0 +1,109 @@
+"""PEFT LoRA on attention and on fused experts' weights, over ranks: gradients and a step of one process; the saved adapter."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from spawn import run
+
+
+def start():
+    sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+
+
+def adapted(name):
+    """The model with LoRA on attention and on both of the experts' weights, its factors not zero."""
+    from peft import LoraConfig, get_peft_model
+
+    from tests.families import build
+
+    torch.manual_seed(1)
+    up = "up_proj" if name == "nemotron_h" else "gate_up_proj"
+    part = "mixer" if name == "nemotron_h" else "mlp"
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False,
+        target_parameters=[f"{part}.experts.{up}", f"{part}.experts.down_proj"],
+    )  # fmt: skip
+    return get_peft_model(build(name), config)
+
+
+def whole(t):
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def agrees(rank, world, cases, folder):
+    """Runs in each rank; what differs, as sentences."""
+    start()
+    from torch.nn.parallel import DistributedDataParallel
+
+    import moefx
+    from tests.families import batch
+
+    wrong = []
+    for name, how, ep in cases:
+        one, model = adapted(name), adapted(name)
+        if how == "parallelize":
+            model = moefx.parallelize(model, ep_size=ep, compile=False, strict=True)
+            step_model = model
+        else:
+            model = moefx.optimize(model, ep_size=ep, compile=False, strict=True)
+            step_model = DistributedDataParallel(model)
+        optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2, eps=1e-3) for m in (model, one)]
+        for step in range(2):
+            batches = [batch(2, 9, seed=10 * step + r) for r in range(world)]
+            step_model(**batches[rank]).loss.backward()
+            sum(one(**b).loss / world for b in batches).backward()
+            trained = [(n, p, q) for (n, p), q in zip(model.named_parameters(), one.parameters(), strict=True) if q.grad is not None]
+            if any(p.grad is not None and q.grad is None for p, q in zip(model.parameters(), one.parameters(), strict=True)):
+                wrong.append(f"{name} {how}: a frozen parameter got a gradient")
+            for n, p, q in trained:
+                far, size = float((whole(p.grad) - q.grad).abs().max()), float(q.grad.abs().max())
+                if not far <= 1e-4 * size + 1e-7:
+                    wrong.append(f"{name} {how} ep={ep} rank {rank}: gradient of {n}: {far:.1e} of {size:.1e}")
+            if not any("experts" in n for n, _, _ in trained):
+                wrong.append(f"{name}: no LoRA on experts")
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        path = Path(folder, f"{name}-{how}")
+        if how == "parallelize" or rank == 0:
+            model.save_pretrained(path)
+        torch.distributed.barrier()
+        if rank == 0:
+            wrong += saved_as_one(name, path, one)
+        model.eval()
+        with torch.no_grad():
+            prompt = batch(1, 5, seed=3, labels=False)
+            ours = model.generate(**prompt, max_new_tokens=4, do_sample=False)
+            theirs = one.eval().generate(**prompt, max_new_tokens=4, do_sample=False)
+        if not torch.equal(ours, theirs):
+            wrong.append(f"{name} {how}: generates {ours.tolist()}, PEFT alone {theirs.tolist()}")
+    return wrong
+
+
+def saved_as_one(name, path, one):
+    """Loads the adapter as anybody would: plain Transformers and PEFT."""
+    from peft import PeftModel
+
+    from tests.families import batch, build
+
+    plain = PeftModel.from_pretrained(build(name), path).eval()
+    one.eval()
+    with torch.no_grad():
+        a, b = (m(**batch(2, 7, seed=9)).logits for m in (plain, one))
+    one.train()
+    return [] if torch.allclose(a, b, atol=1e-4) else [f"{name}: the saved adapter's logits are off by {float((a - b).abs().max()):.1e}"]
+
+
+@pytest.mark.parametrize(
+    "world, cases",
+    [
+        (1, [("nemotron_h", "optimize", 1)]),
+        (2, [("qwen3_moe", "optimize", 2), ("gpt_oss", "parallelize", 2), ("qwen3_moe", "parallelize", 1)]),
+    ],
+)
+def test_lora(world, cases, tmp_path):
+    assert [w for wrong in run(agrees, world, cases, str(tmp_path), timeout=300) for w in wrong] == []
