@@ -62,9 +62,9 @@ class Trainer(TrainerMixin, SFTTrainer):
 
 
 arguments = SFTConfig(
-    args.out, max_steps=args.steps, per_device_train_batch_size=4 // ranks, learning_rate=1e-2, adam_epsilon=1e-5, max_length=128, packing=True,
-    logging_steps=1, lr_scheduler_type="constant", save_strategy="no", report_to=[], gradient_checkpointing=False, bf16=False,
-    use_cpu=not torch.cuda.is_available(), shuffle_dataset=False,
+    args.out, max_steps=args.steps, per_device_train_batch_size=4 // ranks, learning_rate=1e-2, adam_epsilon=1e-5,
+    max_length=128, packing=True, shuffle_dataset=False, logging_steps=1, lr_scheduler_type="constant", save_strategy="no",
+    report_to=[], gradient_checkpointing=False, bf16=False, use_cpu=not torch.cuda.is_available(),
 )  # fmt: skip
 texts = Dataset.from_dict({"text": [topics[name][20:61] for name in sorted(topics)]})  # three in a packed row
 trainer = (SFTTrainer if args.plain else Trainer)(
