@@ -56,13 +56,13 @@ class Choice:
 
 def builtin() -> dict[str, Backend]:
     """The backends of this package by name, in the default order."""
-    from . import reference, torch
+    from . import reference, torch, triton
 
-    return {b.name: b for b in (torch.BACKEND, reference.BACKEND)}
+    return {b.name: b for b in (triton.BACKEND, torch.BACKEND, reference.BACKEND)}
 
 
 def resolve(backends: Sequence[str | Backend] | None) -> tuple[Backend, ...]:
-    """Names and Backend objects as Backends, in the order given; the reference always comes last.
+    """Names and Backend objects as Backends, in the order given; the reference always comes last. None: all usable here.
 
     Raises:
         MoefxError: an unknown name, a backend that cannot be used here, a kernel with another signature than its operation.
@@ -71,7 +71,8 @@ def resolve(backends: Sequence[str | Backend] | None) -> tuple[Backend, ...]:
     if isinstance(backends, (str, Backend)):
         backends = [backends]
     found: list[Backend] = []
-    for b in list(known) if backends is None else backends:
+    usable = [name for name, b in known.items() if b.available() is None]
+    for b in usable if backends is None else backends:
         if isinstance(b, str) and b not in known:
             raise MoefxError(f"no backend is named {b!r}; there are: {', '.join(known)} (or pass a moefx.Backend)")
         backend = known[b] if isinstance(b, str) else b

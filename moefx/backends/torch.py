@@ -171,7 +171,7 @@ def experts(
     return _sum_of_tokens(h, weights).to(x.dtype)
 
 
-def _refuses_experts(node: fx.Node) -> str | None:
+def refuses_experts(node: fx.Node) -> str | None:
     for name in ("up", "down"):
         w = value(arguments(node)[name])
         grouped_gemm = w.device.type == "cuda" and w.dtype == torch.bfloat16
@@ -187,7 +187,7 @@ BACKEND = Backend(
             rms_norm, _refuses_rms_norm, "F.rms_norm: in 16 bits one rounding fewer than the model where it casts first"
         ),
         ops.attention: Kernel(attention, _refuses_attention, "scaled_dot_product_attention, key/value heads shared"),
-        ops.experts: Kernel(experts, _refuses_experts, "grouped GEMM, one sort, no atomics"),
+        ops.experts: Kernel(experts, refuses_experts, "grouped GEMM, one sort, no atomics"),
         ops.linear_cross_entropy: Kernel(linear_cross_entropy, why="chunked: never all logits"),
         exchange.dispatch: Kernel(exchange.dispatch, why="all-to-all"),
         exchange.combine: Kernel(exchange.combine, why="all-to-all"),

@@ -1,0 +1,247 @@
+"""What an expert applies between its projections, forward and backward, on rows that lie expert by expert.
+
+The backward makes all that the other gradients need in one pass: the gradient of the pre-activations, the weighted activation
+(for down's gradient) and the gradient of each row's weight, a sum over I instead of H (SonicMoE, arXiv 2512.14080).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..activations import ACTIVATIONS
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Which activation: a name of ``moefx.activations``, its numbers, and whether gate and up alternate."""
+
+    activation: str
+    alpha: float = 0.0
+    limit: float = 0.0
+    interleaved: bool = False
+
+    @property
+    def gated(self) -> bool:
+        return ACTIVATIONS[self.activation].gated
+
+
+#: The activations that ``_act`` and ``_gate`` know.
+KNOWN = frozenset({
+    "swiglu", "geglu_tanh", "geglu", "reglu", "clamped_swiglu", "oai_swiglu", "relu2", "silu", "gelu", "gelu_tanh", "relu",
+})  # fmt: skip
+
+
+@triton.jit
+def _act(x, KIND: tl.constexpr):
+    """A one-argument activation and its derivative, in fp32."""
+    if KIND == "silu":
+        s = tl.sigmoid(x)
+        return x * s, s * (1 + x * (1 - s))
+    elif KIND == "gelu":
+        cdf = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+        return x * cdf, cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    elif KIND == "gelu_tanh":
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        t = 2 * tl.sigmoid(2 * inner) - 1
+        slope = 0.7978845608028654 * (1 + 3 * 0.044715 * x * x)
+        return 0.5 * x * (1 + t), 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * slope
+    elif KIND == "relu2":
+        r = tl.maximum(x, 0.0)
+        return r * r, 2 * r
+    else:
+        tl.static_assert(KIND == "relu")
+        return tl.maximum(x, 0.0), (x > 0).to(tl.float32)
+
+
+@triton.jit
+def _gate(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr, KIND: tl.constexpr):
+    """Of ``a = f(gate, up)``: a, da/dgate, da/dup, in fp32."""
+    if KIND == "clamped_swiglu":
+        low, mid = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+        f, slope = _act(low, "silu")
+        inside = (tl.abs(up) <= LIMIT).to(tl.float32)
+        return f * mid, slope * mid * (gate <= LIMIT).to(tl.float32), f * inside
+    elif KIND == "oai_swiglu":
+        low, mid = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+        s = tl.sigmoid(low * ALPHA)
+        slope = s * (1 + ALPHA * low * (1 - s))
+        inside = (tl.abs(up) <= LIMIT).to(tl.float32)
+        return (mid + 1) * low * s, (mid + 1) * slope * (gate <= LIMIT).to(tl.float32), low * s * inside
+    else:
+        if KIND == "swiglu":
+            f, slope = _act(gate, "silu")
+        elif KIND == "geglu":
+            f, slope = _act(gate, "gelu")
+        elif KIND == "geglu_tanh":
+            f, slope = _act(gate, "gelu_tanh")
+        else:
+            tl.static_assert(KIND == "reglu")
+            f, slope = _act(gate, "relu")
+        return f * up, slope * up, f
+
+
+@triton.jit
+def _expert_of(row, offsets, experts, EXPERTS: tl.constexpr):
+    """The expert of each row: how many end at or before it."""
+    e = tl.arange(0, EXPERTS)
+    ends = tl.load(offsets + e, mask=e < experts, other=0x7FFFFFFF)
+    return tl.sum((ends[None, :] <= row[:, None]).to(tl.int32), axis=1)
+
+
+@triton.jit
+def _load(h, bias, row, column, there, size, expert, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr):
+    """Gate and up, or twice the only pre-activation, with their biases, in fp32."""
+    width = size * 2 if GATED else size
+    first = column * 2 if INTERLEAVED else column
+    second = first if not GATED else (first + 1 if INTERLEAVED else first + size)
+    start = row.to(tl.int64)[:, None] * width
+    gate = tl.load(h + start + first[None, :], mask=there, other=0.0).to(tl.float32)
+    up = gate if not GATED else tl.load(h + start + second[None, :], mask=there, other=0.0).to(tl.float32)
+    if BIASED:
+        of = expert.to(tl.int64)[:, None] * width
+        gate += tl.load(bias + of + first[None, :], mask=there, other=0.0).to(tl.float32)
+        if GATED:
+            up += tl.load(bias + of + second[None, :], mask=there, other=0.0).to(tl.float32)
+        else:
+            up = gate
+    return gate, up, start + first[None, :], start + second[None, :]
+
+
+@triton.jit
+def _forward(
+    h, bias, offsets, a, rows, size, experts, ALPHA: tl.constexpr, LIMIT: tl.constexpr, KIND: tl.constexpr,
+    GATED: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = (row < rows)[:, None] & (column < size)[None, :]
+    expert = _expert_of(row, offsets, experts, EXPERTS) if BIASED else row
+    gate, up, _, _ = _load(h, bias, row, column, there, size, expert, GATED, INTERLEAVED, BIASED)
+    if GATED:
+        value, _, _ = _gate(gate, up, ALPHA, LIMIT, KIND)
+    else:
+        value, _ = _act(gate, KIND)
+    tl.store(a + row.to(tl.int64)[:, None] * size + column[None, :], value.to(a.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _backward(
+    h, bias, offsets, to_a, weights, order, to_h, weighted, to_weights, rows, size, experts, ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr,
+    WEIGHTED: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    expert = _expert_of(row, offsets, experts, EXPERTS) if BIASED else row
+    if WEIGHTED:
+        flat = tl.load(order + row, mask=row < rows, other=0)
+        weight = tl.load(weights + flat, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+    total = tl.zeros((ROWS,), tl.float32)
+    for first in range(0, size, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        there = (row < rows)[:, None] & (column < size)[None, :]
+        gate, up, at_gate, at_up = _load(h, bias, row, column, there, size, expert, GATED, INTERLEAVED, BIASED)
+        here = row.to(tl.int64)[:, None] * size + column[None, :]
+        grad = tl.load(to_a + here, mask=there, other=0.0).to(tl.float32)
+        if GATED:
+            value, by_gate, by_up = _gate(gate, up, ALPHA, LIMIT, KIND)
+        else:
+            value, by_gate = _act(gate, KIND)
+            by_up = by_gate
+        if WEIGHTED:
+            total += tl.sum(tl.where(there, grad * value, 0.0), axis=1)
+            value, grad = value * weight, grad * weight
+        tl.store(weighted + here, value.to(weighted.dtype.element_ty), mask=there)
+        tl.store(to_h + at_gate, (grad * by_gate).to(to_h.dtype.element_ty), mask=there)
+        if GATED:
+            tl.store(to_h + at_up, (grad * by_up).to(to_h.dtype.element_ty), mask=there)
+    if WEIGHTED:
+        tl.store(to_weights + flat, total, mask=row < rows)
+
+
+def _sizes(size: int) -> dict[str, int]:
+    """Rows and columns of a program's tile: about 2,048 numbers."""
+    block = min(512, triton.next_power_of_2(size))
+    if size % block and size % (block // 2) == 0 and block > 64:
+        block //= 2  # 768 = 3 * 256: no lane without work
+    return {"ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": 4}
+
+
+def _options(gate: Gate, bias: Tensor | None, offsets: Tensor) -> dict[str, object]:
+    return {
+        "ALPHA": gate.alpha, "LIMIT": gate.limit, "KIND": gate.activation, "GATED": gate.gated,
+        "INTERLEAVED": gate.interleaved, "BIASED": bias is not None, "EXPERTS": triton.next_power_of_2(len(offsets)),
+    }  # fmt: skip
+
+
+def forward(h: Tensor, bias: Tensor | None, offsets: Tensor, gate: Gate) -> Tensor:
+    """a [R, I] in h's dtype; h [R, 2I] (I if not gated), bias [E, 2I or I] added to each expert's rows, offsets [E] int32."""
+    rows, size = h.shape[0], h.shape[1] // (2 if gate.gated else 1)
+    a = h.new_empty(rows, size)
+    tile = _sizes(size)
+    if a.numel():
+        _forward[(triton.cdiv(rows, tile["ROWS"]), triton.cdiv(size, tile["BLOCK"]))](
+            h, h if bias is None else bias, offsets, a, rows, size, len(offsets), **_options(gate, bias, offsets), **tile
+        )
+    return a
+
+
+def backward(
+    h: Tensor, bias: Tensor | None, offsets: Tensor, to_a: Tensor, gate: Gate,
+    weights: Tensor | None = None, order: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Of ``weight * f(h)``, f being :func:`forward` and to_a [R, I] the gradient without the weight:
+
+    the gradient of h [R, 2I or I], the weighted activation [R, I], and, flat like ``weights``, the gradient of the weights
+    (fp32). weights [T, K] and order [R], the flat position of each row; None: all weights are 1.
+    """
+    rows, size = to_a.shape
+    to_h, weighted = torch.empty_like(h), torch.empty_like(to_a)
+    to_weights = None if weights is None else torch.empty(weights.shape, dtype=torch.float32, device=h.device)
+    tile = _sizes(size)
+    if to_a.numel():
+        _backward[(triton.cdiv(rows, tile["ROWS"]),)](
+            h, h if bias is None else bias, offsets, to_a, h if weights is None else weights.contiguous(),
+            offsets if order is None else order, to_h, weighted, h if to_weights is None else to_weights, rows, size,
+            len(offsets), WEIGHTED=weights is not None, **_options(gate, bias, offsets), **tile,
+        )  # fmt: skip
+    return to_h, weighted, to_weights
+
+
+@triton.jit
+def _segment_sum(
+    x, weights, order, offsets, out, width, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    expert = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    start = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(offsets + expert)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(start, end, ROWS):
+        row = first + tl.arange(0, ROWS)
+        there = (row < end)[:, None] & (column < width)[None, :]
+        value = tl.load(x + row.to(tl.int64)[:, None] * width + column[None, :], mask=there, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            flat = tl.load(order + row, mask=row < end, other=0)
+            value *= tl.load(weights + flat, mask=row < end, other=0.0).to(tl.float32)[:, None]
+        total += tl.sum(value, axis=0)
+    tl.store(out + expert * width + column, total.to(out.dtype.element_ty), mask=column < width)
+
+
+def segment_sum(
+    x: Tensor, offsets: Tensor, dtype: torch.dtype, weights: Tensor | None = None, order: Tensor | None = None
+) -> Tensor:
+    """x [R, n] -> [E, n]: the (weighted) sum of each expert's rows, in fp32 and one fixed order. For gradients of biases."""
+    width = x.shape[1]
+    out = x.new_empty(len(offsets), width, dtype=dtype)
+    block = min(128, triton.next_power_of_2(width))
+    _segment_sum[(len(offsets), triton.cdiv(width, block))](
+        x, x if weights is None else weights.contiguous(), offsets if order is None else order, offsets, out, width,
+        WEIGHTED=weights is not None, ROWS=32, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,145 @@
+"""Rows of tokens in the order of their experts, and back: one stable counting sort, one write, one read; no atomics.
+
+"Flat" positions are those of (token, k) in the router's index [T, K]; "rows" are the same things expert by expert.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+#: Elements of the one-hot table of a block of the counting sort: it has to stay in registers.
+TABLE = 1 << 14
+
+
+@triton.jit
+def _count(index, counts, flats, blocks, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+    """How many of a block's flat positions go to each expert; counts [EXPERTS, blocks]."""
+    block = tl.program_id(0)
+    flat = block * BLOCK + tl.arange(0, BLOCK)
+    experts = tl.arange(0, EXPERTS)
+    chosen = tl.load(index + flat, mask=flat < flats, other=EXPERTS)
+    here = (chosen[:, None] == experts[None, :]).to(tl.int32)
+    tl.store(counts + experts * blocks + block, tl.sum(here, axis=0))
+
+
+@triton.jit
+def _scan(counts, totals, blocks, BLOCK: tl.constexpr):
+    """Of one expert: its positions in the blocks before each block, in place of the counts, and its total."""
+    expert = tl.program_id(0)
+    before = 0
+    for first in range(0, blocks, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        n = tl.load(counts + expert * blocks + at, mask=at < blocks, other=0)
+        tl.store(counts + expert * blocks + at, before + tl.cumsum(n, 0) - n, mask=at < blocks)
+        before += tl.sum(n, 0)
+    tl.store(totals + expert, before)
+
+
+@triton.jit
+def _place(
+    index, counts, totals, offsets, order, inverse, flats, blocks, experts_there,
+    EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Where each flat position goes: the expert's first row, plus its positions in earlier blocks and earlier in this one."""
+    block = tl.program_id(0)
+    experts = tl.arange(0, EXPERTS)
+    total = tl.load(totals + experts)
+    ends = tl.cumsum(total, 0)
+    if block == 0:
+        tl.store(offsets + experts, ends, mask=experts < experts_there)
+    first = ends - total + tl.load(counts + experts * blocks + block)
+    flat = block * BLOCK + tl.arange(0, BLOCK)
+    chosen = tl.load(index + flat, mask=flat < flats, other=EXPERTS)
+    here = (chosen[:, None] == experts[None, :]).to(tl.int32)
+    rows = tl.sum(here * (first[None, :] + tl.cumsum(here, axis=0) - 1), axis=1)
+    tl.store(inverse + flat, rows, mask=flat < flats)
+    tl.store(order + rows, flat, mask=flat < flats)
+
+
+def sort_by_expert(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``order`` [T*K]: the flat position of each row; ``inverse`` [T*K]: the row of each flat position; ``offsets`` [E]: the
+    end of each expert's rows. All int32; index [T, K] int64. Within an expert, rows stand by token (a stable sort)."""
+    flats, width = index.numel(), triton.next_power_of_2(experts)
+    block = max(16, min(256, TABLE // width))
+    blocks = triton.cdiv(flats, block)
+
+    def integers(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=index.device)
+
+    order, inverse = integers(flats), integers(flats)
+    if not flats:
+        return order, inverse, torch.zeros(experts, dtype=torch.int32, device=index.device)
+    counts, totals, offsets = integers(width, blocks), integers(width), integers(experts)
+    flat = index.reshape(-1)
+    _count[(blocks,)](flat, counts, flats, blocks, width, block, num_warps=8)
+    _scan[(width,)](counts, totals, blocks, min(1024, triton.next_power_of_2(blocks)))
+    _place[(blocks,)](flat, counts, totals, offsets, order, inverse, flats, blocks, experts, width, block, num_warps=8)
+    return order, inverse, offsets
+
+
+@triton.jit
+def _expand(x, inverse, rows, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """One token, read once, written to its K rows."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = column < width
+    value = tl.load(x + token * width + column, mask=there)
+    for k in tl.static_range(TOP_K):
+        row = tl.load(inverse + token * TOP_K + k).to(tl.int64)
+        tl.store(rows + row * width + column, value, mask=there)
+
+
+def expand(x: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+    """Tokens x [T, H] -> rows [T*K, H], each token in its K rows."""
+    tokens, width = x.shape
+    rows = x.new_empty(tokens * top_k, width)
+    block = min(4096, triton.next_power_of_2(width))
+    if rows.numel():
+        _expand[(tokens, triton.cdiv(width, block))](x.contiguous(), inverse, rows, width, top_k, block, num_warps=4)
+    return rows
+
+
+@triton.jit
+def _reduce(
+    rows, weights, index, bias, inverse, out, width, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = column < width
+    total = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(TOP_K):
+        flat = token * TOP_K + k
+        row = tl.load(inverse + flat).to(tl.int64)
+        value = tl.load(rows + row * width + column, mask=there).to(tl.float32)
+        if BIASED:
+            expert = tl.load(index + flat)
+            value += tl.load(bias + expert * width + column, mask=there).to(tl.float32)
+        if WEIGHTED:
+            value *= tl.load(weights + flat).to(tl.float32)
+        total += value
+    tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=there)
+
+
+def reduce(
+    rows: Tensor, inverse: Tensor, top_k: int, dtype: torch.dtype, *,
+    weights: Tensor | None = None, index: Tensor | None = None, bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``y[t] = sum_k weights[t, k] * (rows[row(t, k)] + bias[index[t, k]])`` [T, H] in ``dtype``, added in fp32 in order.
+
+    rows [T*K, H]; weights [T, K] or None (ones); bias [E, H] or None, for which index [T, K] is needed.
+    """
+    flats, width = rows.shape
+    out = rows.new_empty(flats // top_k, width, dtype=dtype)
+    block = min(2048, triton.next_power_of_2(width))
+    if out.numel():
+        nothing = rows  # an argument that the kernel does not read
+        _reduce[(out.shape[0], triton.cdiv(width, block))](
+            rows, nothing if weights is None else weights.contiguous(), nothing if index is None else index.contiguous(),
+            nothing if bias is None else bias, inverse, out, width, top_k, weights is not None, bias is not None, block,
+            num_warps=4,
+        )  # fmt: skip
+    return out
