@@ -1,61 +1,64 @@
-"""Dispatch and combine: rows travel to the ranks that own their experts, and back.
+"""Dispatch and combine: tokens travel to the ranks that own their experts, their results back. Operations with gradients.
 
-Opaque operations, since how many rows arrive only the data knows. The backward of dispatch is a combine with unit weights,
-the backward of combine a dispatch: all is built from two moves of rows, ``_send`` and ``_return``.
+    rows, row_weights, counts, *way = dispatch(x, index, weights)
+    y = combine(grouped_mlp(rows, counts, ...), row_weights, index, *way)
+
+A token goes once to each rank that has one of its experts, and one row comes back from each: the experts' rows of a token on
+a rank are weighted and added there. The moves are those of a :mod:`moefx.transports`.
+
+Each operation is two, so that others can run while rows are under way: one that starts the move, and one that waits for it.
+Between them goes the tensor that is being written, and a ``link``: a tensor of the shape of what travels in the backward,
+without numbers of its own. Its gradient is the tensor that the backward of the second operation started to move and that of
+the first waits for. So what runs in between in the forward has its backward in between in the backward.
+All these are opaque, since how many rows arrive only the data knows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from . import rows as rows_
+from . import transports
+from .errors import MoefxError
+from .transports import LAYER, RECEIVED, ROWS, Call, Dispatched, Host, wide
+
 
 def _group(name: str) -> dist.ProcessGroup:
     return _resolve_process_group(name)  # type: ignore[arg-type]
 
 
-def _all_to_all(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-    out = rows.new_empty((sum(receive), *rows.shape[1:]))
-    dist.all_to_all_single(out, rows.contiguous(), receive, send, group=group)
-    return out
+def _call(group: str, num_experts: int, capacity: int = 0, layer: int = 0) -> Call:
+    return Call(_group(group), num_experts, capacity, layer)
 
 
-class _Handle:
-    """What combine and the backwards need, packed into one int64 tensor.
-
-    ``order`` [T*K]: the flattened (token, k) positions, sorted by expert; ``arrival`` [R]: where the rows stand on arrival
-    (by source rank, then expert) in the order of the local experts; ``send``, ``receive`` [ep]: rows per rank.
-    """
-
-    def __init__(self, order: Tensor, arrival: Tensor, send: list[int], receive: list[int]):
-        self.order, self.arrival, self.send, self.receive = order, arrival, send, receive
-
-    def pack(self) -> Tensor:
-        counts = torch.tensor([*self.send, *self.receive], dtype=torch.int64).to(self.order.device)
-        return torch.cat((counts, self.order, self.arrival))
-
-    @staticmethod
-    def unpack(packed: Tensor, ep: int) -> _Handle:
-        counts = packed[: 2 * ep].tolist()
-        send, receive = counts[:ep], counts[ep:]
-        sent = sum(send)
-        return _Handle(packed[2 * ep : 2 * ep + sent], packed[2 * ep + sent :], send, receive)
+# --- the same dispatch twice -----------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
 class Dispatches:
-    """The handles and counts of a block's dispatches, in order, kept in one forward for another on the same tokens."""
+    """What a block's dispatches agreed on, in order, kept in one forward for another on the same tokens."""
 
-    made: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    made: list[Dispatched] = field(default_factory=list)  #: without the rows
     complete: bool = False  #: the next forward takes them instead of agreeing on them with the other ranks again
     taken: int = 0
+
+    def take(self) -> Dispatched | None:
+        self.taken += 1
+        return self.made[self.taken - 1] if self.complete else None
+
+    def keep(self, at: int, made: Dispatched) -> None:
+        """``made`` has arrived: of the ``at``-th dispatch."""
+        self.made += [made] * (at + 1 - len(self.made))
+        self.made[at] = Dispatched(made.tokens[:0], *(t.clone() for t in made[1:]))
 
 
 _dispatches: ContextVar[Dispatches | None] = ContextVar("moefx_dispatches", default=None)
@@ -63,7 +66,7 @@ _dispatches: ContextVar[Dispatches | None] = ContextVar("moefx_dispatches", defa
 
 @contextmanager
 def sharing(dispatches: Dispatches) -> Iterator[None]:
-    """Within: dispatches leave their handles in ``dispatches``, or take them from there once it is complete."""
+    """Within: dispatches leave what they agreed on in ``dispatches``, or take it from there once it is complete."""
     token = _dispatches.set(dispatches)
     dispatches.taken = 0
     try:
@@ -73,131 +76,370 @@ def sharing(dispatches: Dispatches) -> Iterator[None]:
         _dispatches.reset(token)
 
 
-def _send(rows: Tensor, handle: _Handle, group: dist.ProcessGroup) -> Tensor:
-    """Rows [T*K, H] in (token, k) order -> [R, H] by local expert."""
-    arrived = _all_to_all(rows[handle.order], handle.send, handle.receive, group)
-    return arrived[handle.arrival]
+# --- which layer this is, for messages -------------------------------------------------------------------------------
+
+_layers: list[str] = [""]
+_layer: ContextVar[int] = ContextVar("moefx_layer", default=0)
 
 
-def _return(rows: Tensor, handle: _Handle, group: dist.ProcessGroup) -> Tensor:
-    """The reverse of ``_send``: [R, H] by local expert -> [T*K, H] in (token, k) order."""
-    by_source = torch.empty_like(rows)
-    by_source[handle.arrival] = rows
-    back = _all_to_all(by_source, handle.receive, handle.send, group)
-    out = torch.empty_like(back)
-    out[handle.order] = back
-    return out
+@contextmanager
+def layer(name: str) -> Iterator[None]:
+    """Within: errors of dispatches, and of what belongs to them in the backward, name this layer."""
+    if name not in _layers:
+        _layers.append(name)
+    token = _layer.set(_layers.index(name))
+    try:
+        yield
+    finally:
+        _layer.reset(token)
 
 
-@torch.library.custom_op("moefx::dispatch", mutates_args=())
-def _dispatch(x: Tensor, index: Tensor, *, num_experts: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Sends each row of x [T, H] to the ranks that own the experts index [T, K]; expert e lives on rank e // (E / ep).
+# --- what is under way -----------------------------------------------------------------------------------------------
 
-    Returns rows [R, H], local expert by local expert, counts [E / ep] int64, and a handle (1-D int64) for combine. Within
-    an expert, rows stand by source rank, then token. ``group`` is the name of the ep process group; all its ranks call.
+#: By the address of the tensor that is being written: how to wait for it. As torch's functional collectives do.
+_under_way: dict[int, Callable[[], Any]] = {}
+
+
+def _started(written: Tensor, wait: Callable[[], Any], what: str, host: Tensor, group: dist.ProcessGroup) -> None:
+    def arrive() -> None:
+        try:
+            wait()
+        except RuntimeError as error:
+            raise _lost(what, host, group, error) from error
+
+    if written.numel():
+        _under_way[written.data_ptr()] = arrive
+    else:
+        arrive()  # empty tensors have no address; the others' rows must be sent all the same
+
+
+def _arrive(written: Tensor) -> None:
+    """Returns when ``written`` may be read (on the current stream)."""
+    if written.numel():
+        wait = _under_way.pop(written.data_ptr(), None)
+        if wait is None:
+            raise MoefxError(
+                "rows of an exchange were moved in memory before they were waited for (a bug of moefx or of the compiler "
+                "backend): report it, and meanwhile use a pipeline without the pass 'overlap'"
+            )
+        wait()
+
+
+def _lost(what: str, host: Tensor, group: dist.ProcessGroup, error: Exception) -> MoefxError:
+    sizes, rank = Host.read(host), group.rank()
+    where = f" of {_layers[sizes.facts[LAYER]]}" if sizes.facts[LAYER] else ""
+    counts = ", ".join(f"rank {r}: {s} sent, {n} received" for r, (s, n) in enumerate(zip(sizes.send, sizes.receive)))
+    return MoefxError(
+        f"{what}{where} did not finish on rank {rank} of {group.size()} ({str(error).splitlines()[0]}). Tokens between it and "
+        f"{counts or 'the others: not known on the host'}. A rank that stopped or made other calls keeps the others waiting: "
+        "look at the ranks' logs for the first error"
+    )
+
+
+# --- dispatch --------------------------------------------------------------------------------------------------------
+
+
+def _linked(shape: tuple, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of this shape with one number in memory: for its gradient."""
+    return torch.empty_strided(shape, (0,) * len(shape), dtype=dtype or like.dtype, device=like.device)
+
+
+@torch.library.custom_op("moefx::dispatch_start", mutates_args=())
+def _dispatch_start(
+    x: Tensor, index: Tensor, weights: Tensor, *, num_experts: int, group: str, capacity: int = 0, transport: str = ""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Starts to send x [T, H] with weights [T, K] to the ranks of experts index [T, K]; expert e lives on rank e // (E / ep).
+
+    Returns what :class:`moefx.transports.Dispatched` says, and the links of rows and weights. ``group`` names the ep process
+    group; all its ranks call. ``transport``: one of ``transports.NAMES``; by default all_gather where ``capacity`` (most
+    tokens of a rank) is given, else all_to_all.
     """
-    process_group = _group(group)
-    ep, top_k = process_group.size(), index.shape[1]
+    call = _call(group, num_experts, capacity, _layer.get())
+    mover = transports.find(transport or ("all_gather" if capacity else "all_to_all"))
     shared = _dispatches.get()
-    if shared is not None and shared.complete:
-        packed, counts = shared.made[shared.taken]
-        shared.taken += 1
-        handle = _Handle.unpack(packed, ep)
-        arrived = _all_to_all(x[handle.order // top_k], handle.send, handle.receive, process_group)
-        return arrived[handle.arrival], counts.clone(), packed.clone()
-    local = num_experts // ep
-    flat = index.reshape(-1)
-    order = torch.argsort(flat, stable=True)
-    per_expert = torch.bincount(flat, minlength=num_experts)
-    arriving = torch.empty_like(per_expert)
-    dist.all_to_all_single(arriving, per_expert, group=process_group)  # [ep source ranks, local experts]
-    send, receive = torch.stack((per_expert.view(ep, local).sum(1), arriving.view(ep, local).sum(1))).tolist()
-    expert = torch.arange(local, device=x.device).repeat(ep)
-    arrival = torch.argsort(torch.repeat_interleave(expert, arriving, output_size=sum(receive)), stable=True)
-    handle = _Handle(order, arrival, send, receive)
-    arrived = _all_to_all(x[order // top_k], send, receive, process_group)
-    counts, packed = arriving.view(ep, local).sum(0), handle.pack()
-    if shared is not None:
-        shared.made.append((packed.clone(), counts.clone()))
-    return arrived[arrival], counts, packed
+    kept = shared.take() if shared else None
+    sent, wait = mover.send(x, index, weights, call, kept)
+    if shared and kept is None:
+        at, arrive = shared.taken - 1, wait
+
+        def wait() -> None:
+            arrive()
+            shared.keep(at, sent)
+
+    _started(sent.tokens, wait, "dispatch", sent.host, call.group)
+    facts = Host.read(sent.host).facts
+    known = {"received": facts[RECEIVED], "pairs": facts[transports.PAIRS], "handle": sent.handle.shape[0]}
+    shapes = mover.shapes(x, index, weights, call, known.__getitem__)
+    links = _linked(shapes.back, x), _linked(shapes.back_weights, x, wide(weights.dtype))
+    return *sent, *links
 
 
-@_dispatch.register_fake
-def _(x: Tensor, index: Tensor, *, num_experts: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
-    ep = _group(group).size()
-    received = torch.library.get_ctx().new_dynamic_size()
-    handle = x.new_empty(2 * ep + index.shape[0] * index.shape[1] + received, dtype=torch.int64)
-    return x.new_empty(received, x.shape[1]), x.new_empty(num_experts // ep, dtype=torch.int64), handle
+@_dispatch_start.register_fake
+def _(x: Tensor, index: Tensor, weights: Tensor, *, num_experts: int, group: str, capacity: int = 0, transport: str = ""):
+    call = _call(group, num_experts, capacity)
+    mover = transports.find(transport or ("all_gather" if capacity else "all_to_all"))
+    ctx = torch.library.get_ctx()
+    shapes = mover.shapes(x, index, weights, call, lambda _: ctx.new_dynamic_size())
+    experts = index.new_empty(shapes.experts, dtype=torch.int32)
+    return (
+        x.new_empty(shapes.tokens), experts, weights.new_empty(shapes.experts, dtype=wide(weights.dtype)),
+        x.new_empty(shapes.handle, dtype=torch.uint8),
+        torch.empty(transports.host_size(call.ep), dtype=torch.int64, device="cpu"),
+        _linked(shapes.back, x), _linked(shapes.back_weights, x, wide(weights.dtype)),
+    )  # fmt: skip
 
 
-@torch.library.custom_op("moefx::return_rows", mutates_args=())
-def return_rows(rows: Tensor, handle: Tensor, tokens: int, group: str) -> Tensor:
-    """Rows [R, H] as dispatch gave them -> [T*K, H] on the ranks that sent them; ``tokens`` is T*K."""
-    process_group = _group(group)
-    return _return(rows, _Handle.unpack(handle, process_group.size()), process_group)
+@torch.library.custom_op("moefx::dispatch_wait", mutates_args=())
+def _dispatch_wait(
+    x: Tensor, tokens: Tensor, experts: Tensor, weights: Tensor, handle: Tensor, host: Tensor, link: Tensor,
+    link_weights: Tensor, *, num_experts: int, group: str, capacity: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Waits for the tokens that ``dispatch_start(x, ...)`` moves and sorts them by expert: rows, row_weights, counts, place.
+
+    See :func:`_dispatch`. x is taken so that nobody writes to it while it is sent.
+    """
+    _arrive(tokens)
+    hidden, top_k, local = x.shape[1], link_weights.shape[1], num_experts // _group(group).size()
+    if tokens.shape[1] != hidden:  # a row holds its experts and weights too
+        parts = (hidden, x.dtype), (top_k, weights.dtype), (top_k, torch.int32)
+        tokens, weights, experts = transports.unpack(tokens, *parts)
+        first = 0 if not capacity else _group(group).rank() * local  # all-gathered as the router gave them
+        experts = torch.where((experts >= first) & (experts < first + local), experts - first, -1)
+    counts, entries = rows_.sort_by_expert(experts, local, int(host[ROWS]))
+    place = rows_.places(entries, tokens.shape[0], top_k)
+    if not entries.shape[0]:
+        return x.new_empty(0, hidden), weights.new_empty(0), counts, place
+    at = entries.clamp_min(0)
+    return tokens[at // top_k], weights.reshape(-1)[at], counts, place
 
 
-@return_rows.register_fake
-def _(rows: Tensor, handle: Tensor, tokens: int, group: str) -> Tensor:
-    return rows.new_empty(tokens, rows.shape[1])
+@_dispatch_wait.register_fake
+def _(x, tokens, experts, weights, handle, host, link, link_weights, *, num_experts: int, group: str, capacity: int = 0):
+    local = num_experts // _group(group).size()
+    if capacity:
+        rows = _group(group).size() * capacity * min(link_weights.shape[1], local)
+    else:
+        rows = torch.library.get_ctx().new_dynamic_size()
+    counts, place = (x.new_empty(s, dtype=torch.int64) for s in ((local,), (tokens.shape[0], link_weights.shape[1])))
+    return x.new_empty(rows, x.shape[1]), weights.new_empty(rows), counts, place
 
 
-@torch.library.custom_op("moefx::send_rows", mutates_args=())
-def send_rows(rows: Tensor, handle: Tensor, like: Tensor, group: str) -> Tensor:
-    """The reverse of ``return_rows``: rows [T*K, H] -> [R, H], R being the rows of ``like``."""
-    process_group = _group(group)
-    return _send(rows, _Handle.unpack(handle, process_group.size()), process_group)
+@torch.library.custom_op("moefx::return_start", mutates_args=())
+def return_start(
+    grad_rows: Tensor, grad_weights: Tensor, place: Tensor, handle: Tensor, host: Tensor, link: Tensor, link_weights: Tensor,
+    group: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The backward of ``dispatch_wait``: adds up the rows of each token on this rank and starts to send them back."""
+    call = _call(group, 0)
+    to_tokens, to_weights = rows_.sum_rows(grad_rows, place), rows_.pick(grad_weights, place)
+    mover = transports.find(int(host[transports.KIND]))
+    back, back_weights, wait = mover.bring_back(to_tokens, to_weights, handle, host, call)
+    _started(back, wait, "dispatch's backward", host, call.group)
+    return back, back_weights
 
 
-@send_rows.register_fake
-def _(rows: Tensor, handle: Tensor, like: Tensor, group: str) -> Tensor:
-    return rows.new_empty(like.shape[0], rows.shape[1])
+@return_start.register_fake
+def _(grad_rows, grad_weights, place, handle, host, link, link_weights, group: str):
+    return link.new_empty(link.shape), link_weights.new_empty(link_weights.shape)
 
 
-def _save_dispatch(ctx, inputs, keyword_only_inputs, output) -> None:
-    x, index = inputs
-    ctx.group, ctx.top_k, ctx.tokens = keyword_only_inputs["group"], index.shape[1], index.shape[0] * index.shape[1]
-    ctx.save_for_backward(output[2])
-    ctx.mark_non_differentiable(output[1], output[2])
+@torch.library.custom_op("moefx::return_wait", mutates_args=())
+def return_wait(
+    back: Tensor, back_weights: Tensor, index: Tensor, handle: Tensor, host: Tensor, hidden: int, dtype: torch.dtype,
+    group: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The backward of ``dispatch_start``: gradients of x [T, H], summed over the ranks that had a token, and of weights [T, K]."""
+    _arrive(back)
+    mover = transports.find(int(host[transports.KIND]))
+    to_x, to_weights = mover.collect(back, back_weights, handle, host, _call(group, 0), hidden)
+    assert to_weights is not None
+    return to_x, to_weights.to(dtype)
 
 
-def _backward_dispatch(ctx, grad_rows: Tensor, _counts, _handle):
-    (handle,) = ctx.saved_tensors
-    back = torch.ops.moefx.return_rows(grad_rows.contiguous(), handle, ctx.tokens, ctx.group)
-    return back.view(-1, ctx.top_k, back.shape[1]).sum(dim=1), None
+@return_wait.register_fake
+def _(back, back_weights, index, handle, host, hidden: int, dtype: torch.dtype, group: str):
+    return back.new_empty(index.shape[0], hidden), back.new_empty(index.shape, dtype=dtype)
 
 
-_dispatch.register_autograd(_backward_dispatch, setup_context=_save_dispatch)
-#: See :func:`_dispatch`.
-dispatch = torch.ops.moefx.dispatch.default
+def _save_dispatch_start(ctx, inputs, keyword_only_inputs, output) -> None:
+    x, index, weights = inputs
+    ctx.group, ctx.hidden, ctx.dtype = keyword_only_inputs["group"], x.shape[1], weights.dtype
+    ctx.save_for_backward(index, output[3], output[4])
+    ctx.mark_non_differentiable(*output[:5])
 
 
-def _save_return(ctx, inputs, output) -> None:
-    rows, handle, _, ctx.group = inputs
-    ctx.save_for_backward(rows.new_empty(()).expand(rows.shape[0]), handle)
+def _backward_dispatch_start(ctx, *grads):
+    index, handle, host = ctx.saved_tensors
+    to_x, to_weights = torch.ops.moefx.return_wait(*grads[5:], index, handle, host, ctx.hidden, ctx.dtype, ctx.group)
+    return to_x, None, to_weights
 
 
-def _backward_return(ctx, grad: Tensor):
-    like, handle = ctx.saved_tensors
-    return torch.ops.moefx.send_rows(grad.contiguous(), handle, like, ctx.group), None, None, None
+def _save_dispatch_wait(ctx, inputs, keyword_only_inputs, output) -> None:
+    *_, handle, host, link, link_weights = inputs
+    ctx.group = keyword_only_inputs["group"]
+    ctx.save_for_backward(output[3], handle, host, link, link_weights)
+    ctx.mark_non_differentiable(*output[2:])
 
 
-return_rows.register_autograd(_backward_return, setup_context=_save_return)
+def _backward_dispatch_wait(ctx, grad_rows: Tensor, grad_weights: Tensor, *_):
+    place, handle, host, link, link_weights = ctx.saved_tensors
+    to_links = torch.ops.moefx.return_start(
+        grad_rows.contiguous(), grad_weights.contiguous(), place, handle, host, link, link_weights, ctx.group
+    )
+    return None, None, None, None, None, None, *to_links
 
 
-def _combine(rows: Tensor, weights: Tensor, handle: Tensor, *, num_experts: int, group: str) -> Tensor:
+_dispatch_start.register_autograd(_backward_dispatch_start, setup_context=_save_dispatch_start)
+_dispatch_wait.register_autograd(_backward_dispatch_wait, setup_context=_save_dispatch_wait)
+dispatch_start = torch.ops.moefx.dispatch_start.default
+dispatch_wait = torch.ops.moefx.dispatch_wait.default
+
+
+def dispatch_by(transport: str) -> Callable:
+    """``dispatch`` along this transport, with its signature."""
+
+    def dispatch(x: Tensor, index: Tensor, weights: Tensor, *, num_experts: int, group: str, capacity: int = 0):
+        where = {"num_experts": num_experts, "group": group, "capacity": capacity}
+        *sent, link, link_weights = dispatch_start(x, index, weights, **where, transport=transport)
+        return *dispatch_wait(x, *sent, link, link_weights, **where), sent[3], sent[4], link
+
+    return dispatch
+
+
+def _dispatch(
+    x: Tensor, index: Tensor, weights: Tensor, *, num_experts: int, group: str, capacity: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sends x [T, H] to the ranks of experts index [T, K] (int64), with weights [T, K]; expert e lives on rank e // (E / ep).
+
+    Returns rows [R, H], expert by expert, within an expert by source rank, then token; row_weights [R], the router's weights
+    of these rows in float32 (float64 for float64), differentiable; counts [E / ep] int64; and for ``combine``: place [N, K], the
+    row of each (token, k) that this rank received, -1 for none; handle (bytes); host (CPU); link (S rows, without memory). ``group`` is the name of the ep process group; all its ranks call.
+
+    ``capacity``, the most tokens that a rank ever has: buffers are made for the worst case, and neither is anything agreed nor
+    does the host wait. R is then ``ep * capacity * min(K, E / ep)``; rows after the last of ``counts`` mean nothing.
+    """
+    return dispatch_by("")(x, index, weights, num_experts=num_experts, group=group, capacity=capacity)
+
+
+# --- combine ---------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("moefx::combine_start", mutates_args=())
+def _combine_start(
+    rows: Tensor, row_weights: Tensor, index: Tensor, place: Tensor, handle: Tensor, host: Tensor, link: Tensor, *, group: str
+) -> tuple[Tensor, Tensor]:
+    """Weights and adds up the rows of each token on this rank and starts to send them back; see :func:`_combine`.
+
+    Returns what is being written [S, H], and its own link [N, H].
+    """
+    call = _call(group, 0)
+    tokens = rows_.sum_rows(rows, place, row_weights)
+    back, _, wait = transports.find(int(host[transports.KIND])).bring_back(tokens, None, handle, host, call)
+    _started(back, wait, "combine", host, call.group)
+    return back, _linked(tokens.shape, rows)
+
+
+@_combine_start.register_fake
+def _(rows, row_weights, index, place, handle, host, link, *, group: str):
+    return rows.new_empty(link.shape[0], rows.shape[1]), _linked((place.shape[0], rows.shape[1]), rows)
+
+
+@torch.library.custom_op("moefx::combine_wait", mutates_args=())
+def _combine_wait(back: Tensor, link: Tensor, index: Tensor, handle: Tensor, host: Tensor, *, group: str) -> Tensor:
+    """Waits for what ``combine_start`` moves and adds up each token's rows: [T, H]."""
+    _arrive(back)
+    mover = transports.find(int(host[transports.KIND]))
+    return mover.collect(back, None, handle, host, _call(group, 0), link.shape[1])[0]
+
+
+@_combine_wait.register_fake
+def _(back, link, index, handle, host, *, group: str):
+    return back.new_empty(index.shape[0], link.shape[1])
+
+
+@torch.library.custom_op("moefx::resend_start", mutates_args=())
+def resend_start(grad: Tensor, link: Tensor, handle: Tensor, host: Tensor, group: str) -> Tensor:
+    """The backward of ``combine_wait``: starts to send the gradient [T, H] where the tokens went."""
+    call = _call(group, 0)
+    tokens, wait = transports.find(int(host[transports.KIND])).resend(grad, handle, host, call)
+    _started(tokens, wait, "combine's backward", host, call.group)
+    return tokens
+
+
+@resend_start.register_fake
+def _(grad, link, handle, host, group: str):
+    return link.new_empty(link.shape)
+
+
+@torch.library.custom_op("moefx::resend_wait", mutates_args=())
+def resend_wait(
+    grad: Tensor, rows: Tensor, row_weights: Tensor, place: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The backward of ``combine_start``: gradients of rows [R, H] and row_weights [R] from the tokens' [N, H]."""
+    _arrive(grad)
+    return rows_.weighted_backward(grad, rows, row_weights, place)
+
+
+@resend_wait.register_fake
+def _(grad, rows, row_weights, place):
+    return rows.new_empty(rows.shape), row_weights.new_empty(row_weights.shape)
+
+
+def _save_combine_start(ctx, inputs, keyword_only_inputs, output) -> None:
+    rows, row_weights, _, place, _, _, _ = inputs
+    ctx.save_for_backward(rows, row_weights, place)
+    ctx.mark_non_differentiable(output[0])
+
+
+def _backward_combine_start(ctx, _, grad: Tensor):
+    to_rows, to_weights = torch.ops.moefx.resend_wait(grad, *ctx.saved_tensors)
+    return to_rows, to_weights, None, None, None, None, None
+
+
+def _save_combine_wait(ctx, inputs, keyword_only_inputs, output) -> None:
+    _, link, _, handle, host = inputs
+    ctx.group = keyword_only_inputs["group"]
+    ctx.save_for_backward(link, handle, host)
+
+
+def _backward_combine_wait(ctx, grad: Tensor):
+    tokens = torch.ops.moefx.resend_start(grad.contiguous(), *ctx.saved_tensors, ctx.group)
+    return None, tokens, None, None, None
+
+
+_combine_start.register_autograd(_backward_combine_start, setup_context=_save_combine_start)
+_combine_wait.register_autograd(_backward_combine_wait, setup_context=_save_combine_wait)
+combine_start = torch.ops.moefx.combine_start.default
+combine_wait = torch.ops.moefx.combine_wait.default
+
+
+def _combine(
+    rows: Tensor, row_weights: Tensor, index: Tensor, place: Tensor, handle: Tensor, host: Tensor, link: Tensor, *,
+    num_experts: int, group: str,
+) -> Tensor:  # fmt: skip
     """Brings rows [R, H] back and adds them up: ``y[t] = sum_k weights[t, k] * row(t, k)``; [T, H] in the rows' dtype.
 
-    The product is taken in the promoted dtype of rows and weights on the rank that owns the token, so that nothing is
-    rounded twice; its gradients (of rows and of weights) are plain autograd around ``return_rows``.
+    index [T, K] is what ``dispatch`` got, all else what it gave. Each rank adds up its rows of a token in float32 (float64 for
+    float64) and rounds once to the rows' dtype, to send it; the token's rank adds up the ranks' in float32 and rounds once.
+    In 16 bits that is one rounding more than a sum in one place, so ``|y - exact| <= u * (sum over ranks |part|) + u * |y|``
+    with u = 2**-8 (bfloat16); in float32 it is float32's rounding of a sum in another order.
     """
-    tokens, top_k = weights.shape
-    back = torch.ops.moefx.return_rows(rows, handle, tokens * top_k, group)
-    return (back.view(tokens, top_k, back.shape[1]) * weights.unsqueeze(-1)).sum(dim=1).to(rows.dtype)
+    back, link = combine_start(rows, row_weights, index, place, handle, host, link, group=group)
+    return combine_wait(back, link, index, handle, host, group=group)
 
 
 _LIBRARY = torch.library.Library("moefx", "FRAGMENT")
-_LIBRARY.define("combine(Tensor rows, Tensor weights, Tensor handle, *, int num_experts, str group) -> Tensor")
+_LIBRARY.define(
+    "dispatch(Tensor x, Tensor index, Tensor weights, *, int num_experts, str group, int capacity=0) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "combine(Tensor rows, Tensor row_weights, Tensor index, Tensor place, Tensor handle, Tensor host, Tensor link, *, "
+    "int num_experts, str group) -> Tensor"
+)
+_LIBRARY.impl("dispatch", _dispatch, "CompositeImplicitAutograd")
 _LIBRARY.impl("combine", _combine, "CompositeImplicitAutograd")
+#: See :func:`_dispatch`.
+dispatch = torch.ops.moefx.dispatch.default
 #: See :func:`_combine`.
 combine = torch.ops.moefx.combine.default

@@ -111,7 +111,9 @@ def _matrices(weight: Tensor, transposed: bool) -> Tensor:
 
 
 def _experts_of_rows(counts: Tensor, rows: int) -> Tensor:
-    return torch.repeat_interleave(torch.arange(counts.shape[0], device=counts.device), counts, output_size=rows)
+    """The expert of each row [rows]; the last one's for rows after the last (a dispatch with a capacity has such)."""
+    at = torch.arange(rows, device=counts.device)
+    return torch.bucketize(at, counts.cumsum(0), right=True).clamp_(max=counts.shape[0] - 1)
 
 
 @torch.library.custom_op("moefx::grouped_mlp_forward", mutates_args=())

@@ -26,3 +26,4 @@ class Plan:
     balanced_routing: bool = False  #: every expert gets the same number of tokens: for benchmarks only
     router_z_loss: float = 0.0
     check_numerics: bool = False
+    dispatch_capacity: int = 0  #: the most tokens that a rank ever has: the host need not ask how many; 0: it asks

@@ -19,11 +19,12 @@ _WEIGHTS = ("up", "up_bias", "down", "down_bias")
 class ExpertParallel:
     """``experts(x, index, weights, ...)`` becomes
 
-        rows, counts, handle = dispatch(x, index)        # all-to-all over the ep group
-        rows = grouped_mlp(rows, counts, local weights)  # E / ep experts
-        y = combine(rows, weights, handle)               # all-to-all back, weighted sum per token
+        rows, row_weights, counts, ... = dispatch(x, index, weights)  # each token once to each rank that has an expert of it
+        rows = grouped_mlp(rows, counts, local weights)               # E / ep experts
+        y = combine(rows, row_weights, ...)                           # weighted sum per token and rank, back, sum over ranks
 
-    Numerics: the same products; sums over tokens in a weight's gradient are taken per rank. ``grad_scale`` = 1/ep makes
+    Numerics: the same products; in 16 bits a token's sum is rounded once per rank before it is sent (see ``combine``). Sums
+    over tokens in a weight's gradient are taken per rank. ``grad_scale`` = 1/ep makes
     experts' gradients the average over the ranks' losses, as DDP and FSDP average the dense ones. Weights with LoRA updates
     (PEFT's ``target_parameters``) are updated locally, each rank those of its own experts.
     """
@@ -52,6 +53,7 @@ class ExpertParallel:
             return f"the experts' weight {describe(strange[0])} is computed in the block, not a parameter of the model"
         local = {w: self._local(function, node, n, plan) for w, n in owners.items()}
         where = {"num_experts": num_experts, "group": plan.ep_group}
+        limited = {**where, "capacity": plan.dispatch_capacity} if plan.dispatch_capacity else where
         made = []
 
         def call(op, args, kwargs):
@@ -59,15 +61,16 @@ class ExpertParallel:
             made.append(new)
             return new
 
-        sent = call(exchange.dispatch, (given["x"], given["index"]), where)
-        rows, counts, handle = (self._item(graph, node, sent, i) for i in range(3))
+        sent = call(exchange.dispatch, (given["x"], given["index"], given["weights"]), limited)
+        items = [self._item(graph, node, sent, i) for i in range(7)]
+        rows, row_weights, counts, *way = items
         options = {k: given[k] for k in ("activation", "alpha", "limit", "transposed", "interleaved")}
         weights = tuple(local.get(w) for w in _WEIGHTS)
         done = call(grouped.grouped_mlp, (rows, counts, *weights), {**options, "grad_scale": plan.experts_gradient_scale})
-        back = call(exchange.combine, (done, given["weights"], handle), where)
+        back = call(exchange.combine, (done, row_weights, given["index"], *way), where)
         if value(back).dtype != value(node).dtype:
             back = call(torch.ops.aten._to_copy.default, (back,), {"dtype": value(node).dtype})
-        for new in [*made, rows, counts, handle]:
+        for new in [*made, *items]:
             inherit(new, [node], self.name)
         back.meta["val"] = value(node)
         node.replace_all_uses_with(back)

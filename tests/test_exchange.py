@@ -31,26 +31,29 @@ def group():
 
 @pytest.mark.parametrize("tokens", [0, 1, 7])
 def test_rows_arrive_by_expert_in_the_order_of_the_tokens(group, tokens):
-    x, index = _random(tokens, H), _index(tokens)
-    rows, counts, handle = exchange.dispatch(x, index, **group)
+    x, index, weights = _random(tokens, H), _index(tokens), _random(tokens, K, seed=1)
+    rows, row_weights, counts, *way = exchange.dispatch(x, index, weights, **group)
     order = [(t, e) for e in range(E) for t in range(tokens) if e in index[t]]
     assert torch.equal(rows, x[[t for t, _ in order]])
     assert counts.tolist() == [sum(e == expert for _, expert in order) for e in range(E)]
-    assert counts.dtype == handle.dtype == torch.int64 and handle.dim() == 1
+    assert torch.equal(row_weights, torch.stack([weights[t, index[t] == e] for t, e in order]).flatten() if order else weights[:0, 0])
+    place, handle, host, _ = way
+    assert counts.dtype == host.dtype == torch.int64 and handle.dtype == torch.uint8
+    assert place.tolist() == [[order.index((t, int(e))) for e in index[t]] for t in range(tokens)]
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 7])
 def test_combine_weights_the_rows_of_each_token(group, tokens):
     x, index, weights = _random(tokens, H), _index(tokens), _random(tokens, K, seed=1)
-    rows, _, handle = exchange.dispatch(x, index, **group)
-    y = exchange.combine(rows, weights, handle, **group)
+    rows, row_weights, _, *way = exchange.dispatch(x, index, weights, **group)
+    y = exchange.combine(rows, row_weights, index, *way, **group)
     torch.testing.assert_close(y, x * weights.sum(dim=1, keepdim=True))
 
 
 def test_combine_multiplies_in_the_promoted_dtype_and_returns_that_of_the_rows(group):
     x, index, weights = _random(7, H).bfloat16(), _index(7), _random(7, K, seed=1).float()
-    rows, _, handle = exchange.dispatch(x, index, **group)
-    y = exchange.combine(rows, weights, handle, **group)
+    rows, row_weights, _, *way = exchange.dispatch(x, index, weights, **group)
+    y = exchange.combine(rows, row_weights, index, *way, **group)
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, (x.float()[:, None] * weights[:, :, None]).sum(dim=1).bfloat16())
 
@@ -60,24 +63,24 @@ def test_gradients_of_rows_and_weights(group):
     index = _index(5)
 
     def there_and_back(x, weights):
-        rows, _, handle = exchange.dispatch(x, index, **group)
-        return exchange.combine(rows.square(), weights, handle, **group)
+        rows, row_weights, _, *way = exchange.dispatch(x, index, weights, **group)
+        return exchange.combine(rows.square(), row_weights, index, *way, **group)
 
     inputs = _random(5, 3).requires_grad_(), _random(5, K, seed=1).requires_grad_()
     assert torch.autograd.gradcheck(there_and_back, inputs)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_experts_over_the_group_are_the_experts_operation(group, backend):
+@pytest.mark.parametrize("backend, capacity", [("aot_eager", 0), ("inductor", 0), ("inductor", 20)])
+def test_compiled_experts_over_the_group_are_the_experts_operation(group, backend, capacity):
     """fullgraph, forward and backward, two numbers of tokens in one graph."""
     torch._dynamo.reset()
     weights = [_random(E, 2 * INNER, H, seed=2), _random(E, H, INNER, seed=3)]
     up, down = (w.float().requires_grad_() for w in weights)
 
     def over_ranks(x, index, scores):
-        rows, counts, handle = exchange.dispatch(x, index, **group)
+        rows, row_weights, counts, *way = exchange.dispatch(x, index, scores, **group, capacity=capacity)
         rows = grouped.grouped_mlp(rows * 1.0, counts, up, None, down, None, activation="swiglu")
-        return exchange.combine(rows, scores, handle, **group)
+        return exchange.combine(rows, row_weights, index, *way, **group)
 
     compiled = torch.compile(over_ranks, fullgraph=True, dynamic=True, backend=backend)
     for step, tokens in enumerate((9, 14)):
@@ -102,8 +105,8 @@ def test_shapes_for_64_ranks():
         with FakeTensorMode(shape_env=ShapeEnv()):
             x, index = torch.randn(5, H, dtype=torch.bfloat16, requires_grad=True), torch.zeros(5, K, dtype=torch.int64)
             weights = torch.rand(5, K, requires_grad=True)
-            rows, counts, handle = exchange.dispatch(x, index, **group)
-            y = exchange.combine(rows, weights, handle, **group)
+            rows, _, counts, *way = exchange.dispatch(x, index, weights, **group)
+            y = exchange.combine(rows, _, index, *way, **group)
             to_x, to_weights = torch.autograd.grad(y.sum(), (x, weights))
         assert isinstance(rows.shape[0], torch.SymInt) and rows.shape[1] == H and counts.shape == (2,)
         assert y.shape == to_x.shape == x.shape and y.dtype == torch.bfloat16 and to_weights.shape == weights.shape

@@ -44,10 +44,10 @@ def _experts(dtype=torch.float64):
     return [_random(*shape, seed=50 + i, dtype=dtype) / 2 for i, shape in enumerate(shapes)]
 
 
-def _over_ranks(x, index, weights, up, up_bias, down, down_bias, *, group, grad_scale=1.0):
-    rows, counts, handle = exchange.dispatch(x, index, num_experts=E, group=group)
+def _over_ranks(x, index, weights, up, up_bias, down, down_bias, *, group, grad_scale=1.0, capacity=0):
+    rows, row_weights, counts, *way = exchange.dispatch(x, index, weights, num_experts=E, group=group, capacity=capacity)
     rows = grouped.grouped_mlp(rows, counts, up, up_bias, down, down_bias, activation="swiglu", grad_scale=grad_scale)
-    return exchange.combine(rows, weights, handle, num_experts=E, group=group)
+    return exchange.combine(rows, row_weights, index, *way, num_experts=E, group=group)
 
 
 def _forward_backward(function, case, rank, ep_rank, ep, group, dtype=torch.float64, **options):
@@ -66,10 +66,11 @@ def on_rank(rank, world_size):
     found = {}
     for case in CASES:
         x, index, _ = _tokens(case, rank)
-        rows, counts, handle = exchange.dispatch(x, index, num_experts=E, group=group)
         share = torch.full(index.shape, 1 / index.shape[1], dtype=x.dtype)
-        back = exchange.combine(rows, share, handle, num_experts=E, group=group)
+        rows, row_weights, counts, *way = exchange.dispatch(x, index, share, num_experts=E, group=group)
+        back = exchange.combine(rows, row_weights, index, *way, num_experts=E, group=group)
         found[case, "sent"] = rows, counts, back
+        found[case, "capacity"] = _forward_backward(_over_ranks, case, rank, rank, world_size, group, capacity=9)
         found[case, "trained"] = _forward_backward(_over_ranks, case, rank, rank, world_size, group)
     uneven = "uneven, a rank without tokens"
     found["bf16"] = _forward_backward(_over_ranks, uneven, rank, rank, world_size, group, torch.bfloat16)
@@ -139,6 +140,7 @@ def test_rows_arrive_by_expert_then_rank_then_token(ranks, case):
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_are_those_of_one_process(ranks, case):
     _check([r[case, "trained"] for r in ranks], case, range(len(ranks)))
+    _check([r[case, "capacity"] for r in ranks], case, range(len(ranks)))
 
 
 @pytest.mark.parametrize("case", COMPILED)

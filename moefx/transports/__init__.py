@@ -1,0 +1,177 @@
+"""Transports: how token rows get to the ranks that own their experts, and back. One row per (token, rank), not per expert.
+
+A transport makes four moves; :mod:`moefx.exchange` makes operations with gradients of them:
+
+    send        tokens, with their experts and weights, to every rank that has one of their experts
+    resend      other rows of the same tokens along the same ways (the gradient that combine gets)
+    bring_back  one row per received token to the rank that it came from (combine; the gradient that dispatch gets)
+    collect     what was brought back, summed per token
+
+``send``, ``resend`` and ``bring_back`` only start the move: what they return may be read after its ``wait`` was called.
+A transport keeps nothing between the moves but buffers: what it must know again is in the tensors ``handle`` (of the device,
+bytes) and ``host`` (of the CPU, int64: so that nobody asks the device for it).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import MoefxError
+
+#: Name -> where it is; the place in this order is what ``host`` calls it.
+_PLACES = {
+    "all_to_all": "moefx.transports.all_to_all",
+    "all_gather": "moefx.transports.all_gather",
+    "deepep": "moefx.backends.deepep",
+}
+NAMES = tuple(_PLACES)
+
+#: What ``host`` holds, by place; then the tokens sent to and received from each rank, then _OWN numbers of the transport.
+KIND, LAYER, CAPACITY, TOKENS, TOP_K, RECEIVED, ROWS, PAIRS = range(8)
+_OWN = 48
+
+
+def find(name: str | int) -> Transport:
+    """The transport of this name, or of this place in ``NAMES``."""
+    name = NAMES[name] if isinstance(name, int) else name
+    if name not in _PLACES:
+        raise MoefxError(f"no transport is named {name!r}; there are: {', '.join(NAMES)}")
+    return importlib.import_module(_PLACES[name]).TRANSPORT
+
+
+def host_size(ep: int) -> int:
+    return 8 + 2 * ep + _OWN
+
+
+def make_host(facts: dict[int, int], ep: int, send: list[int] = [], receive: list[int] = [], own: list[int] = []) -> Tensor:  # noqa: B006
+    """The facts as one int64 tensor of the CPU; see KIND, LAYER, ..."""
+    numbers = [facts.get(i, 0) for i in range(8)]
+    for part, size in ((send, ep), (receive, ep), (own, _OWN)):
+        numbers += [*part, *[0] * (size - len(part))]
+    return torch.tensor(numbers, dtype=torch.int64)
+
+
+class Host(NamedTuple):
+    """``host``, read."""
+
+    facts: list[int]
+    send: list[int]
+    receive: list[int]
+    own: list[int]
+
+    @staticmethod
+    def read(host: Tensor) -> Host:
+        numbers = host.tolist()
+        ep = (len(numbers) - 8 - _OWN) // 2
+        return Host(numbers[:8], numbers[8 : 8 + ep], numbers[8 + ep : 8 + 2 * ep], numbers[8 + 2 * ep :])
+
+
+class Dispatched(NamedTuple):
+    """What ``send`` gives. Tokens on this rank: one row for each (token, this rank), by the rank that sent it, then by token."""
+
+    tokens: Tensor  #: [N, W >= H]: a row begins with the token's H numbers
+    experts: Tensor  #: [N, K] this rank's experts that the token wants, numbered from 0; -1: not here. [0, K]: packed in tokens
+    weights: Tensor  #: [N, K] float32 (float64 if the router's are). [0, K]: packed in tokens
+    handle: Tensor  #: 1-D uint8
+    host: Tensor
+
+
+class Shapes(NamedTuple):
+    """The shapes of ``Dispatched``, and of what ``bring_back`` gives when weights travel with the rows."""
+
+    tokens: tuple
+    experts: tuple
+    handle: tuple
+    back: tuple
+    back_weights: tuple
+
+
+Wait = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """Where a move happens."""
+
+    group: dist.ProcessGroup
+    num_experts: int
+    capacity: int = 0  #: most tokens of a rank, or 0 for "as many as there are"
+    layer: int = 0  #: which of ``exchange.layer_name``
+
+    @property
+    def ep(self) -> int:
+        return self.group.size()
+
+    @property
+    def local(self) -> int:
+        return self.num_experts // self.ep
+
+
+class Transport(Protocol):
+    """See the module. T tokens here, N received, K experts a token, H numbers a row."""
+
+    def shapes(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
+        """The shapes of the results; ``size`` of "received", "pairs" or "handle" is one that only the data knows."""
+        ...
+
+    def send(
+        self, x: Tensor, index: Tensor, weights: Tensor, call: Call, kept: Dispatched | None
+    ) -> tuple[Dispatched, Wait]:
+        """``kept``: what an earlier ``send`` of the same tokens to the same experts gave (without the rows)."""
+        ...
+
+    def resend(self, x: Tensor, handle: Tensor, host: Tensor, call: Call) -> tuple[Tensor, Wait]:
+        """x [T, H] -> [N, H]."""
+        ...
+
+    def bring_back(
+        self, tokens: Tensor, weights: Tensor | None, handle: Tensor, host: Tensor, call: Call
+    ) -> tuple[Tensor, Tensor | None, Wait]:
+        """tokens [N, H], weights [N, K] or None -> what ``collect`` reads: [S, W], and None where there are no weights."""
+        ...
+
+    def collect(
+        self, back: Tensor, back_weights: Tensor | None, handle: Tensor, host: Tensor, call: Call, hidden: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """-> [T, H], each the sum over the ranks that had the token, taken in float32 and rounded once; weights [T, K]."""
+        ...
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What weights travel in and sums are taken in: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# --- rows of several parts -------------------------------------------------------------------------------------------
+
+_ALIGN = 16  # bytes: so that each part can be read as any dtype, and by vector loads
+
+
+def _padded(size: int) -> int:
+    return (size + _ALIGN - 1) // _ALIGN * _ALIGN
+
+
+def row_bytes(*parts: tuple[int, torch.dtype]) -> int:
+    """Bytes of a row that holds ``parts`` (how many numbers, of what dtype) one after the other."""
+    return sum(_padded(n * dtype.itemsize) for n, dtype in parts)
+
+
+def unpack(rows: Tensor, *parts: tuple[int, torch.dtype]) -> list[Tensor]:
+    """Views of the parts of each row of ``rows`` [n, W]."""
+    found, at, raw = [], 0, rows.view(torch.uint8)
+    for n, dtype in parts:
+        found.append(raw[:, at : at + n * dtype.itemsize].view(dtype))
+        at += _padded(n * dtype.itemsize)
+    return found
+
+
+def empty_rows(like: Tensor, n: int, *parts: tuple[int, torch.dtype]) -> Tensor:
+    """[n, W] in ``like``'s dtype and on its device, with room for ``parts``."""
+    return like.new_empty(n, row_bytes(*parts) // like.dtype.itemsize)
