@@ -15,6 +15,7 @@ All these are opaque, since how many rows arrive only the data knows.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -136,6 +137,13 @@ def _lost(what: str, host: Tensor, group: dist.ProcessGroup, error: Exception) -
     )
 
 
+def release(group: str) -> None:
+    """Frees what transports keep for a process group; collective over it."""
+    deepep = sys.modules.get("moefx.backends.deepep")
+    if deepep is not None:
+        deepep.release(group)
+
+
 # --- dispatch --------------------------------------------------------------------------------------------------------
 
 
@@ -234,6 +242,7 @@ def return_start(
     to_tokens, to_weights = rows_.sum_rows(grad_rows, place), rows_.pick(grad_weights, place)
     mover = transports.find(int(host[transports.KIND]))
     back, back_weights, wait = mover.bring_back(to_tokens, to_weights, handle, host, call)
+    assert back_weights is not None
     _started(back, wait, "dispatch's backward", host, call.group)
     return back, back_weights
 
@@ -248,7 +257,7 @@ def return_wait(
     back: Tensor, back_weights: Tensor, index: Tensor, handle: Tensor, host: Tensor, hidden: int, dtype: torch.dtype,
     group: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The backward of ``dispatch_start``: gradients of x [T, H], summed over the ranks that had a token, and of weights [T, K]."""
+    """The backward of ``dispatch_start``: gradients of x [T, H], summed over the ranks that had a token, and weights [T, K]."""
     _arrive(back)
     mover = transports.find(int(host[transports.KIND]))
     to_x, to_weights = mover.collect(back, back_weights, handle, host, _call(group, 0), hidden)
@@ -313,7 +322,8 @@ def _dispatch(
 
     Returns rows [R, H], expert by expert, within an expert by source rank, then token; row_weights [R], the router's weights
     of these rows in float32 (float64 for float64), differentiable; counts [E / ep] int64; and for ``combine``: place [N, K], the
-    row of each (token, k) that this rank received, -1 for none; handle (bytes); host (CPU); link (S rows, without memory). ``group`` is the name of the ep process group; all its ranks call.
+    row of each (token, k) that this rank received, -1 for none; handle (bytes); host (of the CPU); link (S rows, without
+    memory). ``group`` is the name of the ep process group; all its ranks call.
 
     ``capacity``, the most tokens that a rank ever has: buffers are made for the worst case, and neither is anything agreed nor
     does the host wait. R is then ``ep * capacity * min(K, E / ep)``; rows after the last of ``counts`` mean nothing.

@@ -139,6 +139,10 @@ class Site:
         return out[call.outputs[1]] if call.outputs[0] == "t" else _fill(call.outputs, out)
 
     def run(self, module: nn.Module, function: Function, tensors: list[Tensor]) -> Any:
+        with exchange.layer(self.path) if self.state.plan.ep_size > 1 else contextlib.nullcontext():
+            return self._run(module, function, tensors)
+
+    def _run(self, module: nn.Module, function: Function, tensors: list[Tensor]) -> Any:
         run = self.state.runner(function)
         if not self.units:
             return run(*self.parameters(module, function), *function.constants, *tensors)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from . import adapters, hf, parallel, sharded
+from . import adapters, exchange, hf, parallel, sharded
 from . import backends as backends_
 from .adapters import unwrap
 from .capture import capture
@@ -56,6 +56,7 @@ def optimize(
     router_z_loss: float = 0.0,
     balanced_routing: bool = False,
     check_numerics: bool = False,
+    dispatch_capacity: int = 0,
 ) -> Model:
     """Makes a Transformers MoE causal language model train on rewritten, compiled graphs. Returns the same object.
 
@@ -74,6 +75,9 @@ def optimize(
         balanced_routing: send tokens to experts in turn, whatever the routers say. For benchmarks only: nothing is learnt.
         check_numerics: raise MoefxError, naming forward and layer, when routing logits are NaN or infinite. The host waits
             once a forward.
+        dispatch_capacity: under expert parallelism, the most tokens that a rank ever has in one call. Exchanges then use
+            buffers of the worst case (``ep_size * dispatch_capacity`` tokens a rank, all of which may choose its experts)
+            and the host never waits for counts. 0: it waits once a layer, and buffers are as large as the data says.
 
     Raises:
         MoefxError: bad input, in one sentence; the model is untouched.
@@ -94,10 +98,15 @@ def optimize(
     ep_size, mesh = parallel.make_mesh(model, ep_size, mesh)  # type: ignore[arg-type]
     if not isinstance(router_z_loss, (int, float)) or not 0 <= router_z_loss < float("inf"):
         raise MoefxError(f"router_z_loss={router_z_loss!r} is not a coefficient: pass a number of 0 or more (1e-3 is usual)")
+    if not isinstance(dispatch_capacity, int) or dispatch_capacity < 0:
+        raise MoefxError(
+            f"dispatch_capacity={dispatch_capacity!r} is not a number of tokens: pass the most that a rank has, or 0"
+        )
     plan = parallel.plan(model, order, ep_size, mesh, compile, strict)  # type: ignore[arg-type]
     plan = replace(
-        plan, router_z_loss=float(router_z_loss), balanced_routing=balanced_routing, check_numerics=check_numerics
-    )
+        plan, router_z_loss=float(router_z_loss), balanced_routing=balanced_routing, check_numerics=check_numerics,
+        dispatch_capacity=dispatch_capacity,
+    )  # fmt: skip
     started = time.perf_counter()
     program = capture(model, example)
     captured = time.perf_counter()
@@ -138,6 +147,8 @@ def restore(model: Model) -> Model:
     inner = unwrap(model)
     if state.shards_experts:
         parallel.gather_experts(inner)  # type: ignore[arg-type]
+    if state.plan.ep_group:
+        exchange.release(state.plan.ep_group)
     uninstall(inner)
     model.__class__ = getattr(type(model), "_moefx_base", type(model))  # type: ignore[assignment]
     return model

@@ -60,7 +60,7 @@ def pick(values: Tensor, place: Tensor) -> Tensor:
 
 
 def weighted_backward(grad: Tensor, rows: Tensor, weights: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of ``sum_rows``'s rows [R, H] and weights [R] from that of its result [N, H]; zeros for a row without token."""
+    """The gradients of ``sum_rows``'s rows [R, H] and weights [R] from its result's [N, H]; zeros for a row without token."""
     # the token of each row, -1 for none
     here = torch.where(place < 0, rows.shape[0], place).reshape(-1)
     token = torch.full((rows.shape[0] + 1,), -1, dtype=torch.int64, device=rows.device)

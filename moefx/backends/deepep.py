@@ -1,4 +1,4 @@
-"""DeepEP (https://github.com/deepseek-ai/DeepEP): dispatch and combine by its kernels, over NVLink within a node and RDMA between.
+"""DeepEP (https://github.com/deepseek-ai/DeepEP): dispatch and combine over NVLink within a node and RDMA between nodes.
 
 ``Buffer`` serves one node (also without host sync, where a capacity is given) and several; ``ElasticBuffer`` (DeepEP 2) needs
 a capacity, and is taken where there is one. DeepEP's dispatch sends a token once to each rank, its combine adds up one row
@@ -85,14 +85,17 @@ def version() -> str:
 # --- topology --------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
 def refuses_group(name: str) -> str | None:
     """Why DeepEP cannot serve this process group, or None. The first call on a group is collective; all ranks say the same."""
-    group = exchange._group(name)
+    return _refuses(exchange._group(name))
+
+
+@functools.cache
+def _refuses(group: dist.ProcessGroup) -> str | None:
     ep = group.size()
     if ep not in SIZES:
         return f"DeepEP has settings for {', '.join(map(str, SIZES))} ranks, not for {ep}"
-    mine = torch.cuda.current_device(), torch.cuda.get_device_properties("cuda").uuid.bytes.hex(), _node()
+    mine = torch.cuda.current_device(), str(torch.cuda.get_device_properties("cuda").uuid), _node()
     found: list[Any] = [None] * ep
     dist.all_gather_object(found, mine, group)
     nodes = [node for *_, node in found]
@@ -152,11 +155,11 @@ class _Buffers:
 _buffers: dict[str, _Buffers] = {}
 
 
-def release() -> None:
-    """Frees all buffers; collective over their groups."""
-    for buffers in _buffers.values():
-        buffers.close()
-    _buffers.clear()
+def release(group: str | None = None) -> None:
+    """Frees the buffers of a process group, or of all; collective over the group. The next dispatch makes new ones."""
+    for name in [group] if group else list(_buffers):
+        if name in _buffers:
+            _buffers.pop(name).close()
 
 
 def buffer_bytes(row_bytes: int, ep: int) -> tuple[int, int]:
@@ -251,7 +254,8 @@ class DeepEP:
             tokens, wait = self.resend(x, kept.handle, kept.host, call)
             return Dispatched(tokens, *(t.clone() for t in kept[1:])), wait
         buffer = _legacy(call, x.shape[1] * x.element_size())
-        tokens, (x, index, weights) = x.shape[0], self._at_least_one(x, index, weights)
+        many = x.shape[0]
+        x, index, weights = self._at_least_one(x, index, weights)
         *layout, event = buffer.get_dispatch_layout(
             index, call.num_experts, previous_event=buffer.capture(), async_finish=True, allocate_on_comm_stream=True
         )
@@ -270,8 +274,8 @@ class DeepEP:
         for t in (packed, experts):
             t.record_stream(here)
         facts = {
-            KIND: NAMES.index("deepep"), LAYER: call.layer, CAPACITY: call.capacity, TOKENS: tokens, TOP_K: top_k,
-            RECEIVED: got.shape[0], ROWS: worst * min(top_k, call.local) if worst else sum(counts), PAIRS: tokens,
+            KIND: NAMES.index("deepep"), LAYER: call.layer, CAPACITY: call.capacity, TOKENS: many, TOP_K: top_k,
+            RECEIVED: got.shape[0], ROWS: worst * min(top_k, call.local) if worst else sum(counts), PAIRS: many,
         }  # fmt: skip
         sent = Dispatched(got, experts, got_weights, packed, make_host(facts, call.ep, own=own))
         return sent, _wait(done, x, index, weights, handle)

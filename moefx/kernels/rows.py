@@ -19,11 +19,10 @@ def _sum(rows, place, weights, out, width, row_stride, TOP_K: tl.constexpr, WEIG
     total = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(TOP_K):
         at = tl.load(place + token * TOP_K + k)
-        if at >= 0:
-            row = tl.load(rows + at * row_stride + column, mask=inside, other=0.0).to(tl.float32)
-            if WEIGHTED:
-                row = row * tl.load(weights + at).to(tl.float32)
-            total += row
+        row = tl.load(rows + at * row_stride + column, mask=inside & (at >= 0), other=0.0).to(tl.float32)
+        if WEIGHTED:
+            row = row * tl.load(weights + at, mask=at >= 0, other=0.0).to(tl.float32)
+        total += row
     tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=inside)
 
 

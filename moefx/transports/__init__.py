@@ -15,7 +15,7 @@ bytes) and ``host`` (of the CPU, int64: so that nobody asks the device for it).
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -50,7 +50,9 @@ def host_size(ep: int) -> int:
     return 8 + 2 * ep + _OWN
 
 
-def make_host(facts: dict[int, int], ep: int, send: list[int] = [], receive: list[int] = [], own: list[int] = []) -> Tensor:  # noqa: B006
+def make_host(
+    facts: dict[int, int], ep: int, send: Sequence[int] = (), receive: Sequence[int] = (), own: Sequence[int] = ()
+) -> Tensor:
     """The facts as one int64 tensor of the CPU; see KIND, LAYER, ..."""
     numbers = [facts.get(i, 0) for i in range(8)]
     for part, size in ((send, ep), (receive, ep), (own, _OWN)):
@@ -74,7 +76,7 @@ class Host(NamedTuple):
 
 
 class Dispatched(NamedTuple):
-    """What ``send`` gives. Tokens on this rank: one row for each (token, this rank), by the rank that sent it, then by token."""
+    """What ``send`` gives. Tokens on this rank: one row for each that has an expert here, by the rank that sent it, then token."""
 
     tokens: Tensor  #: [N, W >= H]: a row begins with the token's H numbers
     experts: Tensor  #: [N, K] this rank's experts that the token wants, numbered from 0; -1: not here. [0, K]: packed in tokens

@@ -44,7 +44,7 @@ def all_to_all(rows: Tensor, send: list[int], receive: list[int], call: Call) ->
 
 class AllToAll:
     def shapes(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
-        (tokens, hidden), top_k, pairs = x.shape, index.shape[1], size("pairs")
+        tokens, top_k, pairs = x.shape[0], index.shape[1], size("pairs")
         there, back = self._parts(x, top_k, weights.dtype), self._parts(x, top_k, weights.dtype)[:2]
         return Shapes(
             (size("received"), row_bytes(*there) // x.dtype.itemsize),
@@ -61,7 +61,7 @@ class AllToAll:
     def send(
         self, x: Tensor, index: Tensor, weights: Tensor, call: Call, kept: Dispatched | None
     ) -> tuple[Dispatched, Wait]:
-        (tokens, top_k), ep = index.shape, call.ep
+        tokens, top_k = index.shape
         if kept is None:
             handle, host = self._agree(index, call)
         else:
