@@ -321,8 +321,8 @@ def _dispatch(
     """Sends x [T, H] to the ranks of experts index [T, K] (int64), with weights [T, K]; expert e lives on rank e // (E / ep).
 
     Returns rows [R, H], expert by expert, within an expert by source rank, then token; row_weights [R], the router's weights
-    of these rows in float32 (float64 for float64), differentiable; counts [E / ep] int64; and for ``combine``: place [N, K], the
-    row of each (token, k) that this rank received, -1 for none; handle (bytes); host (of the CPU); link (S rows, without
+    of these rows in float32 (float64 for float64), differentiable; counts [E / ep] int64; and for ``combine``: place [N, K],
+    the row of each (token, k) that this rank received, -1 for none; handle (bytes); host (of the CPU); link (S rows, without
     memory). ``group`` is the name of the ep process group; all its ranks call.
 
     ``capacity``, the most tokens that a rank ever has: buffers are made for the worst case, and neither is anything agreed nor

@@ -76,7 +76,7 @@ class Host(NamedTuple):
 
 
 class Dispatched(NamedTuple):
-    """What ``send`` gives. Tokens on this rank: one row for each that has an expert here, by the rank that sent it, then token."""
+    """What ``send`` gives: one row for each token that has an expert here, by the rank that sent it, then by token."""
 
     tokens: Tensor  #: [N, W >= H]: a row begins with the token's H numbers
     experts: Tensor  #: [N, K] this rank's experts that the token wants, numbered from 0; -1: not here. [0, K]: packed in tokens

@@ -17,6 +17,7 @@ and two transports, which differ in the order of float32 sums only, are within 2
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import os
 import sys
@@ -102,6 +103,12 @@ def transports() -> dict[str, dict[str, Any]]:
     return found
 
 
+def spread(transport: str, how: dict, options: dict, x: Tensor, index: Tensor, weights: Tensor, *parameters: Tensor) -> Tensor:
+    rows, row_weights, counts, *way = exchange.dispatch_by(transport)(x, index, weights, **how)
+    rows = grouped.grouped_mlp(rows, counts, *parameters, **options)
+    return exchange.combine(rows, row_weights, index, *way, num_experts=how["num_experts"], group=how["group"])
+
+
 # --- the experts of each family --------------------------------------------------------------------------------------
 
 
@@ -125,7 +132,7 @@ def blocks(names: list[str], routings: list[str], tokens: int) -> None:
             many, index, weights = routed(routing, k, e, tokens)
             x, grad = random(many, h, seed=10 + RANK), random(many, h, seed=50 + RANK)
 
-            def run(function, x, weights, parameters, dtype):
+            def run(function, parameters, dtype, x=x, index=index, weights=weights, grad=grad):
                 x = x.detach().to(dtype, copy=True).requires_grad_()
                 weights = weights.clone().requires_grad_()
                 own = [None if p is None else p.detach().to(dtype, copy=True).requires_grad_() for p in parameters]
@@ -133,12 +140,10 @@ def blocks(names: list[str], routings: list[str], tokens: int) -> None:
                 y.backward(grad.to(dtype))
                 return [y.detach(), x.grad, weights.grad], [p.grad for p in own if p is not None]
 
-            def alone(x, index, weights, up, up_bias, down, down_bias):
-                return ops.experts(x, index, weights, up, up_bias, down, down_bias, **b)
-
             whole = (up, biases[0], down, biases[1])
-            exact, exact_p = run(alone, x, weights, whole, torch.float32)
-            one, one_p = run(alone, x, weights, whole, torch.bfloat16)
+            alone = functools.partial(ops.experts, **b)
+            exact, exact_p = run(alone, whole, torch.float32)
+            one, one_p = run(alone, whole, torch.bfloat16)
             for part in (exact_p, one_p):
                 for g in part:  # as float32: a sum over ranks in bfloat16 would be an error of the reference
                     dist.all_reduce(summed := g.float())
@@ -148,14 +153,8 @@ def blocks(names: list[str], routings: list[str], tokens: int) -> None:
             for mover, options in movers.items():
                 name = mover.split(",")[0]
                 how = {"num_experts": e, "group": group, "capacity": (tokens + 8) if options else 0}
-                send = exchange.dispatch_by("" if name.startswith("all") else name)
-
-                def over_ranks(x, index, weights, *parameters):
-                    rows, row_weights, counts, *way = send(x, index, weights, **how)
-                    rows = grouped.grouped_mlp(rows, counts, *parameters, **b)
-                    return exchange.combine(rows, row_weights, index, *way, num_experts=e, group=group)
-
-                found, found_p = run(over_ranks, x, weights, local, torch.bfloat16)
+                over_ranks = functools.partial(spread, "" if name.startswith("all") else name, how, b)
+                found, found_p = run(over_ranks, local, torch.bfloat16)
                 results[mover] = [*found, *found_p]
                 names_of = ["y", "x.grad", "weights.grad", *[f"parameter {n}.grad" for n in range(len(found_p))]]
                 worst = (0.0, "", 0.0, 0.0)
