@@ -24,7 +24,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.distributed.checkpoint import _redistribute_state_dict
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from . import hf
+from . import faults, hf
 from .errors import MoefxError
 
 _WEIGHTS, _INDEX = "model{suffix}.safetensors", "model.safetensors.index.json"
@@ -34,6 +34,7 @@ _NEW = ".incomplete"
 # --- Hugging Face layout ---------------------------------------------------------------------------------------------
 
 
+@faults.named()
 def save_pretrained(
     model: Any, folder: str | os.PathLike, *, max_shard_size: int | str = "50GB", save_original_format: bool = True
 ) -> None:
@@ -150,6 +151,7 @@ def _state(model: Any, optimizer: torch.optim.Optimizer | None) -> dict[str, Any
     return found
 
 
+@faults.named()
 def save_checkpoint(
     folder: str | os.PathLike, model: Any, optimizer: torch.optim.Optimizer | None = None, **extra: Any
 ) -> None:
@@ -180,6 +182,7 @@ def save_checkpoint(
     _barrier()
 
 
+@faults.named()
 def load_checkpoint(folder: str | os.PathLike, model: Any, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
     """Reads what ``save_checkpoint`` wrote, at any ``ep_size`` and number of ranks; returns ``extra``.
 

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from . import faults
 
+
+@faults.named()
 def clip_grad_norm_(
     parameters: nn.Module | Iterable[Tensor],
     max_norm: float,

@@ -15,3 +15,7 @@ class PassError(MoefxError):
 
 class VerifyError(MoefxError):
     """The optimized model does not compute what the original computes, within the tolerance stated."""
+
+
+class RankLostError(RuntimeError):
+    """A collective failed because another rank does not live any more; the message says which and since when."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from . import aux_loss, checkpoint, exchange, hf, sharded
+from . import aux_loss, checkpoint, exchange, faults, hf, sharded
 from .adapters import unwrap
 from .capture import Call, capture_module, flatten, foreign_hooks
 from .errors import CaptureError, MoefxError
@@ -382,7 +382,7 @@ def _model_forward(base: type) -> Callable:
         self._moefx_routing.start()
         mean = kwargs.get("num_items_in_batch") is None
         everywhere = state.global_aux_loss and self.training and not state.bypass
-        with aux_loss.over_all_ranks(self, mean) if everywhere else contextlib.nullcontext():
+        with faults.named(), aux_loss.over_all_ranks(self, mean) if everywhere else contextlib.nullcontext():
             return self._moefx_routing.finish(state, run(self, args, kwargs))
 
     def run(self, args, kwargs):

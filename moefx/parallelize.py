@@ -25,7 +25,7 @@ from transformers.distributed import DistributedConfig
 from transformers.distributed.utils import TransformersDeviceMesh
 from transformers.utils import is_accelerate_available
 
-from . import hf, parallel, sharded
+from . import faults, hf, parallel, sharded
 from .adapters import inside
 from .errors import MoefxError
 from .optimize import optimize
@@ -65,6 +65,7 @@ def parallelize(
     offload_policy: OffloadPolicy | None = None,
     dtype: torch.dtype | None = None,
     global_aux_loss: bool = True,
+    lost_after: float = 60.0,
     **options: Any,
 ) -> Any:
     """Spreads a model over all ranks (FSDP2, HSDP, expert parallelism) and optimizes it. Returns the model.
@@ -82,12 +83,16 @@ def parallelize(
         dtype: of the parameters, if ``model`` is a folder (default: what its configuration says).
         global_aux_loss: with ``output_router_logits``, the auxiliary load-balancing loss is that of all ranks' tokens
             together, as one process would compute it (one small all-reduce); otherwise each rank's own.
+        lost_after: seconds without a sign of life after which a rank counts as lost, the others say which and end
+            (:func:`moefx.watch_ranks`); 0: nobody watches.
         options: of :func:`moefx.optimize` (``compile``, ``pipeline``, ``backends``, ``strict``, ``example``, ...).
 
     Raises:
         MoefxError: bad sizes; a checkpoint that lacks a tensor of the model, has one too many, or one of another shape.
     """
     layout = _layout(ep_size, dp_replicate, mp_policy, reshard_after_forward, offload_policy)
+    if lost_after:
+        faults.watch(lost_after)
     for name in ("mesh", "verify"):
         if name in options:
             raise MoefxError(f"parallelize does not take {name}: it makes its own meshes; call moefx.verify on a small model")

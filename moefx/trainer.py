@@ -6,13 +6,16 @@ for a model that is spread over ranks.
 
 from __future__ import annotations
 
+import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
-from . import checkpoint, routing, sharded
+from . import checkpoint, faults, routing, sharded
 from .adapters import unwrap
 from .errors import MoefxError
 
@@ -61,6 +64,13 @@ class TrainerMixin:
         if log_router_load:
             routing.count_routes(unwrap(self.model))
 
+    def train(self, resume_from_checkpoint: Any = None, *rest: Any, **named: Any) -> Any:
+        """As the Trainer's; ``resume_from_checkpoint=True`` takes the last checkpoint that was written to its end."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = _last_complete(Path(self.args.output_dir)) or True  # True: the Trainer says what it wants
+        with faults.named():
+            return super().train(resume_from_checkpoint, *rest, **named)  # type: ignore[misc]
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._counts and "loss" in logs:
             load = routing.expert_load(unwrap(self.model), "log")
@@ -97,6 +107,20 @@ class TrainerMixin:
 
 class Trainer(TrainerMixin, transformers.Trainer):
     """``transformers.Trainer`` with :class:`TrainerMixin`."""
+
+
+def _last_complete(folder: Path) -> str | None:
+    """The Trainer writes its state last: a checkpoint without, or with half of it, was interrupted."""
+    for path in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
+        with contextlib.suppress(OSError, ValueError):
+            json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            return str(path)
+    return None
+
+
+def _step(path: Path) -> int:
+    number = path.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1
 
 
 def _plain(optimizer: Any) -> Any:
