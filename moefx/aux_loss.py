@@ -20,7 +20,7 @@ from torch import Tensor
 NAME = "load_balancing_loss_func"
 
 
-class _SumOverRanks(torch.autograd.Function):
+class SumOverRanks(torch.autograd.Function):
     """The sum of all ranks' values; each rank's gradient is that of its own part, times ``scale``."""
 
     @staticmethod
@@ -33,6 +33,15 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         return grad * ctx.scale, None
+
+
+def gradient_scale(mean_of_ranks: bool) -> float:
+    """For losses of all ranks' tokens, so that their gradients become those of one process.
+
+    ``mean_of_ranks``: the ranks' gradients will be averaged, and that is all; else the caller multiplies the loss by the number
+    of ranks, as the Trainer does when it divides by ``num_items_in_batch``.
+    """
+    return float(dist.get_world_size()) if mean_of_ranks else 1.0
 
 
 def load_balancing_loss(
@@ -73,9 +82,7 @@ def _same(theirs: Callable) -> bool:
 def over_all_ranks(model: Any, mean_of_ranks: bool) -> Iterator[None]:
     """Within: the model's forward computes its auxiliary loss over the tokens of all ranks.
 
-    ``mean_of_ranks``: the ranks' gradients will be averaged (else the caller multiplies the loss by their number, as the
-    Trainer does when it divides by ``num_items_in_batch``); either way they become those of one process. A family with another
-    loss keeps it, computed by each rank on its own tokens.
+    ``mean_of_ranks``: see :func:`gradient_scale`. A family with another loss keeps it, computed by each rank on its own tokens.
     """
     modules = [sys.modules[c.__module__] for c in type(model).__mro__]  # FSDP's and moefx's classes come first
     module = next((m for m in modules if hasattr(m, NAME)), None)
@@ -83,11 +90,11 @@ def over_all_ranks(model: Any, mean_of_ranks: bool) -> Iterator[None]:
     if theirs is None or not _same(theirs):
         yield
         return
-    scale = float(dist.get_world_size()) if mean_of_ranks else 1.0
+    scale = gradient_scale(mean_of_ranks)
 
     def ours(gate_logits: Any, num_experts: Any = None, top_k: Any = 2, attention_mask: Any = None) -> Any:
         return load_balancing_loss(
-            gate_logits, num_experts, top_k, attention_mask, total=lambda x: _SumOverRanks.apply(x, scale)
+            gate_logits, num_experts, top_k, attention_mask, total=lambda x: SumOverRanks.apply(x, scale)
         )
 
     setattr(module, NAME, ours)

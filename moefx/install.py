@@ -382,8 +382,13 @@ def _model_forward(base: type) -> Callable:
         self._moefx_routing.start()
         mean = kwargs.get("num_items_in_batch") is None
         everywhere = state.global_aux_loss and self.training and not state.bypass
+
+        def total(x: Tensor) -> Tensor:
+            return aux_loss.SumOverRanks.apply(x, aux_loss.gradient_scale(mean))  # type: ignore[no-untyped-call]
+
         with faults.named(), aux_loss.over_all_ranks(self, mean) if everywhere else contextlib.nullcontext():
-            return self._moefx_routing.finish(state, run(self, args, kwargs))
+            out = run(self, args, kwargs)
+            return self._moefx_routing.finish(state, out, kwargs.get("attention_mask"), total if everywhere else lambda x: x)
 
     def run(self, args, kwargs):
         state: Optimized = self._moefx

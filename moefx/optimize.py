@@ -71,7 +71,8 @@ def optimize(
         compile: compile each function with torch.compile: True for Inductor, a string for another compiler backend.
         strict: raise, instead of warning, if something that the model promises is not raised.
         verify: compare loss and all gradients with the original model on ``example`` and raise if they differ.
-        router_z_loss: adds this times ``sum over layers of mean(logsumexp(router logits)^2)`` to the loss (arXiv 2202.08906).
+        router_z_loss: adds this times ``sum over layers of mean(logsumexp(router logits)^2)`` to the loss (arXiv 2202.08906);
+            the mean is over tokens that are not padding, under ``parallelize`` over those of all ranks.
         balanced_routing: send tokens to experts in turn, whatever the routers say. For benchmarks only: nothing is learnt.
         check_numerics: raise MoefxError, naming forward and layer, when routing logits are NaN or infinite. The host waits
             once a forward.

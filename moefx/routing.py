@@ -7,7 +7,7 @@ with the choices is Python around compiled code, and costs nothing where nobody 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -133,19 +133,30 @@ class Routing:
         self.logits, self.nonfinite, self.z_loss = [], [], None
         self.forwards += 1
 
-    def finish(self, state: Optimized, out: Any) -> Any:
-        """Checks the forward's numbers and adds to its loss what the plan asks for."""
+    def finish(self, state: Optimized, out: Any, mask: Tensor | None, total: Callable[[Tensor], Tensor]) -> Any:
+        """Checks the forward's numbers and adds to its loss what the plan asks for.
+
+        ``mask`` [B, S]: which tokens are not padding. ``total`` makes sums over this rank's tokens those over all ranks'.
+        """
         if self.nonfinite:
             self._raise_if_not_finite()
         loss = out[0] if isinstance(out, tuple) and out else getattr(out, "loss", None)
         if self.logits and isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad:
-            z = torch.stack([torch.logsumexp(x.float(), dim=-1).square().mean() for x in self.logits]).sum()
+            z = self._mean_square_logsumexp(mask, total)
             self.z_loss, self.logits = z.detach(), []
             loss = loss + state.plan.router_z_loss * z
             if isinstance(out, tuple):
                 return (loss, *out[1:])
             out.loss = loss
         return out
+
+    def _mean_square_logsumexp(self, mask: Tensor | None, total: Callable[[Tensor], Tensor]) -> Tensor:
+        squares = torch.stack([torch.logsumexp(x.float(), dim=-1).square() for x in self.logits]).sum(0)  # [T]
+        counts = torch.ones_like(squares)
+        if mask is not None and mask.numel() == counts.numel():
+            counts = mask.reshape(-1).to(counts)
+        squares, tokens = total(torch.stack(((squares * counts).sum(), counts.sum()))).unbind()
+        return squares / tokens
 
     def _raise_if_not_finite(self) -> None:
         many = torch.stack([n for _, n in self.nonfinite]).tolist()  # the only time that the host waits
