@@ -1,6 +1,4 @@
-"""Runs a function on several gloo ranks of this machine: ``run(fn, world_size, *args)``; for tests, loopback only.
-
-A spawn costs seconds (each rank imports torch and moefx), so a file runs all its cases in one spawn per world size::
+"""Runs a function on several gloo ranks of this machine: ``run(fn, world_size, *args)``; for tests, loopback only, no GPU.
 
     from spawn import run          # tests/ranks/conftest.py puts this folder on the path
 
@@ -8,23 +6,34 @@ A spawn costs seconds (each rank imports torch and moefx), so a file runs all it
         ...                        # the default process group is there; returns anything torch.save takes
 
     results = run(cases, 2, 0)     # [what rank 0 returned, what rank 1 returned]
+
+Ranks are forked from a server that has imported torch, Transformers and moefx and has optimized two models: a new rank would
+spend 15 seconds on that, a forked one none. Each job has processes of its own, so nothing of one reaches the next: no process
+group, no global, no hung rank. The server is started with the first job of a pytest process and ends with it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib.util
 import os
+import pickle
+import select
+import signal
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+ROOT = Path(__file__).parent.parent.parent
+#: Seconds for the server's imports, on a machine that does much else.
+START = 300.0
 
 
 def run(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0) -> list[Any]:
@@ -34,36 +43,133 @@ def run(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60
         RuntimeError: with the traceback of the rank that failed first (the others usually fail after it, and say less).
         TimeoutError: some rank did not return within ``timeout`` seconds; all were stopped.
     """
+    import torch
+
     with tempfile.TemporaryDirectory() as folder:
         job = (fn.__code__.co_filename, fn.__qualname__, world_size, folder, args)
-        context = mp.start_processes(_rank, args=job, nprocs=world_size, join=False, start_method="spawn")
-        assert context is not None
-        deadline, done, died = time.monotonic() + timeout, False, None
-        try:
-            while not done and time.monotonic() < deadline:
-                done = context.join(timeout=max(0.0, deadline - time.monotonic()))
-        except Exception as error:  # a rank ended badly: what it wrote itself says more
-            died = error
-        finally:
-            for process in context.processes:
-                if process.is_alive():
-                    process.kill()
-                process.join()
+        ended = _Server.current().ask(job, timeout)
+        if ended not in ("", "late"):
+            raise RuntimeError(f"{ended} of {world_size} ended without a word")
         failures = sorted(Path(folder).glob("error-*"), key=lambda p: float(p.read_text().split("\n", 1)[0]))
         if failures:
             rank, text = failures[0].name.removeprefix("error-"), failures[0].read_text().split("\n", 1)[1]
-            raise RuntimeError(f"rank {rank} of {world_size} failed first:\n{text}") from None
-        if died is not None:
-            raise RuntimeError(f"a rank of {world_size} ended without a word: {died}") from died
-        if not done:
+            raise RuntimeError(f"rank {rank} of {world_size} failed first:\n{text}")
+        if ended == "late":
             raise TimeoutError(f"{fn.__qualname__} did not return on all {world_size} ranks within {timeout:.0f} s")
         return [torch.load(Path(folder, f"result-{r}"), weights_only=False) for r in range(world_size)]
 
 
-def _rank(rank: int, file: str, name: str, world_size: int, folder: str, args: tuple) -> None:
+class _Server:
+    """This file as a process of its own, spoken to through its standard input and output."""
+
+    _one: _Server | None = None
+
+    @classmethod
+    def current(cls) -> _Server:
+        if cls._one is None or cls._one.process.poll() is not None:
+            cls._one = cls()
+        return cls._one
+
+    def __init__(self) -> None:
+        # one thread, so that it may fork; no GPU, for a process that has seen one may not
+        one = {n: "1" for n in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+        environment = {**os.environ, **one, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        self._read(START, "import what the ranks need")
+
+    def ask(self, job: tuple, timeout: float) -> str:
+        """"" when all ranks have ended, "late" when some had to be stopped, else which one ended without a word."""
+        assert self.process.stdin is not None
+        pickle.dump((job, timeout), self.process.stdin)
+        self.process.stdin.flush()
+        return self._read(timeout + 30, "answer")
+
+    def _read(self, seconds: float, what: str) -> Any:
+        assert self.process.stdout is not None
+        if select.select([self.process.stdout], [], [], seconds)[0]:
+            with contextlib.suppress(EOFError):
+                return pickle.load(self.process.stdout)
+        self.process.kill()
+        raise RuntimeError(f"the ranks' server did not {what} within {seconds:.0f} s (exit code {self.process.wait()})")
+
+
+# --- in the server ---------------------------------------------------------------------------------------------------
+
+
+def _serve() -> None:
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)  # what ranks print belongs to the test's captured output, not to the protocol
+    _warm_up()
+    gc.freeze()  # pages that the collector does not touch stay shared with the ranks
+    _reply(replies, "ready")
+    while True:
+        try:
+            job, timeout = pickle.load(requests)
+        except EOFError:
+            return
+        _reply(replies, _run_ranks(job, timeout, (requests, replies)))
+
+
+def _reply(replies: BinaryIO, what: str) -> None:
+    pickle.dump(what, replies)
+    replies.flush()
+
+
+def _warm_up() -> None:
+    """What every rank would import, and the patterns that every rank would trace."""
+    sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+    import torch
+
     torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    import moefx
+    from tests.families import build
+
+    with torch.random.fork_rng(devices=[]):
+        for family in ("qwen3_moe", "deepseek_v3"):
+            moefx.optimize(build(family), compile=False)
+
+
+def _run_ranks(job: tuple, timeout: float, inherited: tuple[BinaryIO, ...]) -> str:
+    ranks: dict[int, int] = {}
+    for rank in range(job[2]):
+        pid = os.fork()
+        if pid == 0:
+            _rank(rank, inherited, *job)
+        ranks[pid] = rank
+    deadline, running, codes = time.monotonic() + timeout, dict(ranks), {}
     try:
+        while running and time.monotonic() < deadline:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid:
+                rank = running.pop(pid)
+                codes[rank] = os.waitstatus_to_exitcode(status)
+                if codes[rank]:  # the others follow: give those that went first the time to be seen
+                    deadline = min(deadline, time.monotonic() + 0.2)
+            else:
+                time.sleep(0.005)
+    finally:
+        for pid in ranks:  # a rank leads a group: what it has started ends with it
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+        for pid in running:
+            os.waitpid(pid, 0)
+    told = {int(p.name.removeprefix("error-")) for p in Path(job[3]).glob("error-*")}
+    silent = [f"rank {rank} (exit code {code})" for rank, code in codes.items() if code and rank not in told]
+    return silent[0] if silent else "late" if running else ""
+
+
+def _rank(rank: int, inherited: tuple[BinaryIO, ...], file: str, name: str, world_size: int, folder: str, args: tuple) -> None:
+    code = 1
+    try:
+        os.setpgid(0, 0)
+        for stream in inherited:
+            os.close(stream.fileno())
+        import torch
+        import torch.distributed as dist
+
         # by file, not by module name: pytest's importlib mode gives test modules names that nobody can import
         spec = importlib.util.spec_from_file_location("ranks_of_" + Path(file).stem, file)
         assert spec is not None and spec.loader is not None
@@ -74,8 +180,16 @@ def _rank(rank: int, file: str, name: str, world_size: int, folder: str, args: t
         torch.save(getattr(module, name)(rank, world_size, *args), Path(folder, f"result-{rank}"))
         dist.barrier()  # nobody closes a connection that a slower rank still reads
         dist.destroy_process_group()
-    except Exception:
+        code = 0
+    except BaseException:
         now = time.time()
         Path(folder, f"part-{rank}").write_text(f"{now}\n{traceback.format_exc()}")
         Path(folder, f"part-{rank}").rename(Path(folder, f"error-{rank}"))
-        raise
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # without the server's way out
+
+
+if __name__ == "__main__":
+    _serve()
