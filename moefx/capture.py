@@ -243,6 +243,7 @@ def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module],
         with (
             warnings.catch_warnings(), _without_checkpointing(module), sharded.as_one_process(module), hf.emitting() as callers,
             _refusing_autograd_functions(), torch.enable_grad(),
+            torch._dynamo.config.patch(fake_tensor_cache_enabled=False),  # with symbolic sizes it costs more than it saves
             torch.autocast(call.device.type if call.device.type != "meta" else "cpu", enabled=False),
         ):  # fmt: skip
             warnings.simplefilter("ignore")
