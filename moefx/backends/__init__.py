@@ -56,9 +56,9 @@ class Choice:
 
 def builtin() -> dict[str, Backend]:
     """The backends of this package by name, in the default order."""
-    from . import deepep, reference, torch, triton
+    from . import deepep, quack, reference, torch, triton
 
-    return {b.name: b for b in (deepep.BACKEND, triton.BACKEND, torch.BACKEND, reference.BACKEND)}
+    return {b.name: b for b in (deepep.BACKEND, quack.BACKEND, triton.BACKEND, torch.BACKEND, reference.BACKEND)}
 
 
 def resolve(backends: Sequence[str | Backend] | None) -> tuple[Backend, ...]:

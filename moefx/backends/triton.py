@@ -6,13 +6,14 @@ Triton is imported when a kernel first runs, so that this table can be read anyw
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx
 
 from .. import grouped, ops
 from ..graph import arguments, dtype_of, value
-from ..kernels.experts import fused_experts, fused_grouped_mlp
+from ..kernels.experts import KNOWN, fused_experts, fused_grouped_mlp
 from . import Backend, Kernel
 from .torch import refuses_experts as _torch_refuses
 
@@ -20,61 +21,74 @@ from .torch import refuses_experts as _torch_refuses
 CAPABILITY = (9, 0)
 
 
-def experts(
-    x: Tensor,
-    index: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    up_bias: Tensor | None,
-    down: Tensor,
-    down_bias: Tensor | None,
-    *,
-    activation: str,
-    alpha: float = 0.0,
-    limit: float = 0.0,
-    transposed: bool = False,
-    interleaved: bool = False,
-) -> Tensor:
-    """The kernel of ``moefx.experts``."""
-    return fused_experts(
-        x, index, weights, up, up_bias, down, down_bias, activation, alpha, limit, transposed, interleaved
-    )[0]
+def experts_by(gemm: str) -> Callable[..., Tensor]:
+    """The kernel of ``moefx.experts`` around a grouped GEMM of :mod:`moefx.kernels.grouped_gemm`."""
+
+    def experts(
+        x: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        up: Tensor,
+        up_bias: Tensor | None,
+        down: Tensor,
+        down_bias: Tensor | None,
+        *,
+        activation: str,
+        alpha: float = 0.0,
+        limit: float = 0.0,
+        transposed: bool = False,
+        interleaved: bool = False,
+    ) -> Tensor:
+        return fused_experts(
+            x, index, weights, up, up_bias, down, down_bias, activation, alpha, limit, transposed, interleaved, gemm
+        )[0]
+
+    return experts
 
 
-def grouped_mlp(
-    rows: Tensor,
-    counts: Tensor,
-    up: Tensor,
-    up_bias: Tensor | None,
-    down: Tensor,
-    down_bias: Tensor | None,
-    *,
-    activation: str,
-    alpha: float = 0.0,
-    limit: float = 0.0,
-    transposed: bool = False,
-    interleaved: bool = False,
-    grad_scale: float = 1.0,
-) -> Tensor:
-    """The kernel of ``moefx.grouped_mlp``."""
-    return fused_grouped_mlp(
-        rows, counts, up, up_bias, down, down_bias, activation, alpha, limit, transposed, interleaved, grad_scale
-    )[0]
+def grouped_mlp_by(gemm: str) -> Callable[..., Tensor]:
+    """The kernel of ``moefx.grouped_mlp``, likewise."""
+
+    def grouped_mlp(
+        rows: Tensor,
+        counts: Tensor,
+        up: Tensor,
+        up_bias: Tensor | None,
+        down: Tensor,
+        down_bias: Tensor | None,
+        *,
+        activation: str,
+        alpha: float = 0.0,
+        limit: float = 0.0,
+        transposed: bool = False,
+        interleaved: bool = False,
+        grad_scale: float = 1.0,
+    ) -> Tensor:
+        return fused_grouped_mlp(
+            rows, counts, up, up_bias, down, down_bias, activation, alpha, limit, transposed, interleaved, grad_scale, gemm
+        )[0]
+
+    return grouped_mlp
 
 
-def _refuses_experts(node: fx.Node) -> str | None:
+def refuses_experts(node: fx.Node) -> str | None:
+    """Why these kernels cannot run the experts of ``node``."""
     given = arguments(node)
     up = value(given["up"])
     if up.device.type != "cuda":
         return f"Triton's kernels run on CUDA devices, the experts are on {up.device.type}"
     if up.dtype != torch.bfloat16 or dtype_of(given["down"]) != torch.bfloat16:
-        return f"torch's grouped GEMM wants bf16 weights, these are {up.dtype} and {dtype_of(given['down'])}"
+        return f"its grouped GEMM wants bf16 weights, these are {up.dtype} and {dtype_of(given['down'])}"
+    if given["activation"] not in KNOWN:
+        return f"it has no kernel for the activation {given['activation']}, only for {', '.join(sorted(KNOWN))}"
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < CAPABILITY:
-        return f"torch's grouped GEMM needs compute capability 9.0, this device has {torch.cuda.get_device_capability()}"
+        have = ".".join(map(str, torch.cuda.get_device_capability()))
+        return f"its grouped GEMM needs compute capability 9.0, this device has {have}"
     return _torch_refuses(node)
 
 
-def _available() -> str | None:
+def available() -> str | None:
+    """Why Triton cannot be used here, or None."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed: pip install 'moefx[gpu]'"
     if not torch.cuda.is_available():
@@ -85,8 +99,12 @@ def _available() -> str | None:
 BACKEND = Backend(
     "triton",
     {
-        ops.experts: Kernel(experts, _refuses_experts, "counting sort, grouped GEMMs, fused activation, no atomics"),
-        grouped.grouped_mlp: Kernel(grouped_mlp, _refuses_experts, "grouped GEMMs, activation fused and recomputed"),
+        ops.experts: Kernel(
+            experts_by("torch"), refuses_experts, "torch's grouped GEMM; counting sort, fused activation, no atomics"
+        ),
+        grouped.grouped_mlp: Kernel(
+            grouped_mlp_by("torch"), refuses_experts, "torch's grouped GEMM; activation fused and recomputed"
+        ),
     },
-    _available,
+    available,
 )

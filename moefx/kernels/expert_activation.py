@@ -30,12 +30,6 @@ class Gate:
         return ACTIVATIONS[self.activation].gated
 
 
-#: The activations that ``_act`` and ``_gate`` know.
-KNOWN = frozenset({
-    "swiglu", "geglu_tanh", "geglu", "reglu", "clamped_swiglu", "oai_swiglu", "relu2", "silu", "gelu", "gelu_tanh", "relu",
-})  # fmt: skip
-
-
 @triton.jit
 def _act(x, KIND: tl.constexpr):
     """A one-argument activation and its derivative, in fp32."""
@@ -114,10 +108,11 @@ def _load(h, bias, row, column, there, size, expert, GATED: tl.constexpr, INTERL
 
 @triton.jit
 def _forward(
-    h, bias, offsets, a, rows, size, experts, ALPHA: tl.constexpr, LIMIT: tl.constexpr, KIND: tl.constexpr,
+    h, bias, offsets, a, size, experts, ALPHA: tl.constexpr, LIMIT: tl.constexpr, KIND: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    rows = tl.load(offsets + experts - 1)  # what comes after the last expert's rows means nothing
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = (row < rows)[:, None] & (column < size)[None, :]
@@ -132,10 +127,11 @@ def _forward(
 
 @triton.jit
 def _backward(
-    h, bias, offsets, to_a, weights, order, to_h, weighted, to_weights, rows, size, experts, ALPHA: tl.constexpr,
+    h, bias, offsets, to_a, weights, order, to_h, weighted, to_weights, size, experts, ALPHA: tl.constexpr,
     LIMIT: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr,
     WEIGHTED: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    rows = tl.load(offsets + experts - 1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     expert = _expert_of(row, offsets, experts, EXPERTS) if BIASED else row
     if WEIGHTED:
@@ -186,7 +182,7 @@ def forward(h: Tensor, bias: Tensor | None, offsets: Tensor, gate: Gate) -> Tens
     tile = _sizes(size)
     if a.numel():
         _forward[(triton.cdiv(rows, tile["ROWS"]), triton.cdiv(size, tile["BLOCK"]))](
-            h, h if bias is None else bias, offsets, a, rows, size, len(offsets), **_options(gate, bias, offsets), **tile
+            h, h if bias is None else bias, offsets, a, size, len(offsets), **_options(gate, bias, offsets), **tile
         )
     return a
 
@@ -207,7 +203,7 @@ def backward(
     if to_a.numel():
         _backward[(triton.cdiv(rows, tile["ROWS"]),)](
             h, h if bias is None else bias, offsets, to_a, h if weights is None else weights.contiguous(),
-            offsets if order is None else order, to_h, weighted, h if to_weights is None else to_weights, rows, size,
+            offsets if order is None else order, to_h, weighted, h if to_weights is None else to_weights, size,
             len(offsets), WEIGHTED=weights is not None, **_options(gate, bias, offsets), **tile,
         )  # fmt: skip
     return to_h, weighted, to_weights

@@ -15,7 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..grouped import _grouped_gemm, _grouped_outer, _matrices
+from ..grouped import _matrices
+from . import grouped_gemm
+
+#: The activations that :mod:`moefx.kernels.expert_activation` has kernels for.
+KNOWN = frozenset({
+    "swiglu", "geglu_tanh", "geglu", "reglu", "clamped_swiglu", "oai_swiglu", "relu2", "silu", "gelu", "gelu_tanh", "relu",
+})  # fmt: skip
 
 #: In the operations below: up, up_bias, down, down_bias.
 Weights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
@@ -27,12 +33,8 @@ def _gate(activation: str, alpha: float, limit: float, interleaved: bool) -> Any
     return Gate(activation, alpha, limit, interleaved)
 
 
-def _up(rows: Tensor, up: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
-    return _grouped_gemm(rows.to(up.dtype), _matrices(up, transposed), offsets)
-
-
 def _gradients(
-    to_out: Tensor, h: Tensor, rows: Tensor, offsets: Tensor, weights: Weights, gate: Any, transposed: bool,
+    to_out: Tensor, h: Tensor, rows: Tensor, bounds: Tensor, weights: Weights, gate: Any, transposed: bool, gemm: str,
     needs: Sequence[bool], row_weights: Tensor | None = None, order: Tensor | None = None,
 ) -> tuple[Tensor | None, list[Tensor | None], Tensor | None]:  # fmt: skip
     """Gradients of rows [R, H], of the four ``weights`` and of ``row_weights`` [T, K], from to_out [R, H]: that of the weighted
@@ -40,12 +42,14 @@ def _gradients(
     from . import expert_activation as act
 
     up, up_bias, down, down_bias = weights
-    to_a = _grouped_gemm(to_out, _matrices(down, transposed).transpose(1, 2), offsets)
+    offsets = bounds[1:]
+    to_a = grouped_gemm.rows(gemm, to_out, _matrices(down, transposed).transpose(1, 2), bounds)
     to_h, weighted, to_weights = act.backward(h, up_bias, offsets, to_a, gate, row_weights, order)
     del to_a
 
     def outer(of_in: Tensor, of_out: Tensor) -> Tensor:
-        return _grouped_outer(of_in, of_out, offsets) if transposed else _grouped_outer(of_out, of_in, offsets)
+        pair = (of_in, of_out) if transposed else (of_out, of_in)
+        return grouped_gemm.outer(gemm, *pair, bounds)
 
     found: list[Tensor | None] = [None] * 4
     if needs[3]:
@@ -59,8 +63,9 @@ def _gradients(
     if needs[2]:
         assert up_bias is not None
         found[1] = act.segment_sum(to_h, offsets, up_bias.dtype)
-    to_rows = _grouped_gemm(to_h, _matrices(up, transposed).transpose(1, 2), offsets) if needs[0] else None
-    return to_rows, found, to_weights
+    if not needs[0]:
+        return None, found, to_weights
+    return grouped_gemm.rows(gemm, to_h, _matrices(up, transposed).transpose(1, 2), bounds), found, to_weights
 
 
 def _or_empty(found: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
@@ -70,37 +75,37 @@ def _or_empty(found: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
 # --- experts ---------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("moefx::fused_experts", mutates_args=(), device_types=None)
+@torch.library.custom_op("moefx::fused_experts", mutates_args=())
 def fused_experts(
     x: Tensor, index: Tensor, weights: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
-    activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool,
+    activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool, gemm: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """y [T, H] in x's dtype; then, for the backward, h [T*K, 2I or I], order and inverse [T*K], offsets [E] (int32)."""
+    """y [T, H] in x's dtype; then, for the backward, h [T*K, 2I or I], order and inverse [T*K], bounds [E + 1] (int32)."""
     from . import expert_activation as act
     from .permute import expand, reduce, sort_by_expert
 
     top_k = index.shape[1]
-    order, inverse, offsets = sort_by_expert(index, up.shape[0])
-    h = _up(expand(x.to(up.dtype), inverse, top_k), up, offsets, transposed)
-    a = act.forward(h, up_bias, offsets, _gate(activation, alpha, limit, interleaved))
-    rows = _grouped_gemm(a, _matrices(down, transposed), offsets)
+    order, inverse, bounds = sort_by_expert(index, up.shape[0])
+    h = grouped_gemm.rows(gemm, expand(x.to(up.dtype), inverse, top_k), _matrices(up, transposed), bounds)
+    a = act.forward(h, up_bias, bounds[1:], _gate(activation, alpha, limit, interleaved))
+    rows = grouped_gemm.rows(gemm, a, _matrices(down, transposed), bounds)
     del a
     y = reduce(rows, inverse, top_k, x.dtype, weights=weights, index=index, bias=down_bias)
-    return y, h, order, inverse, offsets
+    return y, h, order, inverse, bounds
 
 
 @fused_experts.register_fake
-def _(x, index, weights, up, up_bias, down, down_bias, activation, alpha, limit, transposed, interleaved):
+def _(x, index, weights, up, up_bias, down, down_bias, activation, alpha, limit, transposed, interleaved, gemm):
     rows = index.shape[0] * index.shape[1]
-    integers = [index.new_empty(n, dtype=torch.int32) for n in (rows, rows, up.shape[0])]
+    integers = [index.new_empty(n, dtype=torch.int32) for n in (rows, rows, up.shape[0] + 1)]
     return torch.empty_like(x), up.new_empty(rows, _matrices(up, transposed).shape[2]), *integers
 
 
 @torch.library.custom_op("moefx::fused_experts_backward", mutates_args=())
 def fused_experts_backward(
-    grad: Tensor, h: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, x: Tensor, index: Tensor, weights: Tensor,
+    grad: Tensor, h: Tensor, order: Tensor, inverse: Tensor, bounds: Tensor, x: Tensor, index: Tensor, weights: Tensor,
     up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, activation: str, alpha: float, limit: float,
-    transposed: bool, interleaved: bool, needs: list[bool],
+    transposed: bool, interleaved: bool, gemm: str, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weights, up, up_bias, down, down_bias. ``needs``: of which (weights: always); others are empty."""
     from .permute import expand, reduce
@@ -110,8 +115,9 @@ def fused_experts_backward(
     grad = grad.to(up.dtype)
     rows = expand(x.to(up.dtype), inverse, top_k) if needs[1] else h
     to_rows, found, to_weights = _gradients(
-        expand(grad, inverse, top_k), h, rows, offsets, (up, up_bias, down, down_bias), gate, transposed, needs, weights, order
-    )
+        expand(grad, inverse, top_k), h, rows, bounds, (up, up_bias, down, down_bias), gate, transposed, gemm, needs, weights,
+        order,
+    )  # fmt: skip
     assert to_weights is not None
     if down_bias is not None:  # what a row's weight multiplies has the bias in it
         to_weights += F.linear(grad, down_bias).float().gather(1, index)
@@ -121,8 +127,8 @@ def fused_experts_backward(
 
 
 @fused_experts_backward.register_fake
-def _(grad, h, order, inverse, offsets, x, index, weights, up, up_bias, down, down_bias, activation, alpha, limit,
-      transposed, interleaved, needs):  # fmt: skip
+def _(grad, h, order, inverse, bounds, x, index, weights, up, up_bias, down, down_bias, activation, alpha, limit,
+      transposed, interleaved, gemm, needs):  # fmt: skip
     made = [torch.empty_like(t) if need else h.new_empty(0) for t, need in zip((x, up, up_bias, down, down_bias), needs)]
     return made[0], torch.empty_like(weights), *made[1:]
 
@@ -149,25 +155,31 @@ fused_experts.register_autograd(_backward, setup_context=_save)
 # --- a rank's experts ------------------------------------------------------------------------------------------------
 
 
+def _bounds(counts: Tensor) -> Tensor:
+    """counts [E] -> where each expert's rows begin, and the end of the last [E + 1]; int32."""
+    return F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+
+
 @torch.library.custom_op("moefx::fused_grouped_mlp", mutates_args=())
 def fused_grouped_mlp(
     rows: Tensor, counts: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
-    activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool, grad_scale: float,
+    activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool, grad_scale: float, gemm: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The experts' output [R, H] in the weights' dtype, and the pre-activations h [R, 2I or I] for the backward."""
     from . import expert_activation as act
 
-    offsets = counts.cumsum(0).to(torch.int32)
-    h = _up(rows, up, offsets, transposed)
-    a = act.forward(h, up_bias, offsets, _gate(activation, alpha, limit, interleaved))
-    out = _grouped_gemm(a, _matrices(down, transposed), offsets)
+    bounds = _bounds(counts)
+    h = grouped_gemm.rows(gemm, rows.to(up.dtype), _matrices(up, transposed), bounds)
+    a = act.forward(h, up_bias, bounds[1:], _gate(activation, alpha, limit, interleaved))
+    out = grouped_gemm.rows(gemm, a, _matrices(down, transposed), bounds)
     if down_bias is not None:
-        out += down_bias[torch.searchsorted(offsets, torch.arange(len(out), device=out.device), right=True)]
+        expert = torch.searchsorted(bounds[1:], torch.arange(len(out), device=out.device), right=True)
+        out += down_bias[expert.clamp_(max=len(counts) - 1)]  # rows after the last expert's mean nothing
     return out, h
 
 
 @fused_grouped_mlp.register_fake
-def _(rows, counts, up, up_bias, down, down_bias, activation, alpha, limit, transposed, interleaved, grad_scale):
+def _(rows, counts, up, up_bias, down, down_bias, activation, alpha, limit, transposed, interleaved, grad_scale, gemm):
     wide, out = _matrices(up, transposed).shape[2], _matrices(down, transposed).shape[2]
     return up.new_empty(rows.shape[0], out), up.new_empty(rows.shape[0], wide)
 
@@ -176,12 +188,12 @@ def _(rows, counts, up, up_bias, down, down_bias, activation, alpha, limit, tran
 def fused_grouped_mlp_backward(
     grad: Tensor, h: Tensor, rows: Tensor, counts: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor,
     down_bias: Tensor | None, activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool,
-    grad_scale: float, needs: list[bool],
+    grad_scale: float, gemm: str, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of rows, up, up_bias, down, down_bias; ``needs`` says of which, the others are empty."""
-    offsets = counts.cumsum(0).to(torch.int32)
+    gate = _gate(activation, alpha, limit, interleaved)
     to_rows, found, _ = _gradients(
-        grad, h, rows, offsets, (up, up_bias, down, down_bias), _gate(activation, alpha, limit, interleaved), transposed, needs
+        grad, h, rows, _bounds(counts), (up, up_bias, down, down_bias), gate, transposed, gemm, needs
     )
     for t in found:
         if t is not None and grad_scale != 1.0:
@@ -192,7 +204,7 @@ def fused_grouped_mlp_backward(
 
 @fused_grouped_mlp_backward.register_fake
 def _(grad, h, rows, counts, up, up_bias, down, down_bias, activation, alpha, limit, transposed, interleaved, grad_scale,
-      needs):  # fmt: skip
+      gemm, needs):  # fmt: skip
     given = zip((rows, up, up_bias, down, down_bias), needs)
     return tuple(torch.empty_like(t) if need else h.new_empty(0) for t, need in given)
 

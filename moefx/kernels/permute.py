@@ -40,7 +40,7 @@ def _scan(counts, totals, blocks, BLOCK: tl.constexpr):
 
 @triton.jit
 def _place(
-    index, counts, totals, offsets, order, inverse, flats, blocks, experts_there,
+    index, counts, totals, bounds, order, inverse, flats, blocks, experts_there,
     EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Where each flat position goes: the expert's first row, plus its positions in earlier blocks and earlier in this one."""
@@ -49,7 +49,8 @@ def _place(
     total = tl.load(totals + experts)
     ends = tl.cumsum(total, 0)
     if block == 0:
-        tl.store(offsets + experts, ends, mask=experts < experts_there)
+        tl.store(bounds, 0)
+        tl.store(bounds + 1 + experts, ends, mask=experts < experts_there)
     first = ends - total + tl.load(counts + experts * blocks + block)
     flat = block * BLOCK + tl.arange(0, BLOCK)
     chosen = tl.load(index + flat, mask=flat < flats, other=EXPERTS)
@@ -60,8 +61,9 @@ def _place(
 
 
 def sort_by_expert(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``order`` [T*K]: the flat position of each row; ``inverse`` [T*K]: the row of each flat position; ``offsets`` [E]: the
-    end of each expert's rows. All int32; index [T, K] int64. Within an expert, rows stand by token (a stable sort)."""
+    """``order`` [T*K]: the flat position of each row; ``inverse`` [T*K]: the row of each flat position; ``bounds``
+    [E + 1]: expert e has the rows from bounds[e] to bounds[e + 1]. All int32; index [T, K] int64. A stable sort: within an
+    expert, rows stand by token."""
     flats, width = index.numel(), triton.next_power_of_2(experts)
     block = max(16, min(256, TABLE // width))
     blocks = triton.cdiv(flats, block)
@@ -71,13 +73,13 @@ def sort_by_expert(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]
 
     order, inverse = integers(flats), integers(flats)
     if not flats:
-        return order, inverse, torch.zeros(experts, dtype=torch.int32, device=index.device)
-    counts, totals, offsets = integers(width, blocks), integers(width), integers(experts)
+        return order, inverse, torch.zeros(experts + 1, dtype=torch.int32, device=index.device)
+    counts, totals, bounds = integers(width, blocks), integers(width), integers(experts + 1)
     flat = index.reshape(-1)
     _count[(blocks,)](flat, counts, flats, blocks, width, block, num_warps=8)
     _scan[(width,)](counts, totals, blocks, min(1024, triton.next_power_of_2(blocks)))
-    _place[(blocks,)](flat, counts, totals, offsets, order, inverse, flats, blocks, experts, width, block, num_warps=8)
-    return order, inverse, offsets
+    _place[(blocks,)](flat, counts, totals, bounds, order, inverse, flats, blocks, experts, width, block, num_warps=8)
+    return order, inverse, bounds
 
 
 @triton.jit

@@ -10,8 +10,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from moefx import grouped, ops  # noqa: E402
 from moefx.activations import ACTIVATIONS  # noqa: E402
 from moefx.backends import triton as backend  # noqa: E402
-from moefx.kernels import expert_activation  # noqa: E402
+from moefx.kernels import experts  # noqa: E402
 
+EXPERTS, GROUPED_MLP = (backend.BACKEND.kernels[op].fn for op in (ops.experts, grouped.grouped_mlp))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: Of the largest value. bf16: the pre-activations, the activations and the rows are rounded once each, 8 bits apiece.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
@@ -58,11 +59,11 @@ def compare(found, wanted, dtype):
 
 def check(given, dtype, **options):
     wanted = run(ops.BODIES[ops.experts], given, torch.float64, options, "cpu")
-    compare(run(backend.experts, given, dtype, options, DEVICE), wanted, dtype)
+    compare(run(EXPERTS, given, dtype, options, DEVICE), wanted, dtype)
 
 
 def test_all_activations_are_known():
-    assert expert_activation.KNOWN == set(ACTIVATIONS)
+    assert experts.KNOWN == set(ACTIVATIONS)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -100,18 +101,18 @@ def test_many_blocks_of_the_counting_sort():
     from moefx.kernels import permute
 
     index = torch.rand(700, 300, generator=torch.Generator().manual_seed(3)).topk(3).indices.to(DEVICE)
-    order, inverse, offsets = (t.cpu().long() for t in permute.sort_by_expert(index, 300))
+    order, inverse, bounds = (t.cpu().long() for t in permute.sort_by_expert(index, 300))
     flat = index.reshape(-1).cpu()
     wanted = torch.argsort(flat, stable=True)
     assert torch.equal(order, wanted) and torch.equal(inverse[wanted], torch.arange(len(flat)))
-    assert torch.equal(offsets, torch.bincount(flat, minlength=300).cumsum(0))
+    assert bounds[0] == 0 and torch.equal(bounds[1:], torch.bincount(flat, minlength=300).cumsum(0))
 
 
 def test_frozen_experts_get_no_gradient():
     given = [None if t is None else t.to(DEVICE, torch.float32 if t.dtype.is_floating_point else t.dtype) for t in make(6, biased=True)]
-    wanted = run(backend.experts, given, torch.float32, {"activation": "swiglu"}, DEVICE)
+    wanted = run(EXPERTS, given, torch.float32, {"activation": "swiglu"}, DEVICE)
     given[0].requires_grad_()
-    out = backend.experts(*given, activation="swiglu")
+    out = EXPERTS(*given, activation="swiglu")
     weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(out)
     (out * weight).sum().backward()
     assert torch.equal(given[0].grad, wanted["gradient 0"]) and all(t.grad is None for t in given[2:])
@@ -125,7 +126,7 @@ def test_a_ranks_experts(biased, transposed):
     options = {"activation": "swiglu", "transposed": transposed, "grad_scale": 0.25}
 
     def ours(rows, up, up_bias, down, down_bias, **options):
-        return backend.grouped_mlp(rows, counts.to(rows.device), up, up_bias, down, down_bias, **options)
+        return GROUPED_MLP(rows, counts.to(rows.device), up, up_bias, down, down_bias, **options)
 
     def theirs(rows, up, up_bias, down, down_bias, **options):
         return grouped.grouped_mlp(rows, counts, up, up_bias, down, down_bias, **options)
@@ -136,7 +137,7 @@ def test_a_ranks_experts(biased, transposed):
 
 def test_two_runs_are_bitwise_equal():
     given = make(40, experts=3, routing="skewed")
-    first, second = (run(backend.experts, given, torch.float32, {"activation": "swiglu"}, DEVICE) for _ in range(2))
+    first, second = (run(EXPERTS, given, torch.float32, {"activation": "swiglu"}, DEVICE) for _ in range(2))
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
@@ -145,8 +146,8 @@ def test_compiled_without_a_graph_break():
     given[1] = given[1].to(DEVICE)
     for i in (0, 2, 3, 5):
         given[i].requires_grad_()
-    wanted = backend.experts(*given, activation="swiglu")
-    found = torch.compile(backend.experts, fullgraph=True, backend="aot_eager")(*given, activation="swiglu")
+    wanted = EXPERTS(*given, activation="swiglu")
+    found = torch.compile(EXPERTS, fullgraph=True, backend="aot_eager")(*given, activation="swiglu")
     assert torch.equal(found, wanted)
     grads = [torch.autograd.grad(o.sum(), [given[i] for i in (0, 2, 3, 5)]) for o in (wanted, found)]
     assert all(torch.equal(a, b) for a, b in zip(*grads))
