@@ -29,7 +29,8 @@ from .program import Function, Left, Program
 
 @dataclass(frozen=True)
 class Template:
-    """A call's arguments with its tensors taken out: nested tuples of ("t", position) and constants."""
+    """A call's arguments with its tensors taken out: nested tuples of ("t", position), constants, and ("window", n) for a mask
+    that says nothing but a causal sliding window of n."""
 
     args: Any
     kwargs: Any
@@ -37,6 +38,8 @@ class Template:
     def fill(self, tensors: tuple | list) -> tuple[tuple, dict]:
         def make(x: Any) -> Any:
             kind, what = x
+            if kind == "window":  # the attention says it instead: see hf.windowed
+                return None
             if kind == "t":
                 return tensors[what]
             if kind == "dict":
@@ -45,12 +48,30 @@ class Template:
 
         return make(self.args), make(self.kwargs)
 
+    @property
+    def window(self) -> int | None:
+        """The sliding window that the call's mask stands for, if it does."""
+
+        def find(x: Any) -> set[int]:
+            kind, what = x
+            if kind == "window":
+                return {what}
+            parts = [v for _, v in what] if kind == "dict" else what if kind in ("tuple", "list") else ()
+            return set().union(*map(find, parts))
+
+        found = find(self.args) | find(self.kwargs)
+        if len(found) > 1:
+            raise CaptureError(f"its masks have different sliding windows: {sorted(found)}")
+        return found.pop() if found else None
+
 
 def flatten(args: tuple, kwargs: dict) -> tuple[list[Tensor], Template]:
     """Separates tensors from constants; raises CaptureError for an argument that is neither (a cache, say)."""
     tensors: list[Tensor] = []
 
     def take(x: Any, name: str) -> Any:
+        if isinstance(x, Tensor) and hf.window_of(x) is not None:
+            return ("window", hf.window_of(x))
         if isinstance(x, Tensor):
             tensors.append(x)
             return ("t", len(tensors) - 1)
@@ -242,6 +263,7 @@ def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module],
     try:
         with (
             warnings.catch_warnings(), _without_checkpointing(module), sharded.as_one_process(module), hf.emitting() as callers,
+            hf.windowed(call.template.window),
             _refusing_autograd_functions(), torch.enable_grad(),
             torch._dynamo.config.patch(fake_tensor_cache_enabled=False),  # with symbolic sizes it costs more than it saves
             torch.autocast(call.device.type if call.device.type != "meta" else "cpu", enabled=False),

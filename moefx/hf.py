@@ -221,6 +221,11 @@ def attention_forward(
         if unknown:
             raise CaptureError(f"{type(module).__name__} passes {unknown[0]} to attention: moefx.attention has no such input")
         callers.append(("attention", module))
+        known = _known_window.get()
+        if attention_mask is None and known is not None:
+            if sliding_window not in (None, known):
+                raise CaptureError(f"{type(module).__name__} has a sliding window of {sliding_window}, its mask one of {known}")
+            sliding_window = known
         out = ops.attention(
             query, key, value, attention_mask, s_aux,
             scale=float(query.shape[-1] ** -0.5 if scaling is None else scaling),
@@ -251,8 +256,55 @@ def _additive(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
     return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
 
 
+#: Set while a block is captured whose mask says nothing but this causal sliding window: attention says it instead.
+_known_window: ContextVar[int | None] = ContextVar("moefx_known_window", default=None)
+
+
+@contextmanager
+def windowed(window: int | None) -> Iterator[None]:
+    """Within: attention without a mask is limited to ``window`` positions, itself included (None: to nothing)."""
+    token = _known_window.set(window)
+    try:
+        yield
+    finally:
+        _known_window.reset(token)
+
+
+def window_of(mask: Tensor) -> int | None:
+    """The window of a mask that says nothing but a causal sliding window."""
+    return getattr(mask, "_moefx_window", None)
+
+
+def attention_mask(
+    *args: Any,
+    mask_function: Callable = masking_utils.causal_mask_function,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The "moefx" entry of Transformers' mask interface: SDPA's boolean mask, which notes if it is only a sliding window."""
+    plain = (
+        local_size is not None and allow_is_causal_skip and not args and kwargs["q_length"] == kwargs["kv_length"]
+        and _is_sliding_window(mask_function)
+        and (kwargs.get("attention_mask") is None or bool(kwargs["attention_mask"].all()))
+    )  # fmt: skip
+    # a sequence shorter than its window needs no mask, but would be another kind of call than a longer one
+    skip = allow_is_causal_skip and not plain
+    mask = sdpa_mask(*args, mask_function=mask_function, local_size=local_size, allow_is_causal_skip=skip, **kwargs)
+    if plain and mask is not None:
+        mask._moefx_window = local_size  # type: ignore[attr-defined]
+    return mask
+
+
+def _is_sliding_window(mask_function: Callable) -> bool:
+    """Is it Transformers' causal sliding window, and nothing else: no packing, no chunks, no second mask?"""
+    parts = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions", ())
+    names = sorted(getattr(f, "__qualname__", "") for f in parts)
+    return names == ["causal_mask_function", "sliding_window_overlay.<locals>.inner_mask"]
+
+
 AttentionInterface.register("moefx", attention_forward)
-AttentionMaskInterface.register("moefx", sdpa_mask)
+AttentionMaskInterface.register("moefx", attention_mask)
 ExpertsInterface.register("moefx", experts_forward)
 
 

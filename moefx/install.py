@@ -299,7 +299,9 @@ def _key(value: Any, tensors: list[Tensor]) -> tuple:
     """What decides which function a call takes, hashable; collects the tensors on the way, in ``flatten``'s order."""
     parts: list[Any] = []
     for v in value:
-        if isinstance(v, Tensor):
+        if isinstance(v, Tensor) and hf.window_of(v) is not None:
+            parts.append(("window", hf.window_of(v)))
+        elif isinstance(v, Tensor):
             tensors.append(v)
             parts.append((v.shape, v.dtype, v.device))
         elif type(v) is tuple or type(v) is list:

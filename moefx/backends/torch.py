@@ -13,6 +13,7 @@ from .. import exchange, grouped, ops
 from ..activations import ACTIVATIONS
 from ..chunked import linear_cross_entropy
 from ..graph import arguments, dtype_of, value
+from ..kernels.attention import flash_attention
 from . import Backend, Kernel
 
 # --- norms -----------------------------------------------------------------------------------------------------------
@@ -49,6 +50,8 @@ def attention(
     softcap: float = 0.0,
     dropout: float = 0.0,
 ) -> Tensor:
+    if mask is None and is_causal and (sinks is not None or window is not None) and flashes(q, v, dropout) is None:
+        return flash_attention(q, k, v, sinks, scale, window)[0]
     if mask is None and is_causal and window is not None and q.shape[2] > window:
         distance = torch.arange(q.shape[2], device=q.device)[:, None] - torch.arange(k.shape[2], device=q.device)
         mask = (distance >= 0) & (distance < window)
@@ -63,10 +66,23 @@ def attention(
     return out.transpose(1, 2).contiguous()
 
 
+def flashes(q: Tensor, v: Tensor, dropout: float) -> str | None:
+    """Why moefx's flash attention, with window and sinks, cannot take these; None: it can."""
+    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
+        return f"flash attention runs on CUDA devices in 16 bits, q is {q.dtype} on {q.device.type}"
+    if q.shape[3] != v.shape[3] or q.shape[3] > 256 or q.shape[3] % 8:
+        return f"flash attention wants one head size, a multiple of 8 up to 256: q has {q.shape[3]}, v {v.shape[3]}"
+    return f"flash attention here has no dropout, this one has {dropout}" if dropout else None
+
+
 def _refuses_attention(node: fx.Node) -> str | None:
     given = arguments(node)
     if given["sinks"] is not None:
-        return "scaled_dot_product_attention has no sinks"
+        if given["mask"] is not None or not given["is_causal"]:
+            return "scaled_dot_product_attention has no sinks, and flash attention with sinks takes no mask"
+        problem = flashes(value(given["q"]), value(given["v"]), given["dropout"])
+        if problem:
+            return f"scaled_dot_product_attention has no sinks, and {problem}"
     if given["softcap"]:
         return f"scaled_dot_product_attention has no softcap, this attention has {given['softcap']}"
     return None
@@ -186,7 +202,7 @@ BACKEND = Backend(
         ops.rms_norm: Kernel(
             rms_norm, _refuses_rms_norm, "F.rms_norm: in 16 bits one rounding fewer than the model where it casts first"
         ),
-        ops.attention: Kernel(attention, _refuses_attention, "scaled_dot_product_attention, key/value heads shared"),
+        ops.attention: Kernel(attention, _refuses_attention, "scaled_dot_product_attention, with window or sinks flash attention"),
         ops.experts: Kernel(experts, refuses_experts, "grouped GEMM, one sort, no atomics"),
         ops.linear_cross_entropy: Kernel(linear_cross_entropy, why="chunked: never all logits"),
         exchange.dispatch: Kernel(exchange.dispatch, why="all-to-all"),

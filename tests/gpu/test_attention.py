@@ -1,0 +1,41 @@
+"""Flash attention with a sliding window and sinks against the operation's own body in float32."""
+
+import pytest
+import torch
+
+from moefx import ops
+from moefx.backends import torch as backend
+
+
+def inputs(batch, heads, shared, length, size, sinks):
+    g = torch.Generator(device="cuda").manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=g, device="cuda").bfloat16().requires_grad_()
+
+    q, k, v = normal(batch, heads, length, size), normal(batch, shared, length, size), normal(batch, shared, length, size)
+    return [q, k, v, normal(heads) if sinks else None]
+
+
+def run(fn, given, **options):
+    q, k, v, sinks = given
+    out = fn(q, k, v, None, sinks, is_causal=True, **options)
+    weight = torch.linspace(-1, 1, out.shape[-1], device="cuda").to(out.dtype)
+    leaves = [t for t in given if t is not None]
+    return [out, *torch.autograd.grad((out * weight).sum(), leaves)]
+
+
+@pytest.mark.parametrize("sinks", [True, False])
+@pytest.mark.parametrize("window", [None, 16, 1, 1000])
+@pytest.mark.parametrize("batch,heads,shared,length,size", [(2, 8, 2, 67, 64), (1, 4, 4, 200, 128), (1, 8, 1, 1, 64)])
+def test_window_and_sinks(batch, heads, shared, length, size, window, sinks):
+    given = inputs(batch, heads, shared, length, size, sinks)
+    options = {"scale": size**-0.5, "window": window}
+    found = run(backend.attention, given, **options)
+    exact = [None if t is None else t.detach().float().requires_grad_() for t in given]
+    wanted = run(ops.BODIES[ops.attention], exact, **options)
+    rounded = run(ops.BODIES[ops.attention], given, **options)
+    for name, f, w, r in zip(("out", "q", "k", "v", "sinks"), found, wanted, rounded, strict=False):
+        size_of = float(w.abs().max()) + 1e-6
+        far, allowed = (float((t.float() - w).abs().max()) / size_of for t in (f, r))
+        assert far <= max(2 * allowed, 2e-2), f"{name}: {far:.1e} from float32, the operation in bf16 {allowed:.1e}"
