@@ -202,7 +202,7 @@ BACKEND = Backend(
         ops.rms_norm: Kernel(
             rms_norm, _refuses_rms_norm, "F.rms_norm: in 16 bits one rounding fewer than the model where it casts first"
         ),
-        ops.attention: Kernel(attention, _refuses_attention, "scaled_dot_product_attention, with window or sinks flash attention"),
+        ops.attention: Kernel(attention, _refuses_attention, "SDPA; flash attention with window or sinks"),
         ops.experts: Kernel(experts, refuses_experts, "grouped GEMM, one sort, no atomics"),
         ops.linear_cross_entropy: Kernel(linear_cross_entropy, why="chunked: never all logits"),
         exchange.dispatch: Kernel(exchange.dispatch, why="all-to-all"),
