@@ -9,52 +9,66 @@ from pathlib import Path
 
 import pytest
 import torch
+from spawn import run_script
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
 
 
 @pytest.mark.parametrize(
-    "command,text",
+    "name, text",
     [
-        (["examples/inspect_graph.py"], "moefx.route"),
-        (["examples/custom_pass.py"], "gated_linear: 2 made, 0 missed"),
-        (["examples/custom_backend.py"], "four lines of my own"),
+        ("inspect_graph", "moefx.route"),
+        ("custom_pass", "gated_linear: 2 made, 0 missed"),
+        ("custom_backend", "four lines of my own"),
+    ],
+)
+def test_example(name, text, tmp_path):
+    assert text in run_script(ROOT / f"examples/{name}.py", [], folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "command, text",
+    [
         ([*TORCHRUN, "examples/train_ep.py", "--steps", "3"], "last loss"),
         (["examples/quickstart.py", "--steps", "32", "--no-compile", "--out", "{tmp}"], "as it should be"),
     ],
-    ids=["inspect_graph", "custom_pass", "custom_backend", "train_ep", "quickstart"],
-)  # fmt: skip
-def test_example(command, text, tmp_path):
-    done = subprocess.run(
-        [sys.executable, *(a.format(tmp=tmp_path) for a in command)], cwd=ROOT, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert text in done.stdout
+    ids=["train_ep", "quickstart"],
+)
+def test_command(command, text, tmp_path):
+    assert text in started(*(a.format(tmp=tmp_path) for a in command))
 
 
-def run(tmp_path, *command):
-    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=400)
+def started(*command):
+    """What it prints, started as a shell starts it."""
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [line for line in done.stdout.splitlines() if line.startswith(("loss", "grad_norm", "eval_loss", "router"))]
+    return done.stdout
+
+
+def printed(name, folder, *args, ranks=1):
+    """The lines of results; run in processes that have imported torch already."""
+    text = run_script(ROOT / f"examples/{name}.py", [*args], ranks, folder=folder)
+    return [line for line in text.splitlines() if line.startswith(("loss", "grad_norm", "eval_loss", "router"))]
 
 
 def test_trainer(tmp_path):
     """One process and two ranks agree; two ranks go on from where one process stopped."""
-    one, example = run(tmp_path, str(ROOT / "examples/trainer.py"), "--out", "one"), str(ROOT / "examples/trainer.py")
+    one = printed("trainer", tmp_path, "--out", "one")
     assert [line.split()[0] for line in one] == ["loss", "grad_norm", "eval_loss", "router/max_load"]
-    run(tmp_path, example, "--out", "two", "--steps", "4")
-    two = run(tmp_path, *TORCHRUN, example, "--out", "two", "--resume")
+    printed("trainer", tmp_path, "--out", "two", "--steps", "4")
+    two = printed("trainer", tmp_path, "--out", "two", "--resume", ranks=2)
     assert one == two
     assert (tmp_path / "two/checkpoint-6/model.safetensors").is_file()
 
 
 def test_accelerate(tmp_path):
-    example = str(ROOT / "examples/accelerate_loop.py")
+    """By `accelerate launch` in one process, and over two ranks."""
     launch = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"]
-    one = run(tmp_path, *launch, "--dynamo_backend", "no", example, "--steps", "3")
+    one = started(*launch, "--dynamo_backend", "no", "examples/accelerate_loop.py", "--steps", "3")
+    one = [line for line in one.splitlines() if line.startswith("loss")]
     assert len(one) == 3
-    assert one == run(tmp_path, *TORCHRUN, example, "--steps", "3")
+    assert one == printed("accelerate_loop", tmp_path, "--steps", "3", ranks=2)
 
 
 def test_sft(tmp_path):
@@ -62,9 +76,8 @@ def test_sft(tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-    example = str(ROOT / "examples/sft.py")
-    plain = run(tmp_path, example, "--plain", "--out", "plain")
-    assert len(plain) == 1 and plain == run(tmp_path, *TORCHRUN, example, "--out", "two")
+    plain = printed("sft", tmp_path, "--plain", "--out", "plain")
+    assert len(plain) == 1 and plain == printed("sft", tmp_path, "--out", "two", ranks=2)
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
         vocab_size=257, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,

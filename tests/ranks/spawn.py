@@ -1,6 +1,6 @@
 """Runs a function on several gloo ranks of this machine: ``run(fn, world_size, *args)``; for tests, loopback only, no GPU.
 
-    from spawn import run          # tests/ranks/conftest.py puts this folder on the path
+    from spawn import run          # tests/conftest.py puts this folder on the path
 
     def cases(rank, world_size, seed):
         ...                        # the default process group is there; returns anything torch.save takes
@@ -19,8 +19,10 @@ import gc
 import importlib.util
 import os
 import pickle
+import runpy
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -43,10 +45,37 @@ def run(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60
         RuntimeError: with the traceback of the rank that failed first (the others usually fail after it, and say less).
         TimeoutError: some rank did not return within ``timeout`` seconds; all were stopped.
     """
+    return _run(fn, world_size, args, timeout, group=True)
+
+
+def run_script(path: Path, args: list[str], world_size: int = 1, *, folder: Path, timeout: float = 300.0) -> str:
+    """What a script prints, run as the main program in ``folder``: by one process, or by ranks as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    _run(_script, world_size, (str(path), args, str(folder), port), timeout, group=False)
+    return "".join((folder / f".printed-{rank}").read_text() for rank in range(world_size))
+
+
+def _script(rank: int, world_size: int, path: str, args: list[str], folder: str, port: int) -> None:
+    os.chdir(folder)
+    os.dup2(os.open(f".printed-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+    if world_size > 1:
+        where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        os.environ.update({k: str(v) for k, v in where.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    sys.argv = [path, *args]
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise RuntimeError(f"{path} ended with exit code {end.code}") from end
+
+
+def _run(fn: Callable[..., Any], world_size: int, args: tuple, timeout: float, *, group: bool) -> list[Any]:
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
-        job = (fn.__code__.co_filename, fn.__qualname__, world_size, folder, args)
+        job = (fn.__code__.co_filename, fn.__qualname__, world_size, folder, args, group)
         ended = _Server.current().ask(job, timeout)
         if ended not in ("", "late"):
             raise RuntimeError(f"{ended} of {world_size} ended without a word")
@@ -80,7 +109,7 @@ class _Server:
         self._read(START, "import what the ranks need")
 
     def ask(self, job: tuple, timeout: float) -> str:
-        """"" when all ranks have ended, "late" when some had to be stopped, else which one ended without a word."""
+        """What became of them: nothing when all have ended, "late" when some had to be stopped, else which one ended without a word."""
         assert self.process.stdin is not None
         pickle.dump((job, timeout), self.process.stdin)
         self.process.stdin.flush()
@@ -161,7 +190,9 @@ def _run_ranks(job: tuple, timeout: float, inherited: tuple[BinaryIO, ...]) -> s
     return silent[0] if silent else "late" if running else ""
 
 
-def _rank(rank: int, inherited: tuple[BinaryIO, ...], file: str, name: str, world_size: int, folder: str, args: tuple) -> None:
+def _rank(
+    rank: int, inherited: tuple[BinaryIO, ...], file: str, name: str, world_size: int, folder: str, args: tuple, group: bool
+) -> None:
     code = 1
     try:
         os.setpgid(0, 0)
@@ -175,11 +206,13 @@ def _rank(rank: int, inherited: tuple[BinaryIO, ...], file: str, name: str, worl
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        store = f"file://{folder}/store"
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+        if group:
+            store, limit = f"file://{folder}/store", timedelta(seconds=60)
+            dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=limit)
         torch.save(getattr(module, name)(rank, world_size, *args), Path(folder, f"result-{rank}"))
-        dist.barrier()  # nobody closes a connection that a slower rank still reads
-        dist.destroy_process_group()
+        if group:
+            dist.barrier()  # nobody closes a connection that a slower rank still reads
+            dist.destroy_process_group()
         code = 0
     except BaseException:
         now = time.time()
