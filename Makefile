@@ -10,10 +10,12 @@ STAMP := $(VENV)/.made-$(subst =,-,$(TORCH))
 demo: $(STAMP)
 	$(BIN)/python examples/quickstart.py
 
+# mypy beside the tests: it takes half a minute of one core. tests/conftest.py puts the long files first.
 test: $(STAMP)
 	$(BIN)/python -m ruff check .
-	$(BIN)/python -m mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 40
+	@$(BIN)/python -m mypy > $(VENV)/mypy.txt 2>&1 & types=$$!; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 40; tests=$$?; \
+	wait $$types; types=$$?; cat $(VENV)/mypy.txt; exit $$((tests + types))
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

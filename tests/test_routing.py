@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -51,52 +52,60 @@ def nudge(model):
         gate.weight.data.add_(torch.randn(gate.weight.shape, generator=generator), alpha=1e-6)
 
 
+@contextmanager
 def checkpointing_hf(model, reentrant):
     model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    yield
+    model.gradient_checkpointing_disable()
 
 
+@contextmanager
 def checkpointing_some(model, reentrant):
     """Selective: the last block only, by PyTorch's own function around it."""
     block = model.model.layers[-1]
     forward = block.forward
     block.forward = lambda x, **named: checkpoint(partial(forward, **named), x, use_reentrant=reentrant)
+    yield
+    del block.forward
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("how", [checkpointing_hf, checkpointing_some])
+CHECKPOINTING = [(how, reentrant) for how in (checkpointing_hf, checkpointing_some) for reentrant in (False, True)]
+
+
+@pytest.mark.parametrize("how, reentrant", CHECKPOINTING)
+def test_plain_transformers_trains_other_experts_than_it_ran(how, reentrant):
+    """What the next test is about."""
+    b, plain, flipped = batch(2, 40, seed=1), nearly_tied(build("qwen3_moe")), nearly_tied(build("qwen3_moe"))
+    plain(**b).loss.backward()
+    with how(flipped, reentrant):
+        loss = flipped(**b).loss
+        nudge(flipped)
+        loss.backward()
+    assert far(gradients(plain), gradients(flipped)) > 1e-2
+
+
 @pytest.mark.parametrize("compile", [False, "aot_eager"])
-def test_routes_are_not_computed_again(how, reentrant, compile):
-    b = batch(2, 40, seed=1)
-    wanted, flipped = [], []
-    for found, model in ((wanted, None), (flipped, build("qwen3_moe"))):
-        model = nearly_tied(build("qwen3_moe")) if model is None else nearly_tied(model)
-        if found is flipped:
-            how(model, reentrant)
-        loss = model(**b).loss
-        if found is flipped:
-            nudge(model)
-        loss.backward()
-        found.append(gradients(model))
-    assert far(wanted[0], flipped[0]) > 1e-2  # plain Transformers trains other experts than it ran
-
-    model = optimized(nearly_tied(build("qwen3_moe")), compile=compile)
-    how(model, reentrant)
-    for seed in (1, 2):  # the second backward must not take the first one's routes
-        b = batch(2, 40 + seed, seed=seed)
-        plain = nearly_tied(build("qwen3_moe"))
-        plain.load_state_dict(model.state_dict())
-        plain(**b).loss.backward()
-        loss = model(**b).loss
-        nudge(model)
-        loss.backward()
-        assert far(gradients(plain), gradients(model)) < 1e-4
+def test_routes_are_not_computed_again(compile):
+    model = optimized(build("qwen3_moe"), compile=compile)
+    for how, reentrant in CHECKPOINTING:
+        nearly_tied(model)
+        with how(model, reentrant):
+            for seed in (1, 2):  # the second backward must not take the first one's routes
+                b = batch(2, 40 + seed, seed=seed)
+                plain = build("qwen3_moe")
+                plain.load_state_dict(model.state_dict())
+                plain(**b).loss.backward()
+                loss = model(**b).loss
+                nudge(model)
+                loss.backward()
+                assert far(gradients(plain), gradients(model)) < 1e-4, (how, reentrant, seed)
     assert not moefx.report(model).notes
 
 
 def test_accumulated_forwards_keep_their_own_routes():
     """Two forwards, then their backwards in the wrong order."""
     plain, model = nearly_tied(build("qwen3_moe")), optimized(nearly_tied(build("qwen3_moe")))
-    checkpointing_hf(model, False)
+    model.activation_checkpointing_enable({"use_reentrant": False})
     batches = [batch(2, 20, seed=s) for s in (1, 2)]
     for b in batches:
         plain(**b).loss.backward()
@@ -110,7 +119,7 @@ def test_accumulated_forwards_keep_their_own_routes():
 def test_a_lost_input_is_said():
     """Saved on the CPU by the user, the checkpoint's input comes back as another tensor: routes are computed again."""
     model = optimized(build("qwen3_moe"))
-    checkpointing_hf(model, False)
+    model.activation_checkpointing_enable({"use_reentrant": False})
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
         loss = model(**batch(1, 8)).loss
     loss.backward()
@@ -177,7 +186,7 @@ def test_load_is_counted():
     with pytest.raises(moefx.MoefxError, match="count_routes"):
         moefx.expert_load(model)
     moefx.count_routes(model)
-    checkpointing_hf(model, False)
+    model.activation_checkpointing_enable({"use_reentrant": False})
     indices = []
     for seed in (1, 2):  # accumulation; the recomputation must not count twice
         with moefx.record_routes(model) as routes:
@@ -247,7 +256,7 @@ def test_router_z_loss(checkpointed, return_dict):
     plain = build("qwen3_moe")
     model = optimized(plain, router_z_loss=0.1)
     if checkpointed:
-        checkpointing_hf(model, False)
+        model.activation_checkpointing_enable({"use_reentrant": False})
     b = batch(2, 9, seed=1)
     out = plain(**b, output_router_logits=True)
     z = sum(torch.logsumexp(x.float(), -1).square().mean() for x in out.router_logits)
@@ -266,7 +275,7 @@ def test_balanced_routing_is_balanced_and_loud():
         model = optimized(build("deepseek_v3"), balanced_routing=True)
     assert "FOR BENCHMARKS ONLY" in str(moefx.report(model))
     moefx.count_routes(model)
-    checkpointing_hf(model, False)
+    model.activation_checkpointing_enable({"use_reentrant": False})
     with moefx.record_routes(model) as routes:
         model(**batch(2, 9)).loss.backward()
     assert all((c - c.double().mean()).abs().max() < 1 for c in moefx.expert_load(model).values())
