@@ -184,6 +184,7 @@ def diagnose() -> list[dict[str, str]]:
         else "no CUDA device: graphs run on the CPU"
     )
     rows = [
+        {"what": "moefx", "state": f"{version('moefx') or 'not installed'}, {Path(__file__).parent}"},
         {"what": "python", "state": platform.python_version()},
         {"what": "torch", "state": torch.__version__},
         {"what": "CUDA", "state": cuda},
