@@ -1,0 +1,147 @@
+"""Is moefx right? Its loss and every gradient against Transformers', and both against Transformers in fp32.
+
+The tolerance is Transformers' own rounding: moefx may be at most :data:`FARTHER` times as far from fp32 as Transformers in
+bf16 is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import common
+import routing
+import torch
+from models import MODELS, config, mamba_in_torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+FARTHER = 1.5  #: moefx's distance from fp32 over that of Transformers in bf16
+#: A distance that rounding the result alone can make (bf16: half a unit in the last place): below it nothing is wrong.
+FLOOR = {torch.bfloat16: 2**-8, torch.float32: 1e-4}
+
+
+def flipped(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[float]:
+    """Per layer, the share of tokens that visit other experts: bf16 ties and near ties go either way."""
+    return [float((x.sort(-1).values != y.sort(-1).values).any(-1).float().mean()) for x, y in zip(a, b, strict=True)]
+
+
+@contextlib.contextmanager
+def exact_fp32() -> Iterator[None]:
+    """No TF32: the reference is to be better than what is measured by it."""
+    kept = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with mamba_in_torch():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(kept)
+
+
+def reference(name: str, balanced: bool, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[float, dict, list[Tensor]]:
+    """Loss, gradients and choices of the same weights (each bf16 number is an fp32 number) computed in fp32."""
+    with torch.device("meta"):
+        exact = AutoModelForCausalLM.from_config(
+            config(name, model.config.num_hidden_layers), dtype=torch.float32,
+            attn_implementation=MODELS[name].check_attention or MODELS[name].attention,
+        )  # fmt: skip
+    # assign: the meta parameters are replaced, and no random initialization is drawn that nobody uses
+    exact.load_state_dict({n: t.float() for n, t in model.state_dict().items()}, assign=True)
+    # rotary frequencies are buffers outside of the state dict, and fp32 in every model
+    for path, module in exact.named_modules():
+        for n, b in module.named_buffers(recurse=False):
+            if b.is_meta:
+                setattr(module, n, model.get_submodule(path).get_buffer(n).clone())
+    exact.set_experts_implementation("eager")  # the loop over experts: the model's own definition
+    exact.train()
+    if balanced:
+        routing.balance(exact)
+    # one sequence at a time, so that fp32 activations fit; all have as many labels, so the mean of losses is the loss
+    many, loss, picked = len(batch["input_ids"]), 0.0, []
+    with exact_fp32():
+        for i in range(many):
+            with routing.observed(exact) as seen:
+                part = exact(**{n: t[i : i + 1] for n, t in batch.items()}, use_cache=False).loss / many
+                part.backward()
+            loss += float(part)
+            picked.append(list(seen.values()))
+    grads = {n: p.grad for n, p in exact.named_parameters()}
+    common.drop_gradients(exact)
+    return loss, grads, [torch.cat(layer) for layer in zip(*picked)]
+
+
+def check(name: str, balanced: bool, model: nn.Module, other: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """moefx and Transformers against fp32 on a batch, and against each other: whose rounding is whose.
+
+    Args:
+        name: of the model, in ``MODELS``.
+        balanced: experts are visited in turn; ``model`` and ``other`` do so already.
+        model: Transformers'.
+        other: moefx's, with the same parameters.
+        batch: input_ids and labels [B, S].
+    """
+    import moefx
+
+    loss, wanted, picked = reference(name, balanced, model, batch)
+    record: dict[str, Any] = {
+        "sequences": list(batch["input_ids"].shape), "loss": {"fp32": loss}, "flipped": {}, "problems": [],
+    }  # fmt: skip
+    far: dict[str, dict[str, float]] = {}
+    chosen, found = {}, {}
+    own = common.twin(model)
+    if MODELS[name].check_attention:
+        own.set_attn_implementation(MODELS[name].check_attention)
+    for who, run, observed in (("hf", own, routing.observed), ("moefx", other, moefx.record_routes)):
+        with observed(run) as seen:
+            record["loss"][who], found[who] = common.gradients(run, run, batch)
+        far[who] = common.distances(wanted, found[who])
+        record[who] = common.spread(far[who])
+        # by path, as the reference's are: recorded layer by layer
+        chosen[who] = list(seen.values())
+        record["flipped"][f"{who} against fp32"] = flipped(picked, chosen[who])
+    record["flipped"]["moefx against hf"] = flipped(chosen["hf"], chosen["moefx"])
+    apart = common.distances(found["hf"], found["moefx"])
+    record["moefx against hf"] = common.spread(apart)
+    rounding = FLOOR[model.dtype]
+    # How many tokens go to another expert is luck where they are few: 0 for one model, 2 for the other. A share f of
+    # all tokens is about sqrt(f) of a gradient. From 30 flips on the luck is under a tenth: no allowance.
+    share = max(record["flipped"]["moefx against fp32"])
+    luck = share**0.5 if share * batch["input_ids"].numel() < 30 else 0.0
+    floor = max(rounding, luck)
+    ratios = {n: far["moefx"][n] / max(far["hf"][n], floor) for n in wanted}
+    record["ratio"], record["floor"] = common.spread(ratios), floor
+    record["distances"] = {n: [far["hf"][n], far["moefx"][n]] for n in wanted}
+    for n, r in ratios.items():
+        if not r <= FARTHER:
+            record["problems"].append(
+                f"grad {n}: {far['moefx'][n]:.2e} from fp32, Transformers {far['hf'][n]:.2e}: {r:.2f} times, {FARTHER} allowed"
+            )
+    for n, d in apart.items():
+        # two that are a and at most 1.5 a from the truth are at most 2.5 a from each other
+        allowed = (1 + FARTHER) * max(far["hf"][n], floor)
+        if not d <= allowed:
+            record["problems"].append(f"grad {n}: {d:.2e} from Transformers', {allowed:.2e} allowed")
+    gaps = {n: abs(record["loss"][n] - loss) / abs(loss) for n in ("hf", "moefx")}
+    record["loss_gap"] = gaps
+    # a mean over many tokens, whose roundings cancel by luck: so the floor is what one rounding of bf16 makes
+    if not gaps["moefx"] <= max(FARTHER * gaps["hf"], rounding):
+        record["problems"].append(f"loss: {gaps['moefx']:.1e} from fp32, Transformers {gaps['hf']:.1e}")
+    return record
+
+
+def show(depths: Sequence[Mapping[str, Any]]) -> None:
+    """Gradients' distances and flipped choices, one table."""
+    rows = []
+    for d in depths:
+        for name, c in d["checks"].items():
+            for who in ("hf against fp32", "moefx against fp32", "moefx against hf"):
+                found = c[who] if who in c else c[who.split()[0]]
+                gap = c["loss_gap"].get(who.split()[0]) if who.endswith("fp32") else None
+                gap = abs(c["loss"]["moefx"] - c["loss"]["hf"]) / abs(c["loss"]["hf"]) if gap is None else gap
+                share = statistics.fmean(c["flipped"][who])
+                rows.append((d["layers"], name, who, f"{gap:.1e}", f"{found['max']:.1e}", f"{found['mean']:.1e}",
+                             found["worst"].removeprefix("model."), f"{share:.2%}"))  # fmt: skip
+    columns = ("layers", "batch", "who", "loss", "grad max", "mean", "worst", "other experts")
+    common.show("relative distance of the loss and of all gradients (L2)", columns, rows)
