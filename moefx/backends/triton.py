@@ -14,11 +14,13 @@ from torch import Tensor, fx
 from .. import grouped, ops
 from ..graph import arguments, dtype_of, value
 from ..kernels.experts import KNOWN, fused_experts, fused_grouped_mlp
+from ..kernels.route import fused_route
 from . import Backend, Kernel
 from .torch import refuses_experts as _torch_refuses
 
 #: Below Hopper torch's grouped GEMM is a loop over the experts, which reads the counts back (pytorch#186620).
 CAPABILITY = (9, 0)
+MAX_EXPERTS, MAX_TOP_K = 1024, 32
 
 
 def experts_by(gemm: str) -> Callable[..., Tensor]:
@@ -71,6 +73,51 @@ def grouped_mlp_by(gemm: str) -> Callable[..., Tensor]:
     return grouped_mlp
 
 
+def route(
+    logits: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    *,
+    score: str = "softmax",
+    topk_first: bool = False,
+    fp32: bool = True,
+    groups: int = 0,
+    topk_groups: int = 0,
+    group_score: str = "top2",
+    sorted: bool = True,
+    gather: bool = False,
+    renormalize: bool = False,
+    eps: float = 0.0,
+    scale: float = 1.0,
+    cast: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The kernel of ``moefx.route``; equal scores go to the first expert, and the K stand in descending order."""
+    return fused_route(
+        logits, bias, top_k, score, topk_first, fp32, groups, topk_groups, group_score, sorted, gather, renormalize, eps, scale,
+        cast,
+    )  # fmt: skip
+
+
+def refuses_route(node: fx.Node) -> str | None:
+    """Why the router's kernel cannot run ``node``."""
+    given = arguments(node)
+    logits = value(given["logits"])
+    experts, groups, kept = logits.shape[1], given["groups"], given["topk_groups"]
+    if logits.device.type != "cuda":
+        return f"Triton's kernels run on CUDA devices, the logits are on {logits.device.type}"
+    if logits.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"its kernel adds in float32, the logits are {logits.dtype}"
+    if experts > MAX_EXPERTS or given["top_k"] > MAX_TOP_K:
+        return f"it holds {MAX_EXPERTS} experts and top-{MAX_TOP_K} in registers, these are {experts} and {given['top_k']}"
+    if given["bias"] is not None and not given["gather"]:
+        return "its bias has no gradient, and here the bias is part of the weights"
+    if groups != kept and (experts & (experts - 1) or groups & (groups - 1)):
+        return f"it cuts powers of two into groups, these are {experts} experts in {groups} groups"
+    if groups != kept and kept * (experts // groups) < given["top_k"]:
+        return f"the {kept} groups that remain have fewer than the {given['top_k']} experts to choose"
+    return None
+
+
 def refuses_experts(node: fx.Node) -> str | None:
     """Why these kernels cannot run the experts of ``node``."""
     given = arguments(node)
@@ -99,6 +146,7 @@ def available() -> str | None:
 BACKEND = Backend(
     "triton",
     {
+        ops.route: Kernel(route, refuses_route, "scores, groups, top-k and renormalization in registers"),
         ops.experts: Kernel(
             experts_by("torch"), refuses_experts, "torch's grouped GEMM; counting sort, fused activation, no atomics"
         ),
