@@ -276,7 +276,7 @@ def window_of(mask: Tensor) -> int | None:
 
 
 def attention_mask(
-    *args: Any,
+    *,
     mask_function: Callable = masking_utils.causal_mask_function,
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
@@ -284,13 +284,13 @@ def attention_mask(
 ) -> Tensor | None:
     """The "moefx" entry of Transformers' mask interface: SDPA's boolean mask, which notes if it is only a sliding window."""
     plain = (
-        local_size is not None and allow_is_causal_skip and not args and kwargs["q_length"] == kwargs["kv_length"]
+        local_size is not None and allow_is_causal_skip and kwargs["q_length"] == kwargs["kv_length"]
         and _is_sliding_window(mask_function)
         and (kwargs.get("attention_mask") is None or bool(kwargs["attention_mask"].all()))
     )  # fmt: skip
     # a sequence shorter than its window needs no mask, but would be another kind of call than a longer one
     skip = allow_is_causal_skip and not plain
-    mask = sdpa_mask(*args, mask_function=mask_function, local_size=local_size, allow_is_causal_skip=skip, **kwargs)
+    mask = sdpa_mask(mask_function=mask_function, local_size=local_size, allow_is_causal_skip=skip, **kwargs)
     if plain and mask is not None:
         mask._moefx_window = local_size  # type: ignore[attr-defined]
     return mask

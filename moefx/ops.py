@@ -218,6 +218,30 @@ def rotary(
     return _rotate(q, cos, sin, layout), _rotate(k, cos, sin, layout)
 
 
+@op(
+    "norm_rotary(Tensor x, Tensor? weight, Tensor cos, Tensor sin, float eps, *, bool cast_first=True, float offset=0.0, "
+    "str layout='half') -> Tensor"
+)
+def norm_rotary(
+    x: Tensor,
+    weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    *,
+    cast_first: bool = True,
+    offset: float = 0.0,
+    layout: str = "half",
+) -> Tensor:
+    """The norm of each head and its rotation (QK-norm, arXiv 2302.05442): x [B, S, A, D] -> [B, A, S, D].
+
+    weight [D] or None, ``eps``, ``cast_first`` and ``offset`` as in :func:`rms_norm`; cos, sin [B or 1, S, D or D/2] and
+    ``layout`` as in :func:`rotary`. The tables have no gradient.
+    """
+    heads = rms_norm(x, weight, eps, cast_first=cast_first, offset=offset).transpose(1, 2)
+    return _rotate(heads, cos.unsqueeze(1), sin.unsqueeze(1), layout)
+
+
 @op("swiglu(Tensor gate, Tensor up) -> Tensor")
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) * up`` (arXiv 2002.05202), elementwise."""

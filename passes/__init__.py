@@ -6,6 +6,7 @@ from .canonicalize import Canonicalize
 from .expert_parallel import ExpertParallel
 from .linear_cross_entropy import RaiseLinearCrossEntropy
 from .lower import Lower
+from .norm_rotary import FuseNormRotary
 from .residual_rms_norm import FuseResidualRMSNorm
 from .rms_norm import RaiseRMSNorm
 from .rotary import RaiseRotary
@@ -14,7 +15,7 @@ from .routes import Routes
 from .swiglu import RaiseSwiGLU
 
 __all__ = [
-    "Canonicalize", "Change", "Changes", "ExpertParallel", "FuseResidualRMSNorm", "Lower", "Pass", "Pipeline",
+    "Canonicalize", "Change", "Changes", "ExpertParallel", "FuseNormRotary", "FuseResidualRMSNorm", "Lower", "Pass", "Pipeline",
     "RaiseLinearCrossEntropy", "RaiseRMSNorm", "RaiseRotary", "RaiseRoute", "RaiseSwiGLU", "Routes", "default",
 ]  # fmt: skip
 
@@ -29,6 +30,7 @@ def default() -> Pipeline:
         RaiseSwiGLU(),
         RaiseLinearCrossEntropy(),
         FuseResidualRMSNorm(),
+        FuseNormRotary(),
         Routes(),
         ExpertParallel(),
         Lower(),

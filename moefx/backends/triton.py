@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from .. import grouped, ops
 from ..graph import arguments, dtype_of, value
 from ..kernels.experts import KNOWN, fused_experts, fused_grouped_mlp
+from ..kernels.norm_rotary import fused_norm_rotary
 from ..kernels.route import fused_route
 from . import Backend, Kernel
 from .torch import refuses_experts as _torch_refuses
@@ -98,6 +99,35 @@ def route(
     )  # fmt: skip
 
 
+def norm_rotary(
+    x: Tensor,
+    weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    *,
+    cast_first: bool = True,
+    offset: float = 0.0,
+    layout: str = "half",
+) -> Tensor:
+    """The kernel of ``moefx.norm_rotary``, in float32 up to the result, whatever ``cast_first`` says."""
+    return fused_norm_rotary(x, weight, cos, sin, eps, offset, layout)
+
+
+def refuses_norm_rotary(node: fx.Node) -> str | None:
+    """Why the kernel of norm and rotation cannot run ``node``."""
+    given = arguments(node)
+    x = value(given["x"])
+    if x.device.type != "cuda":
+        return f"Triton's kernels run on CUDA devices, the heads are on {x.device.type}"
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"its kernel adds in float32, the heads are {x.dtype}"
+    size = x.shape[3]
+    if size & (size - 1) or not 16 <= size <= 512:
+        return f"it wants a head size that is a power of two from 16 to 512, this is {size}"
+    return None
+
+
 def refuses_route(node: fx.Node) -> str | None:
     """Why the router's kernel cannot run ``node``."""
     given = arguments(node)
@@ -146,6 +176,7 @@ def available() -> str | None:
 BACKEND = Backend(
     "triton",
     {
+        ops.norm_rotary: Kernel(norm_rotary, refuses_norm_rotary, "norm and rotation of a head in registers, rounded once"),
         ops.route: Kernel(route, refuses_route, "scores, groups, top-k and renormalization in registers"),
         ops.experts: Kernel(
             experts_by("torch"), refuses_experts, "torch's grouped GEMM; counting sort, fused activation, no atomics"

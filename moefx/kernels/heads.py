@@ -1,0 +1,162 @@
+"""Norm and rotation of query and key heads: a head is read once and written once, forward and backward."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_HEADS = 16  #: of one token that a program holds at a time
+#: Programs of the backward: each adds up its share of the weight's gradient, in order, before all are added.
+PROGRAMS = 1024
+
+
+@triton.jit
+def _columns(HALF: tl.constexpr, LAYOUT: tl.constexpr):
+    """Where the two numbers of each rotated pair are read and written, and the columns of the tables that they meet."""
+    i = tl.arange(0, HALF)
+    if LAYOUT == "interleaved":
+        return 2 * i, 2 * i + 1, i, i
+    elif LAYOUT == "half":
+        return i, i + HALF, i, i + HALF
+    else:
+        tl.static_assert(LAYOUT == "half_table")
+        return i, i + HALF, i, i
+
+
+@triton.jit
+def _weights(weight, first, second, offset, WEIGHTED: tl.constexpr):
+    if WEIGHTED:
+        a = tl.load(weight + first).to(tl.float32) + offset
+        b = tl.load(weight + second).to(tl.float32) + offset
+    else:
+        a = tl.full(first.shape, 1.0, tl.float32)
+        b = tl.full(second.shape, 1.0, tl.float32)
+    return a, b
+
+
+@triton.jit
+def _tables(cos, sin, row, width, at_first, at_second):
+    start = row.to(tl.int64) * width
+    return (
+        tl.load(cos + start + at_first).to(tl.float32), tl.load(cos + start + at_second).to(tl.float32),
+        tl.load(sin + start + at_first).to(tl.float32), tl.load(sin + start + at_second).to(tl.float32),
+    )  # fmt: skip
+
+
+@triton.jit
+def _forward(
+    x, weight, cos, sin, out, x_batch, x_token, x_head, length, table_length, heads, eps, offset, WIDTH: tl.constexpr,
+    HALF: tl.constexpr, LAYOUT: tl.constexpr, WEIGHTED: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    first, second, at_first, at_second = _columns(HALF, LAYOUT)
+    start = x + (token // length).to(tl.int64) * x_batch + (token % length).to(tl.int64) * x_token
+    start += head.to(tl.int64)[:, None] * x_head
+    there = (head < heads)[:, None]
+    a = tl.load(start + first[None, :], mask=there, other=0.0).to(tl.float32)
+    b = tl.load(start + second[None, :], mask=there, other=0.0).to(tl.float32)
+    norm = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / (2 * HALF) + eps)[:, None]
+    weight_a, weight_b = _weights(weight, first, second, offset, WEIGHTED)
+    a, b = a * norm * weight_a[None, :], b * norm * weight_b[None, :]
+    cos_a, cos_b, sin_a, sin_b = _tables(cos, sin, token % table_length, WIDTH, at_first, at_second)
+    to = out + (token.to(tl.int64) * heads + head)[:, None] * (2 * HALF)
+    i = tl.arange(0, HALF)[None, :]  # interleaved pairs are written as halves
+    tl.store(to + i, (a * cos_a[None, :] - b * sin_a[None, :]).to(out.dtype.element_ty), mask=there)
+    tl.store(to + i + HALF, (b * cos_b[None, :] + a * sin_b[None, :]).to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _backward(
+    grad, x, weight, cos, sin, to_x, to_weight, g_batch, g_token, g_head, x_batch, x_token, x_head, tokens, length,
+    table_length, heads, eps, offset, WIDTH: tl.constexpr, HALF: tl.constexpr, LAYOUT: tl.constexpr, WEIGHTED: tl.constexpr,
+    HEADS: tl.constexpr,
+):  # fmt: skip
+    first, second, at_first, at_second = _columns(HALF, LAYOUT)
+    weight_a, weight_b = _weights(weight, first, second, offset, WEIGHTED)
+    total_a, total_b = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)
+    i = tl.arange(0, HALF)[None, :]
+    for each in range(tl.program_id(0), tokens, tl.num_programs(0)):
+        token = tl.zeros((), tl.int64) + each
+        cos_a, cos_b, sin_a, sin_b = _tables(cos, sin, token % table_length, WIDTH, at_first, at_second)
+        batch, place = token // length, token % length
+        for block in range(0, heads, HEADS):
+            head = block + tl.arange(0, HEADS)
+            there = (head < heads)[:, None]
+            from_x = x + batch * x_batch + place * x_token + head.to(tl.int64)[:, None] * x_head
+            from_grad = grad + batch * g_batch + place * g_token + head.to(tl.int64)[:, None] * g_head
+            a = tl.load(from_x + first[None, :], mask=there, other=0.0).to(tl.float32)
+            b = tl.load(from_x + second[None, :], mask=there, other=0.0).to(tl.float32)
+            grad_a = tl.load(from_grad + i, mask=there, other=0.0).to(tl.float32)
+            grad_b = tl.load(from_grad + i + HALF, mask=there, other=0.0).to(tl.float32)
+            back_a = grad_a * cos_a[None, :] + grad_b * sin_b[None, :]
+            back_b = grad_b * cos_b[None, :] - grad_a * sin_a[None, :]
+            norm = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / (2 * HALF) + eps)[:, None]
+            a, b = a * norm, b * norm
+            total_a += tl.sum(back_a * a, axis=0)
+            total_b += tl.sum(back_b * b, axis=0)
+            back_a, back_b = back_a * weight_a[None, :], back_b * weight_b[None, :]
+            mean = ((tl.sum(back_a * a, axis=1) + tl.sum(back_b * b, axis=1)) / (2 * HALF))[:, None]
+            to = to_x + (token * heads + head)[:, None] * (2 * HALF)
+            tl.store(to + first[None, :], ((back_a - a * mean) * norm).to(to_x.dtype.element_ty), mask=there)
+            tl.store(to + second[None, :], ((back_b - b * mean) * norm).to(to_x.dtype.element_ty), mask=there)
+    if WEIGHTED:
+        row = to_weight + tl.program_id(0) * (2 * HALF)
+        tl.store(row + first, total_a)
+        tl.store(row + second, total_b)
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _options(x: Tensor, weight: Tensor | None, cos: Tensor, layout: str) -> dict[str, object]:
+    heads, size = x.shape[2:]
+    return {
+        "WIDTH": cos.shape[-1], "HALF": size // 2, "LAYOUT": layout, "WEIGHTED": weight is not None,
+        "HEADS": min(BLOCK_HEADS, triton.next_power_of_2(heads)),
+    }  # fmt: skip
+
+
+def _table_length(cos: Tensor, tokens: int) -> int:
+    """Rows of the tables as one list [B * S or S]: token t meets row t modulo this."""
+    rows = cos.shape[0] * cos.shape[1]
+    assert rows and tokens % rows == 0, f"tables of {rows} positions for {tokens} tokens"
+    return rows
+
+
+def forward(
+    x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float, offset: float, layout: str
+) -> Tensor:
+    """x [B, S, A, D] (any strides) -> [B, S, A, D], contiguous."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if not out.numel():
+        return out
+    x, cos, sin = _dense(x), cos.contiguous(), sin.contiguous()
+    batch, length, heads, _ = x.shape
+    options = _options(x, weight, cos, layout)
+    _forward[(batch * length, triton.cdiv(heads, options["HEADS"]))](
+        x, x if weight is None else weight, cos, sin, out, *x.stride()[:3], length, _table_length(cos, batch * length), heads,
+        eps, offset, **options, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float, offset: float, layout: str
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x, contiguous, and of the weight, from grad [B, S, A, D] (any strides)."""
+    to_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if not to_x.numel():
+        return to_x, None if weight is None else torch.zeros_like(weight)
+    grad, x, cos, sin = _dense(grad), _dense(x), cos.contiguous(), sin.contiguous()
+    batch, length, heads, size = x.shape
+    programs = min(batch * length, PROGRAMS)
+    parts = torch.empty((programs, size) if weight is not None else 0, dtype=torch.float32, device=x.device)
+    _backward[(programs,)](
+        grad, x, x if weight is None else weight, cos, sin, to_x, parts, *grad.stride()[:3], *x.stride()[:3], batch * length,
+        length, _table_length(cos, batch * length), heads, eps, offset, **_options(x, weight, cos, layout), num_warps=4,
+    )  # fmt: skip
+    return to_x, None if weight is None else parts.sum(0).to(weight.dtype)

@@ -1,0 +1,61 @@
+"""Fuses the norm of each query and key head with its rotation: one ``moefx.norm_rotary`` instead of two passes over memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from moefx import ops
+from moefx.graph import arguments, aten, describe, getitems, inherit, insert, is_call, value
+from moefx.pipeline import Changes
+
+
+@dataclass(frozen=True)
+class FuseNormRotary:
+    """``rotary(norm(q).transpose(1, 2), norm(k).transpose(1, 2), cos, sin)`` becomes a ``norm_rotary`` of q and one of k.
+
+    Bitwise: the operation's body is the same norm and the same rotation.
+    """
+
+    name: ClassVar[str] = "norm_rotary"
+
+    def run(self, function, plan=None) -> Changes:
+        changes = Changes()
+        for rotary in [n for n in function.graph.nodes if is_call(n, ops.rotary)]:
+            given = arguments(rotary)
+            norms = [self._norm(given[name]) for name in ("q", "k")]
+            if not all(norms):
+                continue  # nothing is normalised here
+            if given["unsqueeze_dim"] != 1:
+                changes.miss(rotary, f"its tables are unsqueezed at {given['unsqueeze_dim']}: heads must be dimension 1")
+                continue
+            late = [n for n in norms if arguments(n)["weight"] is not None and arguments(n)["weight"].op != "placeholder"]
+            if late:
+                changes.miss(rotary, f"the weight of {describe(late[0])} is computed")
+                continue
+            for i, norm in enumerate(norms):
+                self._fuse(function.graph, rotary, i, norm, given)
+            function.graph.erase_node(rotary)
+            changes.did(norms[0], "moefx.norm_rotary for the norms of query and key and their rotation")
+        return changes
+
+    @staticmethod
+    def _norm(x: fx.Node) -> fx.Node | None:
+        """The norm over [B, S, A, D] of which ``x`` is the heads [B, A, S, D]."""
+        if not is_call(x, aten.transpose.int) or sorted(x.args[1:]) != [1, 2]:
+            return None
+        norm = x.args[0]
+        return norm if is_call(norm, ops.rms_norm) and value(norm).dim() == 4 else None  # type: ignore[return-value]
+
+    def _fuse(self, graph: fx.Graph, rotary: fx.Node, i: int, norm: fx.Node, tables: dict) -> None:
+        given = arguments(norm)
+        options = {"cast_first": given["cast_first"], "offset": given["offset"], "layout": tables["layout"]}
+        args = (given["x"], given["weight"], tables["cos"], tables["sin"], given["eps"])
+        new = insert(graph, rotary, ops.norm_rotary, args, options, val=value(rotary)[i])
+        inherit(new, [norm, rotary], self.name)
+        old = getitems(rotary).get(i)
+        if old is not None:
+            old.replace_all_uses_with(new)
+            graph.erase_node(old)
