@@ -81,7 +81,7 @@ def _gradients(outputs: list[Any], inputs: list[Tensor], seed: int) -> list[Tens
     floats = [o for o in outputs if isinstance(o, Tensor) and o.dtype.is_floating_point and o.requires_grad]
     if not floats:
         return [None] * len(inputs)
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(1000 + seed)  # not the numbers of the first input: a norm's gradient along it is zero
     weights = [torch.randn(o.shape, generator=g).to(o.dtype) for o in floats]
     return list(torch.autograd.grad(floats, inputs, weights, allow_unused=True))
 

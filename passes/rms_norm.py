@@ -2,6 +2,8 @@
 
 from functools import cache
 
+import torch
+
 from moefx import ops
 from moefx.match import f64
 from moefx.raising import Raise
@@ -18,18 +20,20 @@ def RaiseRMSNorm() -> Raise:
             {"cast_first": False},
             {"offset": 1.0},
             {"weight": None},
-            {"body": "weight upcast first"},
+            {"body": "weight upcast first", "cast_first": False},
+            {"body": "power", "cast_first": False},
+            {"body": "power", "weight": None},
         ),
         body=_written,
     )
 
 
 def _written(x, weight=None, eps=1e-6, cast_first=True, offset=0.0, body=""):
-    """The norm's own body, and Nemotron-H's way of writing the same: the weight is upcast before the product."""
-    if body:
-        import torch
-
-        h = x.to(torch.float32)
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
-        return (weight.to(torch.float32) * h).to(x.dtype)
-    return ops.BODIES[ops.rms_norm](x, weight, eps, cast_first=cast_first, offset=offset)
+    """The norm's own body, and two other ways of writing it: Nemotron-H upcasts the weight before the product, Gemma 4 too,
+    and takes the root as a power."""
+    if not body:
+        return ops.BODIES[ops.rms_norm](x, weight, eps, cast_first=cast_first, offset=offset)
+    h = x.to(torch.float32)
+    mean = h.pow(2).mean(-1, keepdim=True) + eps
+    h = h * (mean.pow(-0.5) if body == "power" else torch.rsqrt(mean))
+    return (h if weight is None else weight.to(torch.float32) * h).to(x.dtype)

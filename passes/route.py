@@ -13,45 +13,55 @@ from moefx.match import Match, f64
 from moefx.raising import Raise
 
 # Unusual numbers: what the match reads off the graph. 323 = 17 * 19 experts in 17 groups.
-_NUMBERS = {"top_k": 13, "groups": 17, "topk_groups": 11, "eps": 0.0123, "scale": 1.75}
+_NUMBERS = {"top_k": 13, "groups": 17, "topk_groups": 11, "fill": -7.5, "eps": 0.0123, "least": 0.0321, "scale": 1.75}
+_SCORES = {
+    "softmax": {aten.softmax.int},
+    "sigmoid": {aten.sigmoid.default},
+    "sqrtsoftplus": {aten.softplus.default, aten.sqrt.default},
+}
 
 
 def _needs(variant: Mapping[str, Any]) -> set:
     """The operations that a router of this kind cannot do without."""
-    found: set = {aten.topk.default, aten.sigmoid.default if variant["score"] == "sigmoid" else aten.softmax.int}
+    found: set = {aten.topk.default} | _SCORES[variant["score"]]
     found |= {aten.scatter.value} if variant["groups"] else set()
     found |= {aten.gather.default} if variant.get("gather") else set()
     found |= {aten.div.Tensor, aten.sum.dim_IntList} if variant["renormalize"] else set()
+    found |= {aten.clamp.default} if variant["least"] else set()
+    found |= {aten.index.Tensor} if variant["expert_scale"] is not None else set()
+    found |= {aten._to_copy.default} if variant["cast"] else set()
     return found | ({aten.max.dim} if variant.get("group_score") == "max" else set())
 
 
-def _order(graph: fx.Graph, before: fx.Node, match: Match) -> dict[str, Any]:
-    """Top-k's own flag, of the last top-k: the one that chooses experts."""
-    return {"sorted": [arguments(n)["sorted"] for n in match.nodes if is_call(n, aten.topk.default)][-1]}
+def _flags(graph: fx.Graph, before: fx.Node, match: Match) -> dict[str, Any]:
+    """Top-k's own flag, of the last top-k, the one that chooses experts; and what the scores of other groups become."""
+    order = [arguments(n)["sorted"] for n in match.nodes if is_call(n, aten.topk.default)][-1]
+    return {"sorted": order, "zero_fill": match.bound.get("fill") == 0.0}
+
+
+def _choices() -> list[dict[str, Any]]:
+    """How models of Transformers choose experts: by which scores, with what bias, among which groups."""
+    biased = {"bias": f64(323), "gather": True}
+    limited = {n: _NUMBERS[n] for n in ("groups", "topk_groups", "fill")}
+    grouped = [{**limited, **biased}, {**limited, "gather": True}, {**limited, "group_score": "max"}]
+    made = [{"score": s, "fp32": True, **c} for s in ("softmax", "sigmoid") for c in ({}, biased, *grouped)]
+    made += [{"score": "softmax", "fp32": False, **c} for c in ({}, biased, *grouped)]
+    made += [{"score": "sqrtsoftplus", **c} for c in ({}, biased)]
+    first = ({"score": "softmax", "fp32": True}, {"score": "softmax", "fp32": False}, {"score": "sigmoid"})
+    return made + [{"topk_first": True, **s, **c} for s in first for c in ({}, biased)]
 
 
 def _variants() -> list[dict[str, Any]]:
-    """Score, selection, renormalization, scale and cast in the combinations that models of Transformers write."""
-    off: dict[str, Any] = {"groups": 0, "topk_groups": 0, "eps": 0.0, "scale": 1.0}
-    made = []
-    for score, order in (("softmax", "scores"), ("softmax", "logits"), ("sigmoid", "scores"), ("sigmoid", "logits")):
-        for scaled, normed, cast in product((False, True), ("no", "sum", "sum+eps"), (False, True)):
-            base = {**off, "bias": None, "score": score, "renormalize": normed != "no", "cast": cast}
-            base |= {"scale": _NUMBERS["scale"]} if scaled else {}
-            base |= {"eps": _NUMBERS["eps"]} if normed == "sum+eps" else {}
-            if order == "logits":
-                made += [{**base, "topk_first": True, "fp32": fp32} for fp32 in (True, False)]
-                continue
-            limited = {"groups": _NUMBERS["groups"], "topk_groups": _NUMBERS["topk_groups"]}
-            made.append(base)
-            made.append({**base, "bias": f64(323), "gather": True})
-            made.append({**base, **limited, "bias": f64(323), "gather": True})
-            made.append({**base, **limited, "gather": True})
-            made.append({**base, **limited, "group_score": "max"})
-    return made
+    """Each way to choose with each way to weight what was chosen: renormalization, scales, cast."""
+    off: dict[str, Any] = {"groups": 0, "topk_groups": 0, "fill": 0.0, "eps": 0.0, "least": 0.0, "scale": 1.0}
+    off |= {"bias": None, "expert_scale": None, "renormalize": False}
+    sums = ({}, *({"renormalize": True, **n} for n in ({}, {"eps": _NUMBERS["eps"]}, {"least": _NUMBERS["least"]})))
+    scales = ({}, {"scale": _NUMBERS["scale"]}, {"expert_scale": f64(323)})
+    parts = product(_choices(), sums, scales, (False, True))
+    return [{**off, **choice, **normed, **scaled, "cast": cast} for choice, normed, scaled, cast in parts]
 
 
 @cache
 def RaiseRoute() -> Raise:
-    example = {"logits": f64(3, 323), "bias": f64(323), **_NUMBERS}
-    return Raise("route", ops.route, example, _variants(), ops.route_body, _order, _needs)
+    example = {"logits": f64(3, 323), "bias": f64(323), "expert_scale": f64(323), **_NUMBERS}
+    return Raise("route", ops.route, example, _variants(), ops.route_body, _flags, _needs)

@@ -13,7 +13,7 @@ from moefx.graph import VIEWS, arguments, aten, compute, describe, getitems, inh
 from moefx.pipeline import Changes
 from moefx.program import Route
 
-_GIVEN = ("score", "topk_first", "fp32", "gather", "renormalize", "eps", "scale", "cast")
+_GIVEN = ("score", "topk_first", "fp32", "gather", "renormalize", "eps", "least", "scale", "expert_scale", "cast")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -86,14 +88,39 @@ def norm_after(weight, x):
     return (weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5))).to(x.dtype)
 
 
+def norm_zero_centred(weight, x):
+    h = x.float()
+    return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5) * (1.0 + weight.float())).type_as(x)
+
+
+def norm_nemotron(weight, x):
+    h = x.to(torch.float32)
+    return (weight.to(torch.float32) * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5))).to(x.dtype)
+
+
+def norm_gemma4(weight, x):
+    h = x.float()
+    return (h * torch.pow(h.pow(2).mean(-1, keepdim=True) + 1e-5, -0.5) * weight.float()).type_as(x)
+
+
+def norm_gemma4_weightless(x):
+    h = x.float()
+    return (h * torch.pow(h.pow(2).mean(-1, keepdim=True) + 1e-5, -0.5)).type_as(x)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("function,first", [(norm, True), (norm_after, False)])
-def test_rms_norm(dtype, function, first):
-    weight = nn.Parameter(torch.randn(16).to(dtype))
-    f, changes = run([RaiseRMSNorm()], function, [torch.randn(3, 17, 16).to(dtype)], [weight])
+@pytest.mark.parametrize(
+    "function, options",
+    [(norm, {}), (norm_after, {"cast_first": False}), (norm_zero_centred, {"offset": 1.0}), (norm_nemotron, {"cast_first": False}),
+     (norm_gemma4, {"cast_first": False}), (norm_gemma4_weightless, {})],
+)  # fmt: skip
+def test_rms_norm(dtype, function, options):
+    weights = [] if function is norm_gemma4_weightless else [nn.Parameter(torch.randn(16).to(dtype))]
+    f, changes = run([RaiseRMSNorm()], function, [torch.randn(3, 17, 16).to(dtype)], weights)
     (node,) = calls(f, ops.rms_norm)
     assert node.args[2] == 1e-5 and len(changes.made) == 1 and changes.missed == []
-    assert node.kwargs.get("cast_first", True) is first
+    # in fp32 casts do nothing: which of two forms it was cannot be told, nor does it matter
+    assert node.kwargs == options or dtype == torch.float32 and "offset" not in options
 
 
 def test_rms_norm_refuses_a_sum_for_the_mean():
@@ -125,30 +152,114 @@ def route_gpt_oss(logits):
     return F.softmax(value, dim=1, dtype=value.dtype), index
 
 
-def route_deepseek(logits):
-    scores = logits.sigmoid()
+def _limited(scores, fill):
+    """Scores of the two best of four groups of experts; the others' become ``fill``."""
     groups = scores.view(-1, 4, 2).topk(2, dim=-1)[0].sum(dim=-1)
     chosen = torch.topk(groups, k=2, dim=-1, sorted=False)[1]
     mask = torch.zeros_like(groups)
     mask.scatter_(1, chosen, 1)
     mask = mask.unsqueeze(-1).expand(-1, 4, 2).reshape(-1, 8)
-    index = torch.topk(scores.masked_fill(~mask.bool(), float("-inf")), k=2, dim=-1, sorted=False)[1]
+    return scores.masked_fill(~mask.bool(), fill)
+
+
+def route_deepseek(logits):
+    scores = logits.sigmoid()
+    index = torch.topk(_limited(scores, float("-inf")), k=2, dim=-1, sorted=False)[1]
     weights = scores.gather(1, index)
     return weights / (weights.sum(dim=-1, keepdim=True) + 1e-20) * 2.5, index
 
 
-@pytest.mark.parametrize(
-    "function,options",
-    [
-        (route_mixtral, {"renormalize": True}),
-        (route_gpt_oss, {"topk_first": True}),
-        (route_deepseek, {"score": "sigmoid", "groups": 4, "topk_groups": 2, "scale": 2.5, "eps": 1e-20, "sorted": False}),
-    ],
-)
-def test_route(function, options):
-    f, changes = run([RaiseRoute()], function, [torch.randn(17, 8)])
+def route_mistral4(logits):
+    scores = logits.softmax(-1)
+    index = torch.topk(_limited(scores, 0.0), k=2, dim=-1, sorted=False)[1]
+    weights = scores.gather(1, index)
+    weights /= weights.sum(dim=-1, keepdim=True) + 1e-20
+    return weights * 2.5, index
+
+
+def route_deepseek_v2(logits):
+    scores = logits.softmax(dim=-1, dtype=torch.float32)
+    groups = scores.view(-1, 4, 2).max(dim=-1).values
+    chosen = torch.topk(groups, k=2, dim=-1, sorted=False)[1]
+    mask = torch.zeros_like(groups)
+    mask.scatter_(1, chosen, 1)
+    mask = mask.unsqueeze(-1).expand(-1, 4, 2).reshape(-1, 8)
+    weights, index = torch.topk(scores.masked_fill(~mask.bool(), 0.0), k=2, dim=-1, sorted=False)
+    return weights * 2.5, index
+
+
+def route_deepseek_v4(bias, logits):
+    scores = F.softplus(logits).sqrt()
+    index = torch.topk(scores + bias, 2, dim=-1, sorted=False).indices
+    weights = scores.gather(1, index)
+    weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    return weights * 1.5, index
+
+
+def route_ernie(bias, logits):
+    scores = F.softmax(logits, dim=1, dtype=torch.float)
+    _, index = torch.topk(scores + bias, 2, dim=-1)
+    weights = torch.gather(scores, dim=-1, index=index)
+    return weights / torch.clamp(weights.sum(dim=-1, keepdim=True), min=1e-12), index
+
+
+def route_gemma4(scale, logits):
+    scores = F.softmax(logits, dim=-1, dtype=torch.float32)
+    weights, index = torch.topk(scores, k=2, dim=-1)
+    weights /= weights.sum(dim=-1, keepdim=True)
+    return weights * scale[index], index
+
+
+def route_kolibri(bias, logits):
+    index = torch.topk(logits + bias, 2, dim=-1).indices
+    weights = logits.gather(1, index).sigmoid()
+    return weights / (weights.sum(dim=-1, keepdim=True) + 1e-20), index
+
+
+def route_cohere2(logits):
+    value, index = torch.topk(logits, 2, dim=-1)
+    value = F.sigmoid(value)
+    return (value / torch.sum(value, dim=-1, keepdims=True)).to(logits.dtype), index
+
+
+ROUTERS = [
+    (route_mixtral, {"renormalize": True}),
+    (route_gpt_oss, {"topk_first": True}),
+    (route_deepseek, {"score": "sigmoid", "groups": 4, "topk_groups": 2, "scale": 2.5, "eps": 1e-20, "sorted": False}),
+    (route_mistral4, {"groups": 4, "topk_groups": 2, "zero_fill": True, "renormalize": True, "eps": 1e-20, "scale": 2.5}),
+    (route_deepseek_v2, {"groups": 4, "topk_groups": 2, "group_score": "max", "zero_fill": True, "scale": 2.5}),
+    (route_deepseek_v4, {"score": "sqrtsoftplus", "gather": True, "renormalize": True, "eps": 1e-20, "scale": 1.5}),
+    (route_ernie, {"gather": True, "renormalize": True, "least": 1e-12}),
+    (route_gemma4, {"renormalize": True}),
+    (route_kolibri, {"score": "sigmoid", "topk_first": True, "gather": True, "renormalize": True, "eps": 1e-20}),
+    (route_cohere2, {"score": "sigmoid", "topk_first": True, "renormalize": True}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("function, options", ROUTERS)
+def test_route(function, options, dtype):
+    """Logits as a router has them: bf16 ones are neither tied nor near a tie."""
+    given = [n for n in inspect.signature(function).parameters if n != "logits"]
+    parameters = [nn.Parameter(torch.rand(8).to(torch.float32 if n == "bias" else dtype)) for n in given]
+    logits = torch.stack([torch.randperm(8) / 4 - 1 for _ in range(17)]).to(dtype)
+    f, changes = run([RaiseRoute()], function, [logits], parameters)
     (node,) = calls(f, ops.route)
     assert node.args[2] == 2 and options.items() <= node.kwargs.items() and len(changes.made) == 1
+    assert (node.args[1] is not None) == ("bias" in given) and (node.kwargs.get("expert_scale") is not None) == ("scale" in given)
+
+
+@pytest.mark.parametrize("function", [f for f, _ in ROUTERS])
+def test_routes_weights_are_the_same_at_the_experts_it_chose(function):
+    """``route_at``, given what ``route`` chose."""
+    given = [n for n in inspect.signature(function).parameters if n != "logits"]
+    f, _ = run([RaiseRoute()], function, [torch.randn(17, 8)], [nn.Parameter(torch.rand(8)) for _ in given])
+    (node,) = calls(f, ops.route)
+    logits, bias = torch.randn(17, 8), torch.rand(8) if node.args[1] is not None else None
+    kwargs = {k: torch.rand(8) if k == "expert_scale" else v for k, v in node.kwargs.items()}
+    weights, index = ops.route(logits, bias, 2, **kwargs)
+    at = {k: v for k, v in kwargs.items() if k in {a.name for a in ops.route_at._schema.arguments}}
+    torch.testing.assert_close(ops.route_at(logits, bias, index, **at), weights)
 
 
 def test_route_refuses_another_score():
