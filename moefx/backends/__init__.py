@@ -34,11 +34,15 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Backend:
-    """A name and a table operation -> Kernel. ``available()`` says why it cannot be used here, or None."""
+    """A name and a table operation -> Kernel. ``available()`` says why it cannot be used here, or None.
+
+    ``by_name``: it is used only where the caller names it, since it has not measured faster than the others.
+    """
 
     name: str
     kernels: Mapping[Any, Kernel]
     available: Callable[[], str | None] = lambda: None
+    by_name: bool = False
 
     def kernel(self, op: Any) -> Kernel | None:
         return self.kernels.get(op)
@@ -56,13 +60,16 @@ class Choice:
 
 def builtin() -> dict[str, Backend]:
     """The backends of this package by name, in the default order."""
-    from . import deepep, quack, reference, torch, triton
+    from . import deepep, quack, reference, te, torch, triton
 
-    return {b.name: b for b in (deepep.BACKEND, quack.BACKEND, triton.BACKEND, torch.BACKEND, reference.BACKEND)}
+    order = (deepep, quack, triton, torch, te, reference)
+    return {module.BACKEND.name: module.BACKEND for module in order}
 
 
 def resolve(backends: Sequence[str | Backend] | None) -> tuple[Backend, ...]:
-    """Names and Backend objects as Backends, in the order given; the reference always comes last. None: all usable here.
+    """Names and Backend objects as Backends, in the order given; the reference always comes last.
+
+    None: all that are usable here, but for those that want to be named.
 
     Raises:
         MoefxError: an unknown name, a backend that cannot be used here, a kernel with another signature than its operation.
@@ -71,7 +78,7 @@ def resolve(backends: Sequence[str | Backend] | None) -> tuple[Backend, ...]:
     if isinstance(backends, (str, Backend)):
         backends = [backends]
     found: list[Backend] = []
-    usable = [name for name, b in known.items() if b.available() is None]
+    usable = [name for name, b in known.items() if not b.by_name and b.available() is None]
     for b in usable if backends is None else backends:
         if isinstance(b, str) and b not in known:
             raise MoefxError(f"no backend is named {b!r}; there are: {', '.join(known)} (or pass a moefx.Backend)")

@@ -1,0 +1,287 @@
+"""The te backend: Transformer Engine's kernels (moefx/kernels/te) where they mean exactly what the operation means.
+
+Used where the caller names it, ``backends=["te", "triton", "torch"]``: nothing here has measured faster than the others yet.
+``Linear`` and ``LayerNormLinear`` have no kernel: in bf16 they are the cuBLAS product that torch runs, with nothing fused to
+it. Their fp8 forms are the pass ``fp8``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .. import grouped, ops
+from ..graph import arguments, dtype_of, value
+from ..kernels.te import attention as te_attention
+from ..kernels.te import available, norm, permute, router
+from ..kernels.te import grouped as te_grouped
+from . import Backend, Kernel, triton
+
+#: The length that a symbolic one is taken for where Transformer Engine is asked about sizes.
+TYPICAL_LENGTH = 4096
+
+_mlp = triton.grouped_mlp_by("torch")
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def _refuses_device(*nodes: Any) -> str | None:
+    for node in nodes:
+        val = value(node)
+        if isinstance(val, Tensor) and val.device.type != "cuda":
+            return f"Transformer Engine's kernels run on cuda, {getattr(node, 'name', 'a tensor')} is on {val.device.type}"
+    return None
+
+
+# --- norms -----------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, cast_first: bool = True, offset: float = 0.0) -> Tensor:
+    return norm.te_rms_norm(x, weight, eps, offset == 1.0)[0]
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, *, cast_first: bool = True, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    return norm.te_add_rms_norm(x, residual, weight, eps, offset == 1.0)[:2]
+
+
+def _refuses_norm(node: fx.Node) -> str | None:
+    given = arguments(node)
+    if given["weight"] is None:
+        return "Transformer Engine's RMSNorm multiplies by a weight, this norm has none"
+    if given["offset"] not in (0.0, 1.0):
+        return f"Transformer Engine's RMSNorm adds 0 or 1 to the weight, this norm {given['offset']}"
+    x, weight = dtype_of(given["x"]), dtype_of(given["weight"])
+    if weight != x:
+        return f"Transformer Engine's RMSNorm wants one dtype, the input is {x}, the weight {weight}"
+    if x not in (*_HALVES, torch.float32):
+        return f"Transformer Engine's RMSNorm takes bf16, fp16 or fp32, the input is {x}"
+    residual = given.get("residual")
+    if residual is not None and dtype_of(residual) != x:
+        return f"the fused residual addition wants one dtype, the input is {x}, the residual {dtype_of(residual)}"
+    return _refuses_device(given["x"], given["weight"])
+
+
+# --- router ----------------------------------------------------------------------------------------------------------
+
+
+def route(
+    logits: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    *,
+    score: str = "softmax",
+    topk_first: bool = False,
+    fp32: bool = True,
+    groups: int = 0,
+    topk_groups: int = 0,
+    group_score: str = "top2",
+    sorted: bool = True,
+    gather: bool = False,
+    renormalize: bool = False,
+    eps: float = 0.0,
+    scale: float = 1.0,
+    cast: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The kernel of ``moefx.route``. Renormalized softmax of all logits is the softmax of the chosen ones."""
+    softmax_first = score == "softmax" and not topk_first and not renormalize
+    if groups == topk_groups:
+        groups = topk_groups = 0
+    weights, index, _ = router.te_route(
+        logits.float(), None if bias is None else bias.float(), top_k, score, softmax_first, groups, topk_groups, scale
+    )
+    return (weights.to(logits.dtype) if cast else weights), index
+
+
+def _refuses_route(node: fx.Node) -> str | None:
+    given = arguments(node)
+    dtype, top_k, softmax = dtype_of(given["logits"]), given["top_k"], given["score"] == "softmax"
+    if dtype not in (*_HALVES, torch.float32):
+        return f"Transformer Engine's router takes bf16, fp16 or fp32, the logits are {dtype}"
+    if dtype != torch.float32 and not (softmax and given["fp32"]):
+        return f"Transformer Engine's router computes in fp32, this {given['score']} in {dtype}"
+    if given["sorted"] and top_k >= router.UNSORTED_FROM:
+        return f"Transformer Engine does not sort {router.UNSORTED_FROM} experts a token or more, this router sorts its {top_k}"
+    return (
+        (_refuses_softmax(given) if softmax else _refuses_sigmoid(given))
+        or _refuses_groups(given)
+        or _refuses_device(given["logits"])
+    )
+
+
+def _refuses_softmax(given: dict[str, Any]) -> str | None:
+    if given["bias"] is not None:
+        return "Transformer Engine's router adds a bias to sigmoid scores, this one to softmax"
+    if not given["renormalize"]:
+        return None
+    if given["topk_first"]:
+        return "Transformer Engine's softmax of the chosen logits sums to 1, this router divides by the sum once more"
+    if given["eps"]:
+        return f"Transformer Engine's renormalized softmax divides by the sum, this router by the sum + {given['eps']}"
+    return None
+
+
+def _refuses_sigmoid(given: dict[str, Any]) -> str | None:
+    if given["bias"] is not None and not given["gather"]:
+        return "Transformer Engine takes the bias out of the weights, this router's weights are the biased scores"
+    if given["bias"] is not None and given["topk_first"]:
+        return "Transformer Engine adds the bias to sigmoid scores, this router to the logits"
+    if (given["top_k"] > 1) != bool(given["renormalize"]):
+        does = "renormalizes" if given["top_k"] > 1 else "does not renormalize"
+        return f"Transformer Engine {does} sigmoid scores of {given['top_k']} experts a token, this router the other way round"
+    if given["eps"] > 1e-20:
+        return f"Transformer Engine divides by the sum + 1e-20, this router by the sum + {given['eps']}"
+    return None
+
+
+def _refuses_groups(given: dict[str, Any]) -> str | None:
+    groups, chosen = given["groups"], given["topk_groups"]
+    if groups == chosen:
+        return None
+    softmax = given["score"] == "softmax"
+    if softmax and given["renormalize"]:
+        return "Transformer Engine scores groups by logits where it renormalizes, this router by softmax scores"
+    if not softmax and given["topk_first"]:
+        return "Transformer Engine scores groups by sigmoid, this router by logits"
+    if given["group_score"] == "max" and (given["bias"] is not None or given["topk_first"]):
+        return "Transformer Engine never chooses from other groups, this router gives them the score 0, others may be less"
+    best, theirs = {"top2": 2, "max": 1}[given["group_score"]], given["top_k"] // chosen
+    if theirs != best:
+        return f"Transformer Engine scores a group by its top_k // topk_groups = {theirs} best experts, this router by {best}"
+    return None
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    *,
+    scale: float,
+    is_causal: bool,
+    window: int | None = None,
+    softcap: float = 0.0,
+    dropout: float = 0.0,
+) -> Tensor:
+    q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
+    return te_attention.te_attention(q, k, v, sinks, scale, is_causal, window)[0]
+
+
+def _refuses_attention(node: fx.Node) -> str | None:
+    given = arguments(node)
+    q, k, v = (value(given[name]) for name in "qkv")
+    if given["mask"] is not None:
+        return "Transformer Engine's fused attention takes causal and window, this attention has a mask tensor"
+    for name in ("softcap", "dropout"):
+        if given[name]:
+            return f"Transformer Engine's fused attention is used with {name} 0, this attention has {given[name]}"
+    if given["window"] is not None and not given["is_causal"]:
+        return f"the window of {given['window']} is for causal attention, this one is not causal"
+    if q.dtype not in _HALVES or {q.dtype} != {k.dtype, v.dtype}:
+        return f"Transformer Engine's fused attention wants q, k, v in bf16 or fp16, they are {q.dtype}, {k.dtype}, {v.dtype}"
+    if str(q.shape[2]) != str(k.shape[2]):
+        return f"Transformer Engine's fused attention is used with one length, q has {q.shape[2]}, k {k.shape[2]}"
+    problem = _refuses_device(given["q"])
+    if problem:
+        return problem
+    length = q.shape[2] if isinstance(q.shape[2], int) else TYPICAL_LENGTH
+    return te_attention.why_not_fused(
+        q.dtype, q.shape[0] if isinstance(q.shape[0], int) else 1, q.shape[1], k.shape[1], length, q.shape[3], v.shape[3],
+        given["scale"], given["is_causal"], given["window"], given["sinks"] is not None,
+    )  # fmt: skip
+
+
+# --- experts ---------------------------------------------------------------------------------------------------------
+
+
+def experts(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    *,
+    activation: str,
+    alpha: float = 0.0,
+    limit: float = 0.0,
+    transposed: bool = False,
+    interleaved: bool = False,
+) -> Tensor:
+    """The kernel of ``moefx.experts``: Transformer Engine's permutation around grouped GEMMs and activation of ``triton``."""
+    flat = index.reshape(-1)
+    counts = torch.zeros(up.shape[0], dtype=torch.int64, device=x.device).scatter_add(0, flat, torch.ones_like(flat))
+    rows, where = permute.te_permute(x.to(up.dtype), index.to(torch.int32))
+    rows = _mlp(
+        rows, counts, up, up_bias, down, down_bias, activation=activation, alpha=alpha, limit=limit, transposed=transposed,
+        interleaved=interleaved,
+    )  # fmt: skip
+    return permute.te_unpermute(rows, where, weights.float()).to(x.dtype)
+
+
+def _refuses_experts(node: fx.Node) -> str | None:
+    x, index = (value(arguments(node)[name]) for name in ("x", "index"))
+    if x.shape[-1] % 8:
+        return f"Transformer Engine's permutation wants rows of whole 16 bytes, this hidden size is {x.shape[-1]} in bf16"
+    if index.shape[1] > 128:
+        return f"Transformer Engine's permutation takes up to 128 experts a token, this router chooses {index.shape[1]}"
+    return _refuses_device(arguments(node)["x"]) or triton.refuses_experts(node)
+
+
+def grouped_mlp(
+    rows: Tensor,
+    counts: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    *,
+    activation: str,
+    alpha: float = 0.0,
+    limit: float = 0.0,
+    transposed: bool = False,
+    interleaved: bool = False,
+    grad_scale: float = 1.0,
+) -> Tensor:
+    """The kernel of ``moefx.grouped_mlp``."""
+    return te_grouped.te_grouped_mlp(
+        rows, counts, up, up_bias, down, down_bias, activation, alpha, limit, transposed, interleaved, grad_scale
+    )[0]
+
+
+def _refuses_grouped_mlp(node: fx.Node) -> str | None:
+    given = arguments(node)
+    problem = _refuses_device(given["rows"], given["up"])
+    if problem:
+        return problem
+    for name in ("up", "down"):
+        if dtype_of(given[name]) not in _HALVES:
+            return f"GroupedLinear's grouped GEMM takes bf16 or fp16, {name} is {dtype_of(given[name])}"
+    found = te_grouped.cublaslt()
+    if found < te_grouped.CUBLASLT:
+        wanted, found = (f"{v // 10000}.{v // 100 % 100}" for v in (te_grouped.CUBLASLT, found))
+        return f"below cuBLASLt {wanted} GroupedLinear is one cuBLAS call an expert, this is {found}"
+    return triton.refuses_experts(node)
+
+
+BACKEND = Backend(
+    "te",
+    {
+        ops.rms_norm: Kernel(rms_norm, _refuses_norm, "RMSNorm: in 16 bits one rounding fewer than a model that casts first"),
+        ops.add_rms_norm: Kernel(add_rms_norm, _refuses_norm, "RMSNorm; its backward adds the residual's gradient"),
+        ops.route: Kernel(route, _refuses_route, "one kernel, in fp32; a bias is added and subtracted again"),
+        ops.attention: Kernel(attention, _refuses_attention, "cuDNN's fused attention"),
+        ops.experts: Kernel(experts, _refuses_experts, "its permutation, torch's grouped GEMM, fused activation"),
+        grouped.grouped_mlp: Kernel(grouped_mlp, _refuses_grouped_mlp, "GroupedLinear's grouped GEMM, activation recomputed"),
+    },
+    available,
+    by_name=True,
+)
+

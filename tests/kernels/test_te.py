@@ -1,0 +1,107 @@
+"""The te backend around a stand-in for Transformer Engine: what is ours of its kernels, on a CPU."""
+
+import pytest
+import torch
+
+from moefx import ops
+from moefx.backends import te
+from moefx.errors import MoefxError
+from moefx.kernels import te as kernels
+from moefx.kernels.te import attention
+
+from .. import te_checks as checks
+from .. import te_standin
+
+CPU = "cpu"
+
+
+@pytest.fixture(autouse=True)
+def standin(monkeypatch):
+    te_standin.install(monkeypatch)
+    yield
+    kernels.extension.cache_clear()
+    attention.why_not_fused.cache_clear()
+
+
+@pytest.mark.parametrize("shape", ((1, 8), (2, 3, 4, 8), (0, 8)))
+@pytest.mark.parametrize("residual", (False, True))
+@pytest.mark.parametrize("offset", (0.0, 1.0))
+def test_norms(shape, offset, residual):
+    checks.check_norm(shape, torch.float32, CPU, offset, residual)
+    checks.check_norm(shape, torch.bfloat16, CPU, offset, residual)
+
+
+@pytest.mark.parametrize("name", checks.ROUTERS)
+def test_routers(name):
+    for tokens in (0, 1, 37):
+        checks.check_router(name, tokens, CPU)
+
+
+def test_aux_loss():
+    checks.check_aux_loss(3, 17, 8, 2, CPU)
+
+
+@pytest.mark.parametrize("name", checks.ATTENTIONS)
+def test_attention(name):
+    checks.check_attention(name, CPU)
+
+
+@pytest.mark.parametrize("tokens, top_k", ((0, 2), (1, 1), (37, 3)))
+def test_permutation(tokens, top_k):
+    checks.check_permutation(tokens, top_k, torch.float32, CPU)
+
+
+@pytest.mark.parametrize("name", checks.EXPERTS)
+@pytest.mark.parametrize("counts", ([3, 0, 5, 1], [0, 0, 0], [0, 7]))
+def test_grouped_mlp(name, counts):
+    checks.check_grouped_mlp(name, counts, torch.float32, CPU, grad_scale=0.5)
+
+
+def test_attention_that_would_not_run_fused_says_what_transformer_engine_says():
+    said = attention.why_not_fused(torch.bfloat16, 1, 4, 4, 64, 512, 512, 1.0, True, None, False)
+    assert said == "with cuDNN 9.12.0 Transformer Engine has no fused attention for this: Disabling FusedAttention: head_dim_qk = 512"
+    q = torch.zeros(1, 4, 3, 512)
+    with pytest.raises(MoefxError, match=r"for q \[1, 3, 4, 512\] it cannot run: with cuDNN .* Leave 'te' out of backends"):
+        te.attention(q, q, q, None, None, scale=1.0, is_causal=True)
+
+
+def test_torch_compile_keeps_the_kernels_in_one_graph():
+    """Forward and backward of a block's worth of kernels, at two lengths, from one dynamic graph without a break."""
+
+    def block(x, weight, gate, bias, sinks):
+        h, total = te.add_rms_norm(x, x.flip(0), weight, 1e-6)
+        q = h.view(1, -1, 4, 8).transpose(1, 2)
+        h = te.attention(q, q, q, None, sinks, scale=0.3, is_causal=True).reshape(x.shape)
+        h = te.rms_norm(h + total, weight, 1e-6, offset=1.0)
+        w, index = te.route(h @ gate, bias, 2, score="sigmoid", gather=True, renormalize=True, sorted=False)
+        rows, where = torch.ops.moefx.te_permute(h, index.int())
+        return torch.ops.moefx.te_unpermute(rows, where, w)
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (5, 12):
+        given = [checks.normal(tokens, 32), 1 + checks.normal(32, seed=1), checks.normal(32, 6, seed=2), checks.normal(6, seed=3), checks.normal(4, seed=4)]
+        wanted = checks.run(block, checks.leaves(given, CPU, torch.float32))
+        checks.compare(checks.run(compiled, checks.leaves(given, CPU, torch.float32)), {k: v for k, v in wanted.items()}, torch.float32)
+
+
+@pytest.mark.parametrize("op", te.BACKEND.kernels, ids=str)
+def test_fakes_are_the_kernels_shapes_and_dtypes(op):
+    """torch's own check of schema, fake, autograd registration and dynamic shapes, for every operation of the backend."""
+    x = checks.normal(6, 32).requires_grad_()
+    weight = checks.normal(32, seed=1).requires_grad_()
+    calls = {
+        ops.rms_norm: [("te_rms_norm", (x, weight, 1e-6, False))],
+        ops.add_rms_norm: [("te_add_rms_norm", (x, x.detach().clone().requires_grad_(), weight, 1e-6, True))],
+        ops.route: [("te_route", (x, checks.normal(32).requires_grad_(), 4, "sigmoid", False, 4, 2, 2.0))],
+        ops.attention: [("te_attention", (*(checks.normal(2, 5, 4, 8, seed=i).requires_grad_() for i in range(3)), weight[:4], 0.3, True, 3))],
+        ops.experts: [
+            ("te_permute", (x, torch.tensor([[0, 1], [2, 1], [0, 3], [1, 2], [2, 3], [3, 0]], dtype=torch.int32))),
+            ("te_unpermute", (checks.normal(12, 32).requires_grad_(), torch.arange(12, dtype=torch.int32), checks.normal(6, 2).requires_grad_())),
+        ],
+        torch.ops.moefx.grouped_mlp.default: [("te_grouped_mlp", (
+            x, torch.tensor([4, 0, 2]), checks.normal(3, 16, 32).requires_grad_(), None, checks.normal(3, 32, 8).requires_grad_(), None,
+            "swiglu", 0.0, 0.0, False, False, 1.0,
+        ))],
+    }  # fmt: skip
+    for name, arguments in calls[op]:
+        torch.library.opcheck(getattr(torch.ops.moefx, name).default, arguments)

@@ -1,0 +1,219 @@
+"""What each kernel of the te backend must give: values and all gradients of its operation's body, in float32 or float64."""
+
+from __future__ import annotations
+
+import torch
+
+from moefx import aux_loss, grouped, ops
+from moefx.activations import ACTIVATIONS
+from moefx.backends import te
+from moefx.kernels.te import aux_loss as te_aux_loss
+
+#: Of the largest value: bf16 has 8 bits, and intermediate results are rounded to it a few times.
+TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+def leaves(given, device, dtype):
+    """Copies on ``device``; floating-point tensors in ``dtype`` ask for a gradient."""
+    made = [t if not isinstance(t, torch.Tensor) else t.to(device, dtype if t.is_floating_point() else t.dtype, copy=True) for t in given]
+    for t in made:
+        if isinstance(t, torch.Tensor) and t.is_floating_point():
+            t.requires_grad_()
+    return made
+
+
+def run(fn, given, **options):
+    """Outputs and gradients of all floating-point inputs, for a fixed gradient of each floating-point output."""
+    out = fn(*given, **options)
+    out = [out] if isinstance(out, torch.Tensor) else list(out)
+    found = {f"output {i}": o.detach() for i, o in enumerate(out)}
+    real = [o for o in out if o.requires_grad]
+    torch.autograd.backward(real, [torch.linspace(-1, 1, o.numel(), dtype=torch.float64).sin().view(o.shape).to(o) for o in real])
+    return found | {f"gradient {i}": t.grad for i, t in enumerate(given) if isinstance(t, torch.Tensor) and t.requires_grad}
+
+
+def compare(found, wanted, dtype, scale=1.0):
+    assert found.keys() == wanted.keys()
+    for name, w in wanted.items():
+        f = found[name]
+        assert f is not None and f.shape == w.shape, (name, f if f is None else f.shape, w.shape)
+        if not w.numel():
+            continue
+        if not w.is_floating_point():
+            assert torch.equal(f.cpu(), w.cpu()), name
+            continue
+        far, size = float((f.double().cpu() - w.double().cpu()).abs().max()), float(w.abs().max())
+        assert far <= scale * TOLERANCE[dtype] * max(size, 1e-6), f"{name}: {far:.1e} of {size:.1e}"
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --- norms -----------------------------------------------------------------------------------------------------------
+
+
+def check_norm(shape, dtype, device, offset=0.0, residual=False):
+    given = [normal(*shape).to(dtype), *([normal(*shape, seed=1).to(dtype)] if residual else []), 1 + 0.3 * normal(shape[-1], seed=2).to(dtype), 1e-6]
+    op, fn = (ops.add_rms_norm, te.add_rms_norm) if residual else (ops.rms_norm, te.rms_norm)
+    wanted = run(ops.BODIES[op], leaves(given, "cpu", torch.float32), cast_first=False, offset=offset)
+    found = run(fn, leaves(given, device, dtype), cast_first=False, offset=offset)
+    assert found["output 0"].dtype == dtype
+    compare(found, wanted, dtype)
+
+
+# --- router ----------------------------------------------------------------------------------------------------------
+
+#: As the models write them: E, K, dtype of the logits and the options of ``moefx.route``.
+ROUTERS = {
+    "qwen3": (128, 8, torch.bfloat16, {"renormalize": True}),
+    "mixtral": (8, 2, torch.float32, {"renormalize": True, "cast": True}),
+    "olmoe": (64, 8, torch.float32, {}),
+    "gpt_oss fp32": (32, 4, torch.float32, {"topk_first": True, "fp32": False}),
+    "granite": (40, 8, torch.bfloat16, {"topk_first": True, "cast": True}),
+    "one expert": (16, 1, torch.float32, {"score": "softmax", "scale": 2.0}),
+    "one sigmoid": (16, 1, torch.float32, {"score": "sigmoid", "scale": 2.5}),
+    "deepseek_v2": (64, 6, torch.float32, {"groups": 8, "topk_groups": 6, "group_score": "max", "scale": 16.0}),
+    "deepseek_v3": (
+        256, 8, torch.float32,
+        {"score": "sigmoid", "bias": True, "gather": True, "groups": 8, "topk_groups": 4, "sorted": False, "renormalize": True, "eps": 1e-20, "scale": 2.5},
+    ),
+    "glm4": (128, 8, torch.float32, {"score": "sigmoid", "bias": True, "gather": True, "sorted": False, "renormalize": True, "eps": 1e-20}),
+    "many": (256, 24, torch.float32, {"sorted": False, "renormalize": True}),
+}  # fmt: skip
+
+
+def check_router(name, tokens, device):
+    experts, top_k, dtype, options = ROUTERS[name]
+    options = {"score": "softmax", **options}
+    # whole sixteenths, all different within a token, so that no choice hangs on a tie that bf16 made
+    order = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(tokens)).argsort(-1)
+    logits = ((order - experts / 2) / 16).to(dtype)
+    bias = 0.1 * normal(experts, seed=3) if options.pop("bias", False) else None
+
+    def comparable(router):
+        """Where the router does not ask for top-k's order: the weights in the order of the experts."""
+
+        def call(*given):
+            weights, index = router(*given, **options)
+            if options.get("sorted", True):
+                return weights, index
+            index, at = index.sort(-1)
+            return weights.gather(-1, at), index
+
+        return call
+
+    wanted = run(comparable(ops.BODIES[ops.route]), [*_router_leaves(logits, bias, "cpu"), top_k])
+    found = run(comparable(te.route), [*_router_leaves(logits, bias, device), top_k])
+    if bias is not None:  # of the choice only: no gradient
+        assert found.pop("gradient 1") is None and wanted.pop("gradient 1") is None
+    assert found["output 0"].dtype == wanted["output 0"].dtype and found["output 1"].dtype == torch.int64
+    compare(found, wanted, wanted["output 0"].dtype if dtype != torch.bfloat16 else dtype)
+
+
+def _router_leaves(logits, bias, device):
+    return [None if t is None else t.to(device, copy=True).requires_grad_() for t in (logits, bias)]
+
+
+def check_aux_loss(layers, tokens, experts, top_k, device):
+    logits = [normal(tokens, experts, seed=i) for i in range(layers)]
+    wanted = run(lambda *x: aux_loss.load_balancing_loss(x, experts, top_k), leaves(logits, "cpu", torch.float32))
+    found = run(lambda *x: te_aux_loss.te_load_balancing_loss(torch.cat(x), top_k)[0], leaves(logits, device, torch.float32))
+    compare(found, wanted, torch.float32)
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+#: B, S, heads, key/value heads, head size, size of a value, and the options.
+ATTENTIONS = {
+    "qwen3": (2, 96, 8, 2, 64, 64, {}),
+    "not a multiple": (1, 77, 4, 4, 128, 128, {}),
+    "short": (3, 5, 4, 1, 64, 64, {}),
+    "window": (2, 130, 4, 2, 64, 64, {"window": 48}),
+    "window of one": (1, 40, 4, 2, 64, 64, {"window": 1}),
+    "sinks": (2, 72, 8, 2, 64, 64, {"sinks": True}),
+    "sinks and window": (1, 160, 8, 2, 64, 64, {"sinks": True, "window": 32}),
+    "deepseek_v3": (1, 64, 4, 4, 192, 128, {}),
+    "not causal": (2, 33, 4, 2, 64, 64, {"is_causal": False}),
+}
+
+
+def attention_arguments(name):
+    batch, length, heads, groups, size, value_size, options = ATTENTIONS[name]
+    options = dict(options)
+    q, k, v = normal(batch, heads, length, size), normal(batch, groups, length, size, seed=1), normal(batch, groups, length, value_size, seed=2)
+    sinks = normal(heads, seed=3) if options.pop("sinks", False) else None
+    given = [t if t is None else t.bfloat16() for t in (q, k, v, None, sinks)]
+    return given, {"scale": size**-0.5, "is_causal": True, **options}
+
+
+def check_attention(name, device):
+    given, options = attention_arguments(name)
+    wanted = run(ops.BODIES[ops.attention], leaves(given, "cpu", torch.float32), **options)
+    found = run(te.attention, leaves(given, device, torch.bfloat16), **options)
+    assert found["output 0"].is_contiguous()
+    compare(found, wanted, torch.bfloat16)
+
+
+# --- experts ---------------------------------------------------------------------------------------------------------
+
+
+def expert_arguments(tokens, experts=8, top_k=3, hidden=64, size=48, *, activation, biased=False, transposed=False, routing="random"):
+    g = torch.Generator().manual_seed(tokens)
+    wide = size * (2 if ACTIVATIONS[activation].gated else 1)
+    up, down = 0.3 * normal(experts, wide, hidden, seed=1), 0.3 * normal(experts, hidden, size, seed=2)
+    if transposed:
+        up, down = up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()
+    if routing == "random":
+        index = torch.rand(tokens, experts, generator=g).topk(top_k).indices
+    else:  # all tokens on the same experts, the others get none
+        index = torch.arange(experts - 1, experts - 1 - top_k, -1).expand(tokens, top_k)
+    biases = (normal(experts, wide, seed=3), normal(experts, hidden, seed=4)) if biased else (None, None)
+    return [normal(tokens, hidden, seed=5), index, normal(tokens, top_k, seed=6).abs(), up, biases[0], down, biases[1]]
+
+
+EXPERTS = {
+    "swiglu": {"activation": "swiglu"},
+    "gpt_oss": {"activation": "oai_swiglu", "alpha": 1.7, "limit": 0.6, "biased": True, "transposed": True, "interleaved": True},
+    "relu2": {"activation": "relu2", "biased": True},
+}
+
+
+def check_permutation(tokens, top_k, dtype, device):
+    """Permute and unpermute around nothing: ``sum_k weights[t, k] * scale[expert] * x[t]``."""
+    from moefx.kernels.te import permute
+
+    x, weights, scale = normal(tokens, 32).to(dtype), normal(tokens, top_k, seed=1), normal(7, seed=2).to(dtype)
+    index = torch.rand(tokens, 7, generator=torch.Generator().manual_seed(tokens)).topk(top_k).indices
+
+    def kernel(x, weights, scale):
+        rows, where = permute.te_permute(x, index.to(device, torch.int32))
+        expert = index.reshape(-1).sort(stable=True).values.to(device)
+        return permute.te_unpermute(rows * scale[expert].unsqueeze(-1), where, weights)
+
+    def body(x, weights, scale):
+        return ((weights * scale[index]).sum(1, keepdim=True) * x)
+
+    def given(device, dtype):
+        x_, scale_ = leaves([x, scale], device, dtype)
+        return [x_, *leaves([weights], device, torch.float32), scale_]
+
+    compare(run(kernel, given(device, dtype)), run(body, given("cpu", torch.float32)), dtype, 2.0)
+
+
+def check_experts(name, tokens, routing, device):
+    options = dict(EXPERTS[name])
+    made = {"biased": options.pop("biased", False), "transposed": options.get("transposed", False), "activation": options["activation"]}
+    given = [t if t is None or not t.is_floating_point() else t.bfloat16() for t in expert_arguments(tokens, routing=routing, **made)]
+    wanted = run(ops.BODIES[ops.experts], leaves(given, "cpu", torch.float32), **options)
+    found = run(te.experts, leaves(given, device, torch.bfloat16), **options)
+    compare(found, wanted, torch.bfloat16, 1.5)
+
+
+def check_grouped_mlp(name, counts, dtype, device, grad_scale=1.0):
+    options = dict(EXPERTS[name], grad_scale=grad_scale)
+    made = {"biased": options.pop("biased", False), "transposed": options.get("transposed", False), "activation": options["activation"]}
+    _, _, _, *weights = expert_arguments(2, experts=len(counts), top_k=1, **made)
+    given = [t if t is None or not t.is_floating_point() else t.to(dtype) for t in (normal(sum(counts), 64), torch.tensor(counts), *weights)]
+    wanted = run(grouped.grouped_mlp, leaves(given, "cpu", torch.float32), **options)
+    compare(run(te.grouped_mlp, leaves(given, device, dtype), **options), wanted, dtype, 1.5)
