@@ -133,14 +133,14 @@ def expert_cases(tokens: int) -> Iterator[Case]:
         return lambda x, up, down: fn(x, index, weights, up, None, down, None, activation="swiglu")
 
     yield Case(
-        "experts", [x, up, down], {"torch": experts(plain.experts), "triton": experts(triton.experts), "te": experts(te.experts)},
+        "experts", [x, up, down], {"torch": experts(plain.experts), "triton": experts(triton.experts_by("torch")), "te": experts(te.experts)},
         experts(ops.BODIES[ops.experts]) if tokens <= 4096 else None,
     )  # fmt: skip
     flat = index.reshape(-1).sort().values
     counts = torch.zeros(E, dtype=torch.int64, device=DEVICE).scatter_add_(0, flat, torch.ones_like(flat))
     found = grouped.cublaslt()
     kind = "GroupedLinear, grouped tensors" if found >= grouped.CUBLASLT else "GroupedLinear, a call an expert"
-    ours = {"triton": lambda r, u, d: triton.grouped_mlp(r, counts, u, None, d, None, activation="swiglu")}
+    ours = {"triton": lambda r, u, d: triton.grouped_mlp_by("torch")(r, counts, u, None, d, None, activation="swiglu")}
     yield Case(f"grouped_mlp ({kind})", [normal(tokens * K, H), up, down], ours | {"te": grouped_linear(counts)}, ours["triton"])
 
 

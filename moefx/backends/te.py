@@ -266,8 +266,8 @@ def _refuses_grouped_mlp(node: fx.Node) -> str | None:
             return f"GroupedLinear's grouped GEMM takes bf16 or fp16, {name} is {dtype_of(given[name])}"
     found = te_grouped.cublaslt()
     if found < te_grouped.CUBLASLT:
-        wanted, found = (f"{v // 10000}.{v // 100 % 100}" for v in (te_grouped.CUBLASLT, found))
-        return f"below cuBLASLt {wanted} GroupedLinear is one cuBLAS call an expert, this is {found}"
+        wanted, this = (f"{v // 10000}.{v // 100 % 100}" for v in (te_grouped.CUBLASLT, found))
+        return f"below cuBLASLt {wanted} GroupedLinear is one cuBLAS call an expert, this is {this}"
     return triton.refuses_experts(node)
 
 
