@@ -65,7 +65,7 @@ def reference(name: str, balanced: bool, model: nn.Module, batch: Mapping[str, T
             with routing.observed(exact) as seen:
                 part = exact(**{n: t[i : i + 1] for n, t in batch.items()}, use_cache=False).loss / many
                 part.backward()
-            loss += float(part)
+            loss += float(part.detach())
             picked.append(list(seen.values()))
     grads = {n: p.grad for n, p in exact.named_parameters()}
     common.drop_gradients(exact)

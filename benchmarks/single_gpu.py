@@ -97,7 +97,7 @@ def depth(args: argparse.Namespace, layers: int) -> dict[str, Any]:
         record["rows"].append({"who": who, "mbs": batch, "tokens_per_s": per_s, **timing.summary()})
         peak = "" if timing.peak_gib is None else f", peak {timing.peak_gib:.2f} GiB above weights and gradients"
         common.say(f"  {who}, mbs {batch}: {timing.median_ms:.2f} ms{peak} (warm-up {timing.warmup_s:.1f} s)")
-        if args.profile and layers == args.layers[-1] and who in ("hf", "moefx"):
+        if args.profile and layers == args.layers[-1] and who in ("hf", "moefx", "nemo"):
             found = breakdown.profile(module, run, tokens(args, batch), device)
             record["breakdown"].append({"who": who, "mbs": batch, **found})
             breakdown.show(who, batch, found)
@@ -150,7 +150,23 @@ def hf_compile(args: argparse.Namespace, model: nn.Module, batch: int, timed: Ca
     timed("hf_compile", peer, torch.compile(peer, dynamic=False), batch)
 
 
-_PEERS: dict[str, Callable] = {"hf_compile": hf_compile}
+def nemo(args: argparse.Namespace, model: nn.Module, batch: int, timed: Callable, record: dict[str, Any]) -> None:
+    import nemo_peer
+
+    balanced = args.routing == "balanced"
+    peer = nemo_peer.from_transformers(model, balanced)
+    if not balanced:  # its balanced gate weighs all experts alike, so its loss is another
+        sequences = tokens(args, batch)
+        with torch.no_grad():
+            wanted = float(model(**sequences, use_cache=False).loss)
+            found = float(peer(**sequences).loss)
+        record.setdefault("nemo_loss", {})[f"mbs {batch}"] = {"hf": wanted, "nemo": found}
+        if not abs(found - wanted) <= checks.FLOOR[model.dtype] * abs(wanted):
+            raise ValueError(f"its loss is {found:.5f}, Transformers' {wanted:.5f}: not the same model")
+    timed("nemo", peer, peer, batch)
+
+
+_PEERS: dict[str, Callable] = {"hf_compile": hf_compile, "nemo": nemo}
 
 
 # --- the tables ------------------------------------------------------------------------------------------------------
