@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import breakdown
@@ -58,6 +59,9 @@ def arguments() -> argparse.Namespace:
     args.layers = args.layers or list(model.depths)
     args.check_seq = min(args.seq, args.check_seq or model.check_seq or args.seq)
     args.attention = args.attention or model.attention
+    gpu = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") and torch.cuda.is_available() else "cpu"
+    suffix = "" if args.routing == "real" else f"-{args.routing}"
+    args.name = args.name or f"single_gpu-{args.model.replace('_', '-')}{suffix}-{common.slug(gpu)}"
     if args.min_speedup is None:
         args.min_speedup = 1.5 if args.model == "qwen3_30b" and args.device.startswith("cuda") else 0.0
     return args
@@ -71,6 +75,46 @@ def tokens(args: argparse.Namespace, batch: int, seq: int | None = None) -> dict
 
 
 # --- one depth -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Depth:
+    """The contenders at one number of layers, and what was measured of them."""
+
+    args: argparse.Namespace
+    layers: int
+    model: nn.Module  #: Transformers'; all others but NeMo's have its parameters
+    record: dict[str, Any]
+
+    def time(self, who: str, module: nn.Module, run: Callable, batch: int) -> None:
+        args, device = self.args, torch.device(self.args.device)
+        timing = common.measure(module, run, tokens(args, batch), device, warmup=args.warmup, steps=args.steps)
+        per_s = batch * args.seq / timing.median_ms * 1e3
+        self.record["rows"].append({"who": who, "mbs": batch, "tokens_per_s": per_s, **timing.summary()})
+        peak = "" if timing.peak_gib is None else f", peak {timing.peak_gib:.2f} GiB above weights and gradients"
+        common.say(f"  {who}, mbs {batch}: {timing.median_ms:.2f} ms{peak} (warm-up {timing.warmup_s:.1f} s)")
+        if args.profile and self.layers == args.layers[-1] and who in ("hf", "moefx", "nemo"):
+            found = breakdown.profile(module, run, tokens(args, batch), device)
+            self.record["breakdown"].append({"who": who, "mbs": batch, **found})
+            breakdown.show(who, batch, found)
+
+    def check(self, other: nn.Module, batch: int) -> None:
+        args = self.args
+        found = checks.check(args.model, args.routing == "balanced", self.model, other, tokens(args, batch, args.check_seq))
+        self.record["checks"][f"mbs {batch}"] = found
+        text = f"{len(found['problems'])} problems" if found["problems"] else "ok"
+        common.say(f"  check, mbs {batch} of {args.check_seq}: {text}; losses {found['loss']}")
+
+    def attempt(self, who: str, batch: int, errors: type[Exception], what: Callable, *given: Any, code: bool = True) -> None:
+        """``what(*given)``; one of ``errors`` is noted, and the measurements go on."""
+        try:
+            what(*given)
+        except errors as error:
+            text = str(error).strip() or "?"
+            self.record["skipped"].append(f"{who}, mbs {batch}: {type(error).__name__}: {text.splitlines()[0][:300]}")
+            common.say(f"  {self.record['skipped'][-1]}")
+        common.drop_gradients(self.model)
+        common.free(torch.device(self.args.device), code=code)
 
 
 def depth(args: argparse.Namespace, layers: int) -> dict[str, Any]:
@@ -90,34 +134,17 @@ def depth(args: argparse.Namespace, layers: int) -> dict[str, Any]:
     optimized = common.twin(model)  # before Transformers' routers are told: moefx is told by its own option
     if balanced:
         routing.balance(model)
-
-    def timed(who: str, module: nn.Module, run: Callable, batch: int) -> None:
-        timing = common.measure(module, run, tokens(args, batch), device, warmup=args.warmup, steps=args.steps)
-        per_s = batch * args.seq / timing.median_ms * 1e3
-        record["rows"].append({"who": who, "mbs": batch, "tokens_per_s": per_s, **timing.summary()})
-        peak = "" if timing.peak_gib is None else f", peak {timing.peak_gib:.2f} GiB above weights and gradients"
-        common.say(f"  {who}, mbs {batch}: {timing.median_ms:.2f} ms{peak} (warm-up {timing.warmup_s:.1f} s)")
-        if args.profile and layers == args.layers[-1] and who in ("hf", "moefx", "nemo"):
-            found = breakdown.profile(module, run, tokens(args, batch), device)
-            record["breakdown"].append({"who": who, "mbs": batch, **found})
-            breakdown.show(who, batch, found)
+    here, memory = Depth(args, layers, model, record), torch.OutOfMemoryError
 
     for batch in args.mbs:
-        timed("hf", model, model, batch)
-        common.free(device)
-
+        here.attempt("hf", batch, memory, here.time, "hf", model, model, batch)
     other = moefx.optimize(optimized, balanced_routing=balanced)
     for batch in args.mbs:
-        timed("moefx", other, other, batch)
-        common.free(device, code=False)  # its code serves every length: dropping it would hide that
-    report = moefx.report(other)
+        # its code serves every length: dropping it in between would hide that
+        here.attempt("moefx", batch, memory, here.time, "moefx", other, other, batch, code=False)
     for batch in args.mbs:
-        name = f"mbs {batch}"
-        sequences = tokens(args, batch, args.check_seq)
-        found = record["checks"][name] = checks.check(args.model, balanced, model, other, sequences)
-        text = f"{len(found['problems'])} problems" if found["problems"] else "ok"
-        common.say(f"  check, {name} of {args.check_seq}: {text}; losses {found['loss']}")
-        common.free(device, code=False)
+        here.attempt("check", batch, memory, here.check, other, batch, code=False)
+    report = moefx.report(other)
     record["fallbacks"] = [f"{p}: {r}: {n} times" for (p, r), n in report.fallbacks.items()]
     record["kernels"] = {f"{op} by {backend}": many for (op, backend), (many, _) in report.kernels().items()}
     record["optimize_s"] = report.seconds
@@ -125,34 +152,29 @@ def depth(args: argparse.Namespace, layers: int) -> dict[str, Any]:
     common.free(device)
 
     for peer, batch in [(p, b) for p in args.peers if p != "hf" for b in args.mbs]:
-        try:
-            if common.elapsed() > args.budget:
-                raise TimeoutError(f"the budget of {args.budget:.0f} s was used up")
-            _PEERS[peer](args, model, batch, timed, record)
-        except Exception as error:  # a peer that fails is a result; moefx's rows stand
-            text = str(error).strip() or "?"
-            record["skipped"].append(f"{peer}, mbs {batch}: {type(error).__name__}: {text.splitlines()[0][:300]}")
+        if common.elapsed() > args.budget:
+            record["skipped"].append(f"{peer}, mbs {batch}: the budget of {args.budget:.0f} s was used up")
             common.say(f"  {record['skipped'][-1]}")
-        common.drop_gradients(model)
-        common.free(device)
+            continue
+        # a peer that fails is a result; moefx's rows stand
+        here.attempt(peer, batch, Exception, _PEERS[peer], here, batch)
     # the first contender again, at the end: whether the clocks of the device drifted meanwhile
     again = common.measure(model, model, tokens(args, args.mbs[0]), device, warmup=1, steps=max(3, args.steps // 3))
     record["hf_again_ms"] = again.median_ms
     common.say(f"  hf again, mbs {args.mbs[0]}: {again.median_ms:.2f} ms")
-    del model
-    common.free(device)
     return record
 
 
-def hf_compile(args: argparse.Namespace, model: nn.Module, batch: int, timed: Callable, record: dict[str, Any]) -> None:
-    peer = common.twin(model)
+def hf_compile(here: Depth, batch: int) -> None:
+    peer = common.twin(here.model)
     # compiled for each shape alone: the fastest that torch.compile makes of it
-    timed("hf_compile", peer, torch.compile(peer, dynamic=False), batch)
+    here.time("hf_compile", peer, torch.compile(peer, dynamic=False), batch)
 
 
-def nemo(args: argparse.Namespace, model: nn.Module, batch: int, timed: Callable, record: dict[str, Any]) -> None:
+def nemo(here: Depth, batch: int) -> None:
     import nemo_peer
 
+    args, model = here.args, here.model
     balanced = args.routing == "balanced"
     peer = nemo_peer.from_transformers(model, balanced)
     if not balanced:  # its balanced gate weighs all experts alike, so its loss is another
@@ -160,10 +182,10 @@ def nemo(args: argparse.Namespace, model: nn.Module, batch: int, timed: Callable
         with torch.no_grad():
             wanted = float(model(**sequences, use_cache=False).loss)
             found = float(peer(**sequences).loss)
-        record.setdefault("nemo_loss", {})[f"mbs {batch}"] = {"hf": wanted, "nemo": found}
+        here.record.setdefault("nemo_loss", {})[f"mbs {batch}"] = {"hf": wanted, "nemo": found}
         if not abs(found - wanted) <= checks.FLOOR[model.dtype] * abs(wanted):
             raise ValueError(f"its loss is {found:.5f}, Transformers' {wanted:.5f}: not the same model")
-    timed("nemo", peer, peer, batch)
+    here.time("nemo", peer, peer, batch)
 
 
 _PEERS: dict[str, Callable] = {"hf_compile": hf_compile, "nemo": nemo}
@@ -184,12 +206,6 @@ def whole_model(args: argparse.Namespace, depths: list[dict[str, Any]]) -> list[
     return found
 
 
-def add_rooflines(depths: list[dict[str, Any]], reach: dict[str, float]) -> None:
-    for d in depths:
-        for r in [*d["rows"], *d["breakdown"]]:
-            r["roofline"] = breakdown.roofline(d["work"][str(r["mbs"])], reach, r.get("median_ms", r.get("ms")))
-
-
 def main() -> int:
     args = arguments()
     device = torch.device(args.device)
@@ -201,47 +217,69 @@ def main() -> int:
     reach = breakdown.peaks(device)
     common.say(f"this device: {reach['tflops']:.0f} TFLOP/s in a bf16 product, {reach['tb_per_s']:.2f} TB/s in a copy")
     common.free(device)
-    depths = [depth(args, n) for n in args.layers]
-    add_rooflines(depths, reach)
-    problems, rows = [], []
+    depths: list[dict[str, Any]] = []
+    for layers in args.layers:
+        depths.append(depth(args, layers))
+        common.free(device)
+        record = summary(args, depths, reach)
+        if layers != args.layers[-1]:
+            common.save(args.name, record)  # a run that is cut off leaves what it has measured
+    show(args, record)
+    common.save(args.name, record)
+    return common.verdict(record["problems"])
+
+
+def summary(args: argparse.Namespace, depths: list[dict[str, Any]], reach: dict[str, float]) -> dict[str, Any]:
+    """The record of a run: what was measured, what follows from it, and what is wrong with it."""
+    problems = []
     for d in depths:
         eager = {r["mbs"]: r["median_ms"] for r in d["rows"] if r["who"] == "hf"}
-        for r in sorted(d["rows"], key=lambda r: r["mbs"]):
-            r["speedup"] = eager[r["mbs"]] / r["median_ms"]
-            peak = "" if r["peak_gib"] is None else f"{r['peak_gib']:.2f}"
-            rows.append((d["layers"], r["mbs"], r["who"], f"{r['median_ms']:.2f}", f"{r['tokens_per_s']:.0f}", peak,
-                         f"{r['speedup']:.2f}", f"{r['roofline']['share']:.0%}"))  # fmt: skip
-            if r["who"] == "moefx" and r["speedup"] < args.min_speedup:
+        for r in [*d["rows"], *d["breakdown"]]:
+            r["roofline"] = breakdown.roofline(d["work"][str(r["mbs"])], reach, r.get("median_ms", r.get("ms")))
+        for r in d["rows"]:
+            r["speedup"] = eager[r["mbs"]] / r["median_ms"] if r["mbs"] in eager else None
+            if r["who"] == "moefx" and r["speedup"] is not None and r["speedup"] < args.min_speedup:
                 problems.append(f"{d['layers']} layers, mbs {r['mbs']}: {r['speedup']:.2f} times hf, {args.min_speedup} wanted")
+        problems += [f"{d['layers']} layers: {s}" for s in d["skipped"] if s.startswith(("moefx", "check"))]
         for name, check in d["checks"].items():
             problems += [f"{d['layers']} layers, {name}: {p}" for p in check["problems"]]
         problems += [f"{d['layers']} layers: ran the original forward: {f}" for f in d["fallbacks"]]
     whole = whole_model(args, depths)
     eager = {r["mbs"]: r["ms"] for r in whole if r["who"] == "hf"}
-    for r in sorted(whole, key=lambda r: r["mbs"]):
-        r["speedup"] = eager[r["mbs"]] / r["ms"]
+    for r in whole:
+        r["speedup"] = eager[r["mbs"]] / r["ms"] if r["mbs"] in eager else None
+    return {
+        "machine": common.machine(args.device), "settings": {k: v for k, v in vars(args).items() if k != "name"},
+        "seconds": common.elapsed(), "peaks": reach, "depths": depths, "whole_model": whole, "problems": problems,
+    }  # fmt: skip
+
+
+def show(args: argparse.Namespace, record: dict[str, Any]) -> None:
+    rows = []
+    for d in record["depths"]:
+        for r in sorted(d["rows"], key=lambda r: r["mbs"]):
+            peak = "" if r["peak_gib"] is None else f"{r['peak_gib']:.2f}"
+            rows.append((d["layers"], r["mbs"], r["who"], f"{r['median_ms']:.2f}", f"{r['tokens_per_s']:.0f}", peak,
+                         _times(r), f"{r['roofline']['share']:.0%}"))  # fmt: skip
+    whole = sorted(record["whole_model"], key=lambda r: r["mbs"])
+    for r in whole:
         layers = f"{r['layers']} (extrapolated)"
-        per_s, speedup = f"{r['tokens_per_s']:.0f}", f"{r['speedup']:.2f}"
-        rows.append((layers, r["mbs"], r["who"], f"{r['ms']:.2f}", per_s, "", speedup, ""))
+        rows.append((layers, r["mbs"], r["who"], f"{r['ms']:.2f}", f"{r['tokens_per_s']:.0f}", "", _times(r), ""))
     columns = ("layers", "mbs", "who", "ms", "tokens/s", "peak GiB", "times HF", "roofline")
     title = f"{args.model}, sequence {args.seq}, {args.dtype}, {args.routing} routing: forward + loss + backward"
     common.show(title, columns, rows)
-    checks.show(depths)
+    checks.show(record["depths"])
     if whole:
         units = list(whole[0]["ms_per_unit"])
         common.show("milliseconds of the parts", ("mbs", "who", "a layer", *units, extrapolate.REST), [
             (r["mbs"], r["who"], f"{r['ms_per_layer']:.2f}", *(f"{r['ms_per_unit'][u]:.2f}" for u in units), f"{r['ms_head']:.2f}")
             for r in whole
         ])  # fmt: skip
-    show_kinds(depths[-1])
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    settings = {k: v for k, v in vars(args).items() if k != "name"}
-    suffix = "" if args.routing == "real" else f"-{args.routing}"
-    common.save(args.name or f"single_gpu-{args.model.replace('_', '-')}{suffix}-{common.slug(gpu)}", {
-        "machine": common.machine(device), "settings": settings, "seconds": common.elapsed(), "peaks": reach, "depths": depths,
-        "whole_model": whole, "problems": problems,
-    })  # fmt: skip
-    return common.verdict(problems)
+    show_kinds(record["depths"][-1])
+
+
+def _times(row: dict[str, Any]) -> str:
+    return "" if row["speedup"] is None else f"{row['speedup']:.2f}"
 
 
 def show_kinds(depth: dict[str, Any]) -> None:
