@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from moefx.passes import (
     Canonicalize,
     Changes,
+    FuseNormRotary,
     FuseResidualRMSNorm,
     Lower,
     RaiseLinearCrossEntropy,
@@ -330,6 +331,38 @@ def test_residual_rms_norm():
     f, changes = run([RaiseRMSNorm(), FuseResidualRMSNorm()], block, [torch.randn(3, 17, 16), torch.randn(3, 17, 16)],
                      [nn.Parameter(torch.randn(16))])  # fmt: skip
     assert len(calls(f, ops.add_rms_norm)) == 1 and calls(f, ops.rms_norm) == [] and calls(f, aten.add.Tensor) == []
+
+
+def heads(weight, x, cos, sin, computed=False, normalise=True):
+    """Query and key of two heads each, normalised and rotated as the models write it."""
+    scale = weight * 2 if computed else weight
+    q, k = ((norm(scale, part) if normalise else part * 1.5).transpose(1, 2) for part in x.view(*x.shape[:2], 4, 16).chunk(2, dim=2))
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+
+    def turn(t):
+        return t * cos + torch.cat((-t[..., 8:], t[..., :8]), dim=-1) * sin
+
+    return turn(q), turn(k)
+
+
+@pytest.mark.parametrize("computed", [False, True])
+def test_norm_rotary(computed):
+    angle = torch.randn(3, 17, 16)
+    inputs = [torch.randn(3, 17, 64), angle.cos(), angle.sin()]
+    f, changes = run([RaiseRMSNorm(), RaiseRotary(), FuseNormRotary()], lambda *a: heads(*a, computed=computed), inputs,
+                     [nn.Parameter(torch.randn(16))])  # fmt: skip
+    if computed:
+        assert len(calls(f, ops.rotary)) == 1 and calls(f, ops.norm_rotary) == []
+        assert "is computed" in changes.missed[0].what
+    else:
+        assert len(calls(f, ops.norm_rotary)) == 2 and calls(f, ops.rotary) == calls(f, ops.rms_norm) == []
+
+
+def test_norm_rotary_leaves_rotations_of_other_things_alone():
+    angle = torch.randn(3, 17, 16)
+    inputs = [torch.randn(3, 17, 64), angle.cos(), angle.sin()]
+    f, changes = run([RaiseRMSNorm(), RaiseRotary(), FuseNormRotary()], lambda *a: heads(None, *a, normalise=None), inputs)
+    assert len(calls(f, ops.rotary)) == 1 and changes.made == [] and changes.missed == []
 
 
 def test_canonicalize_drops_what_does_nothing():
