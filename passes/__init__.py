@@ -4,6 +4,7 @@ from moefx.pipeline import Change, Changes, Pass, Pipeline
 
 from .canonicalize import Canonicalize
 from .expert_parallel import ExpertParallel
+from .fp8 import FP8
 from .linear_cross_entropy import RaiseLinearCrossEntropy
 from .lower import Lower
 from .norm_rotary import FuseNormRotary
@@ -15,8 +16,8 @@ from .routes import Routes
 from .swiglu import RaiseSwiGLU
 
 __all__ = [
-    "Canonicalize", "Change", "Changes", "ExpertParallel", "FuseNormRotary", "FuseResidualRMSNorm", "Lower", "Pass", "Pipeline",
-    "RaiseLinearCrossEntropy", "RaiseRMSNorm", "RaiseRotary", "RaiseRoute", "RaiseSwiGLU", "Routes", "default",
+    "Canonicalize", "Change", "Changes", "ExpertParallel", "FP8", "FuseNormRotary", "FuseResidualRMSNorm", "Lower", "Pass",
+    "Pipeline", "RaiseLinearCrossEntropy", "RaiseRMSNorm", "RaiseRotary", "RaiseRoute", "RaiseSwiGLU", "Routes", "default",
 ]  # fmt: skip
 
 

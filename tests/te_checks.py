@@ -219,3 +219,25 @@ def check_grouped_mlp(name, counts, dtype, device, grad_scale=1.0):
     given = [t if t is None or not t.is_floating_point() else t.to(dtype) for t in (normal(sum(counts), 64), torch.tensor(counts), *weights)]
     wanted = run(grouped.grouped_mlp, leaves(given, "cpu", torch.float32), **options)
     compare(run(te.grouped_mlp, leaves(given, device, dtype), **options), wanted, dtype, 1.5)
+
+
+# --- fp8 -------------------------------------------------------------------------------------------------------------
+
+
+def check_fp8_linear(recipe, shape, out, biased, device):
+    """Output and gradients within what 8 bits explain: 2**-4 and 2**-3 relative a factor, averaged over a product; not nearer
+    than bf16 would be, so that it is known that FP8 ran."""
+    given = [normal(*shape), normal(out, shape[-1], seed=1), normal(out, seed=2) if biased else None]
+    given = [t if t is None else t.bfloat16() for t in given]
+    wanted = run(torch.nn.functional.linear, leaves(given, "cpu", torch.float32))
+    found = run(lambda *x: torch.ops.moefx.te_fp8_linear(*x, recipe), leaves(given, device, torch.bfloat16))
+    assert found.keys() == wanted.keys()
+    for name, w in wanted.items():
+        f = found[name]
+        assert f.shape == w.shape and f.dtype == torch.bfloat16
+        if not w.numel() or not w.any():
+            assert not f.any()
+            continue
+        far = float((f.cpu().float() - w).norm() / w.norm())
+        assert far < 0.08, (name, far)
+        assert name == "gradient 2" or far > 0.01, (name, far)

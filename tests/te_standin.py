@@ -236,6 +236,45 @@ def _general_grouped_gemm_for_grouped_tensor(a, b, out, *, layout, use_split_acc
         o.copy_({"TN": lambda x, y: y @ x.T, "NN": lambda x, y: y @ x, "NT": lambda x, y: y.T @ x}[layout](x, y))
 
 
+# --- fp8 -------------------------------------------------------------------------------------------------------------
+
+
+class Quantizer:
+    """Rounds to FP8 with one scale, and remembers which of the two directions were asked for."""
+
+    def __init__(self, dtype):
+        self.dtype, self.internal, self.usage = dtype, False, {}
+
+    def copy(self):
+        return Quantizer(self.dtype)
+
+    def set_usage(self, **usage):
+        self.usage = usage
+
+    def __call__(self, x):
+        assert self.internal and x.dim() == 2 and x.is_contiguous() and not x.shape[0] % 16 and not x.shape[1] % 16
+        scale = x.abs().max().float().clamp_min(1e-12) / torch.finfo(self.dtype).max
+        return SimpleNamespace(value=(x.float() / scale).to(self.dtype).float() * scale, **self.usage)
+
+
+def _create(recipe, *, mode, num_quantizers):
+    dtype = torch.float8_e4m3fn if mode == "forward" else torch.float8_e5m2
+    return SimpleNamespace(make_quantizers=lambda: [Quantizer(dtype) for _ in range(num_quantizers)])
+
+
+def _general_gemm(a, b, out_dtype=None, *, layout="TN", bias=None, use_split_accumulator=False, grad=False):
+    assert getattr(a, "rowwise" if layout[0] == "T" else "columnwise") and getattr(b, "columnwise" if layout[1] == "T" else "rowwise")
+    assert use_split_accumulator == grad  # as Float8CurrentScaling has it
+    x, y = (a.value.T if layout[0] == "T" else a.value), (b.value.T if layout[1] == "T" else b.value)
+    out = y @ x
+    return (out if bias is None else out + bias.float()).to(out_dtype), None, None, None
+
+
+def _recipe():
+    mm = [SimpleNamespace(use_split_accumulator=split) for split in (False, True, True)]
+    return SimpleNamespace(**dict(zip(("fp8_gemm_fprop", "fp8_gemm_dgrad", "fp8_gemm_wgrad"), mm)))
+
+
 def install(monkeypatch) -> None:
     """Puts the stand-in where Transformer Engine would be."""
     if not hasattr(torch.ops.te_moe, "permute_index_map"):
@@ -246,7 +285,14 @@ def install(monkeypatch) -> None:
     modules = {
         "transformer_engine": {}, root: {}, f"{root}.permutation": {}, f"{root}.attention": {}, dpa: {"utils": utils},
         f"{root}.constants": {"TE_DType": {d: d for d in (torch.float32, torch.bfloat16, torch.float16)}},
-        f"{root}.cpp_extensions": {"general_grouped_gemm_for_grouped_tensor": _general_grouped_gemm_for_grouped_tensor},
+        f"{root}.cpp_extensions": {
+            "general_grouped_gemm_for_grouped_tensor": _general_grouped_gemm_for_grouped_tensor, "general_gemm": _general_gemm,
+        },
+        f"{root}.quantization": {
+            "RecipeState": SimpleNamespace(create=_create), "check_fp8_support": lambda: (True, ""),
+            "check_fp8_block_scaling_support": lambda: (False, "FP8 block scaled GEMM requires Hopper."),
+        },
+        "transformer_engine.common": {"recipe": SimpleNamespace(Float8CurrentScaling=_recipe)},
         f"{root}.cpp_extensions.fused_attn": {
             "fused_attn_fwd": _fused_attn_fwd, "fused_attn_bwd": _fused_attn_bwd, "FusedAttnBackend": {"F16_arbitrary_seqlen": "F16_arbitrary_seqlen"},
         },
@@ -257,11 +303,19 @@ def install(monkeypatch) -> None:
         module = types.ModuleType(name)
         vars(module).update(contents, __path__=[])
         monkeypatch.setitem(sys.modules, name, module)
+        if "." in name:  # `from package import module` reads the attribute
+            parent, _, leaf = name.rpartition(".")
+            vars(sys.modules[parent]).setdefault(leaf, module)
     monkeypatch.setitem(sys.modules, "transformer_engine_torch", Extension("transformer_engine_torch"))
-    from moefx.kernels.te import attention, extension
+    forget()
 
-    extension.cache_clear()
-    attention.why_not_fused.cache_clear()
+
+def forget() -> None:
+    """What moefx keeps of Transformer Engine between calls."""
+    from moefx.kernels.te import attention, extension, linear
+
+    for cached in (extension, attention.why_not_fused, linear._quantizers):
+        cached.cache_clear()
 
 
 def _typed(fn):

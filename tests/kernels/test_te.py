@@ -6,7 +6,6 @@ import torch
 from moefx import ops
 from moefx.backends import te
 from moefx.errors import MoefxError
-from moefx.kernels import te as kernels
 from moefx.kernels.te import attention
 
 from .. import te_checks as checks
@@ -19,8 +18,7 @@ CPU = "cpu"
 def standin(monkeypatch):
     te_standin.install(monkeypatch)
     yield
-    kernels.extension.cache_clear()
-    attention.why_not_fused.cache_clear()
+    te_standin.forget()
 
 
 @pytest.mark.parametrize("shape", ((1, 8), (2, 3, 4, 8), (0, 8)))
@@ -84,6 +82,21 @@ def test_torch_compile_keeps_the_kernels_in_one_graph():
         checks.compare(checks.run(compiled, checks.leaves(given, CPU, torch.float32)), {k: v for k, v in wanted.items()}, torch.float32)
 
 
+@pytest.mark.parametrize("shape", ((16, 32), (2, 5, 32), (1, 32), (0, 32)))
+@pytest.mark.parametrize("biased", (False, True))
+def test_fp8_linear(shape, biased):
+    checks.check_fp8_linear("current", shape, 48, biased, CPU)
+
+
+def test_fp8_linear_leaves_out_gradients_that_nobody_asked_for():
+    x, weight = checks.normal(4, 32).bfloat16().requires_grad_(), checks.normal(16, 32, seed=1).bfloat16()
+    torch.ops.moefx.te_fp8_linear(x, weight, None, "current").sum().backward()
+    assert x.grad.shape == x.shape
+    x, weight = x.detach(), weight.requires_grad_()
+    torch.ops.moefx.te_fp8_linear(x, weight, None, "current").sum().backward()
+    assert weight.grad.shape == weight.shape
+
+
 @pytest.mark.parametrize("op", te.BACKEND.kernels, ids=str)
 def test_fakes_are_the_kernels_shapes_and_dtypes(op):
     """torch's own check of schema, fake, autograd registration and dynamic shapes, for every operation of the backend."""
@@ -103,5 +116,6 @@ def test_fakes_are_the_kernels_shapes_and_dtypes(op):
             "swiglu", 0.0, 0.0, False, False, 1.0,
         ))],
     }  # fmt: skip
+    calls[ops.rms_norm].append(("te_fp8_linear", (x, checks.normal(16, 32, seed=2).requires_grad_(), None, "current")))
     for name, arguments in calls[op]:
         torch.library.opcheck(getattr(torch.ops.moefx, name).default, arguments)
