@@ -6,7 +6,7 @@ import torch
 import moefx
 from moefx import ops
 from moefx.backends import builtin, te
-from moefx.kernels.te import attention, available, grouped
+from moefx.kernels.te import attention, available, grouped, linear
 
 from .. import te_checks as checks
 
@@ -137,6 +137,28 @@ def test_a_model_lowers_to_the_backend_and_keeps_its_loss_and_gradients():
     # a token or two may choose other experts in bf16: the gradients are compared together, each kernel's are above
     far = sum((found[n] - w).square().sum() for n, w in gradients.items()).sqrt()
     assert far <= 0.2 * sum(w.square().sum() for w in gradients.values()).sqrt()
+
+
+@pytest.mark.parametrize("recipe", linear.RECIPES)
+@pytest.mark.parametrize("shape, out", (((1, 256), 128), ((2, 37, 256), 384), ((128, 512), 128), ((1000, 128), 256), ((0, 128), 128)), ids=str)
+def test_fp8_linear(recipe, shape, out):
+    problem = linear.why_not(recipe)
+    if problem:
+        pytest.skip(problem)
+    for biased in (False, True):
+        checks.check_fp8_linear(recipe, shape, out, biased, CUDA)
+
+
+@pytest.mark.parametrize("recipe", linear.RECIPES)
+def test_fp8_linear_compiled_in_one_graph(recipe):
+    problem = linear.why_not(recipe)
+    if problem:
+        pytest.skip(problem)
+    compiled = torch.compile(lambda x, w: torch.ops.moefx.te_fp8_linear(x * 2, w, None, recipe).relu(), fullgraph=True, dynamic=True)
+    for tokens in (5, 130):
+        given = [t.bfloat16() for t in (checks.normal(tokens, 256), checks.normal(128, 256, seed=1))]
+        wanted = checks.run(lambda x, w: torch.ops.moefx.te_fp8_linear(x * 2, w, None, recipe).relu(), checks.leaves(given, CUDA, torch.bfloat16))
+        checks.compare(checks.run(compiled, checks.leaves(given, CUDA, torch.bfloat16)), wanted, torch.bfloat16)
 
 
 def test_doctor_and_default_order():
