@@ -93,10 +93,11 @@ def cases(tokens: int) -> Iterator[Case]:
 
     route = ops.BODIES[ops.route]
     logits = normal(tokens, E, dtype=torch.float32)
-    yield Case("route softmax", [logits], {"inductor": compiled(routed(route)), "te": routed(te.route)}, routed(route))
+    yield Case("route softmax", [logits], {"inductor": compiled(routed(route)), "triton": routed(triton.route), "te": routed(te.route)}, routed(route))
     yield Case(
         "route sigmoid, bias, groups", [logits, torch.rand(E, device=DEVICE)],
-        {"inductor": compiled(one_order(sigmoid(route))), "te": one_order(sigmoid(te.route))}, one_order(sigmoid(route)),
+        {"inductor": compiled(one_order(sigmoid(route)))} | {n: one_order(sigmoid(f)) for n, f in (("triton", triton.route), ("te", te.route))},
+        one_order(sigmoid(route)),
     )  # fmt: skip
     batch = tokens // SEQUENCE
     q, k, v = normal(batch, HEADS, SEQUENCE, D), normal(batch, GROUPS, SEQUENCE, D), normal(batch, GROUPS, SEQUENCE, D)
