@@ -27,7 +27,6 @@ from moefx import aux_loss, ops
 from moefx.backends import te, triton
 from moefx.backends import torch as plain
 from moefx.kernels.te import attention, available, grouped, linear, permute
-from moefx.kernels.te import aux_loss as te_aux_loss
 
 DEVICE = torch.device("cuda")
 H, HEADS, GROUPS, D, E, K, I = 2048, 32, 4, 128, 128, 8, 768  # Qwen3-30B-A3B # noqa: E741
@@ -190,7 +189,7 @@ def aux_cases(tokens: int) -> Iterator[Case]:
     who = {
         "transformers": lambda *x: load_balancing_loss_func(x, E, K),
         "torch": lambda *x: aux_loss.load_balancing_loss(x, E, K),
-        "te": lambda *x: te_aux_loss.te_load_balancing_loss(torch.cat(x), K)[0],
+        "te": lambda *x: te.load_balancing_loss(torch.cat(x), K),
     }
     yield Case("auxiliary loss of 8 layers", logits, who, who["transformers"])
 

@@ -1,4 +1,4 @@
-"""Transformers' auxiliary load-balancing loss over the batch of all ranks.
+"""Transformers' auxiliary load-balancing loss over the batch of all ranks, or by a backend's kernel.
 
 It is a product of means (arXiv 2101.03961, equations 4 to 6), so the mean of the ranks' losses is not the loss of their batch,
 and it makes each rank's few sequences balanced rather than the batch (arXiv 2501.11873).
@@ -84,12 +84,6 @@ def over_all_ranks(model: Any, mean_of_ranks: bool) -> Iterator[None]:
 
     ``mean_of_ranks``: see :func:`gradient_scale`. A family with another loss keeps it, computed by each rank on its own tokens.
     """
-    modules = [sys.modules[c.__module__] for c in type(model).__mro__]  # FSDP's and moefx's classes come first
-    module = next((m for m in modules if hasattr(m, NAME)), None)
-    theirs = getattr(module, NAME, None)
-    if theirs is None or not _same(theirs):
-        yield
-        return
     scale = gradient_scale(mean_of_ranks)
 
     def ours(gate_logits: Any, num_experts: Any = None, top_k: Any = 2, attention_mask: Any = None) -> Any:
@@ -97,7 +91,43 @@ def over_all_ranks(model: Any, mean_of_ranks: bool) -> Iterator[None]:
             gate_logits, num_experts, top_k, attention_mask, total=lambda x: SumOverRanks.apply(x, scale)
         )
 
-    setattr(module, NAME, ours)
+    with _replaced(model, lambda theirs: ours):
+        yield
+
+
+@contextmanager
+def by_kernel(model: Any, kernel: Callable[[Tensor, int], Tensor]) -> Iterator[None]:
+    """Within: the model's forward computes its auxiliary loss by a kernel of ``moefx.load_balancing_loss``.
+
+    With padding, and elsewhere than on a CUDA device, it is the model's own function as before.
+    """
+
+    def instead_of(theirs: Callable) -> Callable:
+        def ours(gate_logits: Any, num_experts: Any = None, top_k: Any = 2, attention_mask: Any = None) -> Any:
+            if attention_mask is not None or not isinstance(gate_logits, tuple) or not all(map(_served, gate_logits)):
+                return theirs(gate_logits, num_experts, top_k, attention_mask)
+            return kernel(torch.cat(gate_logits), top_k)
+
+        return ours
+
+    with _replaced(model, instead_of):
+        yield
+
+
+def _served(logits: Tensor) -> bool:
+    return logits.is_cuda and logits.numel() > 0
+
+
+@contextmanager
+def _replaced(model: Any, instead_of: Callable[[Callable], Callable]) -> Iterator[None]:
+    """Within: the model's family calls ``instead_of(its function)``, if that function is the one of this file."""
+    modules = [sys.modules[c.__module__] for c in type(model).__mro__]  # FSDP's and moefx's classes come first
+    module = next((m for m in modules if hasattr(m, NAME)), None)
+    theirs = getattr(module, NAME, None)
+    if theirs is None or not _same(theirs):
+        yield
+        return
+    setattr(module, NAME, instead_of(theirs))
     try:
         yield
     finally:

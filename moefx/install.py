@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from . import aux_loss, checkpoint, exchange, faults, hf, sharded
+from . import aux_loss, checkpoint, exchange, faults, hf, ops, sharded
 from .adapters import unwrap
 from .capture import Call, capture_module, flatten, foreign_hooks
 from .errors import CaptureError, MoefxError
@@ -376,6 +376,16 @@ def _lm_head_forward(base: type) -> Callable:
     return forward
 
 
+def _aux_loss(model: Any, state: Optimized, mean_of_ranks: bool, everywhere: bool) -> contextlib.AbstractContextManager:
+    """Who computes the auxiliary loss of this forward: all ranks together, a backend's kernel, or the model as it is."""
+    if everywhere:
+        return aux_loss.over_all_ranks(model, mean_of_ranks)
+    found = next((b.kernel(ops.load_balancing_loss) for b in state.plan.backends if b.kernel(ops.load_balancing_loss)), None)
+    if state.bypass or found is None or found.fn is ops.load_balancing_loss:
+        return contextlib.nullcontext()  # nobody has more than the operation's own body: the model's function is as good
+    return aux_loss.by_kernel(model, found.fn)
+
+
 def _model_forward(base: type) -> Callable:
     plain = base.forward  # type: ignore[attr-defined]
 
@@ -388,7 +398,7 @@ def _model_forward(base: type) -> Callable:
         def total(x: Tensor) -> Tensor:
             return aux_loss.SumOverRanks.apply(x, aux_loss.gradient_scale(mean))  # type: ignore[no-untyped-call]
 
-        with faults.named(), aux_loss.over_all_ranks(self, mean) if everywhere else contextlib.nullcontext():
+        with faults.named(), _aux_loss(self, state, mean, everywhere):
             out = run(self, args, kwargs)
             return self._moefx_routing.finish(state, out, kwargs.get("attention_mask"), total if everywhere else lambda x: x)
 

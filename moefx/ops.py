@@ -192,6 +192,17 @@ def route_at(
     return weights.to(logits.dtype) if cast else weights
 
 
+@op("load_balancing_loss(Tensor logits, int top_k) -> Tensor")
+def load_balancing_loss(logits: Tensor, top_k: int) -> Tensor:
+    """``E * sum_e(rows of e / T * mean probability of e)`` of a softmax router's logits [T, E] (arXiv 2101.03961, eq. 4 to 6).
+
+    fp32 scalar; the probabilities are computed in fp32, the rows are those of their ``top_k`` greatest.
+    """
+    probability = torch.softmax(logits.to(torch.float32), dim=-1)
+    chosen = torch.zeros_like(probability).scatter(1, torch.topk(probability, top_k, dim=-1).indices, 1.0)
+    return (chosen.mean(0) * probability.mean(0)).sum() * logits.shape[1]
+
+
 @op("balanced_index(Tensor logits, int top_k) -> Tensor")
 def balanced_index(logits: Tensor, top_k: int) -> Tensor:
     """An index [T, K] that gives every expert of logits [T, E] the same number of rows (but one), whatever the logits say."""

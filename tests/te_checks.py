@@ -7,7 +7,6 @@ import torch
 from moefx import aux_loss, grouped, ops
 from moefx.activations import ACTIVATIONS
 from moefx.backends import te
-from moefx.kernels.te import aux_loss as te_aux_loss
 
 #: Of the largest value: bf16 has 8 bits, and intermediate results are rounded to it a few times.
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -120,8 +119,9 @@ def _router_leaves(logits, bias, device):
 def check_aux_loss(layers, tokens, experts, top_k, device):
     logits = [normal(tokens, experts, seed=i) for i in range(layers)]
     wanted = run(lambda *x: aux_loss.load_balancing_loss(x, experts, top_k), leaves(logits, "cpu", torch.float32))
-    found = run(lambda *x: te_aux_loss.te_load_balancing_loss(torch.cat(x), top_k)[0], leaves(logits, device, torch.float32))
+    found = run(lambda *x: te.load_balancing_loss(torch.cat(x), top_k), leaves(logits, device, torch.float32))
     compare(found, wanted, torch.float32)
+    compare(run(lambda *x: ops.load_balancing_loss(torch.cat(x), top_k), leaves(logits, "cpu", torch.float32)), wanted, torch.float32)
 
 
 # --- attention -------------------------------------------------------------------------------------------------------

@@ -154,6 +154,43 @@ def test_the_backend_is_used_by_name_only_and_says_what_is_missing():
     assert any(r["what"] == "backend te" and ("not installed" in r["state"] or "CUDA" in r["state"]) for r in diagnose())
 
 
+def test_the_auxiliary_loss_is_the_kernels_where_nothing_is_padded(monkeypatch):
+    """Loss and gradients of a whole model; with padding, and while verifying, the model's own function."""
+    from moefx import aux_loss
+
+    from .families import batch, build
+
+    te_standin.install(monkeypatch)
+    monkeypatch.setattr(aux_loss, "_served", lambda logits: True)
+    asked = []
+
+    def kernel(logits, top_k):
+        asked.append(tuple(logits.shape))
+        return te.load_balancing_loss(logits, top_k)
+
+    backend = moefx.Backend("mine", {ops.load_balancing_loss: moefx.Kernel(kernel, why="counts its calls")})
+    model, given = build("qwen3_moe").train(), batch(2, 9)
+
+    def step(**more):
+        model.zero_grad()
+        out = model(**given, **more, output_router_logits=True, use_cache=False)
+        out.loss.backward()
+        return float(out.aux_loss.detach()), {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    wanted, gradients = step()
+    mask = torch.ones_like(given["input_ids"])
+    padded, _ = step(attention_mask=mask.scatter(1, torch.zeros(2, 1, dtype=torch.int64), 0))
+    moefx.optimize(model, backends=[backend, "torch"], compile=False)
+    loss, found = step()
+    te_standin.forget()
+    experts = model.config.num_experts
+    assert asked == [(18 * model.config.num_hidden_layers, experts)] and loss == pytest.approx(wanted, rel=1e-5)
+    for name, g in gradients.items():
+        torch.testing.assert_close(found[name], g, rtol=1e-3, atol=1e-5, msg=name)
+    again, _ = step(attention_mask=mask.scatter(1, torch.zeros(2, 1, dtype=torch.int64), 0))
+    assert len(asked) == 1 and again == pytest.approx(padded, rel=1e-5)
+
+
 # --- the pass fp8 ----------------------------------------------------------------------------------------------------
 
 
@@ -239,7 +276,7 @@ def test_a_model_trains_in_fp8_with_its_own_parameters(standin):
     model = build("qwen3_moe").to(BF16)
     before = {n: p.data_ptr() for n, p in model.named_parameters()}
     given = batch(2, 9)
-    wanted = float(model(**given, use_cache=False).loss)
+    wanted = float(model(**given, use_cache=False).loss.detach())
     moefx.optimize(model, pipeline=default().before("lower", FP8()), compile=False, backends=["torch"])
     loss = model(**given, use_cache=False).loss
     loss.backward()

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from .. import grouped, ops
 from ..graph import arguments, dtype_of, value
 from ..kernels.te import attention as te_attention
+from ..kernels.te import aux_loss as te_aux_loss
 from ..kernels.te import available, norm, permute, router
 from ..kernels.te import grouped as te_grouped
 from . import Backend, Kernel, triton
@@ -153,6 +154,14 @@ def _refuses_groups(given: dict[str, Any]) -> str | None:
     return None
 
 
+def load_balancing_loss(logits: Tensor, top_k: int) -> Tensor:
+    return te_aux_loss.te_load_balancing_loss(logits.float(), top_k)[0]
+
+
+def _refuses_loss(node: fx.Node) -> str | None:
+    return _refuses_device(arguments(node)["logits"])
+
+
 # --- attention -------------------------------------------------------------------------------------------------------
 
 
@@ -277,6 +286,7 @@ BACKEND = Backend(
         ops.rms_norm: Kernel(rms_norm, _refuses_norm, "RMSNorm: in 16 bits one rounding fewer than a model that casts first"),
         ops.add_rms_norm: Kernel(add_rms_norm, _refuses_norm, "RMSNorm; its backward adds the residual's gradient"),
         ops.route: Kernel(route, _refuses_route, "one kernel, in fp32; a bias is added and subtracted again"),
+        ops.load_balancing_loss: Kernel(load_balancing_loss, _refuses_loss, "scores with choice, counts, their product"),
         ops.attention: Kernel(attention, _refuses_attention, "cuDNN's fused attention"),
         ops.experts: Kernel(experts, _refuses_experts, "its permutation, torch's grouped GEMM, fused activation"),
         grouped.grouped_mlp: Kernel(grouped_mlp, _refuses_grouped_mlp, "GroupedLinear's grouped GEMM, activation recomputed"),

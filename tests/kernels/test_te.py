@@ -106,6 +106,7 @@ def test_fakes_are_the_kernels_shapes_and_dtypes(op):
         ops.rms_norm: [("te_rms_norm", (x, weight, 1e-6, False))],
         ops.add_rms_norm: [("te_add_rms_norm", (x, x.detach().clone().requires_grad_(), weight, 1e-6, True))],
         ops.route: [("te_route", (x, checks.normal(32).requires_grad_(), 4, "sigmoid", False, 4, 2, 2.0))],
+        ops.load_balancing_loss: [("te_load_balancing_loss", (x, 3))],
         ops.attention: [("te_attention", (*(checks.normal(2, 5, 4, 8, seed=i).requires_grad_() for i in range(3)), weight[:4], 0.3, True, 3))],
         ops.experts: [
             ("te_permute", (x, torch.tensor([[0, 1], [2, 1], [0, 3], [1, 2], [2, 3], [3, 0]], dtype=torch.int32))),
