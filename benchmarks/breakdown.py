@@ -41,7 +41,7 @@ def kind(name: str, launched_by: Sequence[str] = (), shapes: Sequence[Sequence[i
     for found, pattern in _PATTERNS:
         # around it only the nearest: an operation that holds a whole block launches products and glue
         if pattern.search(name) or any(pattern.search(n) for n in launched_by[:1]):
-            return found
+            return "grouped GEMM" if found == "dense GEMM" and any("experts" in n for n in launched_by) else found
     return "glue"
 
 

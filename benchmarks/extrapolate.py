@@ -29,12 +29,14 @@ def solve(measured: Mapping[int, float], units: Mapping[int, Mapping[str, int]])
 def whole(
     measured: Mapping[int, float], units: Mapping[int, Mapping[str, int]], wanted: Mapping[str, int], layers: int
 ) -> dict[str, Any] | None:
-    """The step of a model of ``wanted`` units and ``layers`` layers; None where it is not determined.
+    """The step of a model of ``wanted`` units and ``layers`` layers.
+
+    None where it is not determined, or where a part comes out negative: then the times are noise.
 
     ``ms_per_layer`` is the mean over the layers, ``ms_head`` that of :data:`REST`.
     """
     found = solve(measured, units)
-    if found is None or any(u not in found for u in wanted):
+    if found is None or any(u not in found for u in wanted) or min(found.values()) < 0:
         return None
     of_layers = sum(n * found[u] for u, n in wanted.items())
     return {

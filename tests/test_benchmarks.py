@@ -42,6 +42,8 @@ def test_too_few_depths_determine_nothing() -> None:
     assert extrapolate.solve({2: 10.0}, units) is None
     assert extrapolate.solve({2: 10.0, 3: 11.0}, units) is None  # three unknowns
     assert extrapolate.whole({2: 10.0, 3: 11.0}, units, {"layer": 40}, 40) is None
+    units = {2: Counter({"layer": 2}), 4: Counter({"layer": 4})}
+    assert extrapolate.whole({2: 10.0, 4: 9.0}, units, {"layer": 40}, 40) is None  # more layers took less: noise
 
 
 def test_nemotron_runs_are_layers_of_its_pattern() -> None:
@@ -58,6 +60,7 @@ def test_nemotron_runs_are_layers_of_its_pattern() -> None:
     ("name", "around", "shapes", "wanted"),
     [
         ("void cutlass::device_kernel<...GemmUniversal<cutlass::gemm::GroupProblemShape<...", ["aten::_grouped_mm"], [], "grouped GEMM"),
+        ("kernel_cutlass_kernel_quackgemm_sm90GemmSm90", ["moefx::fused_experts_backward"], [], "grouped GEMM"),
         ("prepare_grouped_gemm_data", ["aten::_grouped_mm"], [], "grouped GEMM"),
         ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NNT", ["aten::mm"], [[4096, 2048], [2048, 512]], "dense GEMM"),
         ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NNT", ["aten::mm"], [[4096, 2048], [2048, 151936]], "head"),
