@@ -169,6 +169,14 @@ def roofline(needed: Mapping[str, Mapping[str, float]], reach: Mapping[str, floa
     return {"arithmetic_ms": arithmetic, "bytes_ms": moved, "share": max(arithmetic, moved) / ms}
 
 
+def floors(needed: Mapping[str, Mapping[str, float]], reach: Mapping[str, float]) -> dict[str, float]:
+    """The least milliseconds of each kind's work, the larger of its arithmetic and its bytes: what its kernels can reach."""
+    return {
+        k: max(needed["flops"].get(k, 0) / reach["tflops"], needed["bytes"].get(k, 0) / reach["tb_per_s"]) / 1e9
+        for k in KINDS if k in needed["flops"] or k in needed["bytes"]
+    }  # fmt: skip
+
+
 def show(who: str, batch: int, found: Mapping[str, Any]) -> None:
     rows = [(f"{e['ms']:.2f}", f"{e['share']:.1%}", e["calls"], e["kind"], e["kernel"][:70]) for e in found["top"]]
     title = f"one step of {who}, mbs {batch}: {found['ms']:.2f} ms in {found['launches']} launches"

@@ -244,6 +244,7 @@ def summary(args: argparse.Namespace, depths: list[dict[str, Any]], reach: dict[
         eager = {r["mbs"]: r["median_ms"] for r in d["rows"] if r["who"] == "hf"}
         for r in [*d["rows"], *d["breakdown"]]:
             r["roofline"] = breakdown.roofline(d["work"][str(r["mbs"])], reach, r.get("median_ms", r.get("ms")))
+        d["floors_ms"] = {batch: breakdown.floors(work, reach) for batch, work in d["work"].items()}
         for r in d["rows"]:
             r["speedup"] = eager[r["mbs"]] / r["median_ms"] if r["mbs"] in eager else None
             if r["who"] == "moefx" and r["speedup"] is not None and r["speedup"] < args.min_speedup:
@@ -291,15 +292,16 @@ def _times(row: dict[str, Any]) -> str:
 
 
 def show_kinds(depth: dict[str, Any]) -> None:
-    """The kinds of kernels of one step, contenders side by side."""
+    """The kinds of kernels of one step, contenders side by side, and the least that each kind can take."""
     if not depth["breakdown"]:
         return
-    rows = [
-        (b["mbs"], b["who"], *(f"{b['kinds_ms'].get(k, 0):.2f}" for k in breakdown.KINDS), f"{b['ms']:.2f}", b["launches"],
-         f"{b['roofline']['arithmetic_ms']:.2f}", f"{b['roofline']['bytes_ms']:.2f}")
-        for b in sorted(depth["breakdown"], key=lambda b: b["mbs"])
-    ]  # fmt: skip
-    columns = ("mbs", "who", *breakdown.KINDS, "sum", "launches", "floor: FLOPs", "floor: bytes")
+    rows = []
+    for batch, floor in depth["floors_ms"].items():
+        for b in (b for b in depth["breakdown"] if str(b["mbs"]) == batch):
+            rows.append((batch, b["who"], *(f"{b['kinds_ms'].get(k, 0):.2f}" for k in breakdown.KINDS), f"{b['ms']:.2f}",
+                         b["launches"]))  # fmt: skip
+        rows.append((batch, "floor", *(f"{floor[k]:.2f}" if k in floor else "" for k in breakdown.KINDS), "", ""))
+    columns = ("mbs", "who", *breakdown.KINDS, "sum", "launches")
     common.show(f"kernels of one step, {depth['layers']} layers, ms", columns, rows)
 
 

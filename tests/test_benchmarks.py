@@ -10,6 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import breakdown  # noqa: E402
+import chart  # noqa: E402
 import extrapolate  # noqa: E402
 import models  # noqa: E402
 import routing  # noqa: E402
@@ -105,6 +106,8 @@ def test_work_counts_what_the_layers_multiply() -> None:
     # what bounds the step is the larger of the two
     floor = breakdown.roofline({"flops": {"a": 4e9, "b": 2e9}, "bytes": {"a": 1e9}}, {"tflops": 3.0, "tb_per_s": 0.5}, 8.0)
     assert floor == pytest.approx({"arithmetic_ms": 2.0, "bytes_ms": 2.0, "share": 0.25})
+    needed = {"flops": {"head": 3e9}, "bytes": {"head": 1e9, "glue": 1e9}}
+    assert breakdown.floors(needed, {"tflops": 3.0, "tb_per_s": 0.5}) == pytest.approx({"head": 2.0, "glue": 2.0})
 
 
 def test_work_knows_windows() -> None:
@@ -168,3 +171,12 @@ def test_balanced_router_gives_the_weights_of_its_experts(name: str, layers: int
         found = routing._BALANCED[type(router).__name__](router, x)
     assert torch.equal(found[0], logits) and torch.equal(found[2], index)
     torch.testing.assert_close(found[1], weights)
+
+
+def test_bars_are_the_whole_models_rows() -> None:
+    rows = [
+        {"who": "moefx", "mbs": 4, "tokens_per_s": 4.0, "speedup": 2.0}, {"who": "hf", "mbs": 4, "tokens_per_s": 2.0, "speedup": 1.0},
+        {"who": "moefx", "mbs": 1, "tokens_per_s": 3.0, "speedup": None},
+    ]  # fmt: skip
+    found = chart.bars({"whole_model": rows})
+    assert list(found.items()) == [("hf", [(4, 2.0, 1.0)]), ("moefx", [(1, 3.0, None), (4, 4.0, 2.0)])]
