@@ -91,7 +91,7 @@ def agrees(rank, world, cases):
         z = 0.1 if aux else 0.0
         model = moefx.parallelize(model, ep_size=ep, dp_replicate=replicas, compile=False, strict=True, router_z_loss=z)
         steps = [torch.optim.AdamW(m.parameters(), lr=1e-2, eps=1e-3) for m in (model, one)]
-        for step in range(2):
+        for step in range(2 if world < 8 else 1):
             micro, items = global_batch(world, accumulation, step)
             ours = train_step(model, [row[rank] for row in micro], items, world, aux, model.set_requires_gradient_sync)
             theirs = train_step(one, list(map(together, micro)), items, 1.0, aux, z=z)
@@ -128,7 +128,7 @@ QWEN = "qwen3_moe"
     [
         (2, [(QWEN, 1, 1, 3, True), (QWEN, 2, 1, 1, False), (QWEN, 1, 2, 1, False), (STARVED, 2, 1, 3, False)]),
         (4, [(QWEN, 2, 1, 3, True), (QWEN, 2, 2, 1, True), (QWEN, 4, 1, 3, False), (QWEN, 1, 2, 3, False), ("gpt_oss", 2, 1, 1, False)]),
-        (8, [(QWEN, 8, 1, 3, True), (QWEN, 2, 2, 3, True), (QWEN, 4, 2, 1, False)]),
+        (8, [(QWEN, 8, 1, 3, True), (QWEN, 2, 2, 3, False)]),
     ],
     ids=["2 ranks", "4 ranks", "8 ranks"],
 )
