@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import moefx
 
@@ -69,7 +69,22 @@ def checkpointing_some(model, reentrant):
     del block.forward
 
 
+@contextmanager
+def checkpointing_ops(model, reentrant):
+    """Selective by operation: what matrix products give is kept, the rest computed again, the routers' logits (of 8) too."""
+
+    def policy(context, op, *args, **kwargs):
+        kept = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) and args[-1].shape[-1] != 8
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    model.activation_checkpointing_enable({"use_reentrant": reentrant, "context_fn": contexts})
+    yield
+    model.gradient_checkpointing_disable()
+
+
 CHECKPOINTING = [(how, reentrant) for how in (checkpointing_hf, checkpointing_some) for reentrant in (False, True)]
+CHECKPOINTING.append((checkpointing_ops, False))
 
 
 @pytest.mark.parametrize("how, reentrant", CHECKPOINTING)
