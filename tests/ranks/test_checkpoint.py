@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -155,3 +157,111 @@ def test_an_interrupted_save_leaves_the_previous_one(saved):
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained(folder / "qwen3_moe-again")
+
+
+#: How the experts lie on disk, by family: one matrix an expert and projection, or all experts' in one tensor, also transposed.
+LAYOUTS = {
+    "qwen3_moe": ("experts.3.gate_proj.weight", torch.bfloat16, "60KB"),
+    "mixtral": ("experts.3.w1.weight", torch.float32, "1GB"),
+    "olmoe": ("experts.3.up_proj.weight", torch.float32, "60KB"),
+    "deepseek_v3": ("experts.3.down_proj.weight", torch.bfloat16, "1GB"),
+    "glm4_moe": ("experts.3.down_proj.weight", torch.float32, "1GB"),
+    "gpt_oss": ("experts.gate_up_proj", torch.float32, "1GB"),
+    "nemotron_h": ("experts.3.up_proj.weight", torch.bfloat16, "60KB"),
+}  # fmt: skip
+
+
+def through_ranks(rank, world, folder):
+    """Loads as parallelize does, without rewriting, and saves."""
+    start()
+    from moefx import checkpoint
+    from moefx.parallelize import _layout, _load
+
+    for name, (_, _, size) in LAYOUTS.items():
+        model = _load(Path(folder, name), _layout(world, 1, None, True, None), None)
+        checkpoint.save_pretrained(model, Path(folder, f"{name}-again"), max_shard_size=size)
+
+
+def test_every_layout_comes_back_file_by_file(tmp_path):
+    """Through two ranks or through plain Transformers: the same files, tensors and bits, in fp32 and bf16, one file or several."""
+    start()
+    from transformers import AutoModelForCausalLM
+
+    from tests.families import build
+
+    for name, (_, dtype, size) in LAYOUTS.items():
+        build(name).to(dtype).save_pretrained(tmp_path / name)
+        AutoModelForCausalLM.from_pretrained(tmp_path / name).save_pretrained(tmp_path / f"{name}-plain", max_shard_size=size)
+    run(through_ranks, 2, str(tmp_path), timeout=300)
+    for name, (tensor, dtype, size) in LAYOUTS.items():
+        before, after = (sorted((tmp_path / n).glob("*.safetensors*")) for n in (f"{name}-plain", f"{name}-again"))
+        assert [p.name for p in before] == [p.name for p in after] and (len(before) == 1) == (size == "1GB"), name
+        seen = set()
+        for a, b in zip(before, after, strict=True):
+            if a.suffix == ".json":
+                assert json.loads(a.read_text())["weight_map"] == json.loads(b.read_text())["weight_map"], name
+                continue
+            a, b = load_file(a), load_file(b)
+            assert a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a), name
+            assert any(t.dtype == dtype for t in a.values())
+            seen |= a.keys()
+        assert any(k.endswith(tensor) for k in seen), f"{name} has no {tensor} but {sorted(seen)[:3]}"
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def anonymous():
+    """Bytes of memory that this process has allocated; pages of files that are mapped do not count."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+class Peak(threading.Thread):
+    """The most that the process held while the block ran, above what it held before."""
+
+    def __enter__(self):
+        self.ended, self.before, self.most = threading.Event(), anonymous(), 0
+        self.start()
+        return self
+
+    def run(self):
+        while not self.ended.wait(0.001):
+            self.most = max(self.most, anonymous() - self.before)
+
+    def __exit__(self, *_):
+        self.ended.set()
+        self.join()
+
+
+def held(rank, world, folder):
+    start()
+    from moefx import checkpoint
+    from moefx.parallelize import _layout, _load
+
+    with Peak() as load:
+        model = _load(Path(folder), _layout(world, 1, None, True, None), None)
+    with Peak() as save:
+        checkpoint.save_pretrained(model, Path(folder, "again"), max_shard_size="50MB")
+    share = sum(p.to_local().nbytes for p in model.parameters())
+    largest = max(p.numel() * p.element_size() for p in model.parameters())
+    block = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    return {"share": share, "largest": largest, "block": block, "whole": whole, "load": load.most, "save": save.most}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts allocated memory as Linux tells it")
+def test_no_rank_holds_the_model(tmp_path):
+    """400 MB over four ranks, experts one by one on disk: loading holds the rank's share and a tensor, saving a file and a block."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "qwen3_moe", hidden_size=256, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, vocab_size=256,
+        num_experts_per_tok=2, moe_intermediate_size=512, num_experts=32, head_dim=64,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path, max_shard_size="50MB")
+    slack = 40e6  # what Python, gloo and the C library's own pools take
+    for rank in run(held, 4, str(tmp_path), timeout=300):
+        assert rank["whole"] > 400e6 and rank["share"] < 0.26 * rank["whole"]
+        assert rank["load"] < rank["share"] + rank["largest"] + slack < 0.5 * rank["whole"]
+        assert rank["save"] < 50e6 + 3 * rank["block"] + slack < 0.7 * rank["whole"]  # gathered, split by expert, and in transit
