@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
@@ -137,6 +139,52 @@ def _rank_and_world() -> tuple[int, int]:
 def _barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+def check_files(folder: Path, model: Any) -> None:
+    """Compares the shapes in a folder's safetensors headers with those that ``model`` (on meta) would save.
+
+    Transformers names no tensor when shapes differ, and under expert parallelism cuts experts out of too many without a word.
+    A checkpoint in another layout than the model's own is left to Transformers' loading.
+
+    Raises:
+        MoefxError: the first tensor, by name, of another shape, too many or missing.
+    """
+    there = _shapes(folder)
+    whole = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in model.state_dict().items()}
+    written = revert_weight_conversion(model, remove_tied_weights_from_state_dict(whole, model))
+    wanted = {name: tuple(t.shape) for name, t in written.items()}
+    kinds = {_kind(name) for name in wanted.keys() & there.keys()}  # laid out in the way of the model
+    ignored = [re.compile(p) for p in (getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])]
+    for name in sorted(wanted.keys() | there.keys()):
+        if name in wanted and name in there:
+            if wanted[name] != there[name]:
+                raise MoefxError(f"{folder} has {name} of shape {there[name]}, the model of {wanted[name]}: {_BELONGS}")
+        elif _kind(name) in kinds and not any(p.search(name) for p in ignored):
+            said = "lacks" if name in wanted else "has, and the model has not,"
+            raise MoefxError(f"{folder} {said} {name}: {_BELONGS}")
+
+
+_BELONGS = "load the checkpoint that belongs to this configuration"
+
+
+def _kind(name: str) -> str:
+    """The name without the numbers of layers and experts."""
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    index, single = folder / _INDEX, folder / _WEIGHTS.format(suffix="")
+    files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else {single.name}
+    found: dict[str, tuple[int, ...]] = {}
+    for file in sorted(files):
+        if not (folder / file).is_file():
+            if index.is_file():
+                raise MoefxError(f"{folder} lacks {file}, which {_INDEX} names: download it again")
+            return {}  # in another format
+        with safe_open(folder / file, framework="pt") as f:
+            found |= {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
+    return found
 
 
 # --- resuming --------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from transformers.distributed import DistributedConfig
 from transformers.distributed.utils import TransformersDeviceMesh
 from transformers.utils import is_accelerate_available
 
-from . import faults, hf, parallel, sharded
+from . import checkpoint, faults, hf, parallel, sharded
 from .adapters import inside
 from .errors import MoefxError
 from .optimize import optimize
@@ -242,28 +242,25 @@ def _load(folder: Path, layout: Layout, dtype: torch.dtype | None) -> Any:
         raise MoefxError(f"loading {folder} over ranks needs accelerate, which is not installed: pip install moefx[train]")
     chosen: Mapping[str, Any] = {} if dtype is None else {"dtype": dtype}
     loader: Any = AutoModelForCausalLM.from_pretrained
-    with _distributing(layout):
+    with _distributing(layout, folder):
         model, info = loader(folder, distributed_config=layout.config, output_loading_info=True, **chosen)
-    for what, said in (("missing_keys", "lacks"), ("unexpected_keys", "has, and the model has not,"), ("mismatched_keys", "")):
+    for what, said in (("missing_keys", "lacks"), ("unexpected_keys", "has, and the model has not,")):
         names = sorted(map(str, info[what]))
-        if names and said:
-            raise MoefxError(f"{folder} {said} {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "") + f": {_DO}")
         if names:
-            raise MoefxError(f"{folder} has tensors of another shape than the model: {names[0]}: {_DO}")
+            more = f" and {len(names) - 1} more" if names[1:] else ""
+            raise MoefxError(f"{folder} {said} {names[0]}{more}: load the checkpoint that belongs to this configuration")
     return model
 
 
-_DO = "load the checkpoint that belongs to this configuration"
-
-
 @contextmanager
-def _distributing(layout: Layout) -> Iterator[None]:
-    """Within: ``from_pretrained`` cuts the empty model as ``parallelize`` does, before it reads the weights."""
+def _distributing(layout: Layout, folder: Path) -> Iterator[None]:
+    """Within: ``from_pretrained`` checks the files and cuts the empty model as ``parallelize`` does, before it reads any."""
 
     def prepare(cls: type, config: Any, device_map: Any = None) -> tuple[Any, Any, TransformersDeviceMesh | None]:
         return layout.config, _device(), _meshes(layout)
 
     def distribute(cls: type, model: Any, config: Any, meshes: TransformersDeviceMesh | None) -> Any:
+        checkpoint.check_files(folder, model)
         return _distribute(model, layout, meshes)
 
     with ExitStack() as undo:

@@ -119,7 +119,8 @@ def bad_folders(rank, world, folder):
 
     sentences = []
     source = Path(folder, "qwen3_moe-again")
-    for key, value in (("num_hidden_layers", 3), ("num_hidden_layers", 1), ("vocab_size", 128)):
+    changes = (("num_hidden_layers", 3), ("num_hidden_layers", 1), ("vocab_size", 128), ("num_local_experts", 4), ("num_local_experts", 16))
+    for key, value in changes:
         config = json.loads((source / "config.json").read_text())
         config[key] = value
         bad = Path(folder, f"bad-{key}-{value}-{rank}")
@@ -129,8 +130,8 @@ def bad_folders(rank, world, folder):
         (bad / "config.json").write_text(json.dumps(config))
         try:
             moefx.parallelize(bad, compile=False)
-        except Exception as error:
-            sentences.append(f"{type(error).__name__}: {error}")
+        except moefx.MoefxError as error:
+            sentences.append(str(error))
     for given in (Path(folder, "nowhere"), source):
         try:
             moefx.parallelize(given, ep_size=1 if given != source else 3, compile=False)
@@ -142,10 +143,12 @@ def bad_folders(rank, world, folder):
 def test_bad_folders_are_errors(saved):
     folder, _ = saved
     for sentences in run(bad_folders, 2, str(folder), timeout=300):
-        lacks, extra, shape, nowhere, ep = sentences
+        lacks, extra, shape, many, few, nowhere, ep = sentences
         assert "lacks model.layers.2" in lacks
         assert "model.layers.1" in extra
-        assert "size" in shape or "shape" in shape
+        assert "has lm_head.weight of shape (256, 64), the model of (128, 64)" in shape
+        assert "has, and the model has not, model.layers.0.mlp.experts.4." in many
+        assert "of shape (8, 64), the model of (16, 64)" in few or "lacks model.layers.0.mlp.experts.10." in few
         assert "there is no" in nowhere and "ep_size=3 does not divide the 2 ranks" in ep
 
 
