@@ -1,8 +1,8 @@
 """A loop of one's own with Accelerate, which prepares optimizer, scheduler and data; moefx has spread the model already.
 
 accelerate launch examples/accelerate_loop.py                          # one process
-accelerate launch --multi_gpu --num_processes 8 examples/accelerate_loop.py
-torchrun --standalone --nproc-per-node 2 examples/accelerate_loop.py   # several ranks without a GPU
+accelerate launch --multi_gpu --num_processes 8 examples/accelerate_loop.py        # without a GPU too: ranks over gloo
+torchrun --standalone --nproc-per-node 2 examples/accelerate_loop.py   # the same
 """
 
 import argparse

@@ -2,10 +2,10 @@
 
 python examples/trainer.py                                     # one process, moefx.optimize
 torchrun --standalone --nproc-per-node 2 examples/trainer.py   # two ranks, moefx.parallelize: FSDP2, half of the experts each
-accelerate launch --num_processes 2 examples/trainer.py        # the same (on CPU: add --cpu --num_machines 1)
+accelerate launch --multi_gpu --num_processes 2 examples/trainer.py    # the same
 
 All print the same losses: the global batch is the same. --resume goes on from the last checkpoint in --out, whatever the
-number of ranks that wrote it.
+number of ranks that wrote it; one that was interrupted while it was written is passed over.
 """
 
 import argparse
@@ -27,6 +27,8 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--steps", type=int, default=6)
 parser.add_argument("--out", default="trainer-out")
 parser.add_argument("--resume", action="store_true")
+parser.add_argument("--report-to", default="none", help="tensorboard, wandb, ...: gets the experts' load too")
+parser.add_argument("--deterministic", action="store_true", help="two runs give the same bits")
 args = parser.parse_args()
 
 ranks = int(os.environ.get("WORLD_SIZE", 1))
@@ -45,7 +47,8 @@ rows = [{k: v[0] for k, v in b.items()} for b, _ in zip(batches(1, 64), range(64
 arguments = TrainingArguments(
     args.out, max_steps=args.steps, per_device_train_batch_size=4 // ranks, gradient_accumulation_steps=3, learning_rate=2e-3,
     adam_epsilon=1e-5, lr_scheduler_type="constant", logging_steps=1, eval_strategy="steps", eval_steps=2,
-    save_strategy="steps", save_steps=2, report_to=[], use_cpu=not torch.cuda.is_available(),
+    save_strategy="steps", save_steps=2, report_to=args.report_to, full_determinism=args.deterministic,
+    use_cpu=not torch.cuda.is_available(),
 )  # fmt: skip
 trainer = Trainer(model, arguments, train_dataset=rows[:48], eval_dataset=rows[48:])
 trainer.train(resume_from_checkpoint=args.resume)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,8 @@ def test_command(command, text, tmp_path):
 
 def started(*command):
     """What it prints, started as a shell starts it."""
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=400)
+    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=400, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -54,21 +56,31 @@ def printed(name, folder, *args, ranks=1):
 
 def test_trainer(tmp_path):
     """One process and two ranks agree; two ranks go on from where one process stopped."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     one = printed("trainer", tmp_path, "--out", "one")
     assert [line.split()[0] for line in one] == ["loss", "grad_norm", "eval_loss", "router/max_load"]
     printed("trainer", tmp_path, "--out", "two", "--steps", "4")
-    two = printed("trainer", tmp_path, "--out", "two", "--resume", ranks=2)
+    broken = tmp_path / "two/checkpoint-5"  # a save that was interrupted
+    broken.mkdir()
+    (broken / "model.safetensors.incomplete").write_bytes(b"half")
+    options = ("--out", "two", "--resume", "--report-to", "tensorboard", "--deterministic")
+    two = printed("trainer", tmp_path, *options, ranks=2)
     assert one == two
     assert (tmp_path / "two/checkpoint-6/model.safetensors").is_file()
+    events = EventAccumulator(str(next((tmp_path / "two").rglob("events*")).parent)).Reload()
+    seen = {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert len(seen["train/loss"]) == len(seen["train/router/entropy"]) == 2 and seen["train/router/dropped"] == [0, 0]
 
 
 def test_accelerate(tmp_path):
-    """By `accelerate launch` in one process, and over two ranks."""
-    launch = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"]
-    one = started(*launch, "--dynamo_backend", "no", "examples/accelerate_loop.py", "--steps", "3")
-    one = [line for line in one.splitlines() if line.startswith("loss")]
+    """Two ranks that ``accelerate launch`` starts, and one process."""
+    one = printed("accelerate_loop", tmp_path, "--steps", "3")
     assert len(one) == 3
-    assert one == printed("accelerate_loop", tmp_path, "--steps", "3", ranks=2)
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    address = ["--dynamo_backend", "no", "--main_process_ip", "127.0.0.1", "--main_process_port", "0"]
+    two = started(*launch, *address, "examples/accelerate_loop.py", "--steps", "3")
+    assert one == [line for line in two.splitlines() if line.startswith("loss")]
 
 
 def test_sft(tmp_path):

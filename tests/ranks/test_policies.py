@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from spawn import run
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
