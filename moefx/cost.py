@@ -4,11 +4,13 @@ Sizes are symbols: B, S (batch and sequence of one rank), ep, and the roles that
 numbers: H hidden, I intermediate, E experts, K experts a token, A heads, G key/value heads, D head size, V vocabulary. A number
 with two roles in one function (128 experts, heads of 128) stays a number, except where an operation itself says which is meant.
 FLOPs count a multiply-add as two; only matrix products are counted as FLOPs, everything else as the bytes that it moves.
-Formulas are of the forward; the backward of a matrix product costs twice its forward. Routing is taken to be balanced.
+Formulas are of the forward; the backward of a matrix product costs twice its forward. Routing is taken to be balanced, and
+each set of K experts as likely as another: a token then has experts on ``ep * (1 - C(E - E/ep, K) / C(E, K))`` ranks.
 """
 
 from __future__ import annotations
 
+import copy
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +19,9 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from . import exchange, grouped, ops
+from . import exchange, grouped, ops, transports
 from .errors import MoefxError
-from .graph import VIEWS, arguments, aten, value
+from .graph import VIEWS, arguments, aten, origin, value
 from .plan import Plan
 from .program import Function, Program
 
@@ -119,7 +121,17 @@ class Sizes:
     def bytes(self, val: Any) -> sympy.Expr:
         if isinstance(val, (tuple, list)):
             return sympy.Add(*(self.bytes(v) for v in val))
-        return self.elements(val) * val.element_size() if isinstance(val, Tensor) else sympy.Integer(0)
+        if not isinstance(val, Tensor) or (val.dim() and all(isinstance(s, int) and s == 0 for s in val.stride())):
+            return sympy.Integer(0)  # the links of an exchange have a shape and no memory
+        return self.elements(val) * val.element_size()
+
+    def of_part(self, share: Any) -> Sizes:
+        """The sizes for a call that gets this share of the rows from other ranks."""
+        if share == 1:
+            return self
+        part = copy.copy(self)
+        part.rows = self.rows * sympy.Rational(share)
+        return part
 
 
 def _symbol(name: str) -> sympy.Symbol:
@@ -127,8 +139,8 @@ def _symbol(name: str) -> sympy.Symbol:
 
 
 def node_cost(node: fx.Node, sizes: Sizes) -> Cost:
-    """The cost of one call; views are free. ``dispatch`` and ``combine`` send all but the rank's own share of rows."""
-    op = node.meta.get("semantic", node.target)
+    """The cost of one call; views are free. dispatch and combine send a row per token and *other* rank that it goes to."""
+    op, sizes = node.meta.get("semantic", node.target), sizes.of_part(node.meta.get("share", 1))
     if (
         node.op != "call_function"
         or op in VIEWS
@@ -143,7 +155,7 @@ def node_cost(node: fx.Node, sizes: Sizes) -> Cost:
     rule = _RULES.get(op)
     if rule is None:
         return Cost(sympy.Integer(0), read, written)
-    flops, sent, instead = rule(arguments(node), sizes)
+    flops, sent, instead = rule({**arguments(node), "kernel": origin(node).kernel}, sizes)
     return Cost(flops, read if instead is None else instead, written, sent)
 
 
@@ -187,15 +199,41 @@ def _head(given: dict[str, Any], sizes: Sizes) -> tuple[Any, Any, Any]:
     return 2 * tokens * sizes.role("H") * sizes.role("V"), sympy.Integer(0), None
 
 
-def _exchange(given: dict[str, Any], sizes: Sizes) -> tuple[Any, Any, Any]:
-    rows = value(given.get("x", given.get("rows")))
-    return sympy.Integer(0), sizes.rows * sizes.size(rows.shape[-1]) * rows.element_size() * (EP - 1) / EP, None
+def _part(width: sympy.Expr, number: int, dtype: torch.dtype) -> sympy.Expr:
+    """Bytes of ``number`` values of a row, ``width`` as a symbol; parts of a row begin at whole 16 bytes."""
+    plain = not isinstance(number, int) or number * dtype.itemsize % 16 == 0
+    return width * dtype.itemsize if plain else transports.row_bytes((width, dtype))
+
+
+def _pairs(given: dict[str, Any], sizes: Sizes) -> sympy.Expr:
+    """How many (token, other rank) a rank sends a row to."""
+    if given.get("capacity"):
+        return (EP - 1) * given["capacity"]
+    tokens, e, k = sizes.size(value(given["index"]).shape[0]), sizes.role("E"), sizes.role("K")
+    return tokens * (EP - 1) * (1 - sympy.binomial(e - e / EP, k) / sympy.binomial(e, k))
+
+
+def _dispatch(given: dict[str, Any], sizes: Sizes) -> tuple[Any, Any, Any]:
+    x, top_k, k = value(given["x"]), value(given["index"]).shape[1], sizes.role("K")
+    row = _part(sizes.size(x.shape[-1]), x.shape[-1], x.dtype)
+    if given["kernel"] == "deepep":  # int64 experts, float32 weights, where the token came from
+        return sympy.Integer(0), _pairs(given, sizes) * (row + 12 * k + 4), None
+    row += _part(k, top_k, transports.wide(value(given["weights"]).dtype)) + _part(k, top_k, torch.int32)
+    agreed = 0 if given["capacity"] else 16 * (EP - 1)  # tokens and rows for each other rank, int64
+    return sympy.Integer(0), _pairs(given, sizes) * row + agreed, None
+
+
+def _combine(given: dict[str, Any], sizes: Sizes) -> tuple[Any, Any, Any]:
+    rows = value(given["rows"])
+    capacity = given["place"].args[0].kwargs.get("capacity")
+    pairs = _pairs({"capacity": capacity, "index": given["index"]}, sizes)
+    return sympy.Integer(0), pairs * sizes.size(rows.shape[-1]) * rows.element_size(), None
 
 
 #: operation -> (arguments, sizes) -> (FLOPs, bytes sent, bytes read or None for all inputs)
 _RULES: dict[Any, Any] = {
     ops.experts: _experts, grouped.grouped_mlp: _experts, ops.attention: _attention, ops.linear_cross_entropy: _head,
-    exchange.dispatch: _exchange, exchange.combine: _exchange,
+    exchange.dispatch: _dispatch, exchange.combine: _combine,
 }  # fmt: skip
 
 
@@ -203,6 +241,27 @@ def function_cost(function: Function) -> tuple[Cost, dict[str, int]]:
     """The cost of one call of ``function``, and the numbers behind its symbols."""
     sizes = Sizes(function)
     return sum((node_cost(n, sizes) for n in function.graph.nodes), Cost()), sizes.roles
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second, about, in training: to choose between schedules, not to predict a time."""
+
+    flops: float = 6e14  #: of 16-bit matrix products (H100, H200: 989e12 at most)
+    memory: float = 2.5e12  #: bytes
+    sent: float = 3.5e11  #: bytes to other ranks, within a node over NVLink (450e9 at most)
+    latency: float = 4e-5  #: seconds that an exchange takes besides
+    launch: float = 1e-4  #: seconds that the host takes to start what one chunk of tokens needs
+
+    @staticmethod
+    def of(ep_size: int) -> Rates:
+        """An H100 or H200; between nodes (more than 8 ranks) one 400 Gbit/s adapter a GPU."""
+        return Rates() if ep_size <= 8 else Rates(sent=4e10)
+
+    def seconds(self, numbers: tuple[float, float, float, float]) -> tuple[float, float]:
+        """(Computing, exchanging) for these FLOPs, bytes read, written and sent."""
+        flops, read, written, sent = numbers
+        return max(flops / self.flops, (read + written) / self.memory), sent / self.sent + self.latency if sent else 0.0
 
 
 @dataclass(frozen=True)

@@ -312,6 +312,7 @@ def dispatch_by(transport: str) -> Callable:
         *sent, link, link_weights = dispatch_start(x, index, weights, **where, transport=transport)
         return *dispatch_wait(x, *sent, link, link_weights, **where), sent[3], sent[4], link
 
+    dispatch.transport = transport  # type: ignore[attr-defined]
     return dispatch
 
 

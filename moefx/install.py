@@ -69,7 +69,10 @@ class Optimized:
                 run: Callable = function.graph_module.forward
                 if self.plan.compile:
                     backend = self.plan.compile if isinstance(self.plan.compile, str) else "inductor"
-                    run = torch.compile(run, fullgraph=True, backend=backend)
+                    # what runs while rows are under way must stay there
+                    fixed = any(n.target is exchange.dispatch_start for n in function.graph.nodes) and backend == "inductor"
+                    options = {"reorder_for_peak_memory": False} if fixed else None
+                    run = torch.compile(run, fullgraph=True, backend=backend, options=options)
                 self.compiled[same] = run
             self.runners[id(function)] = self.compiled[same]
         return self.runners[id(function)]

@@ -103,6 +103,12 @@ class Report:
 
         return program_cost(self.program, self.plan, **sizes)
 
+    def timelines(self, *, backward: bool = False, **sizes: int) -> list[Any]:
+        """Of each function that exchanges rows, what runs when: :class:`moefx.timeline.Timeline`, to print or as ``svg()``."""
+        from .timeline import exchanges, timeline
+
+        return [timeline(f, self.plan, backward=backward, **sizes) for f in self.program if exchanges(f)]
+
     def kernels(self) -> dict[tuple[str, str], tuple[int, str]]:
         """(operation, backend) -> (how often over all instances, why)."""
         found: dict[tuple[str, str], tuple[int, str]] = {}

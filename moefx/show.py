@@ -46,4 +46,5 @@ def report_text(report: Report) -> str:
     options += [f"router_z_loss={plan.router_z_loss:g}"] if plan.router_z_loss else []
     options += ["check_numerics"] if plan.check_numerics else []
     head = f"{report.program.model_class}, {', '.join(options)}" + (f": {total:.1f} s ({times})" if times else "")
-    return render(head, functions, passes, kernels, *notes)
+    schedules = [str(t) for way in (False, True) for t in report.timelines(backward=way)]
+    return render(head, functions, passes, kernels, *schedules, *notes)

@@ -8,6 +8,7 @@ from .fp8 import FP8
 from .linear_cross_entropy import RaiseLinearCrossEntropy
 from .lower import Lower
 from .norm_rotary import FuseNormRotary
+from .overlap import Overlap
 from .residual_rms_norm import FuseResidualRMSNorm
 from .rms_norm import RaiseRMSNorm
 from .rotary import RaiseRotary
@@ -16,8 +17,9 @@ from .routes import Routes
 from .swiglu import RaiseSwiGLU
 
 __all__ = [
-    "Canonicalize", "Change", "Changes", "ExpertParallel", "FP8", "FuseNormRotary", "FuseResidualRMSNorm", "Lower", "Pass",
-    "Pipeline", "RaiseLinearCrossEntropy", "RaiseRMSNorm", "RaiseRotary", "RaiseRoute", "RaiseSwiGLU", "Routes", "default",
+    "Canonicalize", "Change", "Changes", "ExpertParallel", "FP8", "FuseNormRotary", "FuseResidualRMSNorm", "Lower", "Overlap",
+    "Pass", "Pipeline", "RaiseLinearCrossEntropy", "RaiseRMSNorm", "RaiseRotary", "RaiseRoute", "RaiseSwiGLU", "Routes",
+    "default",
 ]  # fmt: skip
 
 
@@ -35,4 +37,5 @@ def default() -> Pipeline:
         Routes(),
         ExpertParallel(),
         Lower(),
+        Overlap(),
     ))  # fmt: skip

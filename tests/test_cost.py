@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import sympy
 import torch
@@ -68,16 +70,18 @@ def test_values_of_another_width_than_queries():
 
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_expert_parallelism_moves_no_work(name):
-    """Balanced: each rank computes as many rows as it would alone, sends (ep - 1) / ep of them there and back, and reads its
-    own experts only."""
+    """Balanced: each rank computes as many rows as it would alone, and reads its own experts only. It sends a token to each
+    other rank that has one of its experts: counted here over all choices of K experts."""
     alone, spread = (inspect(tiny_config(name), ep).cost() for ep in (1, 4))
     for f in alone.functions:
         one, four = alone.functions[f][0], spread.functions[f][0]
         assert alone.numbers(f)[0] == pytest.approx(spread.numbers(f)[0])
         if one.flops.has(sympy.Symbol("K", positive=True, integer=True)):
-            k, h = (spread.roles[f][x] for x in "KH")
-            rows = 4096 * k
-            assert spread.numbers(f)[3] == 2 * rows * h * 4 * 3 / 4  # fp32, one batch of 4096
+            k, h, e = (spread.roles[f][x] for x in "KHE")
+            sets = list(itertools.combinations(range(e), k))
+            others = sum(len({i // (e // 4) for i in chosen} - {0}) for chosen in sets) / len(sets)
+            there, back = 4 * h + 2 * ((4 * k + 15) // 16 * 16), 4 * h  # fp32; weights and experts, in whole 16 bytes
+            assert spread.numbers(f)[3] == pytest.approx(4096 * others * (there + back) + 16 * 3)
             assert EP in four.read.free_symbols and one.sent == 0
 
 

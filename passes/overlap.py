@@ -1,0 +1,196 @@
+"""Lets the exchange of experts' rows run while something else computes: other nodes, and other chunks of the same tokens."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, ClassVar
+
+from torch import fx
+
+from moefx import exchange, grouped
+from moefx.cost import Rates, Sizes, node_cost
+from moefx.graph import VIEWS, aten, compute, getitems, inherit, insert, is_call, origin, value
+from moefx.pipeline import Changes
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """``dispatch`` becomes ``dispatch_start`` and ``dispatch_wait``, ``combine`` likewise. Nodes that need neither the rows nor
+    the result (a shared expert, mostly) move in between, as many as the exchange lasts. With ``chunks`` = 2 the tokens are cut
+
+        start 1, start 2, wait 1, experts 1, combine-start 1, wait 2, experts 2, combine-start 2, combine-wait 1, combine-wait 2
+
+    so that one chunk travels while the other computes; the backward runs the mirror image. 0: as many as the cost model finds
+    best at ``tokens`` tokens a rank. Numerics: the forward's are unchanged; the experts' gradients are sums over the chunks.
+    """
+
+    name: ClassVar[str] = "overlap"
+    chunks: int = 0
+    tokens: int = 4096
+
+    def run(self, function, plan) -> Changes:
+        changes = Changes()
+        if plan.ep_size == 1:
+            return changes
+        for node in list(function.graph.nodes):
+            if is_call(node) and node.meta.get("semantic", node.target) is exchange.dispatch:
+                problem = self._rewrite(function, node, plan, changes)
+                if problem:
+                    changes.miss(node, problem)
+        return changes
+
+    def _rewrite(self, function, dispatch: fx.Node, plan, changes: Changes) -> str | None:
+        items = getitems(dispatch)
+        experts = next((u for u in items[0].users), None) if 0 in items else None
+        if not is_call(experts) or experts.meta.get("semantic", experts.target) is not grouped.grouped_mlp:  # type: ignore[union-attr]
+            return f"{items[0].name if items else 'nothing'} of its rows goes to something else than grouped_mlp"
+        combine = next(iter(experts.users))  # type: ignore[union-attr]
+        if combine.meta.get("semantic", combine.target) is not exchange.combine:
+            return f"its experts' rows go to {combine.name}, not to a combine"
+        clock = _Clock(function, plan, self.tokens)
+        many = self.chunks or clock.best_chunks(dispatch, experts, combine)
+        parts = _Chunks(function, dispatch, experts, combine, self.name)
+        starts, waits, ends = parts.write(many)
+        between = self._independent(function.graph, starts, waits + ends)
+        first, second = self._divide(between, clock, clock.exchange(starts[0]), parts.inputs)
+        for window, at in ((first, waits[0]), (second, ends[0])):
+            for node in window:
+                at.prepend(node)
+        work, way = sum(clock.compute(n) for n in between), clock.exchange(starts[0])
+        there, back = (sum(n.target not in VIEWS for n in window) for window in (first, second))
+        changes.did(
+            starts[0],
+            f"{many} chunk{'s' * (many > 1)} of tokens; {there} nodes run while rows are dispatched, {back} while they come back "
+            f"(about {work * 1e6:.0f} us of work; a chunk is about {way * 1e6:.0f} us on each way)",
+        )
+        return None
+
+    @staticmethod
+    def _independent(graph: fx.Graph, starts: list[fx.Node], rest: list[fx.Node]) -> list[fx.Node]:
+        """The calls that the exchange does not need and that do not need it."""
+        before, after = _reach(starts, lambda n: n.all_input_nodes), _reach(starts + rest, lambda n: n.users)
+        return [n for n in graph.nodes if n.op == "call_function" and n not in before and n not in after]
+
+    @staticmethod
+    def _divide(nodes: list[fx.Node], clock: _Clock, seconds: float, needed: set[fx.Node]) -> tuple[list, list]:
+        """Into what runs during dispatch, until its ``seconds`` are filled, and what runs during combine."""
+        first, second, spent = [], [], 0.0
+        wanted = _reach(needed, lambda n: n.all_input_nodes)
+        for node in nodes:
+            if node in wanted or (spent < seconds and not any(n in second for n in node.all_input_nodes)):
+                first.append(node)
+                spent += clock.compute(node)
+            else:
+                second.append(node)
+        return first, second
+
+
+def _reach(nodes: Iterable[fx.Node], step) -> set[fx.Node]:
+    """``nodes`` and all that ``step`` leads to."""
+    found, todo = set(), list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += list(step(node))
+    return found
+
+
+class _Clock:
+    """Seconds of a function's nodes at one sequence of ``tokens`` tokens, on the device that :class:`Rates` knows."""
+
+    def __init__(self, function, plan, tokens: int):
+        self.sizes, self.rates, self.plan = Sizes(function), Rates.of(plan.ep_size), plan
+        self.numbers = {**self.sizes.roles, "B": 1, "S": tokens, "ep": plan.ep_size}
+
+    def _seconds(self, node: fx.Node) -> tuple[float, float]:
+        return self.rates.seconds(node_cost(node, self.sizes).evaluate(self.numbers))
+
+    def compute(self, node: fx.Node) -> float:
+        return self._seconds(node)[0]
+
+    def exchange(self, node: fx.Node) -> float:
+        return self._seconds(node)[1]
+
+    def best_chunks(self, dispatch: fx.Node, experts: fx.Node, combine: fx.Node, most: int = 4) -> int:
+        """The number of chunks that ends first. Each chunk reads all of the rank's weights and waits for two exchanges."""
+        if value(dispatch.args[0]).device.type != "cuda":
+            return 1  # the CPU that would compute also moves the rows
+        there, back, latency = self.exchange(dispatch), self.exchange(combine), self.rates.latency
+        flops, read, written, _ = node_cost(experts, self.sizes).evaluate(self.numbers)
+        weights = sum(value(w).nbytes for w in experts.all_input_nodes[2:])
+
+        def seconds(n: int) -> float:
+            work = max(flops / n / self.rates.flops, (weights + (read + written - weights) / n) / self.rates.memory)
+            trip = (max(there, back) - latency) / n + latency
+            return max(2 * trip + n * work, 2 * n * trip) + n * self.rates.launch
+
+        return min(range(1, most + 1), key=seconds)
+
+
+class _Chunks:
+    """Writes a dispatch, its experts and its combine anew, chunk by chunk."""
+
+    def __init__(self, function, dispatch: fx.Node, experts: fx.Node, combine: fx.Node, name: str):
+        self.function, self.graph, self.name = function, function.graph, name
+        self.dispatch, self.experts, self.combine = dispatch, experts, combine
+        self.inputs = {n for n in experts.all_input_nodes if n not in getitems(dispatch).values()}
+
+    def _call(self, target: Any, args: tuple, kwargs: dict, like: fx.Node) -> fx.Node:
+        new = insert(self.graph, self.combine, target, args, kwargs, val=compute(target, args, kwargs, self.function.fake_mode))
+        inherit(new, [like], self.name)
+        return new
+
+    def _items(self, node: fx.Node) -> list[fx.Node]:
+        return [
+            insert(self.graph, self.combine, operator.getitem, (node, i), val=val) for i, val in enumerate(value(node))
+        ]
+
+    def _cut(self, node: fx.Node, many: int) -> list[fx.Node]:
+        return [node] if many == 1 else self._items(self._call(aten.tensor_split.sections, (node, many), {}, self.dispatch))
+
+    def write(self, many: int) -> tuple[list[fx.Node], list[fx.Node], list[fx.Node]]:
+        """The starts of dispatches, their waits, and the waits of combines."""
+        where = dict(self.dispatch.kwargs)
+        back_where = {"group": where["group"]}
+        x, index, weights = (self._cut(a, many) for a in self.dispatch.args)  # type: ignore[arg-type]
+        transport = getattr(self.dispatch.target, "transport", "")
+        starts, waits, ends, sent = [], [], [], []
+        for i in range(many):
+            start = self._call(
+                exchange.dispatch_start, (x[i], index[i], weights[i]), {**where, "transport": transport}, self.dispatch
+            )
+            starts.append(self._stands_for(start, self.dispatch, many))
+            sent.append(self._items(start))
+        back = []
+        for i in range(many):
+            waits.append(self._call(exchange.dispatch_wait, (x[i], *sent[i]), where, self.dispatch))
+            waits[-1].meta["share"] = Fraction(1, many)
+            rows, row_weights, counts, place = self._items(waits[-1])
+            done = self._call(self.experts.target, (rows, counts, *self.experts.args[2:]), self.experts.kwargs, self.experts)
+            self._stands_for(done, self.experts, many)
+            *_, handle, host, link, _ = sent[i]
+            start = self._call(
+                exchange.combine_start, (done, row_weights, index[i], place, handle, host, link), back_where, self.combine
+            )
+            back.append(self._items(self._stands_for(start, self.combine, many)))
+        for i in range(many):
+            ends.append(
+                self._call(exchange.combine_wait, (*back[i], index[i], *sent[i][3:5]), back_where, self.combine)
+            )
+        y = ends[0] if many == 1 else self._call(aten.cat.default, (ends,), {}, self.combine)
+        y.meta["val"] = value(self.combine)
+        self.combine.replace_all_uses_with(y)
+        for old in (self.combine, self.experts, *getitems(self.dispatch).values(), self.dispatch):
+            self.graph.erase_node(old)
+        return starts, waits, ends
+
+    @staticmethod
+    def _stands_for(new: fx.Node, old: fx.Node, many: int) -> fx.Node:
+        """``new`` does one of ``many`` parts of what ``old`` does, by the same kernel."""
+        new.meta["semantic"], new.meta["share"] = old.meta.get("semantic", old.target), Fraction(1, many)
+        new.meta["moefx"] = replace(origin(new), kernel=origin(old).kernel, why=origin(old).why)
+        return new
