@@ -13,7 +13,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+
+import moefx
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -176,6 +178,50 @@ def spread(values: Mapping[str, float]) -> dict[str, Any]:
     """The worst and the mean of ``distances``."""
     worst = max(values, key=lambda n: values[n])
     return {"max": values[worst], "mean": statistics.fmean(values.values()), "worst": worst, "tensors": len(values)}
+
+
+# --- one rank of many ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def simulated_ep(ep_size: int, device: torch.device | str) -> Iterator[dict[str, Any]]:
+    """Within: this process plays one of ``ep_size`` ranks; yields the options for ``moefx.optimize``.
+
+    It holds its share of the experts and computes as many rows as it sends; rows that would travel are copied instead. Its
+    time is that of a rank whose exchange costs nothing: add :func:`exchange_ms`. Numbers (the loss) mean nothing.
+    """
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from moefx import exchange
+    from moefx.backends import Backend, Kernel
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ep_size)
+    try:
+        loop = Backend("loop_back", {exchange.dispatch: Kernel(exchange.dispatch_by("loop_back"), why="simulated")})
+        mesh = init_device_mesh(torch.device(device).type, (ep_size,), mesh_dim_names=("ep",))
+        usable = [name for name, b in moefx.backends.builtin().items() if b.available() is None and name != "deepep"]
+        yield {"mesh": mesh, "backends": (loop, *usable)}
+    finally:
+        dist.destroy_process_group()
+
+
+def fill_experts(model: nn.Module, std: float = 0.02) -> None:
+    """Random numbers for the experts of a simulated rank: nobody scattered any."""
+    from torch.distributed.tensor import DTensor
+
+    for p in model.parameters():
+        if isinstance(p, DTensor):
+            p.to_local().detach().normal_(std=std)
+
+
+def exchange_ms(model: nn.Module, gb_per_s: float, **sizes: int) -> float:
+    """A MODEL, not a measurement: milliseconds of all exchanges of one step, one after the other and none overlapped.
+
+    Bytes to other ranks are the cost model's (B, S, ep in ``sizes``), as many in the backward as in the forward.
+    """
+    return 2 * moefx.report(model).cost(**sizes).evaluate()[3] / gb_per_s / 1e6
 
 
 # --- the record ------------------------------------------------------------------------------------------------------

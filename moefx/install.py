@@ -71,7 +71,7 @@ class Optimized:
                     backend = self.plan.compile if isinstance(self.plan.compile, str) else "inductor"
                     # what runs while rows are under way must stay there
                     fixed = any(n.target is exchange.dispatch_start for n in function.graph.nodes) and backend == "inductor"
-                    options = {"reorder_for_peak_memory": False} if fixed else None
+                    options: dict[str, Any] | None = {"reorder_for_peak_memory": False} if fixed else None
                     run = torch.compile(run, fullgraph=True, backend=backend, options=options)
                 self.compiled[same] = run
             self.runners[id(function)] = self.compiled[same]

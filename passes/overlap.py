@@ -63,8 +63,8 @@ class Overlap:
         there, back = (sum(n.target not in VIEWS for n in window) for window in (first, second))
         changes.did(
             starts[0],
-            f"{many} chunk{'s' * (many > 1)} of tokens; {there} nodes run while rows are dispatched, {back} while they come back "
-            f"(about {work * 1e6:.0f} us of work; a chunk is about {way * 1e6:.0f} us on each way)",
+            f"tokens in {many}; {there} nodes run while rows are dispatched, {back} while they come back (about "
+            f"{work * 1e6:.0f} us of work; {'each' if many > 1 else 'all'} about {way * 1e6:.0f} us on each way)",
         )
         return None
 
@@ -149,14 +149,26 @@ class _Chunks:
             insert(self.graph, self.combine, operator.getitem, (node, i), val=val) for i, val in enumerate(value(node))
         ]
 
-    def _cut(self, node: fx.Node, many: int) -> list[fx.Node]:
-        return [node] if many == 1 else self._items(self._call(aten.tensor_split.sections, (node, many), {}, self.dispatch))
+    def _cut(self, nodes: tuple[fx.Node, ...], many: int) -> list[list[fx.Node]]:
+        """Each of ``nodes`` [T, ...] in ``many`` parts of equal length, but one: from ``i * T // many`` on."""
+        if many == 1:
+            return [[n] for n in nodes]
+        # not tensor_split: that asks for T % many, and a graph would serve one remainder only
+        tokens = self._call(aten.sym_size.int, (nodes[0], 0), {}, self.dispatch)
+        ends: list[Any] = [0]
+        for i in range(1, many):
+            times = self._call(operator.mul, (tokens, i), {}, self.dispatch)
+            ends.append(self._call(operator.floordiv, (times, many), {}, self.dispatch))
+        ends.append(tokens)
+        return [
+            [self._call(aten.slice.Tensor, (n, 0, a, b), {}, self.dispatch) for a, b in zip(ends, ends[1:])] for n in nodes
+        ]
 
     def write(self, many: int) -> tuple[list[fx.Node], list[fx.Node], list[fx.Node]]:
         """The starts of dispatches, their waits, and the waits of combines."""
         where = dict(self.dispatch.kwargs)
         back_where = {"group": where["group"]}
-        x, index, weights = (self._cut(a, many) for a in self.dispatch.args)  # type: ignore[arg-type]
+        x, index, weights = self._cut(self.dispatch.args, many)  # type: ignore[arg-type]
         transport = getattr(self.dispatch.target, "transport", "")
         starts, waits, ends, sent = [], [], [], []
         for i in range(many):

@@ -206,7 +206,7 @@ BACKEND = Backend(
         ops.experts: Kernel(experts, refuses_experts, "grouped GEMM, one sort, no atomics"),
         ops.linear_cross_entropy: Kernel(linear_cross_entropy, why="chunked: never all logits"),
         exchange.dispatch: Kernel(exchange.dispatch, why="all-to-all"),
-        exchange.combine: Kernel(exchange.combine, why="all-to-all"),
+        exchange.combine: Kernel(exchange.combine, why="the way that its dispatch took"),
         grouped.grouped_mlp: Kernel(grouped.grouped_mlp, why="grouped GEMM, activation recomputed"),
     },
 )

@@ -30,6 +30,7 @@ _PLACES = {
     "all_to_all": "moefx.transports.all_to_all",
     "all_gather": "moefx.transports.all_gather",
     "deepep": "moefx.backends.deepep",
+    "loop_back": "moefx.transports.loop_back",
 }
 NAMES = tuple(_PLACES)
 

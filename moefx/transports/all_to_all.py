@@ -43,6 +43,18 @@ def all_to_all(rows: Tensor, send: list[int], receive: list[int], call: Call) ->
 
 
 class AllToAll:
+    name = "all_to_all"
+
+    def exchange_sizes(self, sizes: Tensor, call: Call) -> Tensor:
+        """sizes [ep, 2], a row for each rank -> a row from each rank."""
+        arriving = torch.empty_like(sizes)
+        dist.all_to_all_single(arriving, sizes, group=call.group)
+        return arriving
+
+    def exchange(self, rows: Tensor, send: list[int], receive: list[int], call: Call) -> tuple[Tensor, Wait]:
+        """Starts to send ``send[r]`` of the rows to each rank r, in order."""
+        return all_to_all(rows, send, receive, call)
+
     def shapes(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
         tokens, top_k, pairs = x.shape[0], index.shape[1], size("pairs")
         there, back = self._parts(x, top_k, weights.dtype), self._parts(x, top_k, weights.dtype)[:2]
@@ -77,7 +89,7 @@ class AllToAll:
         w.copy_(weights[token])
         experts.copy_(local)
         sizes = Host.read(host)
-        arrived, wait = all_to_all(payload, sizes.send, sizes.receive, call)
+        arrived, wait = self.exchange(payload, sizes.send, sizes.receive, call)
         nothing = index.new_empty(0, top_k, dtype=torch.int32), weights.new_empty(0, top_k, dtype=wide(weights.dtype))
         return Dispatched(arrived, *nothing, handle, host), wait
 
@@ -90,8 +102,7 @@ class AllToAll:
         rows = torch.zeros(ep, dtype=torch.int64, device=device)
         rows.scatter_add_(0, rank.reshape(-1), torch.ones_like(rank).reshape(-1))
         sizes = torch.stack((here.sum(0), rows), dim=1)
-        arriving = torch.empty_like(sizes)
-        dist.all_to_all_single(arriving, sizes, group=call.group)
+        arriving = self.exchange_sizes(sizes, call)
         send, receive, rows_here = torch.stack((sizes[:, 0], arriving[:, 0], arriving[:, 1])).tolist()
         pairs = sum(send)
         chosen = here.t().reshape(-1)
@@ -101,7 +112,7 @@ class AllToAll:
         of_token = place.view(ep, tokens).t().gather(1, rank)
         handle = torch.cat((pair[:pairs], of_token.reshape(-1))).view(torch.uint8)
         facts = {
-            KIND: NAMES.index("all_to_all"), LAYER: call.layer, TOKENS: tokens, TOP_K: top_k, RECEIVED: sum(receive),
+            KIND: NAMES.index(self.name), LAYER: call.layer, TOKENS: tokens, TOP_K: top_k, RECEIVED: sum(receive),
             ROWS: sum(rows_here), PAIRS: pairs,
         }  # fmt: skip
         return handle, make_host(facts, ep, send, receive)
@@ -115,7 +126,7 @@ class AllToAll:
     def resend(self, x: Tensor, handle: Tensor, host: Tensor, call: Call) -> tuple[Tensor, Wait]:
         sizes = Host.read(host)
         pair, _ = self._read(handle, sizes)
-        return all_to_all(x[pair % max(x.shape[0], 1)], sizes.send, sizes.receive, call)
+        return self.exchange(x[pair % max(x.shape[0], 1)], sizes.send, sizes.receive, call)
 
     def bring_back(
         self, tokens: Tensor, weights: Tensor | None, handle: Tensor, host: Tensor, call: Call
@@ -128,7 +139,7 @@ class AllToAll:
             payload = empty_rows(tokens, tokens.shape[0], *parts)
             for part, values in zip(unpack(payload, *parts), (tokens, weights)):
                 part.copy_(values)
-        back, wait = all_to_all(payload.contiguous(), sizes.receive, sizes.send, call)
+        back, wait = self.exchange(payload.contiguous(), sizes.receive, sizes.send, call)
         return back, None if weights is None else weights.new_empty(0, top_k), wait
 
     def collect(
