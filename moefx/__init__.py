@@ -5,7 +5,7 @@ from .backends import Backend, Kernel, resolve
 from .capture import capture
 from .checkpoint import load_checkpoint, save_checkpoint
 from .clip import clip_grad_norm_
-from .errors import CaptureError, MoefxError, PassError, RankLostError, VerifyError
+from .errors import CaptureError, ExchangeError, MoefxError, PassError, RankLostError, VerifyError
 from .faults import watch as watch_ranks
 from .graph import insert
 from .match import Match, Miss, Pattern, f64
@@ -23,9 +23,9 @@ from .verify import Verification, verify
 __version__ = "0.1.0"
 
 __all__ = [
-    "Backend", "CaptureError", "Changes", "Function", "Kernel", "Match", "Miss", "MoefxError", "Pass", "PassError",
-    "Pattern", "Pipeline", "Plan", "Program", "Raise", "RankLostError", "Report", "ShortfallWarning", "Verification",
-    "VerifyError",
+    "Backend", "CaptureError", "Changes", "ExchangeError", "Function", "Kernel", "Match", "Miss", "MoefxError", "Pass",
+    "PassError", "Pattern", "Pipeline", "Plan", "Program", "Raise", "RankLostError", "Report", "ShortfallWarning",
+    "Verification", "VerifyError",
     "capture", "clip_grad_norm_", "count_routes", "expert_load", "explain", "f64", "insert", "load_checkpoint", "load_metrics",
     "op", "optimize", "parallelize", "passes", "record_routes", "replay_routes", "report", "resolve", "restore", "rewrite",
     "save_checkpoint", "update_router_bias", "verify", "watch_ranks",

@@ -1,6 +1,10 @@
 """The exceptions of moefx: each message is one sentence that says what, where, which two values disagree, what to do."""
 
 
+class ExchangeError(RuntimeError):
+    """Rows did not arrive: another rank stopped or made other calls. The process group cannot be used any more."""
+
+
 class MoefxError(ValueError):
     """Bad input, found before anything was changed: the model is as it was."""
 

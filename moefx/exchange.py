@@ -29,8 +29,9 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from . import rows as rows_
 from . import transports
-from .errors import MoefxError
-from .transports import LAYER, RECEIVED, ROWS, Call, Dispatched, Host, wide
+from .errors import ExchangeError, MoefxError
+from .transports import LAYER, RECEIVED, ROWS, TOKENS, Call, Dispatched, Host, wide
+from .watch import WATCH
 
 
 def _group(name: str) -> dist.ProcessGroup:
@@ -101,12 +102,23 @@ def layer(name: str) -> Iterator[None]:
 _under_way: dict[int, Callable[[], Any]] = {}
 
 
+def _timeout(group: dist.ProcessGroup, device: torch.device) -> float:
+    try:
+        return group._get_backend(device).options._timeout.total_seconds()
+    except (AttributeError, RuntimeError):
+        return dist.constants.default_pg_timeout.total_seconds()
+
+
 def _started(written: Tensor, wait: Callable[[], Any], what: str, host: Tensor, group: dist.ProcessGroup) -> None:
     def arrive() -> None:
         try:
             wait()
         except RuntimeError as error:
-            raise _lost(what, host, group, error) from error
+            raise ExchangeError(_lost(what, Host.read(host), group, error)) from error
+        if written.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+            WATCH.device(lambda: _lost(what, Host.read(host), group), _timeout(group, written.device), event)
 
     if written.numel():
         _under_way[written.data_ptr()] = arrive
@@ -126,15 +138,32 @@ def _arrive(written: Tensor) -> None:
         wait()
 
 
-def _lost(what: str, host: Tensor, group: dist.ProcessGroup, error: Exception) -> MoefxError:
-    sizes, rank = Host.read(host), group.rank()
+def _lost(what: str, sizes: Host, group: dist.ProcessGroup, error: Exception | None = None) -> str:
+    """A sentence on an exchange that does not end."""
     where = f" of {_layers[sizes.facts[LAYER]]}" if sizes.facts[LAYER] else ""
-    counts = ", ".join(f"rank {r}: {s} sent, {n} received" for r, (s, n) in enumerate(zip(sizes.send, sizes.receive)))
-    return MoefxError(
-        f"{what}{where} did not finish on rank {rank} of {group.size()} ({str(error).splitlines()[0]}). Tokens between it and "
-        f"{counts or 'the others: not known on the host'}. A rank that stopped or made other calls keeps the others waiting: "
-        "look at the ranks' logs for the first error"
+    each = ", ".join(f"rank {r} {s}/{n}" for r, (s, n) in enumerate(zip(sizes.send, sizes.receive)))
+    return (
+        f"{what}{where} did not end on rank {group.rank()} of {group.size()}, which has {sizes.facts[TOKENS]} tokens and "
+        + (f"sends/receives: {each}" if any(sizes.send) else "has not heard how many the others send")
+        + (f" ({str(error).splitlines()[0]})" if error else "")
+        + ". A rank that stopped or makes other calls keeps the others waiting: look for the first error in the ranks' logs"
     )
+
+
+@contextmanager
+def _agreeing(x: Tensor, call: Call) -> Iterator[None]:
+    """Within: the host waits for the other ranks' counts."""
+    sizes = Host([0, call.layer, call.capacity, x.shape[0], 0, 0, 0, 0], [], [], [])
+    try:
+        if x.is_cuda:
+            with WATCH.host(lambda: _lost("dispatch", sizes, call.group), _timeout(call.group, x.device)):
+                yield
+        else:
+            yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ExchangeError(_lost("dispatch", sizes, call.group, error)) from error
 
 
 def release(group: str) -> None:
@@ -166,7 +195,8 @@ def _dispatch_start(
     mover = transports.find(transport or ("all_gather" if capacity else "all_to_all"))
     shared = _dispatches.get()
     kept = shared.take() if shared else None
-    sent, wait = mover.send(x, index, weights, call, kept)
+    with _agreeing(x, call):
+        sent, wait = mover.send(x, index, weights, call, kept)
     if shared and kept is None:
         at, arrive = shared.taken - 1, wait
 

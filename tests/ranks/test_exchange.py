@@ -3,11 +3,17 @@
 Every input comes from a seed, so that this process can compute what the ranks should have found.
 """
 
+import itertools
+import sys
+from datetime import timedelta
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 from spawn import run
 
+import moefx
 from moefx import exchange, grouped, ops
 
 E, K, H, INNER = 8, 2, 8, 6
@@ -60,6 +66,57 @@ def _forward_backward(function, case, rank, ep_rank, ep, group, dtype=torch.floa
     return y.detach(), x.grad, weights.grad, *(w.grad for w in local)
 
 
+def _bytes_of_a_forward(world_size):
+    """Bytes that this rank sent to others in a forward, and what the cost model's formula says. Every set of two experts is
+    chosen by one token: the formula's average is then what happens."""
+    sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+    import moefx
+    from moefx.transports import all_to_all
+    from tests.families import batch, build
+
+    class Counting:
+        """torch.distributed, with a scale at the gate."""
+
+        sent = 0
+
+        def __getattr__(self, name):
+            return getattr(dist, name)
+
+        def all_to_all_single(self, out, rows, receive=None, send=None, *, group, **options):
+            me, each = group.rank(), rows.nbytes // max(rows.shape[0], 1)
+            sizes = send or [rows.shape[0] // group.size()] * group.size()
+            Counting.sent += each * (sum(sizes) - sizes[me])
+            return dist.all_to_all_single(out, rows, receive, send, group=group, **options)
+
+    model = moefx.optimize(build("qwen3_moe"), ep_size=world_size, compile=False)
+    sets = torch.tensor(list(itertools.combinations(range(8), 2)))
+    all_to_all.dist = Counting()
+    try:
+        with moefx.replay_routes(model, {f"model.layers.{i}.mlp.experts": sets for i in range(2)}):
+            model(**batch(1, len(sets), labels=False))
+    finally:
+        all_to_all.dist = dist
+    return Counting.sent, moefx.report(model).cost(B=1, S=len(sets)).evaluate()[3]
+
+
+def _hangs(rank):
+    """What rank 0 is told when rank 1 does not come: to a dispatch, and to the combine after it."""
+    told = []
+    for late in ("dispatch", "combine"):
+        group = dist.new_group([0, 1], timeout=timedelta(seconds=2)).group_name
+        x, index, weights = _tokens("even", rank)
+        try:
+            with exchange.layer("model.layers.7"):
+                if rank == 0 or late == "combine":
+                    rows, row_weights, _, *way = exchange.dispatch(x, index, weights, num_experts=E, group=group)
+                if rank == 0:
+                    exchange.combine(rows, row_weights, index, *way, num_experts=E, group=group)
+        except moefx.ExchangeError as error:
+            told.append(str(error))
+        dist.barrier()
+    return told
+
+
 def on_rank(rank, world_size):
     """Everything that needs ranks, by name."""
     group = dist.group.WORLD.group_name
@@ -80,6 +137,10 @@ def on_rank(rank, world_size):
         compiled = torch.compile(_over_ranks, fullgraph=True, dynamic=True, backend="aot_eager")
         for case in COMPILED:
             found[case, "compiled"] = _forward_backward(compiled, case, rank, rank, world_size, group)
+
+    found["bytes"] = _bytes_of_a_forward(world_size)
+    if world_size == 2:
+        found["hangs"] = _hangs(rank)
 
     pairs = [dist.new_group([first, first + 1]) for first in range(0, world_size, 2)]
     pair = pairs[rank // 2].group_name
@@ -141,6 +202,20 @@ def test_rows_arrive_by_expert_then_rank_then_token(ranks, case):
 def test_values_and_gradients_are_those_of_one_process(ranks, case):
     _check([r[case, "trained"] for r in ranks], case, range(len(ranks)))
     _check([r[case, "capacity"] for r in ranks], case, range(len(ranks)))
+
+
+def test_bytes_on_the_wire_are_those_of_the_cost_model(ranks):
+    for found in ranks:
+        sent, formula = found["bytes"]
+        assert sent == formula > 0
+
+
+def test_a_rank_that_does_not_come_is_an_error_that_names_layer_rank_and_counts(ranks):
+    if len(ranks) == 2:
+        first, second = ranks[0]["hangs"]
+        assert first.startswith("dispatch of model.layers.7 did not end on rank 0 of 2, which has 6 tokens and has not heard")
+        assert second.startswith("combine of model.layers.7 did not end on rank 0 of 2, which has 6 tokens and sends/receives: rank 0 ")
+        assert ranks[1]["hangs"] == []
 
 
 @pytest.mark.parametrize("case", COMPILED)
