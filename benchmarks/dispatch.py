@@ -24,7 +24,7 @@ from common import machine, save, say, show, slug, synchronize, time_once, verdi
 from torch import Tensor
 
 from moefx import exchange
-from moefx.backends import deepep
+from moefx.backends import deepep, deepep_elastic
 
 #: Tokens a rank, H, experts, K.
 SHAPES: dict[str, tuple[int, int, int, int]] = {
@@ -140,6 +140,8 @@ if __name__ == "__main__":
         movers += [("deepep", False), ("deepep", True)]
     elif dist.get_rank() == 0:
         say(f"without DeepEP: {why or 'it wants 2 ranks or more'}")
+    if ranks > 1 and deepep_elastic.available() is None:
+        movers.append(("deepep_elastic", True))
     results, problems = [], []
     for shape in a.shapes:
         sizes = SHAPES[shape]
@@ -172,5 +174,6 @@ if __name__ == "__main__":
         code = verdict(problems if problems else (["another rank found a wrong result"] if int(bad) else []))
     dist.barrier()
     deepep.release()
+    deepep_elastic.release()
     dist.destroy_process_group()
     sys.exit(code or int(bool(problems)))

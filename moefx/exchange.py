@@ -153,7 +153,7 @@ def _lost(what: str, sizes: Host, group: dist.ProcessGroup, error: Exception | N
 @contextmanager
 def _agreeing(x: Tensor, call: Call) -> Iterator[None]:
     """Within: the host waits for the other ranks' counts."""
-    sizes = Host([0, call.layer, call.capacity, x.shape[0], 0, 0, 0, 0], [], [], [])
+    sizes = Host([0, call.layer, call.capacity, x.shape[0], 0, 0, 0, 0, call.ep], [], [], [])
     try:
         if x.is_cuda:
             with WATCH.host(lambda: _lost("dispatch", sizes, call.group), _timeout(call.group, x.device)):
@@ -168,9 +168,10 @@ def _agreeing(x: Tensor, call: Call) -> Iterator[None]:
 
 def release(group: str) -> None:
     """Frees what transports keep for a process group; collective over it."""
-    deepep = sys.modules.get("moefx.backends.deepep")
-    if deepep is not None:
-        deepep.release(group)
+    for name in ("deepep", "deepep_elastic"):
+        backend = sys.modules.get(f"moefx.backends.{name}")
+        if backend is not None:
+            backend.release(group)
 
 
 # --- dispatch --------------------------------------------------------------------------------------------------------
@@ -188,11 +189,10 @@ def _dispatch_start(
     """Starts to send x [T, H] with weights [T, K] to the ranks of experts index [T, K]; expert e lives on rank e // (E / ep).
 
     Returns what :class:`moefx.transports.Dispatched` says, and the links of rows and weights. ``group`` names the ep process
-    group; all its ranks call. ``transport``: one of ``transports.NAMES``; by default all_gather where ``capacity`` (most
-    tokens of a rank) is given, else all_to_all.
+    group; all its ranks call. ``transport``: one of ``transports.NAMES``, by default ``transports.usual``.
     """
     call = _call(group, num_experts, capacity, _layer.get())
-    mover = transports.find(transport or ("all_gather" if capacity else "all_to_all"))
+    mover = transports.find(transport or transports.usual(call))
     shared = _dispatches.get()
     kept = shared.take() if shared else None
     with _agreeing(x, call):
@@ -215,14 +215,14 @@ def _dispatch_start(
 @_dispatch_start.register_fake
 def _(x: Tensor, index: Tensor, weights: Tensor, *, num_experts: int, group: str, capacity: int = 0, transport: str = ""):
     call = _call(group, num_experts, capacity)
-    mover = transports.find(transport or ("all_gather" if capacity else "all_to_all"))
+    mover = transports.find(transport or transports.usual(call))
     ctx = torch.library.get_ctx()
     shapes = mover.shapes(x, index, weights, call, lambda _: ctx.new_dynamic_size())
     experts = index.new_empty(shapes.experts, dtype=torch.int32)
     return (
         x.new_empty(shapes.tokens), experts, weights.new_empty(shapes.experts, dtype=wide(weights.dtype)),
         x.new_empty(shapes.handle, dtype=torch.uint8),
-        torch.empty(transports.host_size(call.ep), dtype=torch.int64, device="cpu"),
+        torch.empty(transports.host_size(call.ep, shapes.own), dtype=torch.int64, device="cpu"),
         _linked(shapes.back, x), _linked(shapes.back_weights, x, wide(weights.dtype)),
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """DeepEP (https://github.com/deepseek-ai/DeepEP): dispatch and combine over NVLink within a node and RDMA between nodes.
 
-``Buffer`` serves one node (also without host sync, where a capacity is given) and several; ``ElasticBuffer`` (DeepEP 2) needs
-a capacity, and is taken where there is one. DeepEP's dispatch sends a token once to each rank, its combine adds up one row
+``Buffer`` serves one node (also without host sync, where a capacity is given) and several; DeepEP 2's ``ElasticBuffer`` is in
+:mod:`moefx.backends.deepep_elastic`. DeepEP's dispatch sends a token once to each rank, its combine adds up one row
 of each rank in float32 and rounds to bfloat16: the same arithmetic as all-to-all's. Its gradient moves are the same two: the
 backward of dispatch is a combine, that of combine a dispatch along the same handle.
 """
@@ -12,7 +12,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,16 +140,12 @@ class _Buffers:
 
     legacy: Any = None
     row_bytes: int = 0
-    elastic: Any = None
-    fits: tuple[int, int, int] = (0, 0, 0)  #: capacity, H, K
 
     def close(self) -> None:
-        for buffer in (self.legacy, self.elastic):
-            if buffer is not None:
-                torch.cuda.synchronize()
-                buffer.destroy()
-        self.legacy = self.elastic = None
-        self.row_bytes, self.fits = 0, (0, 0, 0)
+        if self.legacy is not None:
+            torch.cuda.synchronize()
+            self.legacy.destroy()
+        self.legacy, self.row_bytes = None, 0
 
 
 _buffers: dict[str, _Buffers] = {}
@@ -183,7 +179,7 @@ def _legacy(call: Call, row_bytes: int) -> Any:
     return mine.legacy
 
 
-def _wait(event: Any, *used: Any) -> Wait:
+def wait_for(event: Any, *used: Any) -> Wait:
     """Makes the current stream wait. ``used`` live until then: DeepEP reads and writes them on its own stream."""
     kept = list(used)
 
@@ -202,21 +198,27 @@ def _wait(event: Any, *used: Any) -> Wait:
 _DTYPES = (torch.int32, torch.bool, torch.uint8, torch.int64)
 
 
-def pack_tensors(tensors: list[Tensor]) -> tuple[Tensor, list[int]]:
-    """Tensors of up to two dimensions as one of bytes, and (dtype, dimensions, sizes) of each to read it by."""
+def pack_tensors(tensors: Sequence[Tensor | None]) -> tuple[Tensor, list[int]]:
+    """Tensors of up to three dimensions as one of bytes, and (dtype, dimensions, sizes) of each to read it by."""
     parts, own = [], [len(tensors)]
     for t in tensors:
-        size = [t.dim(), *t.shape, 0, 0][:3]
-        own += [_DTYPES.index(t.dtype), *size]
+        if t is None:
+            own += [-1, 0, 0, 0, 0]
+            continue
+        own += [_DTYPES.index(t.dtype), *[t.dim(), *t.shape, 0, 0, 0][:4]]
         raw = t.contiguous().view(-1).view(torch.uint8)
         parts.append(torch.nn.functional.pad(raw, (0, -raw.shape[0] % 16)))
     return torch.cat(parts), own
 
 
-def unpack_tensors(handle: Tensor, own: list[int]) -> list[Tensor]:
-    found, at = [], 0
+def unpack_tensors(handle: Tensor, own: list[int]) -> list[Any]:
+    found: list[Tensor | None] = []
+    at = 0
     for i in range(own[0]):
-        dtype, dims, *size = own[1 + 4 * i : 5 + 4 * i]
+        dtype, dims, *size = own[1 + 5 * i : 6 + 5 * i]
+        if dtype < 0:
+            found.append(None)
+            continue
         shape = size[:dims]
         many = _DTYPES[dtype].itemsize
         for n in shape:
@@ -229,19 +231,25 @@ def unpack_tensors(handle: Tensor, own: list[int]) -> list[Tensor]:
 # --- the transport ---------------------------------------------------------------------------------------------------
 
 
+def at_least_one(x: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A rank without tokens sends one to nobody: the kernels want one."""
+    if x.shape[0]:
+        return x.contiguous(), index.contiguous(), weights.float().contiguous()
+    return x.new_zeros(1, x.shape[1]), index.new_full((1, index.shape[1]), -1), weights.new_zeros(1, index.shape[1]).float()
+
+
+def sent_copy(x: Tensor) -> Tensor:
+    """x, or one row for a rank without tokens. A copy: compiled code may write to x before DeepEP, on its stream, reads it."""
+    return x.clone(memory_format=torch.contiguous_format) if x.shape[0] else x.new_zeros(1, x.shape[1])
+
+
 class DeepEP:
-    """Along ``Buffer``. A rank without tokens sends one to nobody: the kernels want at least one."""
+    """Along ``Buffer``."""
 
     def shapes(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
         (tokens, hidden), top_k = x.shape, index.shape[1]
         n = call.ep * call.capacity if call.capacity else size("received")
         return Shapes((n, hidden), (n, top_k), (size("handle"),), (tokens, hidden), (tokens, top_k))
-
-    @staticmethod
-    def _at_least_one(x: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if x.shape[0]:
-            return x.contiguous(), index.contiguous(), weights.float().contiguous()
-        return x.new_zeros(1, x.shape[1]), index.new_full((1, index.shape[1]), -1), weights.new_zeros(1, index.shape[1]).float()
 
     def send(
         self, x: Tensor, index: Tensor, weights: Tensor, call: Call, kept: Dispatched | None
@@ -255,7 +263,7 @@ class DeepEP:
             return Dispatched(tokens, *(t.clone() for t in kept[1:])), wait
         buffer = _legacy(call, x.shape[1] * x.element_size())
         many = x.shape[0]
-        x, index, weights = self._at_least_one(x, index, weights)
+        x, index, weights = at_least_one(x, index, weights)
         *layout, event = buffer.get_dispatch_layout(
             index, call.num_experts, previous_event=buffer.capture(), async_finish=True, allocate_on_comm_stream=True
         )
@@ -278,17 +286,16 @@ class DeepEP:
             RECEIVED: got.shape[0], ROWS: worst * min(top_k, call.local) if worst else sum(counts), PAIRS: many,
         }  # fmt: skip
         sent = Dispatched(got, experts, got_weights, packed, make_host(facts, call.ep, own=own))
-        return sent, _wait(done, x, index, weights, handle)
+        return sent, wait_for(done, x, index, weights, handle)
 
     def resend(self, x: Tensor, handle: Tensor, host: Tensor, call: Call) -> tuple[Tensor, Wait]:
         buffer = _legacy(call, x.shape[1] * x.element_size())
-        # a copy: compiled code may write to x before DeepEP, on its stream, has read it
-        x = x.clone(memory_format=torch.contiguous_format) if x.shape[0] else x.new_zeros(1, x.shape[1])
+        x = sent_copy(x)
         tensors = unpack_tensors(handle, Host.read(host).own)
         got, *_, event = buffer.dispatch(
             x, handle=tuple(tensors), previous_event=buffer.capture(), async_finish=True, allocate_on_comm_stream=True
         )
-        return got, _wait(event, x, handle, got)
+        return got, wait_for(event, x, handle, got)
 
     def bring_back(
         self, tokens: Tensor, weights: Tensor | None, handle: Tensor, host: Tensor, call: Call
@@ -300,7 +307,7 @@ class DeepEP:
             tokens.contiguous(), tuple(unpack_tensors(handle, sizes.own)), topk_weights=weights,
             previous_event=buffer.capture(), async_finish=True, allocate_on_comm_stream=True,
         )  # fmt: skip
-        wait = _wait(event, tokens, handle, back)
+        wait = wait_for(event, tokens, handle, back)
         if not sizes.facts[TOKENS]:
             back, back_weights = back[:0].clone(), None if back_weights is None else back_weights[:0].clone()
         return back, back_weights, wait
@@ -317,7 +324,8 @@ TRANSPORT = DeepEP()
 # --- the backend -----------------------------------------------------------------------------------------------------
 
 
-def _refuses_dispatch(node: fx.Node) -> str | None:
+def refuses_tensors(node: fx.Node) -> str | None:
+    """What both buffers cannot send."""
     given = arguments(node)
     x, index = value(given["x"]), value(given["index"])
     if x.device.type != "cuda":
@@ -331,6 +339,13 @@ def _refuses_dispatch(node: fx.Node) -> str | None:
     dtype = _dtype_of_results(node)
     if dtype is not None and dtype != torch.bfloat16:
         return f"DeepEP brings back bfloat16, the experts compute {dtype}"
+    return None
+
+
+def _refuses_dispatch(node: fx.Node) -> str | None:
+    problem, given = refuses_tensors(node), arguments(node)
+    if problem:
+        return problem
     group = given["group"]
     problem = refuses_group(group)
     if problem is None and given["capacity"] and exchange._group(group).size() > RANKS_OF_NODE:

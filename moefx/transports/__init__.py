@@ -15,6 +15,7 @@ bytes) and ``host`` (of the CPU, int64: so that nobody asks the device for it).
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -29,14 +30,16 @@ from ..errors import MoefxError
 _PLACES = {
     "all_to_all": "moefx.transports.all_to_all",
     "all_gather": "moefx.transports.all_gather",
+    "hierarchical": "moefx.transports.hierarchical",
     "deepep": "moefx.backends.deepep",
+    "deepep_elastic": "moefx.backends.deepep_elastic",
     "loop_back": "moefx.transports.loop_back",
 }
 NAMES = tuple(_PLACES)
 
-#: What ``host`` holds, by place; then the tokens sent to and received from each rank, then _OWN numbers of the transport.
-KIND, LAYER, CAPACITY, TOKENS, TOP_K, RECEIVED, ROWS, PAIRS = range(8)
-_OWN = 48
+#: What ``host`` holds, by place; then the tokens sent to and received from each rank, then OWN or more of the transport's own.
+KIND, LAYER, CAPACITY, TOKENS, TOP_K, RECEIVED, ROWS, PAIRS, RANKS = range(9)
+_FACTS, OWN = 9, 64
 
 
 def find(name: str | int) -> Transport:
@@ -47,16 +50,17 @@ def find(name: str | int) -> Transport:
     return importlib.import_module(_PLACES[name]).TRANSPORT
 
 
-def host_size(ep: int) -> int:
-    return 8 + 2 * ep + _OWN
+def host_size(ep: int, own: int = OWN) -> int:
+    return _FACTS + 2 * ep + own
 
 
 def make_host(
     facts: dict[int, int], ep: int, send: Sequence[int] = (), receive: Sequence[int] = (), own: Sequence[int] = ()
 ) -> Tensor:
     """The facts as one int64 tensor of the CPU; see KIND, LAYER, ..."""
-    numbers = [facts.get(i, 0) for i in range(8)]
-    for part, size in ((send, ep), (receive, ep), (own, _OWN)):
+    facts = {**facts, RANKS: ep}
+    numbers = [facts.get(i, 0) for i in range(_FACTS)]
+    for part, size in ((send, ep), (receive, ep), (own, max(OWN, len(own)))):
         numbers += [*part, *[0] * (size - len(part))]
     return torch.tensor(numbers, dtype=torch.int64)
 
@@ -72,8 +76,8 @@ class Host(NamedTuple):
     @staticmethod
     def read(host: Tensor) -> Host:
         numbers = host.tolist()
-        ep = (len(numbers) - 8 - _OWN) // 2
-        return Host(numbers[:8], numbers[8 : 8 + ep], numbers[8 + ep : 8 + 2 * ep], numbers[8 + 2 * ep :])
+        ends = [_FACTS + i * numbers[RANKS] for i in range(3)]
+        return Host(numbers[:_FACTS], numbers[ends[0] : ends[1]], numbers[ends[1] : ends[2]], numbers[ends[2] :])
 
 
 class Dispatched(NamedTuple):
@@ -94,6 +98,7 @@ class Shapes(NamedTuple):
     handle: tuple
     back: tuple
     back_weights: tuple
+    own: int = OWN  #: numbers of the transport in ``host``
 
 
 Wait = Callable[[], Any]
@@ -145,6 +150,27 @@ class Transport(Protocol):
     ) -> tuple[Tensor, Tensor | None]:
         """-> [T, H], each the sum over the ranks that had the token, taken in float32 and rounded once; weights [T, K]."""
         ...
+
+
+def nodes(group: dist.ProcessGroup) -> list[list[int]]:
+    """The group's ranks (numbered within it) node by node, as torchrun placed them; one node where nobody said."""
+    each = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    everyone = dist.get_process_group_ranks(group)
+    found: dict[int, list[int]] = {}
+    for place, rank in enumerate(everyone):
+        found.setdefault(rank // each if each else 0, []).append(place)
+    return list(found.values())
+
+
+def usual(call: Call) -> str:
+    """What torch.distributed's collectives serve best: all_gather where a capacity is given; else all_to_all, or hierarchical
+    between nodes of as many ranks each, if a token can save a way: at least two ranks a node."""
+    if call.capacity:
+        return "all_gather"
+    parts = nodes(call.group)
+    sizes = {len(p) for p in parts}
+    neighbours = [p for part in parts for p in part] == list(range(call.ep))
+    return "hierarchical" if len(parts) > 1 and len(sizes) == 1 and sizes.pop() > 1 and neighbours else "all_to_all"
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

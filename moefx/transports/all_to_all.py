@@ -81,7 +81,7 @@ class AllToAll:
         pair, _ = self._read(handle, Host.read(host))
         token, rank = pair % max(tokens, 1), pair // max(tokens, 1)
         first = rank.unsqueeze(1) * call.local
-        there = index[token]
+        there = index[token]  # -1: no expert
         local = torch.where((there >= first) & (there < first + call.local), there - first, -1)
         payload = empty_rows(x, pair.shape[0], *self._parts(x, top_k, weights.dtype))
         hidden, w, experts = unpack(payload, *self._parts(x, top_k, weights.dtype))
@@ -95,13 +95,13 @@ class AllToAll:
 
     def _agree(self, index: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """Who sends how many tokens to whom. The handle holds the pairs (token, rank), rank by rank, as ``rank * T + token``
-        [S], and which of these each (token, k) is [T, K]."""
+        [S], and which of these each (token, k) is [T, K], -1 for none."""
         (tokens, top_k), ep, device = index.shape, call.ep, index.device
-        rank = index // call.local
-        here = torch.zeros(tokens, ep, dtype=torch.int64, device=device).scatter_(1, rank, 1)
-        rows = torch.zeros(ep, dtype=torch.int64, device=device)
+        rank = torch.where(index < 0, ep, index // call.local)
+        here = torch.zeros(tokens, ep + 1, dtype=torch.int64, device=device).scatter_(1, rank, 1)[:, :ep]
+        rows = torch.zeros(ep + 1, dtype=torch.int64, device=device)
         rows.scatter_add_(0, rank.reshape(-1), torch.ones_like(rank).reshape(-1))
-        sizes = torch.stack((here.sum(0), rows), dim=1)
+        sizes = torch.stack((here.sum(0), rows[:ep]), dim=1)
         arriving = self.exchange_sizes(sizes, call)
         send, receive, rows_here = torch.stack((sizes[:, 0], arriving[:, 0], arriving[:, 1])).tolist()
         pairs = sum(send)
@@ -109,7 +109,7 @@ class AllToAll:
         place = torch.where(chosen > 0, chosen.cumsum(0) - 1, pairs)
         pair = torch.empty(pairs + 1, dtype=torch.int64, device=device)
         pair.scatter_(0, place, torch.arange(ep * tokens, device=device))
-        of_token = place.view(ep, tokens).t().gather(1, rank)
+        of_token = place.view(ep, tokens).t().gather(1, rank.clamp_max(ep - 1)).masked_fill(index < 0, -1)
         handle = torch.cat((pair[:pairs], of_token.reshape(-1))).view(torch.uint8)
         facts = {
             KIND: NAMES.index(self.name), LAYER: call.layer, TOKENS: tokens, TOP_K: top_k, RECEIVED: sum(receive),
@@ -122,6 +122,12 @@ class AllToAll:
         pairs, tokens, top_k = (sizes.facts[i] for i in (PAIRS, TOKENS, TOP_K))
         numbers = handle.view(torch.int64)
         return numbers[:pairs], numbers[pairs:].view(tokens, top_k)
+
+    def opened(self, sent: Dispatched, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [N, H], experts [N, K] and weights [N, K] of what ``send(x, ...)`` gave and has arrived."""
+        top_k = sent.experts.shape[1]
+        hidden, w, experts = unpack(sent.tokens, *self._parts(x, top_k, sent.weights.dtype))
+        return hidden, experts, w
 
     def resend(self, x: Tensor, handle: Tensor, host: Tensor, call: Call) -> tuple[Tensor, Wait]:
         sizes = Host.read(host)
@@ -153,8 +159,10 @@ class AllToAll:
         if back_weights is None:
             return rows_.sum_rows(back, of_token.masked_fill(again, -1)), None
         values, w = unpack(back, (hidden, back.dtype), (top_k, back_weights.dtype))
-        k = torch.arange(top_k, device=back.device)
-        return rows_.sum_rows(values, of_token.masked_fill(again, -1)), w[of_token, k]
+        if not w.shape[0]:
+            return rows_.sum_rows(values, of_token), w.new_zeros(of_token.shape)
+        picked = w[of_token.clamp_min(0), torch.arange(top_k, device=back.device)]
+        return rows_.sum_rows(values, of_token.masked_fill(again, -1)), torch.where(of_token < 0, 0, picked)
 
 
 TRANSPORT = AllToAll()

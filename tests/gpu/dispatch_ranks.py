@@ -92,7 +92,7 @@ def check(what: str, ok: bool, text: str) -> None:
 
 
 def transports() -> dict[str, dict[str, Any]]:
-    from moefx.backends import deepep
+    from moefx.backends import deepep, deepep_elastic
 
     found: dict[str, dict[str, Any]] = {"all_to_all": {}, "all_gather": {"capacity": True}}
     if not CPU:
@@ -100,6 +100,10 @@ def transports() -> dict[str, dict[str, Any]]:
         say(f"DeepEP: {problem or deepep.version()}")
         if problem is None:
             found |= {"deepep": {}, "deepep, no host sync": {"capacity": True}}
+        problem = deepep_elastic.available()
+        say(f"ElasticBuffer: {problem or 'usable'}")
+        if problem is None:
+            found |= {"deepep_elastic": {"capacity": True}}
     return found
 
 

@@ -4,6 +4,7 @@ Every input comes from a seed, so that this process can compute what the ranks s
 """
 
 import itertools
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch.distributed as dist
 from spawn import run
 
 import moefx
-from moefx import exchange, grouped, ops
+from moefx import exchange, grouped, ops, transports
+from moefx.transports import hierarchical
 
 E, K, H, INNER = 8, 2, 8, 6
 #: Tokens on each rank; and which experts the routers may choose.
@@ -50,8 +52,9 @@ def _experts(dtype=torch.float64):
     return [_random(*shape, seed=50 + i, dtype=dtype) / 2 for i, shape in enumerate(shapes)]
 
 
-def _over_ranks(x, index, weights, up, up_bias, down, down_bias, *, group, grad_scale=1.0, capacity=0):
-    rows, row_weights, counts, *way = exchange.dispatch(x, index, weights, num_experts=E, group=group, capacity=capacity)
+def _over_ranks(x, index, weights, up, up_bias, down, down_bias, *, group, grad_scale=1.0, capacity=0, by=""):
+    send = exchange.dispatch_by(by)
+    rows, row_weights, counts, *way = send(x, index, weights, num_experts=E, group=group, capacity=capacity)
     rows = grouped.grouped_mlp(rows, counts, up, up_bias, down, down_bias, activation="swiglu", grad_scale=grad_scale)
     return exchange.combine(rows, row_weights, index, *way, num_experts=E, group=group)
 
@@ -99,6 +102,18 @@ def _bytes_of_a_forward(world_size):
     return Counting.sent, moefx.report(model).cost(B=1, S=len(sets)).evaluate()[3]
 
 
+def _count_rows(stage):
+    """Into this list: how many rows each exchange of ``stage`` sends to other ranks."""
+    counted, plain = [], stage.exchange
+
+    def exchange(rows, send, receive, call):
+        counted.append(sum(send) - send[call.group.rank()])
+        return plain(rows, send, receive, call)
+
+    stage.exchange = exchange
+    return counted
+
+
 def _hangs(rank):
     """What rank 0 is told when rank 1 does not come: to a dispatch, and to the combine after it."""
     told = []
@@ -129,6 +144,16 @@ def on_rank(rank, world_size):
         found[case, "sent"] = rows, counts, back
         found[case, "capacity"] = _forward_backward(_over_ranks, case, rank, rank, world_size, group, capacity=9)
         found[case, "trained"] = _forward_backward(_over_ranks, case, rank, rank, world_size, group)
+    if world_size == 4:
+        os.environ["LOCAL_WORLD_SIZE"] = "2"  # two nodes, as if
+        rails = _count_rows(hierarchical.Hierarchical.stage)
+        for case in CASES:
+            found[case, "nodes"] = _forward_backward(_over_ranks, case, rank, rank, 4, group, by="hierarchical")
+            found[case, "rows that cross"] = rails[0]
+            rails.clear()
+        found["usual"] = transports.usual(transports.Call(dist.group.WORLD, E))
+        del os.environ["LOCAL_WORLD_SIZE"]
+        found["usual"] = found["usual"], transports.usual(transports.Call(dist.group.WORLD, E))
     uneven = "uneven, a rank without tokens"
     found["bf16"] = _forward_backward(_over_ranks, uneven, rank, rank, world_size, group, torch.bfloat16)
     found["grad_scale"] = _forward_backward(_over_ranks, uneven, rank, rank, world_size, group, grad_scale=1 / world_size)
@@ -202,6 +227,18 @@ def test_rows_arrive_by_expert_then_rank_then_token(ranks, case):
 def test_values_and_gradients_are_those_of_one_process(ranks, case):
     _check([r[case, "trained"] for r in ranks], case, range(len(ranks)))
     _check([r[case, "capacity"] for r in ranks], case, range(len(ranks)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_over_nodes_a_token_crosses_once(ranks, case):
+    """Values and gradients are the same; a token goes to another node once, also if it has experts on both ranks there."""
+    if len(ranks) == 4:
+        _check([r[case, "nodes"] for r in ranks], case, range(4))
+        for rank, found in enumerate(ranks):
+            _, index, _ = _tokens(case, rank)
+            other = (index // (E // 2) != rank // 2).any(dim=1)
+            assert found[case, "rows that cross"] == int(other.sum())
+            assert found["usual"] == ("hierarchical", "all_to_all")
 
 
 def test_bytes_on_the_wire_are_those_of_the_cost_model(ranks):

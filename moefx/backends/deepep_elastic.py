@@ -1,0 +1,184 @@
+"""DeepEP 2's ``ElasticBuffer``: NCCL's device API over NVLink and RDMA, any number of ranks, no host sync.
+
+It needs the most tokens of a rank (``dispatch_capacity``), which all ranks must agree on. Chosen where ``Buffer`` refuses
+(other numbers of ranks, a capacity between nodes), or by name. It compiles its kernels when they are first used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .. import exchange
+from ..errors import MoefxError
+from ..graph import arguments
+from ..transports import (
+    CAPACITY,
+    KIND,
+    LAYER,
+    NAMES,
+    PAIRS,
+    RECEIVED,
+    ROWS,
+    TOKENS,
+    TOP_K,
+    Call,
+    Dispatched,
+    Host,
+    Shapes,
+    Wait,
+    make_host,
+)  # fmt: skip
+from . import Backend, Kernel, deepep
+
+#: Fields of DeepEP's EPHandle that are tensors (or None), and those that are numbers.
+_TENSORS = (
+    "topk_idx", "psum_num_recv_tokens_per_scaleup_rank", "psum_num_recv_tokens_per_expert",
+    "num_unaligned_recv_tokens_per_expert", "recv_src_metadata", "dst_buffer_slot_idx", "token_metadata_at_forward",
+    "channel_linked_list",
+)  # fmt: skip
+_NUMBERS = ("num_experts", "expert_alignment", "num_max_tokens_per_rank", "num_sms", "num_recv_tokens", "num_expanded_tokens")
+
+
+def available() -> str | None:
+    problem = deepep.available()
+    if problem:
+        return problem
+    if not hasattr(deepep._library(), "ElasticBuffer"):
+        return f"deep_ep {deepep.version()} has no ElasticBuffer, 2.0 and later have: {deepep.INSTALL}"
+    if torch.cuda.nccl.version() < (2, 30, 4):
+        found = ".".join(map(str, torch.cuda.nccl.version()))
+        return f"ElasticBuffer needs NCCL 2.30.4 or later, torch has {found}: pip install -U nvidia-nccl-cu13 (or -cu12)"
+    return None
+
+
+@dataclass
+class _Buffer:
+    buffer: Any
+    fits: tuple[int, int, int]  #: capacity, H, K
+
+
+_buffers: dict[str, _Buffer] = {}
+
+
+def _elastic(call: Call, hidden: int, top_k: int) -> Any:
+    mine = _buffers.get(call.group.group_name)
+    wanted = call.capacity, hidden, top_k
+    if mine is None or any(a > b for a, b in zip(wanted, mine.fits)):
+        if mine is not None:
+            wanted = tuple(map(max, wanted, mine.fits))  # type: ignore[assignment]
+            release(call.group.group_name)
+        buffer = deepep._library().ElasticBuffer(
+            call.group, num_max_tokens_per_rank=wanted[0], hidden=wanted[1], num_topk=wanted[2],
+            deterministic=torch.are_deterministic_algorithms_enabled(), explicitly_destroy=True,
+        )  # fmt: skip
+        mine = _buffers[call.group.group_name] = _Buffer(buffer, wanted)
+    return mine.buffer
+
+
+def release(group: str | None = None) -> None:
+    """Frees the buffer of a process group, or of all; collective over the group."""
+    for name in [group] if group else list(_buffers):
+        if name in _buffers:
+            torch.cuda.synchronize()
+            _buffers.pop(name).buffer.destroy()
+
+
+class Elastic:
+    def shapes(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
+        (tokens, hidden), top_k, n = x.shape, index.shape[1], call.ep * call.capacity
+        return Shapes((n, hidden), (n, top_k), (size("handle"),), (tokens, hidden), (tokens, top_k))
+
+    @staticmethod
+    def _handle(handle: Tensor, host: Tensor) -> Any:
+        own = Host.read(host).own
+        numbers, tensors = own[: len(_NUMBERS)], deepep.unpack_tensors(handle, own[len(_NUMBERS) :])
+        given = dict(zip(_NUMBERS, numbers)) | dict(zip(_TENSORS, tensors))
+        return deepep._library().EPHandle(do_expand=False, num_recv_tokens_per_expert_list=[], **given)
+
+    def send(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, kept: Dispatched | None) -> tuple[Dispatched, Wait]:
+        if x.shape[0] > call.capacity:
+            raise MoefxError(
+                f"{x.shape[0]} tokens on this rank, dispatch_capacity={call.capacity}: pass the most tokens that a rank has"
+            )
+        if kept is not None:
+            tokens, wait = self.resend(x, kept.handle, kept.host, call)
+            return Dispatched(tokens, *(t.clone() for t in kept[1:])), wait
+        buffer = _elastic(call, x.shape[1], index.shape[1])
+        many, top_k = index.shape
+        x, index, weights = deepep.at_least_one(x, index, weights)
+        got, experts, got_weights, handle, _ = buffer.dispatch(
+            x, topk_idx=index, topk_weights=weights, num_experts=call.num_experts, num_max_tokens_per_rank=call.capacity,
+            expert_alignment=1, previous_event=buffer.capture(), async_with_compute_stream=True, allocate_on_comm_stream=True,
+            do_cpu_sync=False,
+        )  # fmt: skip
+        here, theirs = torch.cuda.current_stream(), buffer.get_comm_stream()
+        with torch.cuda.stream(theirs):
+            # rows after the last were not written
+            there = torch.arange(got.shape[0], device=got.device) < handle.psum_num_recv_tokens_per_scaleup_rank[-1]
+            experts = torch.where(there.unsqueeze(1), experts, -1).int()
+            got_weights = torch.where(there.unsqueeze(1), got_weights, 0)
+            packed, own = deepep.pack_tensors([getattr(handle, n) for n in _TENSORS])
+            done = theirs.record_event()
+        for t in (got, experts, got_weights, packed):
+            t.record_stream(here)
+        facts = {
+            KIND: NAMES.index("deepep_elastic"), LAYER: call.layer, CAPACITY: call.capacity, TOKENS: many, TOP_K: top_k,
+            RECEIVED: got.shape[0], ROWS: got.shape[0] * min(top_k, call.local), PAIRS: many,
+        }  # fmt: skip
+        own = [*(int(getattr(handle, n)) for n in _NUMBERS), *own]
+        sent = Dispatched(got, experts, got_weights, packed, make_host(facts, call.ep, own=own))
+        return sent, deepep.wait_for(done, x, index, weights, handle)
+
+    def resend(self, x: Tensor, handle: Tensor, host: Tensor, call: Call) -> tuple[Tensor, Wait]:
+        buffer, x = _elastic(self._sized(call, host), x.shape[1], Host.read(host).facts[TOP_K]), deepep.sent_copy(x)
+        got, *_, event = buffer.dispatch(
+            x, handle=self._handle(handle, host), previous_event=buffer.capture(), async_with_compute_stream=True,
+            allocate_on_comm_stream=True,
+        )  # fmt: skip
+        return got, deepep.wait_for(event, x, handle, got)
+
+    @staticmethod
+    def _sized(call: Call, host: Tensor) -> Call:
+        return Call(call.group, call.num_experts, Host.read(host).facts[CAPACITY], call.layer)
+
+    def bring_back(
+        self, tokens: Tensor, weights: Tensor | None, handle: Tensor, host: Tensor, call: Call
+    ) -> tuple[Tensor, Tensor | None, Wait]:
+        sizes = Host.read(host)
+        buffer = _elastic(self._sized(call, host), tokens.shape[1], sizes.facts[TOP_K])
+        weights = None if weights is None else weights.contiguous()
+        back, back_weights, event = buffer.combine(
+            tokens.contiguous(), self._handle(handle, host), topk_weights=weights, previous_event=buffer.capture(),
+            async_with_compute_stream=True, allocate_on_comm_stream=True,
+        )  # fmt: skip
+        wait = deepep.wait_for(event, tokens, weights, handle, back)
+        if not sizes.facts[TOKENS]:
+            back, back_weights = back[:0].clone(), None if back_weights is None else back_weights[:0].clone()
+        return back, back_weights, wait
+
+    def collect(
+        self, back: Tensor, back_weights: Tensor | None, handle: Tensor, host: Tensor, call: Call, hidden: int
+    ) -> tuple[Tensor, Tensor | None]:
+        return back.clone(), None if back_weights is None else back_weights.clone()
+
+
+TRANSPORT = Elastic()
+
+
+def _refuses(node: fx.Node) -> str | None:
+    problem = deepep.refuses_tensors(node)
+    if problem is None and not arguments(node)["capacity"]:
+        return "ElasticBuffer must know the most tokens of a rank: pass dispatch_capacity to optimize"
+    return problem
+
+
+BACKEND = Backend(
+    "deepep_elastic",
+    {exchange.dispatch: Kernel(exchange.dispatch_by("deepep_elastic"), _refuses, "DeepEP's ElasticBuffer, no host sync")},
+    available,
+)
