@@ -24,7 +24,7 @@ from common import machine, save, say, show, slug, synchronize, time_once, verdi
 from torch import Tensor
 
 from moefx import exchange
-from moefx.backends import deepep, deepep_elastic
+from moefx.backends import deepep, deepep_elastic, te_ep
 
 #: Tokens a rank, H, experts, K.
 SHAPES: dict[str, tuple[int, int, int, int]] = {
@@ -142,6 +142,8 @@ if __name__ == "__main__":
         say(f"without DeepEP: {why or 'it wants 2 ranks or more'}")
     if ranks > 1 and deepep_elastic.available() is None:
         movers.append(("deepep_elastic", True))
+    if ranks > 1 and te_ep.available() is None:
+        movers.append(("te_ep", True))
     results, problems = [], []
     for shape in a.shapes:
         sizes = SHAPES[shape]
@@ -153,6 +155,7 @@ if __name__ == "__main__":
             problems += results[-1].pop("problems")
             if dist.get_rank() == 0:
                 say(f"{shape} {results[-1]['transport']}: {results[-1]['ms']}")
+        exchange.release(dist.group.WORLD.group_name)
         taken = floor(results[-1]["bytes"], device)
         results.append({"shape": shape, "transport": "NCCL alone", "ms": {"dispatch": taken}, "bytes": results[-1]["bytes"],
                         "gb_per_s": {"dispatch": results[-1]["bytes"] / taken / 1e6}})  # fmt: skip
@@ -173,7 +176,5 @@ if __name__ == "__main__":
         save(f"dispatch-{slug(name)}-x{ranks}" + ("-shared" if shared and not a.cpu else ""), record)
         code = verdict(problems if problems else (["another rank found a wrong result"] if int(bad) else []))
     dist.barrier()
-    deepep.release()
-    deepep_elastic.release()
     dist.destroy_process_group()
     sys.exit(code or int(bool(problems)))

@@ -168,7 +168,7 @@ def _agreeing(x: Tensor, call: Call) -> Iterator[None]:
 
 def release(group: str) -> None:
     """Frees what transports keep for a process group; collective over it."""
-    for name in ("deepep", "deepep_elastic"):
+    for name in ("deepep", "deepep_elastic", "te_ep"):
         backend = sys.modules.get(f"moefx.backends.{name}")
         if backend is not None:
             backend.release(group)
@@ -237,7 +237,7 @@ def _dispatch_wait(
     See :func:`_dispatch`. x is taken so that nobody writes to it while it is sent.
     """
     _arrive(tokens)
-    hidden, top_k, local = x.shape[1], link_weights.shape[1], num_experts // _group(group).size()
+    hidden, top_k, local = x.shape[1], experts.shape[1], num_experts // _group(group).size()
     if tokens.shape[1] != hidden:  # a row holds its experts and weights too
         parts = (hidden, x.dtype), (top_k, weights.dtype), (top_k, torch.int32)
         tokens, weights, experts = transports.unpack(tokens, *parts)
@@ -258,7 +258,7 @@ def _(x, tokens, experts, weights, handle, host, link, link_weights, *, num_expe
         rows = _group(group).size() * capacity * min(link_weights.shape[1], local)
     else:
         rows = torch.library.get_ctx().new_dynamic_size()
-    counts, place = (x.new_empty(s, dtype=torch.int64) for s in ((local,), (tokens.shape[0], link_weights.shape[1])))
+    counts, place = (x.new_empty(s, dtype=torch.int64) for s in ((local,), (tokens.shape[0], experts.shape[1])))
     return x.new_empty(rows, x.shape[1]), weights.new_empty(rows), counts, place
 
 

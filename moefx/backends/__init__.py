@@ -60,9 +60,9 @@ class Choice:
 
 def builtin() -> dict[str, Backend]:
     """The backends of this package by name, in the default order."""
-    from . import deepep, deepep_elastic, quack, reference, te, torch, triton
+    from . import deepep, deepep_elastic, quack, reference, te, te_ep, torch, triton
 
-    order = (deepep, deepep_elastic, quack, triton, torch, te, reference)
+    order = (deepep, deepep_elastic, te_ep, quack, triton, torch, te, reference)
     return {module.BACKEND.name: module.BACKEND for module in order}
 
 

@@ -33,6 +33,7 @@ _PLACES = {
     "hierarchical": "moefx.transports.hierarchical",
     "deepep": "moefx.backends.deepep",
     "deepep_elastic": "moefx.backends.deepep_elastic",
+    "te_ep": "moefx.backends.te_ep",
     "loop_back": "moefx.transports.loop_back",
 }
 NAMES = tuple(_PLACES)
@@ -84,8 +85,9 @@ class Dispatched(NamedTuple):
     """What ``send`` gives: one row for each token that has an expert here, by the rank that sent it, then by token."""
 
     tokens: Tensor  #: [N, W >= H]: a row begins with the token's H numbers
-    experts: Tensor  #: [N, K] this rank's experts that the token wants, numbered from 0; -1: not here. [0, K]: packed in tokens
-    weights: Tensor  #: [N, K] float32 (float64 if the router's are). [0, K]: packed in tokens
+    experts: Tensor  #: [N, k] this rank's experts that the row is for, numbered from 0; -1: none. [0, K]: packed in tokens.
+    #: k is K, or 1 where the transport brings a row for each expert
+    weights: Tensor  #: [N, k] float32 (float64 if the router's are). [0, K]: packed in tokens
     handle: Tensor  #: 1-D uint8
     host: Tensor
 

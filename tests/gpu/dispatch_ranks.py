@@ -92,7 +92,7 @@ def check(what: str, ok: bool, text: str) -> None:
 
 
 def transports() -> dict[str, dict[str, Any]]:
-    from moefx.backends import deepep, deepep_elastic
+    from moefx.backends import deepep, deepep_elastic, te_ep
 
     found: dict[str, dict[str, Any]] = {"all_to_all": {}, "all_gather": {"capacity": True}}
     if not CPU:
@@ -104,6 +104,10 @@ def transports() -> dict[str, dict[str, Any]]:
         say(f"ElasticBuffer: {problem or 'usable'}")
         if problem is None:
             found |= {"deepep_elastic": {"capacity": True}}
+        problem = te_ep.available()
+        say(f"NCCL EP: {problem or 'usable'}")
+        if problem is None:
+            found |= {"te_ep": {"capacity": True}}
     return found
 
 
@@ -173,6 +177,7 @@ def blocks(names: list[str], routings: list[str], tokens: int) -> None:
                     check(f"{family}, {routing}, {mover}, {n}", apart <= 2 * U, f"{apart:.2e} from all_to_all")
                 say(f"{family:12s} {routing:14s} {mover:22s} {worst[1]} is {worst[2]:.1e} from exact, may be {worst[3]:.1e}")
             del exact, exact_p, one, one_p, results
+        exchange.release(group)
         del up, down, biases
         gc.collect()
         if not CPU:

@@ -16,6 +16,7 @@ from spawn import run
 
 import moefx
 from moefx import exchange, grouped, ops, transports
+from moefx.backends import te_ep
 from moefx.transports import hierarchical
 
 E, K, H, INNER = 8, 2, 8, 6
@@ -144,6 +145,14 @@ def on_rank(rank, world_size):
         found[case, "sent"] = rows, counts, back
         found[case, "capacity"] = _forward_backward(_over_ranks, case, rank, rank, world_size, group, capacity=9)
         found[case, "trained"] = _forward_backward(_over_ranks, case, rank, rank, world_size, group)
+    if world_size == 2:
+        from nccl_ep_standin import StandIn
+
+        library = StandIn(dist.group.WORLD, E, 9)
+        te_ep._library = te_ep._configure = lambda *_: library
+        for case in CASES:
+            how = {"capacity": 9, "by": "te_ep"}
+            found[case, "te_ep"] = _forward_backward(_over_ranks, case, rank, rank, 2, group, torch.float32, **how)
     if world_size == 4:
         os.environ["LOCAL_WORLD_SIZE"] = "2"  # two nodes, as if
         rails = _count_rows(hierarchical.Hierarchical.stage)
@@ -239,6 +248,13 @@ def test_over_nodes_a_token_crosses_once(ranks, case):
             other = (index // (E // 2) != rank // 2).any(dim=1)
             assert found[case, "rows that cross"] == int(other.sum())
             assert found["usual"] == ("hierarchical", "all_to_all")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_over_nccl_ep_as_it_is_described(ranks, case):
+    """The library itself needs GPUs: tests/gpu. Here a stand-in that does what its functions say."""
+    if len(ranks) == 2:
+        _check([r[case, "te_ep"] for r in ranks], case, range(2), dtype=torch.float32, rtol=1e-5, atol=1e-5)
 
 
 def test_bytes_on_the_wire_are_those_of_the_cost_model(ranks):

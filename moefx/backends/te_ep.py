@@ -1,0 +1,190 @@
+"""NCCL EP through Transformer Engine (2.20 and later): a row for each (token, expert), sorted on arrival, no host sync.
+
+Its functions are called directly, within moefx's own opaque operations: as torch operations they fail on torch 2.11 (IndexError
+in increment_version). NCCL EP has one configuration a process; it needs the most tokens of a rank (``dispatch_capacity``).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+
+from .. import exchange
+from ..errors import MoefxError
+from ..graph import arguments
+from ..transports import (
+    CAPACITY,
+    KIND,
+    LAYER,
+    NAMES,
+    PAIRS,
+    RECEIVED,
+    ROWS,
+    TOKENS,
+    TOP_K,
+    Call,
+    Dispatched,
+    Host,
+    Shapes,
+    Wait,
+    make_host,
+)  # fmt: skip
+from . import Backend, Kernel, deepep
+
+
+@functools.cache
+def _library() -> Any:
+    importlib.import_module("transformer_engine.pytorch")  # loads what the other links to
+    return importlib.import_module("transformer_engine_torch")
+
+
+def available() -> str | None:
+    """Why NCCL EP cannot be used here, and what to do; None if it can."""
+    try:
+        version = importlib.metadata.version("transformer-engine")
+    except importlib.metadata.PackageNotFoundError:
+        return "transformer-engine is not installed: pip install moefx[te]"
+    if tuple(int(n) for n in version.split(".")[:2]) < (2, 20):
+        return f"transformer-engine {version} has no NCCL EP, 2.20 and later have: pip install -U moefx[te]"
+    if not torch.cuda.is_available():
+        return "NCCL EP needs a CUDA device, and there is none"
+    found = torch.cuda.nccl.version()
+    if found < (2, 30, 4):
+        return f"NCCL EP needs NCCL 2.30.4 or later, torch has {'.'.join(map(str, found))}: pip install -U nvidia-nccl-cu13"
+    try:
+        library = _library()
+    except Exception as error:
+        return f"transformer-engine does not import: {type(error).__name__}: {str(error).splitlines()[0]}"
+    if not hasattr(library, "ep_initialize"):
+        return f"transformer-engine {version} was built without NCCL EP"
+    return None
+
+
+# --- the one configuration -------------------------------------------------------------------------------------------
+
+_configured: tuple[str, int, int, int] | None = None  #: group, experts, capacity, H
+
+
+def _configure(call: Call, hidden: int) -> Any:
+    global _configured
+    library, wanted = _library(), (call.group.group_name, call.num_experts, call.capacity, hidden)
+    if _configured != wanted:
+        if _configured is not None:
+            raise MoefxError(
+                f"NCCL EP is set up for (group, experts, capacity, hidden) = {_configured} in this process, which has one such "
+                f"setting, and a layer wants {wanted}: use another backend for this model"
+            )
+        dist.barrier(group=call.group)  # makes NCCL's communicator, which is borrowed
+        communicator = call.group._get_backend(torch.device("cuda"))._comm_ptr()  # type: ignore[attr-defined]
+        library.ep_initialize(
+            communicator, call.group.group_name, call.num_experts, call.capacity, _rows(call), hidden, 0, torch.bfloat16, False
+        )
+        _configured = wanted
+    return library
+
+
+def _rows(call: Call) -> int:
+    """Rows of a rank in the worst case, for any K."""
+    return call.ep * call.capacity * call.local
+
+
+def release(group: str | None = None) -> None:
+    """Gives NCCL's communicator back; collective over the group."""
+    global _configured
+    if _configured is not None and group in (None, _configured[0]):
+        torch.cuda.synchronize()
+        _library().ep_finalize()
+        _configured = None
+
+
+# --- the transport ---------------------------------------------------------------------------------------------------
+
+
+def _nothing() -> None:
+    """It runs on the current stream."""
+
+
+class NCCLEP:
+    def shapes(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
+        (tokens, hidden), top_k = x.shape, index.shape[1]
+        rows = call.ep * call.capacity * min(top_k, call.local)
+        return Shapes((rows, hidden), (rows, 1), (size("handle"),), (tokens, hidden), (tokens, top_k))
+
+    @staticmethod
+    def _at_least_one(x: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A rank without tokens sends a row of zeros, with weights of zero, to the first experts."""
+        if x.shape[0]:
+            return x.contiguous(), index.contiguous(), weights.float().contiguous()
+        some = torch.arange(index.shape[1], device=index.device).unsqueeze(0)
+        return x.new_zeros(1, x.shape[1]), some, weights.new_zeros(1, index.shape[1]).float()
+
+    def send(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, kept: Dispatched | None) -> tuple[Dispatched, Wait]:
+        if x.shape[0] > call.capacity:
+            raise MoefxError(
+                f"{x.shape[0]} tokens on this rank, dispatch_capacity={call.capacity}: pass the most tokens that a rank has"
+            )
+        library = _configure(call, x.shape[1])
+        (many, top_k), rows = index.shape, call.ep * call.capacity * min(index.shape[1], call.local)
+        x, index, weights = self._at_least_one(x, index, weights)
+        counts = torch.empty(call.local, dtype=torch.int32, device=x.device)
+        handle = torch.empty(library.ep_handle_mem_size(top_k, 0), dtype=torch.uint8, device=x.device)
+        library.ep_prepare(handle, index, counts, top_k, 0)
+        got, got_weights = x.new_empty(rows, x.shape[1]), weights.new_empty(rows)
+        library.ep_dispatch(handle, index, x, weights, got, got_weights)
+        expert = torch.bucketize(torch.arange(rows, device=x.device), counts.cumsum(0), right=True)
+        experts = torch.where(expert < call.local, expert, -1).int().unsqueeze(1)
+        facts = {
+            KIND: NAMES.index("te_ep"), LAYER: call.layer, CAPACITY: call.capacity, TOKENS: many, TOP_K: top_k,
+            RECEIVED: rows, ROWS: rows, PAIRS: many,
+        }  # fmt: skip
+        return Dispatched(got, experts, got_weights.unsqueeze(1), handle, make_host(facts, call.ep)), _nothing
+
+    def resend(self, x: Tensor, handle: Tensor, host: Tensor, call: Call) -> tuple[Tensor, Wait]:
+        x = x.contiguous() if x.shape[0] else x.new_zeros(1, x.shape[1])
+        got = x.new_empty(Host.read(host).facts[ROWS], x.shape[1])
+        _library().ep_combine_bwd(handle, x, got)
+        return got, _nothing
+
+    def bring_back(
+        self, tokens: Tensor, weights: Tensor | None, handle: Tensor, host: Tensor, call: Call
+    ) -> tuple[Tensor, Tensor | None, Wait]:
+        sizes = Host.read(host)
+        many, top_k = sizes.facts[TOKENS], sizes.facts[TOP_K]
+        back = tokens.new_empty(max(many, 1), tokens.shape[1])
+        if weights is None:
+            _library().ep_combine(handle, tokens.contiguous(), back)
+            return back[:many].clone() if not many else back, None, _nothing
+        back_weights = weights.new_empty(max(many, 1), top_k)
+        _library().ep_dispatch_bwd(handle, tokens.contiguous(), weights.reshape(-1), back, back_weights)
+        return (back, back_weights, _nothing) if many else (back[:0].clone(), back_weights[:0].clone(), _nothing)
+
+    def collect(
+        self, back: Tensor, back_weights: Tensor | None, handle: Tensor, host: Tensor, call: Call, hidden: int
+    ) -> tuple[Tensor, Tensor | None]:
+        return back.clone(), None if back_weights is None else back_weights.clone()
+
+
+TRANSPORT = NCCLEP()
+
+
+def _refuses(node: fx.Node) -> str | None:
+    problem, given = deepep.refuses_tensors(node), arguments(node)
+    if problem:
+        return problem.replace("DeepEP", "NCCL EP")
+    if not given["capacity"]:
+        return "NCCL EP must know the most tokens of a rank: pass dispatch_capacity to optimize"
+    if exchange._group(given["group"]).size() < 2:
+        return "NCCL EP wants 2 ranks or more"
+    return None
+
+
+BACKEND = Backend(
+    "te_ep", {exchange.dispatch: Kernel(exchange.dispatch_by("te_ep"), _refuses, "NCCL EP, no host sync")}, available
+)
