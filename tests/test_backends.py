@@ -115,7 +115,11 @@ def test_first_that_accepts_is_chosen_and_refusals_are_kept():
 @pytest.mark.parametrize(
     "node, sentence",
     [
-        (_attention_node(torch.empty(4, device="meta")), "scaled_dot_product_attention has no sinks"),
+        (
+            _attention_node(torch.empty(4, device="meta")),
+            "scaled_dot_product_attention has no sinks, and flash attention runs on CUDA devices in 16 bits, q is torch.float32 "
+            "on meta",
+        ),
         (_attention_node(softcap=30.0), "scaled_dot_product_attention has no softcap, this attention has 30.0"),
         (_norm_node(offset=1.0), "F.rms_norm multiplies by the weight, this norm by 1.0 + weight"),
         (

@@ -85,17 +85,20 @@ def route(
     groups: int = 0,
     topk_groups: int = 0,
     group_score: str = "top2",
+    zero_fill: bool = False,
     sorted: bool = True,
     gather: bool = False,
     renormalize: bool = False,
     eps: float = 0.0,
+    least: float = 0.0,
     scale: float = 1.0,
+    expert_scale: Tensor | None = None,
     cast: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The kernel of ``moefx.route``; equal scores go to the first expert, and the K stand in descending order."""
     return fused_route(
-        logits, bias, top_k, score, topk_first, fp32, groups, topk_groups, group_score, sorted, gather, renormalize, eps, scale,
-        cast,
+        logits, bias, top_k, score, topk_first, fp32, groups, topk_groups, group_score, zero_fill, sorted, gather, renormalize,
+        eps, scale, cast,
     )  # fmt: skip
 
 
@@ -137,6 +140,10 @@ def refuses_route(node: fx.Node) -> str | None:
         return f"Triton's kernels run on CUDA devices, the logits are on {logits.device.type}"
     if logits.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"its kernel adds in float32, the logits are {logits.dtype}"
+    if given["score"] not in ("softmax", "sigmoid"):
+        return f"it knows the scores softmax and sigmoid, this router's are {given['score']}"
+    if given["least"] or given["expert_scale"] is not None:
+        return "it has neither a least sum of weights nor a scale of each expert's own"
     if experts > MAX_EXPERTS or given["top_k"] > MAX_TOP_K:
         return f"it holds {MAX_EXPERTS} experts and top-{MAX_TOP_K} in registers, these are {experts} and {given['top_k']}"
     if given["bias"] is not None and not given["gather"]:

@@ -11,7 +11,7 @@ from ..ops import route_body
 @torch.library.custom_op("moefx::fused_route", mutates_args=())
 def fused_route(
     logits: Tensor, bias: Tensor | None, top_k: int, score: str, topk_first: bool, fp32: bool, groups: int, topk_groups: int,
-    group_score: str, sorted: bool, gather: bool, renormalize: bool, eps: float, scale: float, cast: bool,
+    group_score: str, zero_fill: bool, sorted: bool, gather: bool, renormalize: bool, eps: float, scale: float, cast: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Arguments and results of ``moefx.route``. A bias is for the choice only (``gather``), and has no gradient."""
     from . import router
@@ -21,13 +21,13 @@ def fused_route(
         groups = topk_groups = 0
     return router.forward(
         logits, bias, top_k, dtype, score=score, topk_first=topk_first, groups=groups, topk_groups=topk_groups,
-        group_score=group_score, renormalize=renormalize, eps=eps, scale=scale,
+        group_score=group_score, zero_fill=zero_fill, renormalize=renormalize, eps=eps, scale=scale,
     )  # fmt: skip
 
 
 @fused_route.register_fake
-def _(logits, bias, top_k, score, topk_first, fp32, groups, topk_groups, group_score, sorted, gather, renormalize, eps, scale,
-      cast):  # fmt: skip
+def _(logits, bias, top_k, score, topk_first, fp32, groups, topk_groups, group_score, zero_fill, sorted, gather, renormalize,
+      eps, scale, cast):  # fmt: skip
     return route_body(
         logits, bias, top_k, score=score, topk_first=topk_first, fp32=fp32, sorted=sorted, gather=gather,
         renormalize=renormalize, eps=eps, scale=scale, cast=cast,
@@ -52,14 +52,14 @@ def _(grad, logits, index, score, topk_first, renormalize, eps, scale):
 
 
 def _save(ctx, inputs, output) -> None:
-    logits, _, _, score, topk_first, _, _, _, _, _, _, renormalize, eps, scale, _ = inputs
+    logits, _, _, score, topk_first, _, _, _, _, _, _, _, renormalize, eps, scale, _ = inputs
     ctx.options = score, topk_first, renormalize, eps, scale
     ctx.save_for_backward(logits, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, grad: Tensor, _: Tensor):
-    return torch.ops.moefx.fused_route_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 14
+    return torch.ops.moefx.fused_route_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 15
 
 
 fused_route.register_autograd(_backward, setup_context=_save)

@@ -30,7 +30,8 @@ def _first_best(choice, lanes, last):
 
 @triton.jit
 def _only_best_groups(
-    choice, EXPERTS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr
+    choice, EXPERTS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr,
+    ZERO: tl.constexpr,
 ):
     """``choice`` [ROWS, EXPERTS] with the experts outside of the KEPT best groups out of the choice."""
     grouped = tl.reshape(choice, (ROWS, GROUPS, EXPERTS // GROUPS))
@@ -45,7 +46,7 @@ def _only_best_groups(
     for _ in tl.static_range(KEPT):
         _, at = _first_best(tl.where(kept > 0, float("-inf"), best), groups, GROUPS - 1)
         kept += (groups[None, :] == at[:, None]).to(tl.int32)
-    out_of_it = float("-inf") if TOP2 else 0.0
+    out_of_it = 0.0 if ZERO else float("-inf")
     return tl.reshape(tl.where(kept[:, :, None] > 0, grouped, out_of_it), (ROWS, EXPERTS))
 
 
@@ -53,7 +54,7 @@ def _only_best_groups(
 def _route(
     logits, bias, weights, index, tokens, experts, eps, scale, TOP_K: tl.constexpr, SIGMOID: tl.constexpr,
     TOPK_FIRST: tl.constexpr, BIASED: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr,
-    RENORMALIZE: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, CHOSEN: tl.constexpr,
+    ZERO: tl.constexpr, RENORMALIZE: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, CHOSEN: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lanes, chosen = tl.arange(0, EXPERTS), tl.arange(0, CHOSEN)
@@ -66,7 +67,7 @@ def _route(
         choice += tl.load(bias + lanes, mask=lanes < experts, other=0.0).to(tl.float32)[None, :]
     choice = tl.where(choice != choice, float("inf"), choice)  # NaN counts as the greatest, as in torch.topk
     if GROUPS:
-        choice = _only_best_groups(choice, EXPERTS, ROWS, GROUPS, KEPT, TOP2)
+        choice = _only_best_groups(choice, EXPERTS, ROWS, GROUPS, KEPT, TOP2, ZERO)
     choice = tl.where((lanes < experts)[None, :], choice, float("-inf"))
     found = tl.zeros((ROWS, CHOSEN), tl.float32)
     if TOPK_FIRST:
@@ -140,7 +141,7 @@ def _shape(tokens: int, experts: int, top_k: int) -> tuple[tuple[int], dict[str,
 
 def forward(
     logits: Tensor, bias: Tensor | None, top_k: int, dtype: torch.dtype, *, score: str, topk_first: bool, groups: int,
-    topk_groups: int, group_score: str, renormalize: bool, eps: float, scale: float,
+    topk_groups: int, group_score: str, zero_fill: bool, renormalize: bool, eps: float, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Weights [T, K] in ``dtype``, from the greatest down, and index [T, K] int64, of logits [T, E]."""
     tokens, experts = logits.shape
@@ -151,7 +152,7 @@ def forward(
         _route[grid](
             logits.contiguous(), logits if bias is None else bias, weights, index, tokens, experts, eps, scale, TOP_K=top_k,
             SIGMOID=score == "sigmoid", TOPK_FIRST=topk_first, BIASED=bias is not None, GROUPS=groups, KEPT=topk_groups,
-            TOP2=group_score == "top2", RENORMALIZE=renormalize, **sizes,
+            TOP2=group_score == "top2", ZERO=zero_fill, RENORMALIZE=renormalize, **sizes,
         )  # fmt: skip
     return weights, index
 

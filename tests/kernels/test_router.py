@@ -52,6 +52,7 @@ def test_kinds(score, topk_first, renormalize, eps, scale):
 def test_groups(score, group_score):
     options = {"score": score, "groups": 4, "topk_groups": 2, "group_score": group_score, "sorted": False}
     check(11, 32, 5, **options)
+    check(11, 32, 5, zero_fill=True, **options)
     if group_score == "top2":
         check(11, 32, 5, biased=True, renormalize=True, scale=2.5, eps=1e-20, **options)
 
