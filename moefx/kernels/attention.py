@@ -34,7 +34,7 @@ def flash_attention(
         sink = sinks.float()[:, None]
         out *= torch.sigmoid(lse - sink).transpose(1, 2).unsqueeze(-1)
         lse = torch.logaddexp(lse, sink)
-    return out, lse
+    return out.contiguous(), lse.contiguous()
 
 
 @flash_attention.register_fake
@@ -53,12 +53,19 @@ def flash_attention_backward(
     found = aten._flash_attention_backward(
         grad, q, k, v, out, lse, None, None, q.shape[1], k.shape[1], 0.0, True, state, state[0], scale=scale, **_window(window)
     )
-    return tuple(t.transpose(1, 2) for t in found)  # type: ignore[return-value]
+    like_q, like_k, like_v = (_laid_out_like(t.transpose(1, 2), like.transpose(1, 2)) for t, like in zip(found, (q, k, v)))
+    return like_q, like_k, like_v
+
+
+def _laid_out_like(t: Tensor, like: Tensor) -> Tensor:
+    """``t`` with the strides that ``torch.empty_like`` gives: what the fake promised."""
+    promised = torch.empty_like(like)
+    return t if t.stride() == promised.stride() else promised.copy_(t)
 
 
 @flash_attention_backward.register_fake
 def _(grad, q, k, v, out, lse, scale, window):
-    return tuple(t.new_empty(t.transpose(1, 2).shape).transpose(1, 2) for t in (q, k, v))
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _save(ctx, inputs, output) -> None:

@@ -36,6 +36,6 @@ def test_window_and_sinks(batch, heads, shared, length, size, window, sinks):
     wanted = run(ops.BODIES[ops.attention], exact, **options)
     rounded = run(ops.BODIES[ops.attention], given, **options)
     for name, f, w, r in zip(("out", "q", "k", "v", "sinks"), found, wanted, rounded, strict=False):
-        size_of = float(w.abs().max()) + 1e-6
+        size_of = max(float(w.abs().max()), 0.1)  # a window of one key: query and key have no gradient
         far, allowed = (float((t.float() - w).abs().max()) / size_of for t in (f, r))
         assert far <= max(2 * allowed, 2e-2), f"{name}: {far:.1e} from float32, the operation in bf16 {allowed:.1e}"
