@@ -169,6 +169,15 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 4].rsplit(" ", 1)[0] + " ..."
 
 
+def nccl_state() -> str:
+    """NCCL's version, and what an older one lacks."""
+    if not torch.cuda.is_available() or not torch.distributed.is_nccl_available():
+        return "not used: no CUDA device"
+    found = torch.cuda.nccl.version()
+    lacks = f"; DeepEP's ElasticBuffer and NCCL EP need 2.30.4: pip install -U nvidia-nccl-cu{(torch.version.cuda or '13')[:2]}"
+    return ".".join(map(str, found)) + (lacks if found < (2, 30, 4) else "")
+
+
 def diagnose() -> list[dict[str, str]]:
     """What is here: name, version or state, and what to do where something is missing."""
 
@@ -188,6 +197,7 @@ def diagnose() -> list[dict[str, str]]:
         {"what": "python", "state": platform.python_version()},
         {"what": "torch", "state": torch.__version__},
         {"what": "CUDA", "state": cuda},
+        {"what": "NCCL", "state": nccl_state()},
         {"what": "transformers", "state": transformers.__version__},
     ]
     for name, backend in backends.builtin().items():
@@ -195,7 +205,7 @@ def diagnose() -> list[dict[str, str]]:
     for package, module, how in (
         ("triton", "triton", "pip install moefx[gpu]"),
         ("transformer-engine", "transformer_engine", "pip install moefx[te]"),
-        ("deep_ep", "deep_ep", "build it from its repository; no registry has it"),
+        ("deep_ep", "deep_ep", backends.deepep.INSTALL),
     ):
         there = importlib.util.find_spec(module) is not None
         rows.append({"what": package, "state": (version(package) or "installed") if there else f"not installed: {how}"})

@@ -36,7 +36,8 @@ class Kernel:
 class Backend:
     """A name and a table operation -> Kernel. ``available()`` says why it cannot be used here, or None.
 
-    ``by_name``: it is used only where the caller names it, since it has not measured faster than the others.
+    ``by_name``: it is used only where the caller names it, since it has not measured faster than the others
+    (or, on GPUs, not at all).
     """
 
     name: str

@@ -1,7 +1,7 @@
 """DeepEP 2's ``ElasticBuffer``: NCCL's device API over NVLink and RDMA, any number of ranks, no host sync.
 
-It needs the most tokens of a rank (``dispatch_capacity``), which all ranks must agree on. Chosen where ``Buffer`` refuses
-(other numbers of ranks, a capacity between nodes), or by name. It compiles its kernels when they are first used.
+It needs the most tokens of a rank (``dispatch_capacity``), which all ranks must agree on. It serves what ``Buffer``
+refuses, too: other numbers of ranks, a capacity between nodes. It compiles its kernels when they are first used.
 """
 
 from __future__ import annotations
@@ -181,4 +181,5 @@ BACKEND = Backend(
     "deepep_elastic",
     {exchange.dispatch: Kernel(exchange.dispatch_by("deepep_elastic"), _refuses, "DeepEP's ElasticBuffer, no host sync")},
     available,
+    by_name=True,
 )

@@ -186,5 +186,8 @@ def _refuses(node: fx.Node) -> str | None:
 
 
 BACKEND = Backend(
-    "te_ep", {exchange.dispatch: Kernel(exchange.dispatch_by("te_ep"), _refuses, "NCCL EP, no host sync")}, available
+    "te_ep",
+    {exchange.dispatch: Kernel(exchange.dispatch_by("te_ep"), _refuses, "NCCL EP, no host sync")},
+    available,
+    by_name=True,
 )
