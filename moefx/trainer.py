@@ -17,6 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from . import checkpoint, faults, routing, sharded
 from .adapters import unwrap
+from .clip import clip_grad_norm_
 from .errors import MoefxError
 
 #: The folder, inside a checkpoint of the Trainer, with what resuming needs.
@@ -51,6 +52,7 @@ class TrainerMixin:
     optimizer: Any
     lr_scheduler: Any
     args: Any
+    accelerator: Any
 
     def __init__(self, model: Any = None, args: Any = None, *rest: Any, log_router_load: bool = True, **named: Any):
         self._spread = model is not None and not isinstance(model, str) and sharded.is_sharded(model)
@@ -78,6 +80,12 @@ class TrainerMixin:
                 found = routing.load_metrics(load)
                 logs |= {f"router/{k}": round(found[k], 4) for k in ("max_load", "entropy", "dropped")}
         super().log(logs, start_time)  # type: ignore[misc]
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if not self._spread:
+            return super()._clip_grad_norm(model)  # type: ignore[misc]
+        self.accelerator.unscale_gradients()  # fp16
+        return clip_grad_norm_(model, self.args.max_grad_norm)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         scheduler = self.lr_scheduler.state_dict()
