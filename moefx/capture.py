@@ -4,6 +4,7 @@ into a graph."""
 from __future__ import annotations
 
 import itertools
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -222,6 +223,17 @@ def _refusing_autograd_functions() -> Iterator[None]:
 
 
 @contextmanager
+def _quiet() -> Iterator[None]:
+    """Within: what fails is not logged with its stack as well: it becomes a sentence of the report."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+@contextmanager
 def _without_checkpointing(module: nn.Module) -> Iterator[None]:
     """Activation checkpointing wraps a block's call from outside: it is no part of the graph."""
     before = [(m, m.gradient_checkpointing) for m in module.modules() if getattr(m, "gradient_checkpointing", False)]
@@ -262,9 +274,8 @@ def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module],
     entry.training = module.training
     try:
         with (
-            warnings.catch_warnings(), _without_checkpointing(module), sharded.as_one_process(module), hf.emitting() as callers,
-            hf.windowed(call.template.window),
-            _refusing_autograd_functions(), torch.enable_grad(),
+            warnings.catch_warnings(), _quiet(), _without_checkpointing(module), sharded.as_one_process(module),
+            hf.emitting() as callers, hf.windowed(call.template.window), _refusing_autograd_functions(), torch.enable_grad(),
             torch._dynamo.config.patch(fake_tensor_cache_enabled=False),  # with symbolic sizes it costs more than it saves
             torch.autocast(call.device.type if call.device.type != "meta" else "cpu", enabled=False),
         ):  # fmt: skip

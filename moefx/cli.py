@@ -108,15 +108,11 @@ def run_inspect(args: argparse.Namespace) -> None:
 
 
 def moe_families() -> list[str]:
-    """The causal language models of Transformers whose configuration names experts."""
+    """The causal language models of Transformers whose small configuration names experts."""
     found = []
     for name in sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)):
         with contextlib.suppress(Exception):
-            config = AutoConfig.for_model(name).get_text_config()
-            counts = (
-                getattr(config, a, None) for a in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-            )
-            if any(isinstance(n, int) and n > 1 for n in counts):
+            if hf.experts_in(tiny_config(name)) > 1:
                 found.append(name)
     return found
 
@@ -130,43 +126,46 @@ def _parameters(config: PreTrainedConfig) -> int:
         return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
 
 
+def family_row(family: str) -> dict[str, Any]:
+    """What is captured and raised of a family's small configuration; the reasons for all that is not."""
+    row: dict[str, Any] = {"family": family, "captured": 0, "raised": {}, "notes": []}
+    try:
+        config = tiny_config(family)
+        report = inspect(config, 1, "cpu" if _parameters(config) < FITS else "meta")
+    except Exception as error:  # one family must not hide the others
+        name = "" if isinstance(error, MoefxError) else f"{type(error).__name__}: "
+        return {**row, "notes": [f"{name}{error}".splitlines()[0]]}
+    for f in report.program:
+        for op, n in f.expects.items():
+            made, promised = row["raised"].get(op, (0, 0))
+            many = len(f.instances)
+            row["raised"][op] = made + min(n, report.made(op, f) or 0) * many, promised + n * many
+    row["captured"] = sum(len(f.instances) for f in report.program)
+    # a shortfall quotes what is left, where that is its reason
+    short = report.shortfall()
+    left = [f"{x.module}: {x.reason}" for x in report.left if not any(x.reason in s for s in short)]
+    row["notes"] = list(dict.fromkeys([*short, *left]))
+    return row
+
+
 def run_models(args: argparse.Namespace) -> None:
-    rows = []
-    for family in tqdm([known_type(f) for f in args.families] or moe_families(), file=sys.stderr, disable=None):
-        row: dict[str, Any] = {"family": family, "captured": 0, "raised": "", "note": ""}
-        try:
-            config = tiny_config(family)
-            report = inspect(config, 1, "cpu" if _parameters(config) < FITS else "meta")
-            promised: dict[str, int] = {}
-            made: dict[str, int] = {}
-            for f in report.program:
-                for op, n in f.expects.items():
-                    promised[op] = promised.get(op, 0) + n * len(f.instances)
-                    made[op] = made.get(op, 0) + (report.made(op, f) or 0) * len(f.instances)
-            row["captured"] = sum(len(f.instances) for f in report.program)
-            row["raised"] = ", ".join(f"{op} {made[op]}/{n}" for op, n in promised.items())
-            row["note"] = "; ".join(dict.fromkeys(x.reason for x in report.left))
-        except Exception as error:  # one family must not hide the others
-            row["note"] = f"{type(error).__name__}: {error}".splitlines()[0]
-        rows.append(row)
+    families = [known_type(f) for f in args.families] or moe_families()
+    rows = [family_row(f) for f in tqdm(families, file=sys.stderr, disable=None)]
     if args.json:
         print(json.dumps(rows, indent=1))
         return
     table = Table(
-        "family",
-        "captured",
-        "raised",
-        "left as it is, and why",
-        title="small configurations of each family",
-        title_justify="left",
-    )
+        "family", "captured", "raised of promised", "what is not, and why", title="small configurations of each family",
+        title_justify="left", show_lines=True,
+    )  # fmt: skip
     for r in rows:
-        table.add_row(r["family"], str(r["captured"]), r["raised"], shortened(r["note"], 90))
+        raised = "\n".join(f"{op} {made}/{promised}" for op, (made, promised) in r["raised"].items())
+        table.add_row(r["family"], str(r["captured"]), raised, "\n".join(shortened(n, args.width) for n in r["notes"]))
     print(render(table), end="")
 
 
 def shortened(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 4].rsplit(" ", 1)[0] + " ..."
+    return text if len(text) <= most else text[: max(most, 20) - 4].rsplit(" ", 1)[0] + " ..."
 
 
 def nccl_state() -> str:
@@ -236,6 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.set_defaults(run=run_inspect)
     p = commands.add_parser("models", help="the families of Transformers: what was captured and raised of each")
     p.add_argument("families", nargs="*", metavar="FAMILY")
+    p.add_argument("--width", type=int, default=160, metavar="N", help="letters of each reason (--json has all)")
     p.set_defaults(run=run_models)
     p = commands.add_parser("doctor", help="what is usable here, and why the rest is not")
     p.set_defaults(run=run_doctor)

@@ -465,9 +465,15 @@ def structure(module: nn.Module) -> tuple:
 
 def experts_named(model: PreTrainedModel) -> int:
     """How many experts the configuration names; 0 if none."""
-    config: Any = model.config.get_text_config()
+    return experts_in(model.config)
+
+
+def experts_in(config: Any) -> int:
+    """How many experts a configuration names, in its text's or its feed-forward's part (DBRX) too; 0 if none."""
+    config = config.get_text_config()
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    return next((v for n in names if isinstance(v := getattr(config, n, None), int)), 0)
+    parts = (config, getattr(config, "ffn_config", None))
+    return next((v for part in parts for n in names if isinstance(v := getattr(part, n, None), int)), 0)
 
 
 def check(model: Any) -> None:

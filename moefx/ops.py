@@ -223,11 +223,15 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
     if layout == "half_table":  # the table holds each angle once
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    if layout == "pairs":
+        h = x.to(torch.float32)
+        turned = torch.stack((-h[..., 1::2], h[..., 0::2]), dim=-1).flatten(-2)
+        return (h * cos + turned * sin).to(x.dtype)
     first, second = x[..., 0::2], x[..., 1::2]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-ROTARY_LAYOUTS = ("half", "half_table", "interleaved")
+ROTARY_LAYOUTS = ("half", "half_table", "pairs", "interleaved")
 
 
 @op("rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, *, str layout='half', int unsqueeze_dim=1) -> (Tensor, Tensor)")
@@ -237,7 +241,8 @@ def rotary(
     """Rotary position embedding (arXiv 2104.09864) of q and k [B, heads, S, D'] by tables cos, sin [B or 1, S, D' or D'/2].
 
     ``layout``: "half" pairs dimension i with i + D'/2 and reads a table of D' angles (Llama), "half_table" the same with a
-    table of D'/2 (GPT-OSS), "interleaved" pairs 2i with 2i + 1, reads D'/2 angles and writes halves (DeepSeek).
+    table of D'/2 (GPT-OSS). "pairs" pairs 2i with 2i + 1, reads D' angles, each twice in a row, and computes in fp32 (Ernie,
+    Cohere); "interleaved" pairs them too, reads D'/2 angles and writes halves (DeepSeek).
     """
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     return _rotate(q, cos, sin, layout), _rotate(k, cos, sin, layout)

@@ -7,14 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from torch import Tensor
+
 from . import adapters, exchange, hf, parallel, sharded
 from . import backends as backends_
 from .adapters import unwrap
 from .capture import capture
 from .errors import MoefxError
+from .graph import value
 from .install import Optimized, install, state_of, uninstall
 from .pipeline import Pipeline
-from .program import Program
+from .program import Function, Program
 from .report import Explanation, Report
 from .report import explain as explain_report
 from .routing import warn_balanced
@@ -28,13 +31,21 @@ if TYPE_CHECKING:
 Model = TypeVar("Model")
 
 
+def _reads_positions(function: Function) -> bool:
+    """Does the function read the tables that it is called with? Layers without positions get them too."""
+    given = dict(function.call.template.kwargs[1]).get("position_embeddings", ("c", None))
+    tables = [given[1]] if given[0] == "t" else [i for kind, i in given[1] if kind == "t"] if given[0] == "tuple" else []
+    places = {n.name: n for n in function.graph.nodes if n.op == "placeholder"}
+    return any(isinstance(value(u), Tensor) for i in tables for u in places[function.inputs[i]].users)
+
+
 def rewrite(program: Program, plan: Plan, pipeline: Pipeline, model: Any = None) -> Report:
     """Runs ``pipeline`` over a captured program; the report of what it did. The program's graphs are changed."""
     for function in program:
         experts = function.expects.get("experts", 0)
         if experts:
             function.expects.setdefault("route", experts)
-        if function.expects.get("attention") and "position_embeddings" in dict(function.call.template.kwargs[1]):
+        if function.expects.get("attention") and _reads_positions(function):
             function.expects.setdefault("rotary", function.expects["attention"])
     report = Report(program, plan, pipeline.run(program, plan))
     if model is not None:

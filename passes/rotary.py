@@ -22,10 +22,18 @@ def _patterns() -> tuple[tuple[str, Pattern], ...]:
         return ops._rotate(x, cos, sin, layout)
 
     def pattern(layout: str) -> Pattern:
-        table = (2, 1, 3, 8 if layout == "half" else 4)
+        table = (2, 1, 3, 8 if layout in ("half", "pairs") else 4)
         return Pattern(one, {"x": f64(2, 5, 3, 8), "cos": f64(*table), "sin": f64(*table)}, {"layout": layout}, {4: "half"})
 
     return tuple((layout, pattern(layout)) for layout in ops.ROTARY_LAYOUTS)
+
+
+def _heads_dim(table: fx.Node) -> int | None:
+    """Which dimension of a table [B, 1, S, D'] or [B, S, 1, D'] its heads share."""
+    if is_call(table, aten.unsqueeze.default):
+        return table.args[1]  # type: ignore[return-value]
+    ones = [d for d in (1, 2) if value(table).dim() == 4 and value(table).shape[d] == 1]
+    return ones[0] if len(ones) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -46,21 +54,31 @@ class RaiseRotary:
                     groups.setdefault((layout, found.bound["cos"], found.bound["sin"]), []).append(found)
                 elif found.depth > 3:
                     changes.miss(node, str(found))
+            if is_call(node, aten.view_as_complex.default):
+                changes.miss(node, "it rotates complex numbers: moefx.rotary takes tables of cosines and sines")
         for (layout, cos, sin), found in groups.items():
             problem = self._pair(function, layout, cos, sin, found, changes)
             if problem:
                 changes.miss(found[0].outputs[0], problem)
         return changes
 
+    def _table(self, graph: fx.Graph, table: fx.Node, dim: int) -> fx.Node:
+        """The table without the dimension of the heads."""
+        if is_call(table, aten.unsqueeze.default):
+            return table.args[0]  # type: ignore[return-value]
+        new = insert(graph, table.next, aten.squeeze.dim, (table, dim), val=value(table).squeeze(dim))
+        inherit(new, [table], self.name)
+        return new
+
     def _pair(self, function, layout: str, cos: fx.Node, sin: fx.Node, found: list[Match], changes) -> str | None:
         if len(found) != 2:
             return f"{len(found)} tensors are rotated by {cos.name} and {sin.name}: expected a query and its key"
-        dims = {t.args[1] if is_call(t, aten.unsqueeze.default) else None for t in (cos, sin)}
+        dims = {_heads_dim(t) for t in (cos, sin)}
         if len(dims) != 1 or None in dims:
-            return f"the tables {describe(cos)} and {describe(sin)} are not unsqueezed alike"
+            return f"the tables {describe(cos)} and {describe(sin)} do not say alike which dimension the heads are"
         (unsqueeze_dim,) = dims
         q, k = (m.bound["x"] for m in found)
-        args = (q, k, cos.args[0], sin.args[0])
+        args = (q, k, *(self._table(function.graph, t, unsqueeze_dim) for t in (cos, sin)))
         kwargs = {"layout": layout, "unsqueeze_dim": unsqueeze_dim}
         graph, outputs = function.graph, tuple(m.outputs[0] for m in found)
         order = {n: i for i, n in enumerate(graph.nodes)}
@@ -71,7 +89,7 @@ class RaiseRotary:
         else:
             before = outputs[0]
         nodes = [n for m in found for n in m.nodes]
-        tables = [t for t in (cos, sin) if t not in nodes]
+        tables = [t for t in (cos, sin) if t not in nodes and is_call(t, aten.unsqueeze.default)]
         region = tuple(n for n in graph.nodes if n in {*nodes, *tables})
         agrees, how = certify(region, outputs, ops.rotary, args, kwargs)
         if not agrees:

@@ -48,7 +48,7 @@ def test_doctor(capsys):
 def test_models(capsys):
     assert main(["models", "olmoe", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
-    assert "rms_norm 9/9" in row["raised"] and "route 2/2" in row["raised"] and row["note"] == ""
+    assert row["raised"]["rms_norm"] == [9, 9] and row["raised"]["route"] == [2, 2] and row["notes"] == []
 
 
 @pytest.mark.parametrize(

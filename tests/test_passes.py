@@ -278,10 +278,33 @@ def test_rotary(layout):
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         return ops._rotate(q, cos, sin, layout), ops._rotate(k, cos, sin, layout)
 
-    table = torch.randn(3, 19, 16 if layout == "half" else 8)
+    table = torch.randn(3, 19, 16 if layout in ("half", "pairs") else 8)
     f, changes = run([RaiseRotary()], rope, [torch.randn(3, 4, 19, 16), torch.randn(3, 2, 19, 16), table, table + 1])
     (node,) = calls(f, ops.rotary)
     assert node.kwargs == {"layout": layout, "unsqueeze_dim": 1} and len(changes.made) == 1
+
+
+def test_rotary_with_tables_that_were_unsqueezed_before():
+    """Ernie writes each angle twice after it has made room for the heads."""
+
+    def rope(q, k, cos, sin):
+        cos, sin = (t.unsqueeze(1)[..., :8].repeat_interleave(2, dim=-1) for t in (cos, sin))
+        return ops._rotate(q, cos, sin, "pairs"), ops._rotate(k, cos, sin, "pairs")
+
+    table = torch.randn(3, 19, 16)
+    f, changes = run([RaiseRotary()], rope, [torch.randn(3, 4, 19, 16), torch.randn(3, 2, 19, 16), table, table + 1])
+    (node,) = calls(f, ops.rotary)
+    assert node.kwargs == {"layout": "pairs", "unsqueeze_dim": 1} or node.kwargs == {"layout": "pairs"}
+    assert len(changes.made) == 1
+
+
+def test_rotary_refuses_complex_numbers():
+    def rope(q, angles):
+        pairs = torch.view_as_complex(q.float().reshape(*q.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles).unsqueeze(1)).flatten(3)
+
+    f, changes = run([RaiseRotary()], rope, [torch.randn(3, 4, 19, 16), torch.randn(3, 19, 8)])
+    assert calls(f, ops.rotary) == [] and "it rotates complex numbers" in changes.missed[0].what
 
 
 def test_rotary_refuses_a_query_without_a_key():
