@@ -75,7 +75,7 @@ ROUTERS = {
     "granite": (40, 8, torch.bfloat16, {"topk_first": True, "cast": True}),
     "one expert": (16, 1, torch.float32, {"score": "softmax", "scale": 2.0}),
     "one sigmoid": (16, 1, torch.float32, {"score": "sigmoid", "scale": 2.5}),
-    "deepseek_v2": (64, 6, torch.float32, {"groups": 8, "topk_groups": 6, "group_score": "max", "scale": 16.0}),
+    "deepseek_v2": (64, 6, torch.float32, {"groups": 8, "topk_groups": 6, "group_score": "max", "zero_fill": True, "scale": 16.0}),
     "deepseek_v3": (
         256, 8, torch.float32,
         {"score": "sigmoid", "bias": True, "gather": True, "groups": 8, "topk_groups": 4, "sorted": False, "renormalize": True, "eps": 1e-20, "scale": 2.5},

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 import moefx
 from moefx import grouped, ops
-from moefx.backends import builtin, resolve, te
+from moefx.backends import builtin, check_signature, resolve, te
 from moefx.cli import diagnose
 from moefx.graph import aten, is_call
 from moefx.kernels import te as kernels
@@ -92,9 +92,11 @@ BIAS = (FP32, 32)
         (lambda: router(score="sigmoid"), "renormalizes sigmoid scores of 2 experts a token, this router the other way round"),
         (lambda: router(top_k=1, **SIGMOID), "does not renormalize sigmoid scores of 1 experts a token"),
         (lambda: router(eps=1e-6, **SIGMOID), "by the sum + 1e-20, this router by the sum + 1e-06"),
+        (lambda: router(score="sqrtsoftplus"), "knows the scores softmax and sigmoid, this router's are sqrtsoftplus"),
+        (lambda: router(renormalize=True, least=1e-12), "divides by any sum, this router by no less than 1e-12"),
         (lambda: router(groups=8, topk_groups=4, renormalize=True), "groups by logits where it renormalizes, this router by softmax"),
         (lambda: router(top_k=8, groups=8, topk_groups=4, topk_first=True, **SIGMOID), "groups by sigmoid, this router by logits"),
-        (lambda: router(top_k=4, groups=8, topk_groups=4, group_score="max", bias=BIAS, gather=True, **SIGMOID), "gives them the score 0"),
+        (lambda: router(top_k=4, groups=8, topk_groups=4, group_score="max", zero_fill=True, bias=BIAS, gather=True, **SIGMOID), "gives them the score 0"),
         (lambda: router(top_k=4, groups=8, topk_groups=4), "topk_groups = 1 best experts, this router by 2"),
         (lambda: attend(), None),
         (lambda: attend(sinks=(BF16, 4), window=5), None),
@@ -141,6 +143,11 @@ def test_experts(monkeypatch):
     said = refusal(grouped.grouped_mlp, *mlp, activation="swiglu")
     te_standin.forget()
     assert said == "below cuBLASLt 13.4 GroupedLinear is one cuBLAS call an expert, this is 13.1"
+
+
+@pytest.mark.parametrize("op", te.BACKEND.kernels, ids=str)
+def test_kernels_have_their_operations_signature(op):
+    check_signature("te", op, te.BACKEND.kernels[op])
 
 
 def test_the_backend_is_used_by_name_only_and_says_what_is_missing():

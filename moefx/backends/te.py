@@ -79,11 +79,14 @@ def route(
     groups: int = 0,
     topk_groups: int = 0,
     group_score: str = "top2",
+    zero_fill: bool = False,
     sorted: bool = True,
     gather: bool = False,
     renormalize: bool = False,
     eps: float = 0.0,
+    least: float = 0.0,
     scale: float = 1.0,
+    expert_scale: Tensor | None = None,
     cast: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The kernel of ``moefx.route``. Renormalized softmax of all logits is the softmax of the chosen ones."""
@@ -93,6 +96,7 @@ def route(
     weights, index, _ = router.te_route(
         logits.float(), None if bias is None else bias.float(), top_k, score, softmax_first, groups, topk_groups, scale
     )
+    weights = weights if expert_scale is None else weights * expert_scale[index]
     return (weights.to(logits.dtype) if cast else weights), index
 
 
@@ -101,6 +105,10 @@ def _refuses_route(node: fx.Node) -> str | None:
     dtype, top_k, softmax = dtype_of(given["logits"]), given["top_k"], given["score"] == "softmax"
     if dtype not in (*_HALVES, torch.float32):
         return f"Transformer Engine's router takes bf16, fp16 or fp32, the logits are {dtype}"
+    if given["score"] not in ("softmax", "sigmoid"):
+        return f"this kernel knows the scores softmax and sigmoid, this router's are {given['score']}"
+    if given["least"]:
+        return f"Transformer Engine divides by any sum, this router by no less than {given['least']}"
     if dtype != torch.float32 and not (softmax and given["fp32"]):
         return f"Transformer Engine's router computes in fp32, this {given['score']} in {dtype}"
     if given["sorted"] and top_k >= router.UNSORTED_FROM:
@@ -146,7 +154,7 @@ def _refuses_groups(given: dict[str, Any]) -> str | None:
         return "Transformer Engine scores groups by logits where it renormalizes, this router by softmax scores"
     if not softmax and given["topk_first"]:
         return "Transformer Engine scores groups by sigmoid, this router by logits"
-    if given["group_score"] == "max" and (given["bias"] is not None or given["topk_first"]):
+    if given["zero_fill"] and (given["bias"] is not None or given["topk_first"]):
         return "Transformer Engine never chooses from other groups, this router gives them the score 0, others may be less"
     best, theirs = {"top2": 2, "max": 1}[given["group_score"]], given["top_k"] // chosen
     if theirs != best:

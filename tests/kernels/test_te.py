@@ -35,6 +35,13 @@ def test_routers(name):
         checks.check_router(name, tokens, CPU)
 
 
+def test_a_scale_of_each_experts_own():
+    logits, scale = checks.normal(5, 8), checks.normal(8, seed=1)
+    wanted, _ = ops.route(logits, None, 2, renormalize=True, expert_scale=scale)
+    found, _ = te.route(logits, None, 2, renormalize=True, expert_scale=scale)
+    torch.testing.assert_close(found, wanted)
+
+
 def test_aux_loss():
     checks.check_aux_loss(3, 17, 8, 2, CPU)
 
