@@ -43,7 +43,7 @@ _LAYERS = ("num_hidden_layers", "n_layers", "num_layers", "depth")
 _ON = ("enable_moe_block", "is_moe")
 #: What a family's configuration leaves to its checkpoints, or asks of sizes that are not the usual ones.
 _OWN: dict[str, dict[str, Any]] = {
-    "dbrx": {"attn_config": {"kv_n_heads": 1, "rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"kv_n_heads": 1, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "dots3_note_text": {"head_dim": 32},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
 }
