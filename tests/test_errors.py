@@ -84,7 +84,7 @@ def test_example_without_a_batch(model):
 
 
 def test_unknown_backend(model):
-    fails(model, "no backend is named 'tritn'; there are: .*torch, reference", backends=["tritn"])
+    fails(model, "no backend is named 'tritn'; there are: .*torch, te, reference", backends=["tritn"])
 
 
 def test_kernel_with_another_signature(model):

@@ -22,6 +22,7 @@ from .torch import refuses_experts as _torch_refuses
 #: Below Hopper torch's grouped GEMM is a loop over the experts, which reads the counts back (pytorch#186620).
 CAPABILITY = (9, 0)
 MAX_EXPERTS, MAX_TOP_K = 1024, 32
+ROTARY_LAYOUTS = ("half", "half_table", "interleaved")  #: those of moefx.rotary that the kernel knows
 
 
 def experts_by(gemm: str) -> Callable[..., Tensor]:
@@ -125,6 +126,8 @@ def refuses_norm_rotary(node: fx.Node) -> str | None:
         return f"Triton's kernels run on CUDA devices, the heads are on {x.device.type}"
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"its kernel adds in float32, the heads are {x.dtype}"
+    if given["layout"] not in ROTARY_LAYOUTS:
+        return f"it rotates in the layouts {', '.join(ROTARY_LAYOUTS)}, this one is {given['layout']}"
     size = x.shape[3]
     if size & (size - 1) or not 16 <= size <= 512:
         return f"it wants a head size that is a power of two from 16 to 512, this is {size}"

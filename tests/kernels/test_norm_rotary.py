@@ -39,7 +39,7 @@ def check(batch, length, heads, size, *, layout="half", dtype=torch.float32, wei
         assert far <= (2e-5 if dtype == torch.float32 else 1.5e-2), f"{name}: {far:.1e}"
 
 
-@pytest.mark.parametrize("layout", ops.ROTARY_LAYOUTS)
+@pytest.mark.parametrize("layout", backend.ROTARY_LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layouts(layout, dtype):
     check(2, 5, 3, 16, layout=layout, dtype=dtype)
