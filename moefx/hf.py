@@ -217,6 +217,13 @@ def attention_forward(
     """The "moefx" entry of Transformers' attention interface; query [B, A, S, D] -> [B, S, A, Dv]."""
     callers = _emitting.get()
     unknown = [k for k in ("position_bias", "cache", "indices", "block_indices") if kwargs.get(k) is not None]
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if callers is not None and callers.lenient and causal and query.shape[2] != key.shape[2]:
+        # DeepSeek-V4 appends compressed keys: with a boolean mask, or none, they would be seen by the wrong queries
+        raise CaptureError(
+            f"{type(module).__name__} attends {query.shape[2]} queries to {key.shape[2]} keys: who may see which only the "
+            "model's own attention knows; train it without moefx"
+        )
     if callers is not None and not (unknown and callers.lenient):
         if unknown:
             raise CaptureError(f"{type(module).__name__} passes {unknown[0]} to attention: moefx.attention has no such input")

@@ -156,3 +156,12 @@ def test_frozen_and_tied_parameters():
     moefx.optimize(model, compile=False, strict=True)
     assert moefx.verify(model, batch(2, 9)).ok
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_attention_over_more_keys_than_queries():
+    from transformers import AutoModelForCausalLM
+
+    from moefx.tiny import tiny_config
+
+    model = AutoModelForCausalLM.from_config(tiny_config("deepseek_v4"))
+    fails(model, r"DeepseekV4Attention attends \d+ queries to \d+ keys")
