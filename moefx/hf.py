@@ -236,7 +236,7 @@ def attention_forward(
         out = ops.attention(
             query, key, value, attention_mask, s_aux,
             scale=float(query.shape[-1] ** -0.5 if scaling is None else scaling),
-            is_causal=bool(getattr(module, "is_causal", True) if is_causal is None else is_causal),
+            is_causal=causal,
             window=sliding_window, softcap=float(softcap or 0.0), dropout=float(dropout),
         )  # fmt: skip
         return out, None
