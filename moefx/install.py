@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from . import aux_loss, checkpoint, exchange, faults, hf, ops, sharded
 from .adapters import unwrap
 from .capture import Call, capture_module, flatten, foreign_hooks
+from .compiling import compiled
 from .errors import CaptureError, MoefxError
 from .head import LazyLogits, capture_head_call, head_call, split_logits
 from .program import Function, Program
@@ -65,15 +66,7 @@ class Optimized:
             targets = tuple(n.target for n in function.graph.nodes if n.op == "call_function")
             same = (function.graph_module.code, targets, inputs)  # a block in training and in evaluation, mostly
             if same not in self.compiled:
-                # not the module: its __call__ looks into an exception that passes, and early stopping of checkpointing is one
-                run: Callable = function.graph_module.forward
-                if self.plan.compile:
-                    backend = self.plan.compile if isinstance(self.plan.compile, str) else "inductor"
-                    # what runs while rows are under way must stay there
-                    fixed = any(n.target is exchange.dispatch_start for n in function.graph.nodes) and backend == "inductor"
-                    options: dict[str, Any] | None = {"reorder_for_peak_memory": False} if fixed else None
-                    run = torch.compile(run, fullgraph=True, backend=backend, options=options)
-                self.compiled[same] = run
+                self.compiled[same] = compiled(function.graph_module, self.plan)
             self.runners[id(function)] = self.compiled[same]
         return self.runners[id(function)]
 

@@ -1,12 +1,21 @@
 """Shared by all tests: one thread a process (the ranks' tests start several), quiet models, ``spawn`` importable."""
 
 import logging
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton's interpreter, slow but exact: read when Triton is imported
+
+from moefx.compiling import revision  # noqa: E402
+
+# tests compile operations by themselves, without moefx's cache key: code of another version's shapes must not be found
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir(), f"moefx-tests-{os.getuid()}-{revision()[:12]}"))
 torch.set_num_threads(1)
 sys.path.append(str(Path(__file__).parent / "ranks"))  # under pytest's importlib mode no test folder is on the path
 logging.getLogger("transformers").setLevel(logging.ERROR)

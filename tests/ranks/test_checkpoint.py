@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
 import threading
@@ -239,6 +240,8 @@ class Peak(threading.Thread):
 
 def held(rank, world, folder):
     start()
+    threshold = -3  # M_MMAP_THRESHOLD: what is freed goes back to the system at once, or old tensors are counted as held
+    ctypes.CDLL(None).mallopt(threshold, 1 << 20)
     from moefx import checkpoint
     from moefx.parallelize import _layout, _load
 

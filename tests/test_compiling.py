@@ -1,0 +1,70 @@
+"""Inductor's disk cache: code is found again, but never that of another version of moefx or another size of the group."""
+
+import pytest
+import torch
+from torch import fx
+from torch._dynamo.utils import counters
+from torch._inductor import config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.utils import fresh_inductor_cache
+
+from moefx import compiling, ops
+from moefx.plan import Plan
+
+
+def _graph() -> fx.GraphModule:
+    graph = fx.Graph()
+    x, w = (graph.placeholder(n) for n in ("x", "w"))
+    graph.output(graph.call_function(torch.ops.aten.sin.default, (graph.call_function(ops.rms_norm, (x, w, 1e-6)),)))
+    return fx.GraphModule({}, graph)
+
+
+def _found(ep_size=1) -> bool:
+    """Whether the code of the same graph was in the cache."""
+    torch._dynamo.reset()
+    counters.clear()
+    compiling.compiled(_graph(), Plan((), ep_size=ep_size))(torch.ones(3, 4), torch.ones(4))
+    hits, misses = (sum(n for name, n in counters["inductor"].items() if name == f"fxgraph_cache_{w}") for w in ("hit", "miss"))
+    hits += counters["aot_autograd"]["autograd_cache_hit"]
+    return not misses and hits > 0
+
+
+def test_found_again_unless_version_or_group_differ(monkeypatch):
+    with fresh_inductor_cache():
+        assert not _found()
+        assert _found()
+        assert not _found(ep_size=2)
+        assert _found(ep_size=2)
+        monkeypatch.setattr(compiling, "revision", lambda: "another version")
+        assert not _found()
+
+
+class _Own(CustomGraphPass):
+    seen = 0
+
+    def __call__(self, graph):
+        type(self).seen += 1
+
+    def uuid(self):
+        return "mine"
+
+
+@pytest.mark.parametrize("then, cached", [(_Own(), True), (lambda graph: setattr(_Own, "seen", _Own.seen + 1), False)])
+def test_a_pass_of_the_users_still_runs(then, cached):
+    _Own.seen = 0
+    with fresh_inductor_cache(), config.patch(post_grad_custom_post_pass=then):
+        assert not _found()
+        assert _Own.seen > 0
+        if cached:
+            assert _found()
+
+
+def test_revision_is_of_all_sources(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiling, "__file__", str(tmp_path / "compiling.py"))
+    read = compiling.revision.__wrapped__
+    (tmp_path / "a.py").write_text("1")
+    first = read()
+    assert first == read()
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "b.py").write_text("")
+    assert read() != first
