@@ -408,7 +408,7 @@ class Recording:
     """What one forward on an example showed."""
 
     calls: dict[str, tuple[tuple, dict]]
-    head: tuple[Any, tuple, dict] | None
+    head: tuple[Any, tuple, dict, tuple] | None
     device: torch.device  #: where the model's calls take place: not where a model that is spread over ranks was recorded
     head_reason: str = ""
     like: dict[str, str] = field(default_factory=dict)  #: a block that was not run -> the equal one that was

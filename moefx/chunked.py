@@ -18,23 +18,35 @@ CHUNK = 1 << 29
 PLAIN_SUMS = 16
 
 
-def _losses_and_gradient(logits: Tensor, at: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+def _scaled(logits: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor | float]:
+    """What the loss is of, in fp32, and its derivative by the logits."""
+    x = logits.float() * scale if scale != 1.0 else logits.float()
+    if not softcap:
+        return x, scale
+    bent = torch.tanh(x / softcap)
+    return bent * softcap, (1 - bent * bent) * scale
+
+
+def _losses_and_gradient(
+    logits: Tensor, at: Tensor, share: Tensor, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
     """Of one chunk [r, V]: the losses [r] in fp32 at columns ``at`` [r], and the gradient of the logits times ``share`` [r]."""
     if logits.is_cuda:
         from .kernels.cross_entropy import cross_entropy_
 
-        return cross_entropy_(logits, at, share), logits
-    x = logits.float()
+        return cross_entropy_(logits, at, share, scale, softcap), logits
+    x, slope = _scaled(logits, scale, softcap)
     norm = x.logsumexp(dim=1, keepdim=True)
     losses = (norm - x.gather(1, at.unsqueeze(1))).squeeze(1)
     gradient = (x - norm).exp_().scatter_add_(1, at.unsqueeze(1), x.new_full((len(at), 1), -1.0))
-    return losses, (gradient * share.unsqueeze(1)).to(logits.dtype)
+    return losses, (gradient * (share.unsqueeze(1) * slope)).to(logits.dtype)
 
 
 @torch.library.custom_op("moefx::chunked_linear_cross_entropy", mutates_args=())
 def _chunked(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, mean: bool, grads: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, mean: bool, grads: bool,
+    scale: float = 1.0, softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss (fp32 scalar) and, if ``grads``, its gradients by hidden [T, H], weight [V, H], bias [V]; else empty tensors."""
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     chunks = max(1, -(-tokens * vocabulary // CHUNK))
@@ -47,7 +59,7 @@ def _chunked(
     if not grads:
         for start in range(0, tokens, rows):
             part = slice(start, start + rows)
-            logits = F.linear(hidden[part], weight, bias).float()
+            logits, _ = _scaled(F.linear(hidden[part], weight, bias), scale, softcap)
             loss = logits.logsumexp(dim=1) - logits.gather(1, target[part].unsqueeze(1)).squeeze(1)
             total += (loss * valid[part]).sum()
         return total / count, hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0)
@@ -59,7 +71,7 @@ def _chunked(
     for start in range(0, tokens, rows):
         part = slice(start, start + rows)
         logits = F.linear(hidden[part], weight, bias)
-        losses, to_logits = _losses_and_gradient(logits, target[part], share[part])
+        losses, to_logits = _losses_and_gradient(logits, target[part], share[part], scale, softcap)
         total += (losses * valid[part]).sum()
         torch.mm(to_logits, weight, out=to_hidden[part])
         if to_weight.dtype == weight.dtype:
@@ -74,7 +86,7 @@ def _chunked(
 
 
 @_chunked.register_fake
-def _(hidden, weight, bias, labels, ignore_index, mean, grads):
+def _(hidden, weight, bias, labels, ignore_index, mean, grads, scale=1.0, softcap=0.0):
     empty = hidden.new_empty(0)
     loss = hidden.new_empty((), dtype=torch.float32)
     if not grads:
@@ -93,7 +105,7 @@ def _backward(ctx, grad: Tensor, *_):
     # in fp32: a factor such as 1/3 rounded to 16 bits would bend all gradients the same way
     found = (to_hidden, to_weight, to_bias if ctx.has_bias else None)
     scaled = [None if t is None else (t.float() * grad).to(t.dtype) for t in found]
-    return (*scaled, None, None, None, None)
+    return (*scaled, *[None] * 6)
 
 
 _chunked.register_autograd(_backward, setup_context=_save)
@@ -107,18 +119,21 @@ def linear_cross_entropy(
     *,
     ignore_index: int = -100,
     reduction: str = "mean",
+    scale: float = 1.0,
+    softcap: float = 0.0,
 ) -> Tensor:
     """The kernel of ``moefx.linear_cross_entropy``; same arguments, same fp32 scalar.
 
-    torch's own ``F.linear_cross_entropy`` (2.13) takes over where it is as exact and stays in the graph: in fp32, outside
-    of torch.compile, which it would leave. In fp16 the gradients have to be computed after the loss is scaled up, so
-    all logits are built, as the operation itself does.
+    torch's own ``F.linear_cross_entropy`` (2.13) takes over where it is as exact and stays in the graph: in fp32, of plain
+    logits, outside of torch.compile, which it would leave. In fp16 the gradients have to be computed after the loss is
+    scaled up, so all logits are built, as the operation itself does.
     """
     grads = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     if torch.is_autocast_enabled(hidden.device.type):  # opaque to autocast: cast as F.linear would be
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if hasattr(F, "linear_cross_entropy") and hidden.dtype == torch.float32 and not torch.compiler.is_compiling() and grads:
+    plain = scale == 1.0 and not softcap and hidden.dtype == torch.float32
+    if hasattr(F, "linear_cross_entropy") and plain and not torch.compiler.is_compiling() and grads:
         options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)
         total = F.linear_cross_entropy(
             hidden, weight, labels, linear_bias=bias, reduction="sum", ignore_index=ignore_index, options=options
@@ -129,6 +144,6 @@ def linear_cross_entropy(
         count = (labels != ignore_index).sum()
         return torch.where(count > 0, total / count.clamp(min=1), torch.nan)
     if hidden.dtype == torch.float16 and grads:
-        logits = F.linear(hidden, weight, bias).float()
+        logits, _ = _scaled(F.linear(hidden, weight, bias), scale, softcap)
         return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction)
-    return _chunked(hidden, weight, bias, labels, ignore_index, reduction == "mean", grads)[0]
+    return _chunked(hidden, weight, bias, labels, ignore_index, reduction == "mean", grads, scale, softcap)[0]

@@ -21,8 +21,23 @@ _LOOKS = {
 }  # fmt: skip
 
 
+#: What models do to logits before the loss, element by element: scale them (Granite, Cohere), cap them (Gemma), cast them.
+_STEPS: dict[str, Callable[..., Tensor]] = {"mul": torch.mul, "div": torch.div, "tanh": torch.tanh, "to": Tensor.to}
+_STEP_OF = {
+    Tensor.mul: "mul", Tensor.__mul__: "mul", Tensor.__rmul__: "mul", torch.mul: "mul", torch.multiply: "mul",
+    Tensor.div: "div", Tensor.__truediv__: "div", torch.div: "div", Tensor.tanh: "tanh", torch.tanh: "tanh",
+}  # fmt: skip
+Steps = tuple[tuple, ...]  #: (name, operands) each
+
+
+def _after(logits: Tensor, steps: Steps) -> Tensor:
+    for name, *operands in steps:
+        logits = _STEPS[name](logits, *operands)
+    return logits
+
+
 class LazyLogits(Tensor):
-    """``project(hidden)`` [B, S, V], computed the first time that somebody reads a value.
+    """``project(hidden)`` [B, S, V] after ``steps``, computed the first time that somebody reads a value.
 
     Shapes and dtypes are known without it. A loss that reads hidden states instead leaves it uncomputed, and V floats a
     token are never stored.
@@ -30,25 +45,34 @@ class LazyLogits(Tensor):
 
     hidden: Tensor
     project: Callable[[Tensor], Tensor]
+    steps: Steps
     logits: Tensor | None
     hooks: list[Callable]  #: what FSDP registers on outputs: for the logits, should there ever be any
 
     @staticmethod
-    def __new__(cls, hidden: Tensor, project: Callable[[Tensor], Tensor], vocabulary: int, dtype: torch.dtype):
+    def __new__(
+        cls, hidden: Tensor, project: Callable[[Tensor], Tensor], vocabulary: int, dtype: torch.dtype, steps: Steps = ()
+    ):
         shape = (*hidden.shape[:-1], vocabulary)
         out = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)  # type: ignore[attr-defined]
-        out.hidden, out.project, out.logits, out.hooks = hidden, project, None, []
+        out.hidden, out.project, out.steps, out.logits, out.hooks = hidden, project, steps, None, []
         return out
 
     def materialize(self) -> Tensor:
         if self.logits is None:
-            self.logits = self.project(self.hidden).to(self.dtype)
+            # hidden's dtype first: under autocast lm_head's own is another than what was promised
+            self.logits = _after(self.project(self.hidden).to(self.hidden.dtype), self.steps).to(self.dtype)
             for hook in self.hooks if self.logits.requires_grad else ():
                 self.logits.register_hook(hook)
         return self.logits
 
+    def _then(self, name: str, *operands: Any) -> LazyLogits:
+        dtype = operands[0] if name == "to" else self.dtype
+        steps = (*self.steps, (name, *operands))
+        return LazyLogits(self.hidden, self.project, self.shape[-1], dtype, steps)
+
     def _as(self, dtype: torch.dtype) -> LazyLogits:
-        return self if dtype == self.dtype else LazyLogits(self.hidden, self.project, self.shape[-1], dtype)
+        return self if dtype == self.dtype else self._then("to", dtype)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -64,6 +88,8 @@ class LazyLogits(Tensor):
                 return me._as(torch.float32)
             if func is Tensor.to and not kwargs and len(args) == 2 and isinstance(args[1], torch.dtype):
                 return me._as(args[1])
+            if func in _STEP_OF and not kwargs and all(type(x) in (int, float) for x in args[1:]):
+                return me._then(_STEP_OF[func], *args[1:])
             if func is Tensor.register_hook and not kwargs:
                 return me.hooks.append(args[1])
 
@@ -100,15 +126,15 @@ class Head(nn.Module):
         super().__init__()
         self.lm_head, self.loss = lm_head, loss
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.loss(self.lm_head(hidden), *args, **kwargs)
+    def forward(self, hidden: Tensor, *args: Any, logits_steps: Steps = (), **kwargs: Any) -> Tensor:
+        return self.loss(_after(self.lm_head(hidden), logits_steps), *args, **kwargs)
 
 
 class _Watched:
     """What the example forward did with its logits."""
 
     def __init__(self) -> None:
-        self.call: tuple[Tensor, tuple, dict] | None = None
+        self.call: tuple[Tensor, tuple, dict, Steps] | None = None
         self.reason = "the forward did not hand lm_head's logits to the model's loss_function"
 
 
@@ -132,7 +158,7 @@ def watching_head(model: Any) -> Iterator[_Watched]:
         logits, rest, named = split_logits(args, kwargs)
         if isinstance(logits, LazyLogits):
             if logits.logits is None:
-                watched.call = (logits.hidden, rest, named)
+                watched.call = (logits.hidden, rest, named, logits.steps)
             else:
                 watched.reason = "the model reads the logits between lm_head and the loss"
             logits = logits.materialize()
@@ -150,9 +176,11 @@ def watching_head(model: Any) -> Iterator[_Watched]:
             del model._loss_function
 
 
-def head_call(hidden: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> tuple[list[Tensor], Any]:
+def head_call(hidden: Tensor, args: tuple, kwargs: Mapping[str, Any], steps: Steps) -> tuple[list[Tensor], Any]:
     """The tensors and template of a head's call; a number of items becomes a tensor, or each number would be a new graph."""
     kwargs = dict(kwargs)
+    if steps:
+        kwargs["logits_steps"] = steps
     count = kwargs.get("num_items_in_batch")
     if isinstance(count, (int, float)):
         kwargs["num_items_in_batch"] = torch.tensor(count, device=hidden.device)
@@ -166,9 +194,9 @@ def capture_head(model: Any, recording: Recording, program: Program) -> None:
     if recording.head is None or lm_head is None:
         program.left.append(Left(path, "head", recording.head_reason))
         return
-    hidden, args, kwargs = recording.head
     try:
-        tensors, template = head_call(hidden, args, kwargs)
+        hidden, args, kwargs, steps = recording.head
+        tensors, template = head_call(hidden, args, kwargs, steps)
         call = replace(Call.of(tensors, template, model.training), device=recording.device)
         function = capture_head_call(model.loss_function, lm_head, path, call)
     except CaptureError as error:

@@ -273,7 +273,7 @@ class FusedLoss:
         if logits.logits is not None:
             return original()
         try:
-            tensors, template = head_call(logits.hidden, rest, named)
+            tensors, template = head_call(logits.hidden, rest, named, logits.steps)
         except CaptureError as error:
             self.site.state.report.fell_back(self.site.path, str(error))
             return original()

@@ -330,7 +330,7 @@ def attention(
 
 @op(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, *, int ignore_index=-100, "
-    "str reduction='mean') -> Tensor"
+    "str reduction='mean', float scale=1.0, float softcap=0.0) -> Tensor"
 )
 def linear_cross_entropy(
     hidden: Tensor,
@@ -340,13 +340,18 @@ def linear_cross_entropy(
     *,
     ignore_index: int = -100,
     reduction: str = "mean",
+    scale: float = 1.0,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Cross entropy of ``hidden @ weight.T + bias`` against labels: hidden [T, H], weight [V, H], labels [T]; fp32 scalar.
 
     The labels are already shifted. ``reduction`` "mean" divides by the labels that are not ``ignore_index`` (NaN if there
-    are none, as torch), "sum" does not divide.
+    are none, as torch), "sum" does not divide. The logits are multiplied by ``scale``, then, if ``softcap`` is not 0, become
+    ``softcap * tanh(logits / softcap)`` (Gemma 2, arXiv 2408.00118, section 2).
     """
     logits = F.linear(hidden, weight, bias).to(torch.float32)
+    logits = logits * scale if scale != 1.0 else logits
+    logits = torch.tanh(logits / softcap) * softcap if softcap else logits
     return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction)
 
 

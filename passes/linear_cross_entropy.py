@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
+from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +17,32 @@ from moefx.match import Match, f64
 from moefx.raising import Raise
 
 
-def _written(hidden, weight, labels, ignore_index, reduction, bias=None):
-    """The head as Transformers writes it: logits [B, S, V], then fp32, then one row a token."""
-    logits = F.linear(hidden, weight, bias).to(torch.float32)
+def _written(hidden, weight, labels, ignore_index, reduction, form, scale, divisor, softcap, bias=None):
+    """The head as Transformers writes it: logits [B, S, V], scaled or capped, then fp32, then one row a token."""
+    logits = F.linear(hidden, weight, bias)
+    if form == "scaled":
+        logits = logits * scale
+    if form == "divided":
+        logits = logits / divisor
+    if form == "fp32 capped":  # Beam: a tanh in 16 bits is coarse where it saturates
+        logits = logits.to(torch.float32)
+    if form.endswith("capped"):
+        logits = torch.tanh(logits / softcap) * softcap
+    logits = logits.to(torch.float32)
     return F.cross_entropy(logits.view(-1, weight.shape[0]), labels, ignore_index=ignore_index, reduction=reduction)
 
 
-def _flatten(graph: fx.Graph, before: fx.Node, match: Match) -> dict:
+def _build(graph: fx.Graph, before: fx.Node, match: Match) -> dict:
     hidden = match.bound["hidden"]
     val = value(hidden)
     flat = insert(graph, before, aten.reshape.default, (hidden, [-1, val.shape[-1]]), val=val.reshape(-1, val.shape[-1]))
-    return {"hidden": flat}
+    divisor = match.bound.get("divisor")
+    return {"hidden": flat} if divisor is None else {"hidden": flat, "scale": 1.0 / divisor}
+
+
+def _needs(variant: Mapping[str, Any]) -> set:
+    used = {"scaled": {aten.mul.Tensor}, "divided": {aten.div.Tensor}, "plain": set()}
+    return used.get(variant["form"], {aten.tanh.default})
 
 
 @cache
@@ -32,6 +50,8 @@ def RaiseLinearCrossEntropy() -> Raise:
     example = {
         "hidden": f64(2, 3, 8), "weight": f64(5, 8), "bias": f64(5),
         "labels": torch.zeros(6, dtype=torch.int64), "ignore_index": -7919,
+        "scale": 0.0625, "divisor": 7.5, "softcap": 29.5,
     }  # fmt: skip
-    variants = [{"bias": bias, "reduction": r} for bias in (f64(5), None) for r in ("mean", "sum")]
-    return Raise("linear_cross_entropy", ops.linear_cross_entropy, example, variants, _written, _flatten)
+    forms = product((f64(5), None), ("mean", "sum"), ("plain", "scaled", "divided", "capped", "fp32 capped"))
+    variants = [{"bias": bias, "reduction": reduction, "form": form} for bias, reduction, form in forms]
+    return Raise("linear_cross_entropy", ops.linear_cross_entropy, example, variants, _written, _build, _needs)

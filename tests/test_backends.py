@@ -295,6 +295,18 @@ def test_linear_cross_entropy(reduction, bias, ignored, dtype, chunk, monkeypatc
         _compare(kernel, ops.linear_cross_entropy, (*floats, labels), dict(reduction=reduction), grad_of=0.75)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", [{"scale": 0.125}, {"softcap": 3.0}, {"scale": -2.5, "softcap": 4.0}], ids=str)
+def test_linear_cross_entropy_of_scaled_and_capped_logits(form, dtype, monkeypatch):
+    monkeypatch.setattr(chunked, "CHUNK", 4 * 33)
+    floats = [_random(*shape, dtype=dtype, seed=i).requires_grad_() for i, shape in enumerate(((10, H), (33, H), (33,)))]
+    labels = torch.arange(10).masked_fill(torch.arange(10) % 4 == 1, -100)
+    _compare(torch_backend.linear_cross_entropy, ops.linear_cross_entropy, (*floats, labels), form)
+    with torch.no_grad():
+        found, right = (f(*floats, labels, **form) for f in (torch_backend.linear_cross_entropy, ops.linear_cross_entropy))
+    torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-3)
+
+
 def test_linear_cross_entropy_in_fp16_with_a_loss_scale():
     """As GradScaler trains: the scale is not beyond fp16, and no small gradient is lost before it is multiplied."""
     hidden, weight = _random(256, H).half().requires_grad_(), (_random(200, H, seed=1) / 4).half().requires_grad_()

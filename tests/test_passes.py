@@ -48,8 +48,11 @@ def captured(function, inputs, parameters=()):
     return module, f
 
 
-def run(passes, function, inputs, parameters=()):
-    """The function after the passes, the last pass's changes; outputs and gradients are those of the plain function."""
+def run(passes, function, inputs, parameters=(), **close):
+    """The function after the passes, the last pass's changes; outputs and gradients are those of the plain function.
+
+    ``close``: tolerances where the function rounds more often than the operation does.
+    """
     module, f = captured(function, inputs, parameters)
     plan = moefx.Plan(moefx.resolve(["reference"]))
     changes = Changes()
@@ -61,7 +64,7 @@ def run(passes, function, inputs, parameters=()):
     wanted = wanted if isinstance(wanted, tuple) else (wanted,)
     leaves = [t for t in (*module.parameters(), *inputs) if t.requires_grad]
     for a, b in zip(wanted, found, strict=True):
-        torch.testing.assert_close(b, a)
+        torch.testing.assert_close(b, a, **close)
 
     def grads(outs):
         return torch.autograd.grad(
@@ -71,7 +74,7 @@ def run(passes, function, inputs, parameters=()):
     for a, b in zip(grads(wanted), grads(found), strict=True):
         assert (a is None) == (b is None)
         if a is not None:
-            torch.testing.assert_close(b, a)
+            torch.testing.assert_close(b, a, **close)
     return f, changes
 
 
@@ -334,6 +337,34 @@ def test_linear_cross_entropy(reduction):
     f, changes = run([RaiseLinearCrossEntropy()], head, [torch.randn(3, 17, 16), labels], [nn.Parameter(torch.randn(32, 16))])
     (node,) = calls(f, ops.linear_cross_entropy)
     assert node.kwargs.get("reduction", "mean") == reduction and len(changes.made) == 1
+
+
+@pytest.mark.parametrize(
+    "form, options",
+    [
+        (lambda x: x * 0.3, {"scale": 0.3}), (lambda x: x / 6.0, {"scale": 1 / 6.0}), (lambda x: x, {}),
+        (lambda x: (x / 30.0).tanh() * 30.0, {"softcap": 30.0}), (lambda x: (x.float() / 30.0).tanh() * 30.0, {"softcap": 30.0}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_cross_entropy_of_scaled_and_capped_logits(form, options, dtype):
+    def head(weight, hidden, labels):
+        return F.cross_entropy(form(F.linear(hidden, weight)).float().view(-1, 32), labels.view(-1))
+
+    given = [torch.randn(3, 17, 16, dtype=dtype), torch.randint(0, 32, (3, 17))]
+    close = dict(rtol=2**-6, atol=0.05) if dtype == torch.bfloat16 else {}
+    f, changes = run([RaiseLinearCrossEntropy()], head, given, [nn.Parameter(torch.randn(32, 16, dtype=dtype))], **close)
+    (node,) = calls(f, ops.linear_cross_entropy)
+    assert node.kwargs == options
+
+
+def test_linear_cross_entropy_refuses_a_cap_that_is_not_undone():
+    def head(weight, hidden, labels):
+        return F.cross_entropy((F.linear(hidden, weight) / 30.0).tanh().mul(20.0).view(-1, 32), labels.view(-1))
+
+    f, changes = run([RaiseLinearCrossEntropy()], head, [torch.randn(3, 17, 16), torch.randint(0, 32, (3, 17))],
+                     [nn.Parameter(torch.randn(32, 16))])  # fmt: skip
+    assert calls(f, ops.linear_cross_entropy) == [] and changes.made == []
 
 
 def test_linear_cross_entropy_refuses_smoothing():

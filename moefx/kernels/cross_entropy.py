@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +14,19 @@ BLOCK = 8192
 
 
 @triton.jit
-def _row(logits, at, share, losses, columns, stride, BLOCK: tl.constexpr):
+def _loss_logits(pointer, mask, scale, softcap, CAPPED: tl.constexpr):
+    """The logits that the loss is of (-inf outside of ``mask``) and their derivative by those in memory."""
+    x = tl.load(pointer, mask=mask, other=0.0).to(tl.float32) * scale
+    slope = tl.where(mask, scale, 0.0)
+    if CAPPED:
+        bent = 2 / (1 + tl.exp(-2 * x / softcap)) - 1  # tanh
+        x = softcap * bent
+        slope = scale * (1 - bent * bent)
+    return tl.where(mask, x, float("-inf")), slope
+
+
+@triton.jit
+def _row(logits, at, share, losses, columns, stride, scale, softcap, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
     """One program a row: running maximum and sum of exponentials (online softmax, arXiv 1805.02867), then the gradient."""
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * stride
@@ -22,25 +36,27 @@ def _row(logits, at, share, losses, columns, stride, BLOCK: tl.constexpr):
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, columns, BLOCK):
-        x = tl.load(start + first + here, mask=first + here < columns, other=float("-inf")).to(tl.float32)
+        x, _ = _loss_logits(start + first + here, first + here < columns, scale, softcap, CAPPED)
         new = tl.maximum(top, x, propagate_nan=tl.PropagateNan.ALL)
         # a lane that has seen nothing but -inf would compute -inf - -inf
         total = tl.where(new == float("-inf"), 0.0, total * tl.exp(top - new) + tl.exp(x - new))
         top = new
     highest = tl.max(top, axis=0)
     norm = highest + tl.log(tl.sum(tl.where(top == float("-inf"), 0.0, total * tl.exp(top - highest)), axis=0))
-    chosen = tl.load(start + target).to(tl.float32)
+    chosen, _ = _loss_logits(start + target, target >= 0, scale, softcap, CAPPED)
     tl.store(losses + row, norm - chosen)
     tl.debug_barrier()  # all threads have read the target's logit before one of them overwrites it
     for first in range(0, columns, BLOCK):
         mask = first + here < columns
-        x = tl.load(start + first + here, mask=mask, other=float("-inf")).to(tl.float32)
-        gradient = (tl.exp(x - norm) - tl.where(first + here == target, 1.0, 0.0)) * factor
+        x, slope = _loss_logits(start + first + here, mask, scale, softcap, CAPPED)
+        gradient = (tl.exp(x - norm) - tl.where(first + here == target, 1.0, 0.0)) * slope * factor
         tl.store(start + first + here, gradient.to(logits.dtype.element_ty), mask=mask)
 
 
-def cross_entropy_(logits: Tensor, at: Tensor, share: Tensor) -> Tensor:
+def cross_entropy_(logits: Tensor, at: Tensor, share: Tensor, scale: float = 1.0, softcap: float = 0.0) -> Tensor:
     """The losses [r] (fp32) of logits [r, V] at columns ``at`` [r] (int64); the logits become the gradient times ``share`` [r].
+
+    The loss is of the logits times ``scale``, capped by ``softcap`` unless it is 0, as ``moefx.linear_cross_entropy`` says.
 
     Rows are contiguous. Deterministic: one program a row, no atomics.
     """
@@ -48,8 +64,9 @@ def cross_entropy_(logits: Tensor, at: Tensor, share: Tensor) -> Tensor:
         raise ValueError(f"logits have stride {logits.stride(1)} along a row, cross_entropy_ needs 1: make them contiguous")
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     if logits.shape[0]:
-        with torch.cuda.device(logits.device):
+        with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
             _row[(logits.shape[0],)](
-                logits, at, share, losses, logits.shape[1], logits.stride(0), BLOCK=BLOCK, num_warps=16
-            )
+                logits, at, share, losses, logits.shape[1], logits.stride(0), scale, softcap, CAPPED=softcap != 0,
+                BLOCK=BLOCK, num_warps=16,
+            )  # fmt: skip
     return losses
