@@ -58,6 +58,8 @@ def _sample(val: Any, sizes: Sizes, generator: torch.Generator) -> Any:
         shape = [sizes(d) for d in val.shape]
         if val.dtype == torch.bool:
             return torch.ones(shape, dtype=torch.bool)
+        if val.dtype.is_complex:
+            return torch.randn(shape, generator=generator, dtype=val.dtype)
         if not val.dtype.is_floating_point:
             return torch.randint(0, 2, shape, generator=generator, dtype=val.dtype)
         return torch.randn(shape, generator=generator, dtype=torch.float32).to(val.dtype).requires_grad_()

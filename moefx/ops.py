@@ -234,6 +234,12 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
 ROTARY_LAYOUTS = ("half", "half_table", "pairs", "interleaved")
 
 
+@op("rotary_table(Tensor angles, str part) -> Tensor")
+def rotary_table(angles: Tensor, part: str) -> Tensor:
+    """The "cos" or the "sin" table [B or 1, S, D'] for the layout "pairs", of complex angles [B or 1, S, D'/2]."""
+    return torch.view_as_real(angles)[..., 0 if part == "cos" else 1].repeat_interleave(2, dim=-1)
+
+
 @op("rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, *, str layout='half', int unsqueeze_dim=1) -> (Tensor, Tensor)")
 def rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, layout: str = "half", unsqueeze_dim: int = 1

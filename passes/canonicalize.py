@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,6 +28,13 @@ def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
 def _replace(node: fx.Node, by: fx.Node) -> None:
     node.replace_all_uses_with(by)
     node.graph.erase_node(node)
+
+
+def _is_whole(part: fx.Node) -> bool:
+    """``x[:]``: a slice from the first to the last that skips nothing."""
+    given = arguments(part)
+    start, end = given.get("start") or 0, given.get("end")
+    return start == 0 and given.get("step", 1) == 1 and (end is None or type(end) is int and end == sys.maxsize)
 
 
 def _feeds_output(node: fx.Node) -> bool:
@@ -59,6 +67,9 @@ class Canonicalize:
             return True
         if node.target in _COPIES and isinstance(x, fx.Node) and not _feeds_output(node):
             _replace(node, x)  # the graph is functional: nobody can tell a copy from its source
+            return True
+        if is_call(node, aten.slice.Tensor) and _is_whole(node) and not _feeds_output(node):
+            _replace(node, x)  # type: ignore[arg-type]
             return True
         if is_call(node, aten.dropout.default) and (not node.args[2] or node.args[1] == 0):
             _replace(node, x)  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
 
+import torch
 from torch import fx
 
 from moefx import ops
@@ -25,7 +26,23 @@ def _patterns() -> tuple[tuple[str, Pattern], ...]:
         table = (2, 1, 3, 8 if layout in ("half", "pairs") else 4)
         return Pattern(one, {"x": f64(2, 5, 3, 8), "cos": f64(*table), "sin": f64(*table)}, {"layout": layout}, {4: "half"})
 
-    return tuple((layout, pattern(layout)) for layout in ops.ROTARY_LAYOUTS)
+    def as_complex(x, angles, flattened):  # DeepSeek-V2; Llama 4, whose flatten is traced as a view
+        pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+        turned = torch.view_as_real(pairs * angles)
+        return (turned.flatten(3) if flattened else turned.reshape(x.shape)).to(x.dtype)
+
+    example = {"x": f64(2, 5, 3, 8), "angles": torch.ones(2, 1, 3, 4, dtype=torch.complex64)}
+    complex_numbers = [Pattern(as_complex, example, {"flattened": f}, {4: "half"}) for f in (True, False)]
+    return (*((layout, pattern(layout)) for layout in ops.ROTARY_LAYOUTS), *(("complex", p) for p in complex_numbers))
+
+
+def _tables(match: Match) -> tuple[fx.Node, ...]:
+    return tuple(n for name, n in match.bound.items() if name in ("cos", "sin", "angles"))
+
+
+def _origin(table: fx.Node) -> tuple:
+    """Equal for a query's and its key's table, though each made room for the heads by itself (Llama 4)."""
+    return table.args if is_call(table, aten.unsqueeze.default) else (table,)
 
 
 def _heads_dim(table: fx.Node) -> int | None:
@@ -47,17 +64,15 @@ class RaiseRotary:
         groups: dict[tuple, list[Match]] = {}
         for node in function.graph.nodes:
             for layout, pattern in _patterns():
-                if node.target is not pattern.anchor:
+                if node.target is not pattern.anchor and not is_call(node, aten._to_copy.default):
                     continue
                 found = pattern.match(node)
                 if isinstance(found, Match):
-                    groups.setdefault((layout, found.bound["cos"], found.bound["sin"]), []).append(found)
+                    groups.setdefault((layout, *map(_origin, _tables(found))), []).append(found)
                 elif found.depth > 3:
                     changes.miss(node, str(found))
-            if is_call(node, aten.view_as_complex.default):
-                changes.miss(node, "it rotates complex numbers: moefx.rotary takes tables of cosines and sines")
-        for (layout, cos, sin), found in groups.items():
-            problem = self._pair(function, layout, cos, sin, found, changes)
+        for (layout, *_), found in groups.items():
+            problem = self._pair(function, layout, found, changes)
             if problem:
                 changes.miss(found[0].outputs[0], problem)
         return changes
@@ -70,15 +85,29 @@ class RaiseRotary:
         inherit(new, [table], self.name)
         return new
 
-    def _pair(self, function, layout: str, cos: fx.Node, sin: fx.Node, found: list[Match], changes) -> str | None:
+    def _plain(self, graph: fx.Graph, layout: str, tables: tuple[fx.Node, ...], dim: int) -> tuple[fx.Node, ...]:
+        plain = tuple(self._table(graph, t, dim) for t in tables)
+        if layout != "complex":
+            return plain
+        parts, before = [], plain[0].next
+        for part in ("cos", "sin"):
+            val = ops.rotary_table(value(plain[0]), part)
+            parts.append(insert(graph, before, ops.rotary_table, (plain[0], part), val=val))
+            inherit(parts[-1], [tables[0]], self.name)
+        return tuple(parts)
+
+    def _pair(self, function, layout: str, found: list[Match], changes: Changes) -> str | None:
+        tables = _tables(found[0])
         if len(found) != 2:
-            return f"{len(found)} tensors are rotated by {cos.name} and {sin.name}: expected a query and its key"
-        dims = {_heads_dim(t) for t in (cos, sin)}
+            names = " and ".join(t.name for t in tables)
+            return f"{len(found)} tensors are rotated by {names}: expected a query and its key"
+        dims = {_heads_dim(t) for t in tables}
         if len(dims) != 1 or None in dims:
-            return f"the tables {describe(cos)} and {describe(sin)} do not say alike which dimension the heads are"
+            return f"the tables {' and '.join(map(describe, tables))} do not say alike which dimension the heads are"
         (unsqueeze_dim,) = dims
         q, k = (m.bound["x"] for m in found)
-        args = (q, k, *(self._table(function.graph, t, unsqueeze_dim) for t in (cos, sin)))
+        args = (q, k, *self._plain(function.graph, layout, tables, unsqueeze_dim))
+        layout = "pairs" if layout == "complex" else layout
         kwargs = {"layout": layout, "unsqueeze_dim": unsqueeze_dim}
         graph, outputs = function.graph, tuple(m.outputs[0] for m in found)
         order = {n: i for i, n in enumerate(graph.nodes)}
@@ -89,8 +118,8 @@ class RaiseRotary:
         else:
             before = outputs[0]
         nodes = [n for m in found for n in m.nodes]
-        tables = [t for t in (cos, sin) if t not in nodes and is_call(t, aten.unsqueeze.default)]
-        region = tuple(n for n in graph.nodes if n in {*nodes, *tables})
+        near = [t for m in found for t in _tables(m) if is_call(t, aten.unsqueeze.default)]
+        region = tuple(n for n in graph.nodes if n in {*nodes, *near})
         agrees, how = certify(region, outputs, ops.rotary, args, kwargs)
         if not agrees:
             return f"it looks like moefx.rotary but {how}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 
 import pytest
 import torch
@@ -276,13 +277,15 @@ def test_route_refuses_another_score():
 
 
 @pytest.mark.parametrize("layout", ops.ROTARY_LAYOUTS)
-def test_rotary(layout):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary(layout, dtype):
     def rope(q, k, cos, sin):
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         return ops._rotate(q, cos, sin, layout), ops._rotate(k, cos, sin, layout)
 
     table = torch.randn(3, 19, 16 if layout in ("half", "pairs") else 8)
-    f, changes = run([RaiseRotary()], rope, [torch.randn(3, 4, 19, 16), torch.randn(3, 2, 19, 16), table, table + 1])
+    given = torch.randn(3, 4, 19, 16), torch.randn(3, 2, 19, 16), table, table + 1
+    f, changes = run([RaiseRotary()], rope, [t.to(dtype) for t in given])
     (node,) = calls(f, ops.rotary)
     assert node.kwargs == {"layout": layout, "unsqueeze_dim": 1} and len(changes.made) == 1
 
@@ -301,13 +304,41 @@ def test_rotary_with_tables_that_were_unsqueezed_before():
     assert len(changes.made) == 1
 
 
-def test_rotary_refuses_complex_numbers():
-    def rope(q, angles):
-        pairs = torch.view_as_complex(q.float().reshape(*q.shape[:-1], -1, 2))
-        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles).unsqueeze(1)).flatten(3)
+def _by_complex_numbers(dim, flat):
+    """As DeepSeek-V2 (heads first) and Llama 4 (heads second, angles sliced for each of both) write it."""
 
-    f, changes = run([RaiseRotary()], rope, [torch.randn(3, 4, 19, 16), torch.randn(3, 19, 8)])
-    assert calls(f, ops.rotary) == [] and "it rotates complex numbers" in changes.missed[0].what
+    def rope(q, k, angles):
+        table = torch.polar(torch.ones_like(angles), angles)
+
+        def one(x):
+            there = table.unsqueeze(1) if dim == 1 else table[:, :, None, :]
+            turned = torch.view_as_real(torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2)) * there)
+            return (turned.flatten(3) if flat else turned.view(x.shape)).type_as(x)
+
+        return one(q), one(k)
+
+    return rope
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim, flat", [(1, True), (2, True), (2, False)])
+def test_rotary_by_complex_numbers(dim, flat, dtype):
+    q, k = (torch.randn(3, *((h, 19) if dim == 1 else (19, h)), 16, dtype=dtype) for h in (4, 2))
+    f, changes = run([RaiseRotary()], _by_complex_numbers(dim, flat), [q, k, torch.randn(3, 19, 8)])
+    (node,) = calls(f, ops.rotary)
+    assert node.kwargs == {"layout": "pairs", "unsqueeze_dim": dim} and len(changes.made) == 1
+    assert len(calls(f, ops.rotary_table)) == 2
+
+
+def test_rotary_refuses_complex_numbers_that_do_not_only_turn():
+    def rope(q, k, angles):
+        angles = torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
+        return tuple(
+            torch.view_as_real(torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2)) * angles * 2.0).flatten(3) for x in (q, k)
+        )
+
+    f, changes = run([RaiseRotary()], rope, [torch.randn(3, 4, 19, 16), torch.randn(3, 2, 19, 16), torch.randn(3, 19, 8)])
+    assert calls(f, ops.rotary) == []
 
 
 def test_rotary_refuses_a_query_without_a_key():
@@ -417,6 +448,11 @@ def test_norm_rotary_leaves_rotations_of_other_things_alone():
     inputs = [torch.randn(3, 17, 64), angle.cos(), angle.sin()]
     f, changes = run([RaiseRMSNorm(), RaiseRotary(), FuseNormRotary()], lambda *a: heads(None, *a, normalise=None), inputs)
     assert len(calls(f, ops.rotary)) == 1 and changes.made == [] and changes.missed == []
+
+
+def test_canonicalize_drops_whole_slices_only():
+    f, _ = run([], lambda x: (x[:, :, None, :] + 1, x[:, 1:] + 1, x[:, :4] + 1, x[:, ::2] + 1), [torch.randn(3, 17, 5)])
+    assert [n.args[1:] for n in calls(f, torch.ops.aten.slice.Tensor)] == [(1, 1, sys.maxsize), (1, 0, 4), (1, 0, sys.maxsize, 2)]
 
 
 def test_canonicalize_drops_what_does_nothing():
