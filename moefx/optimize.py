@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
-from . import adapters, exchange, hf, parallel, sharded
+from . import adapters, exchange, hf, parallel, sharded, tuning
 from . import backends as backends_
 from .adapters import unwrap
 from .capture import capture
@@ -68,6 +68,7 @@ def optimize(
     balanced_routing: bool = False,
     check_numerics: bool = False,
     dispatch_capacity: int = 0,
+    tune: bool | tuple[int, int] = False,
 ) -> Model:
     """Makes a Transformers MoE causal language model train on rewritten, compiled graphs. Returns the same object.
 
@@ -90,6 +91,8 @@ def optimize(
         dispatch_capacity: under expert parallelism, the most tokens that a rank ever has in one call. Exchanges then use
             buffers of the worst case (``ep_size * dispatch_capacity`` tokens a rank, all of which may choose its experts)
             and the host never waits for counts. 0: it waits once a layer, and buffers are as large as the data says.
+        tune: where several backends take an operation that costs much, the fastest gets it instead of the first. Sequences and
+            tokens a sequence of a rank's micro-batch; True: (1, 4096). What was measured is kept (:mod:`moefx.tuning`).
 
     Raises:
         MoefxError: bad input, in one sentence; the model is untouched.
@@ -117,7 +120,7 @@ def optimize(
     plan = parallel.plan(model, order, ep_size, mesh, compile, strict)  # type: ignore[arg-type]
     plan = replace(
         plan, router_z_loss=float(router_z_loss), balanced_routing=balanced_routing, check_numerics=check_numerics,
-        dispatch_capacity=dispatch_capacity,
+        dispatch_capacity=dispatch_capacity, tune=tuning.Tune.of(tune),
     )  # fmt: skip
     started = time.perf_counter()
     program = capture(model, example)

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from .backends import Backend
+    from .tuning import Tune
 
 
 @dataclass(frozen=True)
@@ -27,3 +28,4 @@ class Plan:
     router_z_loss: float = 0.0
     check_numerics: bool = False
     dispatch_capacity: int = 0  #: the most tokens that a rank ever has: the host need not ask how many; 0: it asks
+    tune: Tune | None = None  #: choose between kernels by their times at this size; None: by the order of the backends

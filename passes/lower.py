@@ -1,4 +1,4 @@
-"""Gives each semantic operation the first backend's kernel that accepts it, and keeps the choice and the refusals."""
+"""Gives each semantic operation the first backend's kernel that accepts it, or the fastest, and keeps choice and refusals."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from moefx import backends
+from moefx import backends, tuning
 from moefx.graph import op_name, origin
 from moefx.pipeline import Changes
 
@@ -24,6 +24,9 @@ class Lower:
             if not isinstance(node.target, torch._ops.OpOverload) or not backends.known(node.target, plan.backends):
                 continue
             choice = backends.choose(node, plan.backends)
+            if plan.tune is not None:
+                contenders = [c for c in backends.candidates(node, plan.backends) if c.backend.name != "reference"]
+                choice = tuning.choose(node, function, contenders or [choice], plan.tune, plan.compile)
             refusals = "; ".join(f"{name} refused: {sentence}" for name, sentence in choice.refusals)
             why = "; ".join(filter(None, (choice.why, refusals)))
             what = f"{op_name(node.target)} -> {choice.backend.name}"

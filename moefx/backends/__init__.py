@@ -135,8 +135,13 @@ def known(op: Any, backends: Sequence[Backend]) -> bool:
     return any(b.kernel(op) is not None for b in backends)
 
 
-def choose(node: fx.Node, backends: Sequence[Backend]) -> Choice:
-    """The first backend whose kernel accepts ``node``, with the sentences of those that did not."""
+def candidates(node: fx.Node, backends: Sequence[Backend]) -> list[Choice]:
+    """The kernels that accept ``node``, in order; each with the sentences of those before it that did not.
+
+    Raises:
+        MoefxError: none does.
+    """
+    found: list[Choice] = []
     refusals: list[tuple[str, str]] = []
     for backend in backends:
         kernel = backend.kernel(node.target)
@@ -144,9 +149,15 @@ def choose(node: fx.Node, backends: Sequence[Backend]) -> Choice:
             continue
         sentence = kernel.refuses(node)
         if sentence is None:
-            return Choice(backend, kernel, kernel.why, refusals)
-        refusals.append((backend.name, sentence))
-    raise MoefxError(
-        f"no backend takes {op_name(node.target)}: "
-        + ("; ".join(f"{n}: {s}" for n, s in refusals) or "none has a kernel for it")
-    )
+            found.append(Choice(backend, kernel, kernel.why, list(refusals)))
+        else:
+            refusals.append((backend.name, sentence))
+    if not found:
+        told = "; ".join(f"{n}: {s}" for n, s in refusals) or "none has a kernel for it"
+        raise MoefxError(f"no backend takes {op_name(node.target)}: {told}")
+    return found
+
+
+def choose(node: fx.Node, backends: Sequence[Backend]) -> Choice:
+    """The first backend whose kernel accepts ``node``, with the sentences of those that did not."""
+    return candidates(node, backends)[0]

@@ -1,0 +1,204 @@
+"""Chooses between backends' kernels by running them: forward and backward, at the sizes of the site, once per kind of GPU.
+
+    model = moefx.optimize(model, tune=(4, 4096))       # micro-batches of 4 sequences of 4,096 tokens
+
+What was measured is kept on disk (``MOEFX_TUNING``, by default ``moefx/tuning.json`` in the user's cache folder) and printed in
+the report. Each rank chooses for itself: kernels of one operation compute the same, whoever chooses which.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from tqdm import tqdm
+
+from . import grouped, ops
+from .backends import Choice
+from .compiling import revision
+from .cost import Sizes
+from .errors import MoefxError
+from .graph import arguments, op_name, value
+from .program import Function
+
+#: What takes long enough to be worth it. The rest is fused with what is around it: alone, its time says nothing.
+TUNED = (ops.experts, grouped.grouped_mlp, ops.attention, ops.linear_cross_entropy)
+WARM_UP, RUNS = 3, 10
+
+
+@dataclass(frozen=True)
+class Tune:
+    """Sequences and tokens a sequence of a rank's micro-batch, in training."""
+
+    batch: int = 1
+    sequence: int = 4096
+
+    @staticmethod
+    def of(given: Any) -> Tune | None:
+        """From ``optimize``'s argument; raises MoefxError if it is none."""
+        if isinstance(given, bool):
+            return Tune() if given else None
+        if isinstance(given, (tuple, list)) and len(given) == 2 and all(type(n) is int and n > 0 for n in given):
+            return Tune(*given)
+        raise MoefxError(f"tune={given!r} is not a size: pass (sequences, tokens a sequence) of a rank's micro-batch, or True")
+
+
+def choose(node: fx.Node, function: Function, candidates: Sequence[Choice], tune: Tune, compile: bool | str) -> Choice:
+    """The fastest of ``candidates``; it says what all of them took. One that fails is left out, and that is said too."""
+    device = function.call.device
+    if node.target not in TUNED or len(candidates) < 2 or device.type == "meta":
+        return candidates[0]
+    site = _Site(node, function, tune, device)
+    known = _read().get(site.key, {})
+    missing = [c for c in candidates if c.backend.name not in known]
+    for choice in tqdm(missing, f"timing {op_name(node.target)}", leave=False, disable=not missing):
+        known[choice.backend.name] = site.measure(choice.kernel.fn, compile)
+    if missing:
+        _write(site.key, known)
+    works = [c for c in candidates if isinstance(known[c.backend.name], list)]
+    if not works:
+        told = "; ".join(f"{c.backend.name}: {known[c.backend.name]}" for c in candidates)
+        raise MoefxError(f"no kernel of {op_name(node.target)} runs at {site.sizes} on {device}: {told}")
+    best = min(works, key=lambda c: sum(known[c.backend.name]))
+    told = ", ".join(f"{c.backend.name} {_text(known[c.backend.name])}" for c in candidates)
+    refusals = candidates[-1].refusals
+    why = "; ".join(filter(None, (best.why, f"measured at {site.sizes}: {told}")))
+    return replace(best, why=why, refusals=refusals)
+
+
+def _text(found: list[float] | str) -> str:
+    return found if isinstance(found, str) else " + ".join(f"{ms:.2f}" for ms in found) + " ms"
+
+
+class _Site:
+    """One call of one operation with numbers of the size that training has."""
+
+    def __init__(self, node: fx.Node, function: Function, tune: Tune, device: torch.device):
+        self.node, self.device, self.training = node, device, function.call.training
+        self.sizes = f"B={tune.batch}, S={tune.sequence}"
+        sizes = Sizes(function)
+        numbers = {"B": tune.batch, "S": tune.sequence, **sizes.roles}
+
+        def shape(val: Tensor) -> list[int]:
+            return [int(e.subs({s: numbers[str(s)] for s in e.free_symbols})) for e in map(sizes.size, val.shape)]
+
+        given = arguments(node)
+        self.given = {k: (shape(value(v)), value(v).dtype) if isinstance(v, fx.Node) else v for k, v in given.items()}
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
+        told = {k: [v[0], str(v[1])] if isinstance(v, tuple) else v for k, v in self.given.items()}
+        self.key = json.dumps([op_name(node.target), told, self.training, where, torch.__version__, revision()[:16]])
+
+    def inputs(self) -> dict[str, Any]:
+        """Random numbers; experts get as many tokens each, about."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        found: dict[str, Any] = {}
+        for name, what in self.given.items():
+            if not isinstance(what, tuple):
+                found[name] = what
+                continue
+            shape, dtype = what
+            if name == "index":
+                scores = torch.rand(shape[0], self.given["up"][0][0], generator=generator, device=self.device)
+                found[name] = scores.topk(shape[1]).indices.to(dtype)
+            elif name == "counts":
+                each = torch.full(shape, self.given["rows"][0][0] // shape[0], dtype=dtype, device=self.device)
+                each[0] += self.given["rows"][0][0] - each.sum()
+                found[name] = each
+            elif name == "labels":
+                high = self.given["weight"][0][0]
+                found[name] = torch.randint(high, shape, generator=generator, device=self.device, dtype=dtype)
+            elif dtype == torch.bool:
+                found[name] = torch.ones(shape, dtype=dtype, device=self.device).tril()
+            else:
+                numbers = torch.randn(shape, generator=generator, device=self.device) * shape[-1] ** -0.5
+                found[name] = numbers.to(dtype).requires_grad_(self.training and name != "mask")
+        return found
+
+    def measure(self, kernel: Callable, compile: bool | str) -> list[float] | str:
+        """Medians in ms of forward and backward, or why it failed."""
+        try:
+            if compile:
+                kernel = torch.compile(kernel, dynamic=False, backend=compile if isinstance(compile, str) else "inductor")
+            given = self.inputs()
+            schema = self.node.target._schema.arguments  # type: ignore[union-attr]
+            args = [given[a.name] for a in schema if not a.kwarg_only]
+            kwargs = {a.name: given[a.name] for a in schema if a.kwarg_only and a.name in given}
+            leaves = [t for t in given.values() if isinstance(t, Tensor) and t.requires_grad]
+            times: list[tuple[float, float]] = []
+            with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(bool(leaves)):
+                for _ in range(WARM_UP + RUNS):
+                    clock = _Clock(self.device)
+                    out = kernel(*args, **kwargs)
+                    clock.lap()
+                    if leaves:
+                        torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
+                    clock.lap()
+                    times.append(clock.read())
+            forward, backward = zip(*times[WARM_UP:])
+            return [round(statistics.median(t), 4) for t in (forward, backward)]
+        except Exception as error:  # OutOfMemoryError too: a kernel that needs more memory than there is does not run here
+            return f"failed ({type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error).strip() else '?'})"
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+class _Clock:
+    """Times between laps in ms: of the device where it has events, else of the host."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.marks: list[Any] = []
+        self.lap()
+
+    def lap(self) -> None:
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def read(self) -> tuple[float, float]:
+        first, second, third = self.marks
+        if self.device.type == "cuda":
+            third.synchronize()
+            return first.elapsed_time(second), second.elapsed_time(third)
+        return (second - first) * 1e3, (third - second) * 1e3
+
+
+# --- what is kept ----------------------------------------------------------------------------------------------------
+
+
+def file() -> Path:
+    """Where measurements are kept."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("MOEFX_TUNING") or cache / "moefx" / "tuning.json")
+
+
+def _read() -> dict[str, dict[str, Any]]:
+    try:
+        found = json.loads(file().read_text())
+    except (OSError, ValueError):
+        return {}  # none yet, or another process is writing: measured again
+    return found if isinstance(found, dict) else {}
+
+
+def _write(key: str, found: dict[str, Any]) -> None:
+    """Other processes may write too: the last one wins, and no reader sees half a file."""
+    path = file()
+    with contextlib.suppress(OSError):  # a home that cannot be written to: measured again next time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{os.getpid()}")
+        part.write_text(json.dumps({**_read(), key: found}, indent=1))
+        part.replace(path)
