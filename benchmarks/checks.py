@@ -86,7 +86,7 @@ def check(name: str, balanced: bool, model: nn.Module, other: nn.Module, batch: 
 
     loss, wanted, picked = reference(name, balanced, model, batch)
     record: dict[str, Any] = {
-        "sequences": list(batch["input_ids"].shape), "loss": {"fp32": loss}, "flipped": {}, "problems": [],
+        "sequences": list(batch["input_ids"].shape), "loss": {"fp32": loss}, "flipped": {},
     }  # fmt: skip
     far: dict[str, dict[str, float]] = {}
     chosen, found = {}, {}
@@ -104,34 +104,56 @@ def check(name: str, balanced: bool, model: nn.Module, other: nn.Module, batch: 
     record["flipped"]["moefx against hf"] = flipped(chosen["hf"], chosen["moefx"])
     apart = common.distances(found["hf"], found["moefx"])
     record["moefx against hf"] = common.spread(apart)
-    rounding = FLOOR[model.dtype]
+    tokens = batch["input_ids"].numel()
+    sizes = {n: p.numel() for n, p in model.named_parameters()}
+    gaps = {n: abs(record["loss"][n] - loss) / abs(loss) for n in ("hf", "moefx")}
+    record |= judge(far["hf"], far["moefx"], apart, gaps["hf"], gaps["moefx"], sizes=sizes, tokens=tokens, dtype=model.dtype,
+                    share=max(record["flipped"]["moefx against fp32"]))  # fmt: skip
+    record["loss_gap"] = gaps
+    return record
+
+
+def judge(
+    hf: Mapping[str, float], other: Mapping[str, float], apart: Mapping[str, float], hf_loss: float, other_loss: float, *,
+    sizes: Mapping[str, int], tokens: int, share: float, dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Whether ``other`` is right, given how far it and Transformers in ``dtype`` are from fp32.
+
+    Args:
+        hf, other: by parameter, relative L2 distance of the gradient from fp32.
+        apart: by parameter, relative L2 distance of the two from each other.
+        hf_loss, other_loss: relative distance of the loss from fp32.
+        sizes: numbers in each parameter.
+        tokens: of the batch.
+        share: of them, those of whose experts ``other`` and fp32 disagree about, in the worst layer.
+
+    Returns:
+        "ratio" (spread of ``other`` over ``hf``), "floor", "distances" and "problems", one sentence each.
+    """
+    rounding, problems = FLOOR[dtype], []
     # How many tokens go to another expert is luck where they are few: 0 for one model, 2 for the other. A share f of
     # all tokens is about sqrt(f) of a gradient. From 30 flips on the luck is under a tenth: no allowance.
-    share = max(record["flipped"]["moefx against fp32"])
-    luck = share**0.5 if share * batch["input_ids"].numel() < 30 else 0.0
-    floor = max(rounding, luck)
+    floor = max(rounding, share**0.5 if share * tokens < 30 else 0.0)
     # The length of n random numbers varies by 1 / sqrt(2 n), so the ratio of two by 1 / sqrt(n): luck where n is small.
-    sizes = {n: p.numel() for n, p in model.named_parameters()}
-    few = {n: 1 + 2 / sizes[n] ** 0.5 if sizes[n] < 30 else 1.0 for n in wanted}
-    ratios = {n: far["moefx"][n] / max(far["hf"][n], floor) / few[n] for n in wanted}
-    record["ratio"], record["floor"] = common.spread(ratios), floor
-    record["distances"] = {n: [far["hf"][n], far["moefx"][n]] for n in wanted}
+    few = {n: 1 + 2 / sizes[n] ** 0.5 if sizes[n] < 30 else 1.0 for n in other}
+    ratios = {n: other[n] / max(hf[n], floor) / few[n] for n in other}
     for n, r in ratios.items():
         if not r <= FARTHER:
-            record["problems"].append(
-                f"grad {n}: {far['moefx'][n]:.2e} from fp32, Transformers {far['hf'][n]:.2e}: {r:.2f} times, {FARTHER} allowed"
+            problems.append(
+                f"grad {n}: {other[n]:.2e} from fp32, Transformers {hf[n]:.2e}: {r:.2f} times, {FARTHER} allowed"
             )
     for n, d in apart.items():
         # two that are a and at most 1.5 a from the truth are at most 2.5 a from each other
-        allowed = (1 + FARTHER) * few[n] * max(far["hf"][n], floor)
+        allowed = (1 + FARTHER) * few[n] * max(hf[n], floor)
         if not d <= allowed:
-            record["problems"].append(f"grad {n}: {d:.2e} from Transformers', {allowed:.2e} allowed")
-    gaps = {n: abs(record["loss"][n] - loss) / abs(loss) for n in ("hf", "moefx")}
-    record["loss_gap"] = gaps
+            problems.append(f"grad {n}: {d:.2e} from Transformers', {allowed:.2e} allowed")
     # a mean over many tokens, whose roundings cancel by luck: so the floor is what one rounding of bf16 makes
-    if not gaps["moefx"] <= max(FARTHER * gaps["hf"], rounding):
-        record["problems"].append(f"loss: {gaps['moefx']:.1e} from fp32, Transformers {gaps['hf']:.1e}")
-    return record
+    if not other_loss <= max(FARTHER * hf_loss, rounding):
+        problems.append(f"loss: {other_loss:.1e} from fp32, Transformers {hf_loss:.1e}")
+    return {
+        "ratio": common.spread(ratios), "floor": floor, "distances": {n: [hf[n], other[n]] for n in other},
+        "problems": problems,
+    }  # fmt: skip
 
 
 def show(depths: Sequence[Mapping[str, Any]]) -> None:

@@ -109,7 +109,7 @@ def parallelize(
     meta = next(model.parameters()).is_meta
     _distribute(model, layout, _meshes(layout))
     if meta:
-        _initialize(model)
+        initialize(model)
     return _optimize(given, global_aux_loss, options)
 
 
@@ -204,7 +204,7 @@ def _of_another_dtype(block: nn.Module) -> list[nn.Module]:
     return [m for m in block.modules() if any(p.dtype != usual for p in m.parameters(recurse=False))]
 
 
-def _initialize(model: Any) -> None:
+def initialize(model: Any) -> None:
     """Random weights for a model on meta, module by module: each rank draws a whole module's (the same: the first rank's seed)
     and keeps its shards, since initializations are written for whole tensors."""
     device = _device()

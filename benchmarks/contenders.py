@@ -1,0 +1,405 @@
+"""One rank of ``multi_gpu.py``: builds a contender over all ranks, checks it, times its rows. The ranks of a contender are
+processes of their own: whatever happens to one of them, its memory and its communicators are gone with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import checks
+import common
+import models
+import ranks as ranks_
+import routing
+import sketch
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers.distributed import DistributedConfig
+
+import moefx
+from moefx import passes
+from moefx.backends import builtin, deepep
+from moefx.parallelize import initialize
+
+#: Contenders in the order in which they run: what the headline needs comes first.
+CONTENDERS = {
+    "hf_fsdp": "Transformers, FSDP2 a layer",
+    "moefx": "moefx, ep over all ranks",
+    "hf_ep": "Transformers' own expert parallelism",
+    "moefx_chunks": "moefx, tokens in two chunks that overlap",
+    "moefx_no_overlap": "moefx without the pass overlap",
+}
+#: Not timed: Transformers in fp32 on the same weights, against which all are checked.
+EXACT = "exact"
+TRANSPORTS = ("deepep", "deepep_elastic", "te_ep")
+SEED = 0
+#: Fewer steps than these are not worth a figure: a row that has no time for them is left out.
+LEAST_WARMUP, LEAST_STEPS = 3, 5
+
+
+@dataclass(frozen=True)
+class Row:
+    routing: str
+    mbs: int
+    recompute: bool = False  #: gradient checkpointing of every block
+
+    def __str__(self) -> str:
+        return f"{self.routing}, mbs {self.mbs}{', recomputed' if self.recompute else ''}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the ranks of one contender do. ``until`` is of ``time.time()``."""
+
+    contender: str
+    model: str
+    layers: int
+    rows: tuple[Row, ...]
+    seq: int
+    dtype: str
+    device: str
+    warmup: int
+    steps: int
+    until: float
+    folder: str  #: where the results of the check go, for the others to be compared with
+    check: tuple[str, ...] = ()  #: routings
+    check_seq: int = 0
+    compile: bool = True
+    transport: str = "auto"
+    fail: str = ""  #: for tests: in which row a rank fails ("memory" or "error", rank, row)
+
+
+def main(rank: int, ranks: int, port: int, job: Job, events: Sequence[Any]) -> None:
+    """A rank, as ``torch.multiprocessing`` starts it. What happens goes into its connection of ``events`` as (kind, details)."""
+    for name in [n for n in os.environ if n.startswith("TORCHELASTIC_")]:
+        del os.environ[name]  # else a rank looks for the store of the torchrun that started the benchmark
+    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    os.environ.update({k: str(v) for k, v in where.items()}, MASTER_ADDR="127.0.0.1")
+    warnings.filterwarnings("ignore")
+    if job.device == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+    here = Rank(job, rank, ranks, events[rank])
+    try:
+        here.start()
+        run(here)
+        dist.barrier()
+    except BaseException as error:
+        here.events.send(("failed", _failure(error, here)))
+        sys.stderr.flush()
+        os._exit(1)  # the way out would wait for communicators that wait for other ranks
+    dist.destroy_process_group()
+
+
+def _failure(error: BaseException, here: Rank) -> dict[str, Any]:
+    text = (str(error).strip() or "?").splitlines()[0][:300]
+    return {
+        "kind": "memory" if isinstance(error, torch.OutOfMemoryError) else "error", "rank": here.rank, "row": here.row,
+        "why": f"{type(error).__name__}: {text}", "trace": traceback.format_exc(),
+    }  # fmt: skip
+
+
+class Rank:
+    """Where this rank is, and how it tells the parent what happens."""
+
+    def __init__(self, job: Job, rank: int, ranks: int, events: Any):
+        self.job, self.rank, self.ranks, self.events = job, rank, ranks, events
+        self.row: Row | None = None  #: that it is at
+        self.device = torch.device("cpu")
+
+    def start(self) -> None:
+        _, _, self.device = ranks_.start(self.job.device)
+        if self.device.type == "cuda":  # Transformers takes the device that this names; ranks may share one
+            os.environ["LOCAL_RANK"] = str(self.device.index)
+
+    def tell(self, kind: str, details: Any) -> None:
+        if self.rank == 0:
+            self.events.send((kind, details))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Of all ranks; the CPUs talk, no kernel waits."""
+        found: list[Any] = [None] * self.ranks
+        dist.all_gather_object(found, value)
+        return found
+
+    def tokens(self, batch: int, seq: int) -> dict[str, Tensor]:
+        """This rank's batch, the same for all contenders: [batch, seq], labels alike."""
+        generator = torch.Generator().manual_seed(1000 + self.rank)
+        vocabulary = models.config(self.job.model, self.job.layers).vocab_size
+        ids = torch.randint(0, vocabulary, (batch, seq), generator=generator).to(self.device)
+        return {"input_ids": ids, "labels": ids}
+
+
+def run(here: Rank) -> None:
+    job = here.job
+    here.tell("machine", _machine(here))
+    started = time.perf_counter()
+    contender = BUILDERS[job.contender](here)
+    parameters = sum(p.numel() for p in contender.model.parameters())
+    local = sum(_local(p).nbytes for p in contender.model.parameters())
+    here.tell("built", {"seconds": time.perf_counter() - started, "parameters": parameters,
+                        "weights_gib": max(here.gather(local)) / 2**30, **contender.notes})  # fmt: skip
+    order = dict.fromkeys([*job.check, *(r.routing for r in job.rows)])
+    left = len(job.rows)
+    for name in order:
+        contender.route(name)
+        if name in job.check:
+            check(here, contender, name)
+        for row in [r for r in job.rows if r.routing == name]:
+            here.row = row
+            measure(here, contender, row, left)
+            here.row, left = None, left - 1
+    here.tell("finished", contender.finish())
+
+
+def _local(p: Tensor) -> Tensor:
+    return getattr(p, "_local_tensor", p)
+
+
+def _machine(here: Rank) -> dict[str, Any]:
+    record = common.machine(here.device)
+    record["ranks"] = here.ranks
+    if here.device.type == "cuda":
+        record["versions"]["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        record["ranks_share_a_gpu"] = here.ranks > torch.cuda.device_count()
+    for name in ("deep_ep", "mamba_ssm", "causal_conv1d"):
+        record["versions"][name] = common._version(name)
+    # what the machine says about its links; paths are nobody's business
+    names = [n for n in os.environ if n.startswith(("NCCL_", "PYTORCH_", "NVSHMEM_")) and "/" not in os.environ[n]]
+    record["environment"] = {n: os.environ[n] for n in sorted(names)}
+    return record
+
+
+# --- the contenders --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Contender:
+    model: Any
+    route: Callable[[str], None]  #: from now on, routing by this name
+    observe: Callable[[Any], contextlib.AbstractContextManager]  #: within, a forward's choices of experts by layer
+    notes: dict[str, Any] = field(default_factory=dict)
+    finish: Callable[[], dict[str, Any]] = dict  #: what is to be said at the end
+
+
+def _empty(job: Job, dtype: torch.dtype | None = None, experts: str = "grouped_mm") -> nn.Module:
+    return models.build(job.model, job.layers, dtype or getattr(torch, job.dtype), "meta", experts=experts).train()
+
+
+def transformers(here: Rank, ep_size: int = 1, dtype: torch.dtype | None = None, experts: str = "grouped_mm") -> Contender:
+    """Transformers' own sharding of a model, as ``from_pretrained(distributed_config=...)`` does it before it loads: FSDP2 over
+    every decoder block, and its experts over ``ep_size`` ranks if that is more than one. Parameters, gradients and their
+    reduction are of the parameters' dtype.
+    """
+    model: Any = _empty(here.job, dtype, experts)
+    sizes: dict[str, Any] = {"fsdp_size": here.ranks, "ep_size": ep_size}
+    if ep_size > 1:
+        sizes["ep_implementation"] = "all_to_all"
+    config, _, meshes = model.prepare_distribute_model(DistributedConfig(**sizes))
+    model = model.maybe_distribute_model(model, config, meshes)
+    torch.manual_seed(SEED)
+    initialize(model)
+
+    def route(name: str) -> None:
+        for router in routing.routers(model).values():
+            vars(router).pop("forward", None)
+        if name == "balanced":
+            routing.balance(model)
+
+    return Contender(model, route, routing.observed)
+
+
+def exact(here: Rank) -> Contender:
+    """Transformers in fp32, by its own loop over experts, on the weights that the contenders have."""
+    job = here.job
+    found = transformers(here, dtype=torch.float32, experts="eager")
+    if job.dtype != "float32":
+        # drawn in the contenders' dtype: random numbers of another dtype are other numbers
+        drawn = dict(transformers(here).model.named_parameters())
+        with torch.no_grad():
+            for name, p in found.model.named_parameters():
+                _local(p).copy_(_local(drawn.pop(name)))
+        del drawn
+        common.free(here.device)
+    if models.MODELS[job.model].check_attention:
+        found.model.set_attn_implementation(models.MODELS[job.model].check_attention)
+    return found
+
+
+def expert_parallel(here: Rank, pipeline: Callable[[], Any] = passes.default) -> Contender:
+    """moefx, as a user calls it."""
+    job = here.job
+    why = _refuses_deepep() if job.transport in ("auto", "deepep") else "not asked for"
+    if job.transport == "deepep" and why:
+        raise RuntimeError(f"DeepEP cannot be used here: {why}")
+    names = [n for n, b in builtin().items() if not b.by_name and b.available() is None and n not in TRANSPORTS]
+    backends = names if why else ["deepep", *names]
+    options: dict[str, Any] = {"backends": backends, "compile": job.compile}
+    torch.manual_seed(SEED)
+    first = (*job.check, *(r.routing for r in job.rows))[0]
+    model = moefx.parallelize(
+        _empty(job), ep_size=here.ranks, lost_after=0, pipeline=pipeline(), balanced_routing=first == "balanced", **options
+    )
+    now = first
+
+    def route(name: str) -> None:
+        nonlocal now
+        if name != now:
+            moefx.restore(model)
+            moefx.optimize(model, pipeline=pipeline(), balanced_routing=name == "balanced", **options)
+            now = name
+
+    def finish() -> dict[str, Any]:
+        report = moefx.report(model)
+        return {
+            "kernels": {f"{op} by {backend}": many for (op, backend), (many, _) in report.kernels().items()},
+            "fallbacks": [f"{p}: {r}: {n} times" for (p, r), n in report.fallbacks.items()],
+            "optimize_s": report.seconds,
+        }  # fmt: skip
+
+    notes = {"transport": "all_to_all" if why else "deepep", "deepep_refuses": why}
+    return Contender(model, route, moefx.record_routes, notes, finish)
+
+
+def _refuses_deepep() -> str | None:
+    return deepep.available() or deepep.refuses_group(dist.group.WORLD.group_name)
+
+
+BUILDERS: dict[str, Callable[[Rank], Contender]] = {
+    EXACT: exact,
+    "hf_fsdp": transformers,
+    "hf_ep": lambda here: transformers(here, ep_size=here.ranks),
+    "moefx": expert_parallel,
+    "moefx_chunks": lambda here: expert_parallel(here, lambda: passes.default().replace("overlap", passes.Overlap(chunks=2))),
+    "moefx_no_overlap": lambda here: expert_parallel(here, lambda: passes.default().without("overlap")),
+}
+
+
+# --- is it right -----------------------------------------------------------------------------------------------------
+
+
+def check(here: Rank, contender: Contender, name: str) -> None:
+    """One step on short sequences; loss, sketches of the weights and of all gradients, choices of experts: to the folder."""
+    job, model = here.job, contender.model
+    batch = here.tokens(1, job.check_seq)
+    common.drop_gradients(model)
+    still = checks.exact_fp32() if job.contender == EXACT else contextlib.nullcontext()
+    with contender.observe(model) as seen, still:
+        loss = float(common.train_step(model, batch))
+    found = {
+        "loss": sum(here.gather(loss)) / here.ranks,
+        "gradients": sketch.sketch(model, lambda p: p.grad),
+        "norm": sketch.norm(model),
+        "weights": sketch.sketch(model, lambda p: p.detach()),
+    }
+    routes = [index.to(torch.int16).cpu() for index in seen.values()]
+    torch.save(routes, check_file(job, job.contender, name, here.rank))
+    if here.rank == 0:
+        torch.save(found, check_file(job, job.contender, name))
+    common.drop_gradients(model)
+    common.free(here.device, code=False)
+    dist.barrier()  # all files are there
+    here.tell("checked", {"routing": name, "loss": found["loss"], "norm": found["norm"], "tokens": job.check_seq * here.ranks,
+                          "sizes": {n: p.numel() for n, p in model.named_parameters()}})  # fmt: skip
+
+
+def check_file(job: Job, contender: str, name: str, rank: int | None = None) -> Path:
+    return Path(job.folder, f"{contender}-{name}{'' if rank is None else f'-{rank}'}.pt")
+
+
+# --- how fast is it --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def recomputed(model: Any, on: bool) -> Iterator[None]:
+    """Within, if ``on``: every decoder block keeps its input only and runs again in the backward."""
+    if on:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        if on:
+            model.gradient_checkpointing_disable()
+
+
+def measure(here: Rank, contender: Contender, row: Row, left: int) -> None:
+    """Times a row; all ranks take as many steps as the first rank says, which looks at the clock: ``left`` rows share what
+    is left of the job's time.
+    """
+    job, model = here.job, contender.model
+    batch = here.tokens(row.mbs, job.seq)
+    with recomputed(model, row.recompute):
+        _fail(here, row)
+        share = (job.until - time.time()) / left
+        if ranks_.from_first(share <= 0):
+            here.tell("skipped", {"row": row, "why": "its time was used up"})
+            return
+        began = time.perf_counter()
+        least = min(LEAST_WARMUP, job.warmup)
+        warming = common.warm(model, model, batch, here.device, least)  # with compilation
+        common.drop_gradients(model)
+        once = common.time_once(lambda: common.train_step(model, batch), here.device) / 1e3
+        warmup, steps = ranks_.from_first(plan(job.warmup - least - 1, job.steps, share - (time.perf_counter() - began), once))
+        if warmup:
+            warming += common.warm(model, model, batch, here.device, warmup)
+        here.tell("warm", {"row": row, "seconds": warming, "step_ms": once * 1e3, "steps": steps})
+        mine = timed(model, batch, here.device, steps)
+    found = here.gather(mine)
+    per_s = [row.mbs * job.seq / r["median_ms"] * 1e3 for r in found]
+    here.tell("row_done", {
+        "row": row, "warmup": least + 1 + warmup, "warmup_s": warming, "steps": steps,
+        "tokens_per_s_per_gpu": {"mean": sum(per_s) / len(per_s), "min": min(per_s), "max": max(per_s)},
+        "median_ms": max(r["median_ms"] for r in found),
+        "steps_ms": [round(max(r["steps_ms"][i] for r in found), 3) for i in range(steps)],
+        **{k: None if found[0][k] is None else max(r[k] for r in found) for k in ("peak_gib", "reserved_gib", "device_gib")},
+    })  # fmt: skip
+    common.free(here.device, code=False)
+
+
+def plan(warmup: int, steps: int, seconds: float, step_s: float) -> tuple[int, int]:
+    """How many more steps of warm-up and how many timed ones fit into ``seconds``: all, or a quarter and the rest."""
+    fit = int(seconds / max(step_s, 1e-9))
+    if fit >= warmup + steps:
+        return max(0, warmup), steps
+    extra = max(0, min(warmup, fit // 4))
+    return extra, max(min(LEAST_STEPS, steps), min(steps, fit - extra))
+
+
+def timed(model: nn.Module, batch: dict[str, Tensor], device: torch.device, steps: int) -> dict[str, Any]:
+    """Milliseconds of each step, and memory: the most that tensors took (weights and gradients included), that the allocator
+    held, and that the device lacks at the end (communicators and other processes included)."""
+    cuda = device.type == "cuda"
+    common.drop_gradients(model)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    took = common.Timing()
+    for _ in range(steps):
+        common.drop_gradients(model)
+        took.steps_ms.append(common.time_once(lambda: common.train_step(model, batch), device))
+    common.drop_gradients(model)
+    memory: dict[str, Any] = {"peak_gib": None, "reserved_gib": None, "device_gib": None}
+    if cuda:
+        free, total = torch.cuda.mem_get_info(device)
+        memory = {
+            "peak_gib": torch.cuda.max_memory_allocated(device) / 2**30,
+            "reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30, "device_gib": (total - free) / 2**30,
+        }  # fmt: skip
+    return {"median_ms": took.median_ms, "steps_ms": took.steps_ms, **memory}
+
+
+def _fail(here: Rank, row: Row) -> None:
+    """For tests: the rank that ``job.fail`` names has no memory, or an error, while the others are in a collective."""
+    if not here.job.fail:
+        return
+    kind, rank, name = here.job.fail.split(":")
+    if int(rank) == here.rank and name == str(row):
+        raise torch.OutOfMemoryError("told to") if kind == "memory" else RuntimeError("told to")
