@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.distributed import DistributedConfig
+from transformers.utils.logging import set_verbosity_error as quiet
 
 import moefx
 from moefx import passes
@@ -76,7 +77,7 @@ class Job:
     check_seq: int = 0
     compile: bool = True
     transport: str = "auto"
-    fail: str = ""  #: for tests: in which row a rank fails ("memory" or "error", rank, row)
+    fail: str = ""  #: for tests: how, which rank, in which row
 
 
 def main(rank: int, ranks: int, port: int, job: Job, events: Sequence[Any]) -> None:
@@ -86,6 +87,7 @@ def main(rank: int, ranks: int, port: int, job: Job, events: Sequence[Any]) -> N
     where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
     os.environ.update({k: str(v) for k, v in where.items()}, MASTER_ADDR="127.0.0.1")
     warnings.filterwarnings("ignore")
+    quiet()
     if job.device == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     here = Rank(job, rank, ranks, events[rank])
@@ -104,7 +106,7 @@ def _failure(error: BaseException, here: Rank) -> dict[str, Any]:
     text = (str(error).strip() or "?").splitlines()[0][:300]
     return {
         "kind": "memory" if isinstance(error, torch.OutOfMemoryError) else "error", "rank": here.rank, "row": here.row,
-        "why": f"{type(error).__name__}: {text}", "trace": traceback.format_exc(),
+        "at": time.time(), "why": f"{type(error).__name__}: {text}", "trace": traceback.format_exc(),
     }  # fmt: skip
 
 
@@ -397,9 +399,11 @@ def timed(model: nn.Module, batch: dict[str, Tensor], device: torch.device, step
 
 
 def _fail(here: Rank, row: Row) -> None:
-    """For tests: the rank that ``job.fail`` names has no memory, or an error, while the others are in a collective."""
+    """For tests: the rank that ``job.fail`` names runs out of memory, has an error, or stays away from the others' collective."""
     if not here.job.fail:
         return
     kind, rank, name = here.job.fail.split(":")
     if int(rank) == here.rank and name == str(row):
+        if kind == "hang":
+            time.sleep(1e6)
         raise torch.OutOfMemoryError("told to") if kind == "memory" else RuntimeError("told to")

@@ -40,6 +40,10 @@ from models import MODELS
 #: Of issue 5, on 8 GPUs: times the speed of a contender, and the share of its peak memory that is not needed.
 TARGETS = {"hf_fsdp": 5.0, "hf_ep": 1.3}
 MEMORY_TARGET = 0.38
+#: What rows of one result have in common.
+SETTINGS = ("model", "layers", "gpus", "seq", "dtype", "device", "warmup", "steps", "check_seq", "recompute", "compile")
+#: Seconds in which other ranks may report a failure that came before the first report.
+GRACE = 1.0
 #: What CPU ranks are forked with. (The server of Python 3.11 does not look where this file lies.)
 PRELOAD = (
     "torch.distributed.fsdp", "torch.distributed.tensor", "transformers.models.auto.modeling_auto", "transformers.distributed",
@@ -99,7 +103,7 @@ class Run:
         self.end = time.time() + args.budget
         self.folder = Path(tempfile.gettempdir(), f"moefx-{args.name}-{os.getuid()}")
         self.path = args.out / f"{args.name}.json"
-        settings = {k: v for k, v in vars(args).items() if k not in ("name", "out", "resume", "fail", "budget", "contenders")}
+        settings = {k: v for k, v in vars(args).items() if k in SETTINGS}
         self.record: dict[str, Any] = {
             "machine": {}, "boot": _boot(), "settings": settings, "contenders": {}, "rows": [], "failed": [], "skipped": [],
             "checks": {}, "problems": [],
@@ -176,7 +180,7 @@ class Run:
                 transport = "nccl"
             elif failed:
                 left.remove(failed)
-                errors += failure["kind"] == "error"
+                errors += failure["kind"] != "memory"
             elif check and name != EXACT and failure["check"]:
                 common.say("  once more without its check")
             else:
@@ -209,7 +213,7 @@ class Run:
             w.close()  # so that a pipe ends with its rank
         follow = _Follower(self, job, ranks.pids())
         try:
-            while not follow.over and readers:
+            while readers and not follow.over:
                 for reader in wait(readers, timeout=0.5):
                     try:
                         follow.event(*reader.recv())
@@ -220,7 +224,7 @@ class Run:
             self._stop(ranks, gracefully=follow.finished)
         if not follow.finished and follow.failure is None:
             codes = {i: p.exitcode for i, p in enumerate(ranks.processes)}
-            follow.fail({"kind": "error", "rank": None, "why": f"a rank ended without a word, exit codes {codes}"})
+            follow.fail("error", f"a rank ended without a word, exit codes {codes}", follow._row())
         return follow.left, follow.failure
 
     @staticmethod
@@ -316,29 +320,32 @@ class _Follower:
 
     def __init__(self, run: Run, job: Job, pids: list[int]):
         self.run, self.job, self.pids = run, job, pids
-        self.left, self.failure, self.finished = list(job.rows), None, False
+        self.left, self.finished = list(job.rows), False
+        self.failures: list[dict[str, Any]] = []
         self.at = "start"
         self.heard = time.time()
         self.unchecked = list(job.check)
 
     @property
     def over(self) -> bool:
-        return self.finished or self.failure is not None
+        return self.finished or bool(self.failures) and time.time() > self.failures[0]["at"] + GRACE
 
-    def fail(self, failure: dict[str, Any]) -> None:
-        row = failure.pop("row", None)
-        trace = failure.pop("trace", "")
-        if trace and failure["kind"] != "memory":
-            print(trace, file=sys.stderr, flush=True)
+    @property
+    def failure(self) -> dict[str, Any] | None:
+        """The first: the others' collectives fail after it."""
+        return min(self.failures, key=lambda f: f["at"], default=None)
+
+    def fail(self, kind: str, why: str, row: Row | None, rank: int | None = None, at: float | None = None) -> None:
         where = {"row": str(row), "routing": row.routing, "mbs": row.mbs} if row else {"row": None}
-        self.failure = self.failure or {**failure, **where, "check": bool(self.unchecked) and row is None and self.at != "start"}
+        at = time.time() if at is None else at
+        self.failures.append({"kind": kind, "why": why, "rank": rank, "at": at, "check": self.at == "check", **where})
 
     def tick(self) -> None:
         now, patience = time.time(), self.run.args.patience
         if now - self.heard > patience:
-            self.fail({"kind": "error", "rank": None, "why": f"no rank said anything for {patience:.0f} s", "row": self._row()})
+            self.fail("hang", f"no rank said anything for {patience:.0f} s", self._row())
         elif now > self.run.end + patience:
-            self.fail({"kind": "error", "rank": None, "why": "the budget is over", "row": self._row()})
+            self.fail("hang", "the budget is over", self._row())
 
     def _row(self) -> Row | None:
         return self.left[0] if self.left and self.at == "rows" else None
@@ -348,7 +355,9 @@ class _Follower:
         getattr(self, f"_{kind}")(details)
 
     def _failed(self, details: dict[str, Any]) -> None:
-        self.fail(dict(details))
+        if details["kind"] != "memory" and not self.failures:
+            print(details["trace"], file=sys.stderr, flush=True)
+        self.fail(*(details[k] for k in ("kind", "why", "row", "rank", "at")))
 
     def _machine(self, details: dict[str, Any]) -> None:
         self.run.record["machine"] = self.run.record["machine"] or details

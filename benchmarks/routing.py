@@ -36,7 +36,9 @@ def balance(model: nn.Module) -> None:
     """Makes the routers of a Transformers model send tokens to experts in turn. Everything else is done as they do it:
     logits, and the weights of the experts that are not chosen but given."""
     for router in routers(model).values():
-        router.forward = MethodType(_BALANCED[type(router).__name__], router)  # type: ignore[method-assign]
+        # by the class that Transformers wrote: FSDP2 makes a subclass of it
+        name = next(c.__name__ for c in type(router).__mro__ if c.__name__ in _BALANCED)
+        router.forward = MethodType(_BALANCED[name], router)  # type: ignore[method-assign]
 
 
 def _qwen3(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
