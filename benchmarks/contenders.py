@@ -77,7 +77,7 @@ class Job:
     check_seq: int = 0
     compile: bool = True
     transport: str = "auto"
-    fail: str = ""  #: for tests: how, which rank, in which row
+    fail: str = ""  #: for tests: how, which contender, which of its ranks, in which row
 
 
 def main(rank: int, ranks: int, port: int, job: Job, events: Sequence[Any]) -> None:
@@ -135,10 +135,7 @@ class Rank:
 
     def tokens(self, batch: int, seq: int) -> dict[str, Tensor]:
         """This rank's batch, the same for all contenders: [batch, seq], labels alike."""
-        generator = torch.Generator().manual_seed(1000 + self.rank)
-        vocabulary = models.config(self.job.model, self.job.layers).vocab_size
-        ids = torch.randint(0, vocabulary, (batch, seq), generator=generator).to(self.device)
-        return {"input_ids": ids, "labels": ids}
+        return models.tokens(self.job.model, batch, seq, self.device, 1000 + self.rank)
 
 
 def run(here: Rank) -> None:
@@ -402,8 +399,8 @@ def _fail(here: Rank, row: Row) -> None:
     """For tests: the rank that ``job.fail`` names runs out of memory, has an error, or stays away from the others' collective."""
     if not here.job.fail:
         return
-    kind, rank, name = here.job.fail.split(":")
-    if int(rank) == here.rank and name == str(row):
+    kind, who, rank, name = here.job.fail.split(":")
+    if (who, int(rank), name) == (here.job.contender, here.rank, str(row)):
         if kind == "hang":
             time.sleep(1e6)
         raise torch.OutOfMemoryError("told to") if kind == "memory" else RuntimeError("told to")

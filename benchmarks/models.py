@@ -163,6 +163,13 @@ def build(
     return model.to(device)
 
 
+def tokens(name: str, batch: int, seq: int, device: str | torch.device, seed: int = 1) -> dict[str, torch.Tensor]:
+    """Random input_ids [batch, seq], and labels alike."""
+    vocabulary = config(name, MODELS[name].layers).vocab_size
+    ids = torch.randint(0, vocabulary, (batch, seq), generator=torch.Generator().manual_seed(seed)).to(device)
+    return {"input_ids": ids, "labels": ids}
+
+
 @contextmanager
 def mamba_in_torch() -> Iterator[None]:
     """Within: nemotron_h computes its Mamba layers by Transformers' own torch code even where the packages' kernels are

@@ -22,9 +22,11 @@ import breakdown
 import checks
 import common
 import extrapolate
+import models
 import routing
+import simulate_ep
 import torch
-from models import MODELS, build, config
+from models import MODELS, build
 from torch import Tensor, nn
 
 PEERS = ("hf", "hf_compile", "nemo")
@@ -51,6 +53,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=420, help="seconds after which peers other than hf are left out")
     parser.add_argument("--profile", action=argparse.BooleanOptionalAction, default=True,
                         help="one step of hf and of moefx by kernel, at the last depth")  # fmt: skip
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="moefx's functions")
+    parser.add_argument("--simulate-ep", type=int, metavar="N", help="a MODEL, not a measurement: moefx as one of N ranks that "
+                        "share the experts (simulate_ep.py); nothing else is timed, nothing is checked")  # fmt: skip
+    parser.add_argument("--exchange-gb-per-s", type=float, default=350, help="that a rank is taken to send, with --simulate-ep")
     parser.add_argument("--name", help="of the JSON file")
     args = parser.parse_args()
     args.peers = [p for p in args.peers.split(",") if p]
@@ -63,17 +69,15 @@ def arguments() -> argparse.Namespace:
     args.attention = args.attention or model.attention
     gpu = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") and torch.cuda.is_available() else "cpu"
     suffix = "" if args.routing == "real" else f"-{args.routing}"
-    args.name = args.name or f"single_gpu-{args.model.replace('_', '-')}{suffix}-{common.slug(gpu)}"
+    kind = f"simulated_ep{args.simulate_ep}" if args.simulate_ep else "single_gpu"
+    args.name = args.name or f"{kind}-{args.model.replace('_', '-')}{suffix}-{common.slug(gpu)}"
     if args.min_speedup is None:
         args.min_speedup = 1.5 if args.model == "qwen3_30b" and args.device.startswith("cuda") else 0.0
     return args
 
 
 def tokens(args: argparse.Namespace, batch: int, seq: int | None = None) -> dict[str, Tensor]:
-    vocabulary = config(args.model, args.layers[0]).vocab_size
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, vocabulary, (batch, args.seq), generator=generator)[:, :seq].to(args.device)
-    return {"input_ids": ids, "labels": ids}
+    return {n: t[:, :seq] for n, t in models.tokens(args.model, batch, args.seq, args.device).items()}
 
 
 # --- one depth -------------------------------------------------------------------------------------------------------
@@ -140,7 +144,7 @@ def depth(args: argparse.Namespace, layers: int) -> dict[str, Any]:
 
     for batch in args.mbs:
         here.attempt("hf", batch, memory, here.time, "hf", model, model, batch)
-    other = moefx.optimize(optimized, balanced_routing=balanced)
+    other = moefx.optimize(optimized, balanced_routing=balanced, compile=args.compile)
     for batch in args.mbs:
         # its code serves every length: dropping it in between would hide that
         here.attempt("moefx", batch, memory, here.time, "moefx", other, other, batch, code=False)
@@ -222,6 +226,8 @@ def main() -> int:
         return 1
     common.say(f"{args.model}, {args.layers} layers, sequence {args.seq}, mbs {args.mbs}, {args.dtype} on {device}, "
                f"{args.routing} routing, attention of Transformers: {args.attention}")  # fmt: skip
+    if args.simulate_ep:
+        return simulate_ep.run(args)
     reach = breakdown.peaks(device)
     common.say(f"this device: {reach['tflops']:.0f} TFLOP/s in a bf16 product, {reach['tb_per_s']:.2f} TB/s in a copy")
     common.free(device)

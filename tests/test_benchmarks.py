@@ -1,5 +1,7 @@
 """The pure parts of the benchmarks: what is extrapolated, what a kernel is for, what load is asked for and reached."""
 
+import argparse
+import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -11,9 +13,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import breakdown  # noqa: E402
 import chart  # noqa: E402
+import checks  # noqa: E402
+import contenders  # noqa: E402
 import extrapolate  # noqa: E402
 import models  # noqa: E402
+import multi_gpu  # noqa: E402
 import routing  # noqa: E402
+import simulate_ep  # noqa: E402
+import sketch  # noqa: E402
 
 
 @pytest.mark.parametrize("name", ["qwen3_30b", "gpt_oss_20b", "nemotron_nano"])
@@ -180,3 +187,95 @@ def test_bars_are_the_whole_models_rows() -> None:
     ]  # fmt: skip
     found = chart.bars({"whole_model": rows})
     assert list(found.items()) == [("hf", [(4, 2.0, 1.0)]), ("moefx", [(1, 3.0, None), (4, 4.0, 2.0)])]
+
+
+# --- several ranks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(8, 96, 1040), (2100, 64), (4096, 1, 4), (7,)])
+def test_sketch_of_parts_is_the_sketch_of_the_whole(shape: tuple[int, ...]) -> None:
+    """Whoever holds which rows; and the distance of two sketches is that of what was sketched."""
+    g = torch.randn(shape)
+    other = g + 0.01 * torch.randn(shape)
+
+    def whole(t: torch.Tensor, cuts: list[int]) -> torch.Tensor:
+        ends = [0, *cuts, len(t)]
+        rest = tuple(slice(0, n) for n in shape[1:])
+        return sum(sketch.part("name", t[a:b], (slice(a, b), *rest), shape) for a, b in zip(ends, ends[1:]))
+
+    a, b = whole(g, []), whole(other, [])
+    torch.testing.assert_close(whole(g, [len(g) // 3, len(g) // 2, len(g) // 2]), a, rtol=1e-4, atol=1e-3)
+    assert a.numel() >= min(g.numel(), sketch.LEAST)
+    assert float((a - b).norm() / a.norm()) == pytest.approx(float((g - other).norm() / g.norm()), rel=0.1)
+    if a.numel() == g.numel():
+        assert torch.equal(a.view(shape), g)
+    else:
+        assert not torch.allclose(sketch.part("another", g, tuple(slice(0, n) for n in shape), shape), a)
+
+
+def test_judge_knows_wrong_gradients_from_rounded_ones() -> None:
+    hf = {"a": 0.01, "b": 0.02}
+    given = {"sizes": {"a": 1000, "b": 1000}, "tokens": 4096, "share": 0.0, "dtype": torch.bfloat16}
+    assert checks.judge(hf, {"a": 0.012, "b": 0.02}, {"a": 0.015, "b": 0.03}, 1e-5, 2e-5, **given)["problems"] == []
+    for wrong in (0.016, float("inf"), float("nan")):
+        (problem,) = checks.judge(hf, {"a": wrong, "b": 0.02}, hf, 1e-5, 1e-5, **given)["problems"]
+        assert problem.startswith("grad a: ")
+    (problem,) = checks.judge(hf, hf, {"a": 0.01, "b": 0.06}, 1e-5, 1e-5, **given)["problems"]
+    assert problem == "grad b: 6.00e-02 from Transformers', 5.00e-02 allowed"
+    (problem,) = checks.judge(hf, hf, hf, 1e-5, 0.01, **given)["problems"]
+    assert problem.startswith("loss: ")
+
+
+def test_steps_fit_into_the_time() -> None:
+    assert contenders.plan(6, 30, seconds=100, step_s=1) == (6, 30)
+    assert contenders.plan(6, 30, seconds=20, step_s=1) == (5, 15)
+    assert contenders.plan(6, 30, seconds=4, step_s=1) == (1, 5)  # too few steps are no figure: late, but a figure
+    assert contenders.plan(-1, 3, seconds=100, step_s=1) == (0, 3)
+
+
+def test_contenders_agree_and_one_that_runs_out_of_memory_is_a_result(tmp_path: Path) -> None:
+    """All of ``multi_gpu.py`` on two gloo ranks; one rank of Transformers fails while the other waits in a collective."""
+    args = "--model tiny --layers 1 --device cpu --gpus 2 --seq 32 --mbs 1 --warmup 1 --steps 2 --routing balanced --no-compile"
+    run = [*args.split(), "--contenders", "hf_fsdp,hf_ep,moefx", "--out", str(tmp_path), "--name", "run"]
+    assert multi_gpu.main([*run, "--fail", "memory:hf_fsdp:1:balanced, mbs 1"]) == 0
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert [(r["who"], r["recompute"], len(r["steps_ms"])) for r in record["rows"]] == [
+        ("hf_fsdp", True, 2), ("hf_ep", False, 2), ("moefx", False, 2),
+    ]  # fmt: skip
+    (failed,) = record["failed"]
+    assert (failed["who"], failed["kind"], failed["rank"], failed["row"]) == ("hf_fsdp", "memory", 1, "balanced, mbs 1")
+    found = record["checks"]["balanced"]
+    assert list(found) == ["hf_fsdp", "hf_ep", "moefx"] and not any(c["problems"] for c in found.values())
+    losses = [c["loss"] for c in found.values()]
+    assert max(losses) - min(losses) < 2**-8 * losses[0] and min(losses) > 5.0
+    assert 0 < found["moefx"]["against hf_fsdp"]["max"] < 0.1 and found["moefx"]["against fp32"]["tensors"] == 14
+    moefx = record["rows"][2]
+    assert moefx["speedup"]["hf_ep"] == pytest.approx(
+        moefx["tokens_per_s_per_gpu"]["mean"] / record["rows"][1]["tokens_per_s_per_gpu"]["mean"]
+    )
+    assert record["contenders"]["moefx"]["transport"] == "all_to_all"
+    # half of everything is with each rank
+    whole = sum(p.nbytes for p in models.build("tiny", 1, torch.bfloat16, "meta").parameters())
+    for name in found:
+        assert record["contenders"][name]["weights_gib"] * 2**30 == pytest.approx(whole / 2, rel=0.01)
+    # again: everything is there
+    assert multi_gpu.main([*run, "--resume"]) == 0
+    assert json.loads((tmp_path / "run.json").read_text())["rows"] == record["rows"]
+
+
+def test_simulated_rank_has_its_share_and_says_that_it_is_a_model(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    args = argparse.Namespace(
+        model="tiny", layers=[1], seq=32, mbs=[1], dtype="float32", device="cpu", routing="balanced", warmup=1, steps=2,
+        simulate_ep=4, exchange_gb_per_s=1e-3, compile=False, name="simulated",
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulate_ep.common, "RESULTS", tmp_path)
+        patch.setattr(simulate_ep.common, "say", print)
+        patch.setattr(simulate_ep.common, "save", lambda name, record: (tmp_path / name).write_text(json.dumps(record)))
+        with pytest.warns(UserWarning, match="balanced_routing=True"):
+            assert simulate_ep.run(args) == 0
+    record = json.loads((tmp_path / "simulated").read_text())
+    assert record["what"].startswith("a model") and "MODEL" in capsys.readouterr().out
+    (row,) = record["depths"][0]["rows"]
+    # at least: a row of 64 float32 numbers of 3 of 4 tokens, there and back, forward and backward, at 1 MB/s
+    assert row["exchange_model_ms"] > 32 * 3 / 4 * 64 * 4 * 4 / 1e3 and row["loss"] > 5
