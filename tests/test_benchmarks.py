@@ -16,6 +16,7 @@ import chart  # noqa: E402
 import checks  # noqa: E402
 import contenders  # noqa: E402
 import extrapolate  # noqa: E402
+import footprint  # noqa: E402
 import models  # noqa: E402
 import multi_gpu  # noqa: E402
 import routing  # noqa: E402
@@ -261,6 +262,32 @@ def test_contenders_agree_and_one_that_runs_out_of_memory_is_a_result(tmp_path: 
     # again: everything is there
     assert multi_gpu.main([*run, "--resume"]) == 0
     assert json.loads((tmp_path / "run.json").read_text())["rows"] == record["rows"]
+
+
+@pytest.mark.parametrize("name", ["qwen3_30b", "nemotron_nano"])
+def test_a_rank_of_eight_holds_an_eighth_of_the_whole_model(name: str) -> None:
+    """Shards of the published depth, counted from the shapes of a process group that is only pretended."""
+    layers = models.MODELS[name].layers
+    whole = sum(p.nbytes for p in models.build(name, layers, torch.bfloat16, "meta").parameters())
+    fsdp, ours = (footprint.states(who, name, layers, 8) for who in ("hf_fsdp", "moefx"))
+    for held in (fsdp, ours):
+        assert held["weights"] == held["gradients"] == pytest.approx(whole / 8, rel=0.01)
+        assert sum(held.values()) < 30 * 2**30  # of an H100's 80e9 bytes: the rest is for activations
+    # FSDP2 gathers all experts of a block, with expert parallelism an eighth
+    assert ours["gathered"] < fsdp["gathered"] - 3 * 0.8 * 2**30
+
+
+def test_kept_counts_what_autograd_keeps() -> None:
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(10, 20))
+
+        def forward(self, x: torch.Tensor, use_cache: bool) -> argparse.Namespace:
+            hidden = x @ self.weight  # keeps x [4, 10]
+            return argparse.Namespace(loss=(hidden.sin() * hidden.view(2, 40).view(4, 20)).sum())  # hidden once, its sine
+
+    assert footprint.kept(Twice(), {"x": torch.randn(4, 10)}) == 4 * (4 * 10 + 2 * 4 * 20)
 
 
 def test_simulated_rank_has_its_share_and_says_that_it_is_a_model(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
