@@ -1,11 +1,13 @@
-"""Draws the results of ``single_gpu.py`` as bars: tokens per second of each contender, by model and micro-batch.
+"""Draws the results of ``single_gpu.py`` and ``multi_gpu.py`` as bars: tokens per second of each contender, by model and
+micro-batch.
 
     pip install matplotlib
-    python benchmarks/chart.py                     # all of results/single_gpu-*.json -> results/single_gpu-<device>.png
+    python benchmarks/chart.py                     # all of results/ -> results/single_gpu-<device>.png, multi_gpu-8x-<device>.png
     python benchmarks/chart.py a.json b.json -o chart.png
 
-Whole models, extrapolated from the measured depths; the number on a bar is its speed over Transformers eager in that run.
-Runs on different devices go to different charts.
+One device: whole models, extrapolated from the measured depths; the number on a bar is its speed over Transformers eager in that
+run. Several: whole models as measured, tokens per second and GPU; the number is the speed over Transformers with FSDP2, "r" says
+that blocks were recomputed in the backward. Runs on different devices go to different charts.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +27,58 @@ CONTENDERS = {
     "hf": ("Transformers eager", "#999999"),
     "hf_compile": ("torch.compile(Transformers)", "#56B4E9"),
     "nemo": ("NeMo AutoModel", "#E69F00"),
+    "hf_fsdp": ("Transformers, FSDP2", "#999999"),
+    "hf_ep": ("Transformers, its own EP", "#E69F00"),
     "moefx": ("moefx", "#009E73"),
+    "moefx_chunks": ("moefx, two chunks", "#56B4E9"),
+    "moefx_no_overlap": ("moefx, no overlap", "#CC79A7"),
 }
+#: The number on their bars would be 1.
+BASELINES = ("hf", "hf_fsdp")
 TITLES = {"qwen3_30b": "Qwen3-30B-A3B", "nemotron_nano": "Nemotron-3-Nano-30B-A3B", "gpt_oss_20b": "GPT-OSS-20B"}
 ROUTING = {"real": "", "balanced": ", balanced routing", "zipf": ", Zipf routing"}
 
 
-def bars(record: Mapping[str, Any]) -> dict[str, list[tuple[int, float, float | None]]]:
-    """Of one result: by contender, in their order, (micro-batch, tokens/s, times hf), micro-batches ascending."""
-    found: dict[str, list] = {who: [] for who in CONTENDERS}
-    for row in sorted(record["whole_model"], key=lambda r: r["mbs"]):
-        found[row["who"]].append((row["mbs"], row["tokens_per_s"], row["speedup"]))
-    return {who: rows for who, rows in found.items() if rows}
+#: (micro-batch, tokens/s, what is written on the bar)
+Bar = tuple[int, float, str]
+
+
+def bars(record: Mapping[str, Any]) -> dict[str, list[Bar]]:
+    """Of a result of one device: by contender, in their order, its bars, micro-batches ascending."""
+    return _by_contender((r["who"], r["mbs"], r["tokens_per_s"], _times(r["who"], r["speedup"])) for r in record["whole_model"])
+
+
+def panels(record: Mapping[str, Any]) -> list[tuple[str, dict[str, list[Bar]]]]:
+    """(Title, bars by contender) of what one result shows: one panel, and of several devices one for each routing."""
+    settings = record["settings"]
+    name = TITLES.get(settings["model"], settings["model"])
+    if "whole_model" in record:
+        return [(name + ROUTING[settings.get("routing", "real")], bars(record))]
+    found = []
+    for routing in dict.fromkeys(r["routing"] for r in record["rows"]):
+        rows = (
+            (r["who"], r["mbs"], r["tokens_per_s_per_gpu"]["mean"],
+             _times(r["who"], r["speedup"].get("hf_fsdp")) + (" r" if r["recompute"] else ""))
+            for r in record["rows"] if r["routing"] == routing
+        )  # fmt: skip
+        found.append((name + ROUTING[routing], _by_contender(rows)))
+    return found
+
+
+def _times(who: str, speedup: float | None) -> str:
+    return "" if speedup is None or who in BASELINES else f"{speedup:.2f}×"
+
+
+def _by_contender(rows: Iterable[tuple[str, int, float, str]]) -> dict[str, list[Bar]]:
+    found: dict[str, list[Bar]] = {who: [] for who in CONTENDERS}
+    for who, *bar in sorted(rows, key=lambda r: r[1]):
+        found[who].append(tuple(bar))  # type: ignore[arg-type]
+    return {who: some for who, some in found.items() if some}
+
+
+def device_of(record: Mapping[str, Any]) -> str:
+    name = record["machine"]["gpu"]["name"] if "gpu" in record["machine"] else "CPU"
+    return name if "whole_model" in record else f"{record['settings']['gpus']}x {name}"
 
 
 def draw(records: Sequence[Mapping[str, Any]], device: str, path: Path) -> None:
@@ -45,35 +87,34 @@ def draw(records: Sequence[Mapping[str, Any]], device: str, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(records), figsize=(max(6.0, 1.2 + 3.6 * len(records)), 4.6), squeeze=False)
-    for axis, record in zip(axes[0], records):
-        contenders = bars(record)
+    shown = [panel for record in records for panel in panels(record)]
+    single = "whole_model" in records[0]
+    figure, axes = plt.subplots(1, len(shown), figsize=(max(6.0, 1.2 + 3.6 * len(shown)), 4.6), squeeze=False)
+    for axis, (title, contenders) in zip(axes[0], shown):
         batches = sorted({b for rows in contenders.values() for b, _, _ in rows})
         width = 0.8 / len(contenders)
         for i, (who, rows) in enumerate(contenders.items()):
             at = [batches.index(b) + (i - (len(contenders) - 1) / 2) * width for b, _, _ in rows]
             drawn = axis.bar(at, [t / 1e3 for _, t, _ in rows], width * 0.94, color=CONTENDERS[who][1], label=CONTENDERS[who][0])
-            texts = ["" if s is None or who == "hf" else f"{s:.2f}×" for _, _, s in rows]
-            axis.bar_label(drawn, texts, fontsize=8, padding=2, fontweight="bold" if who == "moefx" else "normal")
+            axis.bar_label(drawn, [text for _, _, text in rows], fontsize=8, padding=2, fontweight="bold" if who == "moefx" else "normal")
         axis.set_xticks(range(len(batches)), [f"micro-batch {b}" for b in batches])
-        settings = record["settings"]
-        axis.set_title(TITLES.get(settings["model"], settings["model"]) + ROUTING[settings.get("routing", "real")], fontsize=10)
+        axis.set_title(title, fontsize=10)
         axis.set_ylim(0, 1.1 * max(t / 1e3 for rows in contenders.values() for _, t, _ in rows))
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("thousand tokens per second")
+    axes[0][0].set_ylabel(f"thousand tokens per second{'' if single else ' and GPU'}")
     labels: dict[str, Any] = {}
     for axis in axes[0]:
         for handle, label in zip(*axis.get_legend_handles_labels()):
             labels.setdefault(label, handle)
     order = [name for name, _ in CONTENDERS.values() if name in labels]
-    figure.legend([labels[n] for n in order], order, loc="lower center", ncols=min(len(order), 2 * len(records)), frameon=False, fontsize=9)
+    figure.legend([labels[n] for n in order], order, loc="lower center", ncols=min(len(order), 2 * len(shown)), frameon=False, fontsize=9)
     settings = records[0]["settings"]
     figure.suptitle(
-        f"Training on one {device}: forward + loss + backward\n"
-        f"sequence {settings['seq']}, {settings['dtype']}, whole models extrapolated from a few layers",
+        f"Training on {'one ' if single else ''}{device}: forward + loss + backward\n"
+        f"sequence {settings['seq']}, {settings['dtype']}, whole models {'extrapolated from a few layers' if single else 'as measured'}",
         fontsize=10,
     )
-    figure.tight_layout(rect=(0, 0.07 if len(records) > 1 else 0.11, 1, 1))
+    figure.tight_layout(rect=(0, 0.07 if len(shown) > 1 else 0.11, 1, 1))
     figure.savefig(path, dpi=150)
     plt.close(figure)
     common.say(f"drew {path.name}")
@@ -81,7 +122,7 @@ def draw(records: Sequence[Mapping[str, Any]], device: str, path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="*", type=Path, help="JSON files (default: results/single_gpu-*.json)")
+    parser.add_argument("results", nargs="*", type=Path, help="JSON files (default: all of results/)")
     parser.add_argument("-o", "--output", type=Path, help="of the PNG, if all results are of one device")
     args = parser.parse_args()
     try:
@@ -90,14 +131,14 @@ def main() -> int:
         print("matplotlib is not installed: pip install matplotlib")
         return 1
     by_device: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for path in args.results or sorted(common.RESULTS.glob("single_gpu-*.json")):
+    for path in args.results or sorted([*common.RESULTS.glob("single_gpu-*.json"), *common.RESULTS.glob("multi_gpu-*.json")]):
         record = json.loads(path.read_text())
-        if record["whole_model"] and record["settings"]["model"] in TITLES:
-            by_device[record["machine"]["gpu"]["name"] if "gpu" in record["machine"] else "CPU"].append(record)
+        if record.get("whole_model", record["rows"] if "rows" in record else None) and record["settings"]["model"] in TITLES:
+            by_device[device_of(record)].append(record)
         else:
-            common.say(f"{path.name}: no extrapolated model that is charted, left out")
+            common.say(f"{path.name}: no whole model that is charted, left out")
     if not by_device:
-        print("no results to draw: run benchmarks/single_gpu.py first")
+        print("no results to draw: run benchmarks/single_gpu.py or multi_gpu.py first")
         return 1
     if args.output and len(by_device) > 1:
         print(f"--output is one file, the results are of {len(by_device)} devices: {', '.join(by_device)}")
@@ -105,7 +146,8 @@ def main() -> int:
     order = list(TITLES)
     for device, records in by_device.items():
         records.sort(key=lambda r: (list(ROUTING).index(r["settings"].get("routing", "real")), order.index(r["settings"]["model"])))
-        draw(records, device, args.output or common.RESULTS / f"single_gpu-{common.slug(device)}.png")
+        kind = "single_gpu" if "whole_model" in records[0] else "multi_gpu"
+        draw(records, device, args.output or common.RESULTS / f"{kind}-{common.slug(device)}.png")
     return 0
 
 

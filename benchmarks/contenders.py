@@ -11,7 +11,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ def run(here: Rank) -> None:
     parameters = sum(p.numel() for p in contender.model.parameters())
     local = sum(_local(p).nbytes for p in contender.model.parameters())
     here.tell("built", {"seconds": time.perf_counter() - started, "parameters": parameters,
-                        "weights_gib": max(here.gather(local)) / 2**30, **contender.notes})  # fmt: skip
+                        "weights_gib": max(here.gather(local)) / 2**30})  # fmt: skip
     order = dict.fromkeys([*job.check, *(r.routing for r in job.rows)])
     left = len(job.rows)
     for name in order:
@@ -186,7 +186,6 @@ class Contender:
     model: Any
     route: Callable[[str], None]  #: from now on, routing by this name
     observe: Callable[[Any], contextlib.AbstractContextManager]  #: within, a forward's choices of experts by layer
-    notes: dict[str, Any] = field(default_factory=dict)
     finish: Callable[[], dict[str, Any]] = dict  #: what is to be said at the end
 
 
@@ -240,6 +239,8 @@ def expert_parallel(here: Rank, pipeline: Callable[[], Any] = passes.default) ->
     why = _refuses_deepep() if job.transport in ("auto", "deepep") else "not asked for"
     if job.transport == "deepep" and why:
         raise RuntimeError(f"DeepEP cannot be used here: {why}")
+    # at once: if it fails, the parent is to know by what
+    here.tell("note", {"transport": "all_to_all" if why else "deepep", "deepep_refuses": why})
     names = [n for n, b in builtin().items() if not b.by_name and b.available() is None and n not in TRANSPORTS]
     backends = names if why else ["deepep", *names]
     options: dict[str, Any] = {"backends": backends, "compile": job.compile}
@@ -265,8 +266,7 @@ def expert_parallel(here: Rank, pipeline: Callable[[], Any] = passes.default) ->
             "optimize_s": report.seconds,
         }  # fmt: skip
 
-    notes = {"transport": "all_to_all" if why else "deepep", "deepep_refuses": why}
-    return Contender(model, route, moefx.record_routes, notes, finish)
+    return Contender(model, route, moefx.record_routes, finish)
 
 
 def _refuses_deepep() -> str | None:

@@ -366,7 +366,7 @@ class _Follower:
         self.at = "check" if self.unchecked else "rows"
         self._note(details)
         common.say(f"  built in {details['seconds']:.1f} s: {details['parameters'] / 1e9:.2f} billion parameters, "
-                   f"{details['weights_gib']:.2f} GiB a rank{', ' + details['transport'] if 'transport' in details else ''}")  # fmt: skip
+                   f"{details['weights_gib']:.2f} GiB a rank")  # fmt: skip
 
     def _checked(self, details: dict[str, Any]) -> None:
         self.unchecked.remove(details["routing"])
@@ -398,6 +398,8 @@ class _Follower:
         self._note(details)
 
     def _note(self, details: dict[str, Any]) -> None:
+        if details.get("transport"):
+            common.say(f"  transport: {details['transport']} (DeepEP: {details['deepep_refuses'] or 'usable'})")
         self.run.record["contenders"].setdefault(self.job.contender, {}).update(details)
 
 

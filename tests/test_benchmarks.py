@@ -187,7 +187,22 @@ def test_bars_are_the_whole_models_rows() -> None:
         {"who": "moefx", "mbs": 1, "tokens_per_s": 3.0, "speedup": None},
     ]  # fmt: skip
     found = chart.bars({"whole_model": rows})
-    assert list(found.items()) == [("hf", [(4, 2.0, 1.0)]), ("moefx", [(1, 3.0, None), (4, 4.0, 2.0)])]
+    assert list(found.items()) == [("hf", [(4, 2.0, "")]), ("moefx", [(1, 3.0, ""), (4, 4.0, "2.00×")])]
+
+
+def test_panels_of_several_devices_are_their_routings() -> None:
+    def row(who: str, routing: str, speed: float, times: dict, recompute: bool = False) -> dict:
+        return {"who": who, "mbs": 1, "routing": routing, "recompute": recompute, "tokens_per_s_per_gpu": {"mean": speed}, "speedup": times}
+
+    record = {
+        "settings": {"model": "qwen3_30b", "gpus": 8}, "machine": {"gpu": {"name": "H"}},
+        "rows": [row("moefx", "real", 3.0, {"hf_fsdp": 3.0}), row("hf_fsdp", "real", 1.0, {"hf_ep": 2.0}, True), row("hf_ep", "balanced", 2.0, {})],
+    }  # fmt: skip
+    assert chart.panels(record) == [
+        ("Qwen3-30B-A3B", {"hf_fsdp": [(1, 1.0, " r")], "moefx": [(1, 3.0, "3.00×")]}),
+        ("Qwen3-30B-A3B, balanced routing", {"hf_ep": [(1, 2.0, "")]}),
+    ]
+    assert chart.device_of(record) == "8x H"
 
 
 # --- several ranks ---------------------------------------------------------------------------------------------------
