@@ -96,7 +96,8 @@ def main(rank: int, ranks: int, port: int, job: Job, events: Sequence[Any]) -> N
         run(here)
         dist.barrier()
     except BaseException as error:
-        here.events.send(("failed", _failure(error, here)))
+        with contextlib.suppress(OSError):  # the parent may be gone
+            here.events.send(("failed", _failure(error, here)))
         sys.stderr.flush()
         os._exit(1)  # the way out would wait for communicators that wait for other ranks
     dist.destroy_process_group()

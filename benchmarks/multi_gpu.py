@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import statistics
 import sys
@@ -135,7 +136,6 @@ class Run:
             if todo[name]:
                 rest = sum(_weight(todo[n]) for n in args.contenders[i:])
                 self._contender(name, todo[name], share=_weight(todo[name]) / rest)
-        self.summarize()
         self.save()
         show(self.record)
         return common.verdict(self.record["problems"])
@@ -242,6 +242,7 @@ class Run:
     # --- what comes of it --------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
+        self.summarize()  # a run that is cut off leaves its speed-ups too
         self.record["seconds"] = common.elapsed()
         self.args.out.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
@@ -302,7 +303,8 @@ class Run:
             record["targets"] = [t for row in record["rows"] if row["who"] == "moefx" for t in _targets(row)]
         missed = [t for t in record["targets"] if not t["reached"]]
         record["problems"] = [f"{t['row']}: {t['found']:.2f} {t['what']}, {t['wanted']} wanted" for t in missed]
-        for name in (c for c in record["contenders"] if c.startswith("moefx")):
+        everyone = dict.fromkeys([*record["contenders"], *(f["who"] for f in record["failed"])])
+        for name in (c for c in everyone if c.startswith("moefx")):
             record["problems"] += self._problems(name)
 
     def _problems(self, name: str) -> list[str]:
@@ -312,7 +314,7 @@ class Run:
             # a row that was measured after all, with recomputation or another transport, is there
             if f["who"] == name and not (f["row"] and self._row(name, f["routing"], f["mbs"])):
                 found.append(f"{name}, {f['row'] or 'start'}: {f['why']}")
-        return found + [f"{name} ran the original forward: {f}" for f in record["contenders"][name].get("fallbacks", [])]
+        return found + [f"{name} ran the original forward: {f}" for f in record["contenders"].get(name, {}).get("fallbacks", [])]
 
 
 class _Follower:
@@ -467,4 +469,5 @@ def main(given: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # with the ranks: see Run._launch
     sys.exit(main())
