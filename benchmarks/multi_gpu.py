@@ -13,6 +13,7 @@ row. Exit code 1 if a check of moefx fails, a row of it failed, or, on 8 GPUs, a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -21,6 +22,7 @@ import shutil
 import signal
 import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -91,9 +93,18 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("there is no CUDA device: pass --device cpu --model tiny")
     args.gpus = args.gpus or int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or torch.cuda.device_count() or 2
     args.check_seq = min(args.check_seq, args.seq)
-    name = common.slug(torch.cuda.get_device_name()) if args.device == "cuda" else "cpu"
-    args.name = args.name or f"multi_gpu-{args.model.replace('_', '-')}-{args.gpus}x-{name}"
+    args.name = args.name or f"multi_gpu-{args.model.replace('_', '-')}-{args.gpus}x-{common.slug(_device_name(args.device))}"
     return args
+
+
+def _device_name(device: str) -> str:
+    """Asked of the driver's tool: this process stays off the GPUs, whose memory is the ranks'."""
+    if device != "cuda":
+        return device
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()[0]
+    return device
 
 
 class Run:
