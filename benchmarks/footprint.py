@@ -7,7 +7,8 @@ Exact: weights and gradients, from the shapes of this rank's shards in a process
 gathers besides (two blocks and the gradients of one; embedding and head, which stay). Estimated: activations, from the tensors
 that autograd keeps in a real forward of few layers and few tokens on the CPU, which grow with both; of few experts, whose number
 changes a router's logits only. On a GPU other kernels keep other tensors (moefx's keep fewer); allocator and communicators come on
-top. Mamba's scan on the CPU keeps what its kernels do not: for such models there are no activations here.
+top. Mamba's scan on the CPU keeps what its kernels do not: for such models there are no activations here. For Transformers' own
+expert parallelism they are those without it: what its exchange keeps besides is not counted.
 """
 
 from __future__ import annotations

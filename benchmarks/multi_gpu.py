@@ -460,6 +460,8 @@ def show(record: dict[str, Any]) -> None:
         f"{s['model']}, {s['layers']} layers, sequence {s['seq']}, {s['gpus']} ranks",
         ("routing", "mbs", "who", "ms", "tokens/s a GPU", "peak GiB", "steps", *(f"x {p}" for p in TARGETS)), rows,
     )  # fmt: skip
+    if record["machine"].get("ranks_share_a_gpu"):
+        print("ranks share a GPU: these times say nothing")
     for f in record["failed"]:
         print(f"failed: {f['who']}, {f['row'] or 'start'}: {f['why']}")
     for t in record.get("targets", []):
