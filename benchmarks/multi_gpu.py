@@ -47,6 +47,8 @@ MEMORY_TARGET = 0.38
 SETTINGS = ("model", "layers", "gpus", "seq", "dtype", "device", "warmup", "steps", "check_seq", "recompute", "compile")
 #: Seconds in which other ranks may report a failure that came before the first report.
 GRACE = 1.0
+#: Seconds after the budget in which a row may end that was begun in time.
+OVERTIME = 30.0
 #: What CPU ranks are forked with. (The server of Python 3.11 does not look where this file lies.)
 PRELOAD = (
     "torch.distributed.fsdp", "torch.distributed.tensor", "transformers.models.auto.modeling_auto", "transformers.distributed",
@@ -141,12 +143,11 @@ class Run:
         args = self.args
         everyone = [Row(r, b, args.recompute == "always") for r in args.routing for b in args.mbs]
         todo = {c: [r for r in everyone if not self._row(c, r.routing, r.mbs)] for c in args.contenders}
-        if args.check and any(todo.values()) and not self._checked(EXACT):
-            self._contender(EXACT, [], share=1 / (1 + sum(map(_weight, todo.values()))))
+        if args.check and any(todo.values()) and self._unchecked(EXACT):
+            self._contender(EXACT, [], 0.0)
         for i, name in enumerate(args.contenders):
             if todo[name]:
-                rest = sum(_weight(todo[n]) for n in args.contenders[i:])
-                self._contender(name, todo[name], share=_weight(todo[name]) / rest)
+                self._contender(name, todo[name], later=sum(_weight(todo[n]) for n in args.contenders[i + 1 :]))
         self.save()
         show(self.record)
         return common.verdict(self.record["problems"])
@@ -155,27 +156,29 @@ class Run:
         rows = self.record["rows"]
         return next((r for r in rows if (r["who"], r["routing"], r["mbs"]) == (contender, routing, mbs)), None)
 
-    def _checked(self, contender: str) -> bool:
-        return all(contenders.check_file(self._job(contender, []), contender, r).exists() for r in self.args.routing)
+    def _unchecked(self, contender: str) -> list[str]:
+        """The routings in which it has not been checked."""
+        return [r for r in self.args.routing if not contenders.check_file(self._job(contender, []), contender, r).exists()]
 
-    def _job(self, contender: str, rows: Sequence[Row], until: float = 0.0, check: bool = False, transport: str = "") -> Job:
+    def _job(
+        self, contender: str, rows: Sequence[Row], until: float = 0.0, check: Sequence[str] = (), transport: str = ""
+    ) -> Job:
         a = self.args
         return Job(
             contender, a.model, a.layers, tuple(rows), a.seq, a.dtype, a.device, a.warmup, a.steps, until, str(self.folder),
-            tuple(a.routing) if check else (), a.check_seq, a.compile, transport or a.transport, a.fail,
+            tuple(check), a.check_seq, a.compile, transport or a.transport, a.fail,
         )
 
-    def _contender(self, name: str, rows: list[Row], share: float) -> None:
-        """All rows of a contender: by new processes as often as some fail."""
-        until = time.time() + share * (self.end - time.time())
-        check = self.args.check and not self._checked(name)
-        transport, errors = self.args.transport, 0
-        while rows or (check and name == EXACT):
+    def _contender(self, name: str, rows: list[Row], later: float) -> None:
+        """All rows of a contender: by new processes as often as some fail. ``later``: the weight of what comes after them."""
+        check, transport, errors = self.args.check, self.args.transport, 0
+        while rows or name == EXACT:
             if time.time() >= self.end:
                 self._skip(name, rows, f"the budget of {self.args.budget:.0f} s was used up")
                 return
+            until = time.time() + (self.end - time.time()) * (_weight(rows) or 1) / ((_weight(rows) or 1) + later)
             common.say(f"{name}: {CONTENDERS.get(name, 'Transformers in fp32')}")
-            left, failure = self._launch(self._job(name, rows, until, check, transport))
+            left, failure = self._launch(self._job(name, rows, until, self._unchecked(name) if check else (), transport))
             if failure is None:
                 self._skip(name, left, "its time was used up")
                 return
@@ -192,7 +195,7 @@ class Run:
             elif failed:
                 left.remove(failed)
                 errors += failure["kind"] != "memory"
-            elif check and name != EXACT and failure["check"]:
+            elif failure["check"] and rows:
                 common.say("  once more without its check")
             else:
                 return
@@ -222,7 +225,7 @@ class Run:
         )
         for w in writers:
             w.close()  # so that a pipe ends with its rank
-        follow = _Follower(self, job, ranks.pids())
+        follow = _Follower(self, job)
         try:
             while readers and not follow.over:
                 for reader in wait(readers, timeout=0.5):
@@ -274,7 +277,7 @@ class Run:
         if wanted is None:
             record["problems"].append("there is no reference in fp32 to compare with")
             return
-        weights = checks.common.distances(wanted["weights"], found["weights"])
+        weights = common.distances(wanted["weights"], found["weights"])
         far = max(weights, key=lambda n: weights[n])
         if not weights[far] <= SAME_WEIGHTS:
             record["problems"].append(f"not the same weights: {far} is {weights[far]:.1e} from the reference's")
@@ -331,8 +334,8 @@ class Run:
 class _Follower:
     """Hears what the ranks of one contender say, and notices when they say nothing."""
 
-    def __init__(self, run: Run, job: Job, pids: list[int]):
-        self.run, self.job, self.pids = run, job, pids
+    def __init__(self, run: Run, job: Job):
+        self.run, self.job = run, job
         self.left, self.finished = list(job.rows), False
         self.failures: list[dict[str, Any]] = []
         self.at = "start"
@@ -351,13 +354,13 @@ class _Follower:
     def fail(self, kind: str, why: str, row: Row | None, rank: int | None = None, at: float | None = None) -> None:
         where = {"row": str(row), "routing": row.routing, "mbs": row.mbs} if row else {"row": None}
         at = time.time() if at is None else at
-        self.failures.append({"kind": kind, "why": why, "rank": rank, "at": at, "check": self.at == "check", **where})
+        self.failures.append({"kind": kind, "why": why, "rank": rank, "at": at, "check": not row and self.at == "check", **where})
 
     def tick(self) -> None:
         now, patience = time.time(), self.run.args.patience
         if now - self.heard > patience:
             self.fail("hang", f"no rank said anything for {patience:.0f} s", self._row())
-        elif now > self.run.end + patience:
+        elif now > self.run.end + OVERTIME:
             self.fail("hang", "the budget is over", self._row())
 
     def _row(self) -> Row | None:
@@ -418,7 +421,7 @@ class _Follower:
 
 def _weight(rows: Sequence[Row]) -> float:
     """About how long rows take: starting, and steps of so many sequences."""
-    return sum(1 + r.mbs / 2 for r in rows) + 1 if rows else 0.0
+    return sum(1 + r.mbs / 2 for r in rows) + 2 if rows else 0.0
 
 
 def _speed(row: dict[str, Any]) -> float:
