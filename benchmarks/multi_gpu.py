@@ -40,7 +40,7 @@ import torch.multiprocessing as mp
 from contenders import CONTENDERS, EXACT, Job, Row
 from models import MODELS
 
-#: Of issue 5, on 8 GPUs: times the speed of a contender, and the share of its peak memory that is not needed.
+#: Goals on 8 GPUs: times the speed of a contender, and the share of its peak memory that is not needed.
 TARGETS = {"hf_fsdp": 5.0, "hf_ep": 1.3}
 MEMORY_TARGET = 0.38
 #: What rows of one result have in common.
