@@ -237,18 +237,16 @@ def _dispatch_wait(
     See :func:`_dispatch`. x is taken so that nobody writes to it while it is sent.
     """
     _arrive(tokens)
-    hidden, top_k, local = x.shape[1], experts.shape[1], num_experts // _group(group).size()
-    if tokens.shape[1] != hidden:  # a row holds its experts and weights too
+    hidden, top_k, local, first = x.shape[1], experts.shape[1], num_experts // _group(group).size(), 0
+    if not tokens.shape[0]:
+        tokens = tokens.new_empty(0, hidden)
+    elif not experts.shape[0]:  # a row holds its experts and weights too
         parts = (hidden, x.dtype), (top_k, weights.dtype), (top_k, torch.int32)
         tokens, weights, experts = transports.unpack(tokens, *parts)
         first = 0 if not capacity else _group(group).rank() * local  # all-gathered as the router gave them
-        experts = torch.where((experts >= first) & (experts < first + local), experts - first, -1)
-    counts, entries = rows_.sort_by_expert(experts, local, int(host[ROWS]))
-    place = rows_.places(entries, tokens.shape[0], top_k)
-    if not entries.shape[0]:
-        return x.new_empty(0, hidden), weights.new_empty(0), counts, place
-    at = entries.clamp_min(0)
-    return tokens[at // top_k], weights.reshape(-1)[at], counts, place
+    counts, place = rows_.by_expert(experts, first, local)
+    rows, row_weights = rows_.spread(tokens, place, int(host[ROWS]), weights, all_placed=not capacity)
+    return rows, row_weights, counts, place
 
 
 @_dispatch_wait.register_fake
@@ -258,7 +256,8 @@ def _(x, tokens, experts, weights, handle, host, link, link_weights, *, num_expe
         rows = _group(group).size() * capacity * min(link_weights.shape[1], local)
     else:
         rows = torch.library.get_ctx().new_dynamic_size()
-    counts, place = (x.new_empty(s, dtype=torch.int64) for s in ((local,), (tokens.shape[0], experts.shape[1])))
+    counts = x.new_empty(local, dtype=torch.int64)
+    place = x.new_empty(tokens.shape[0], experts.shape[1], dtype=torch.int32)
     return x.new_empty(rows, x.shape[1]), weights.new_empty(rows), counts, place
 
 
@@ -268,10 +267,10 @@ def return_start(
     group: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The backward of ``dispatch_wait``: adds up the rows of each token on this rank and starts to send them back."""
-    call = _call(group, 0)
-    to_tokens, to_weights = rows_.sum_rows(grad_rows, place), rows_.pick(grad_weights, place)
-    mover = transports.find(int(host[transports.KIND]))
-    back, back_weights, wait = mover.bring_back(to_tokens, to_weights, handle, host, call)
+    call, mover = _call(group, 0), transports.find(int(host[transports.KIND]))
+    rows, tokens, weights = transports.room(mover, grad_rows, *place.shape, grad_weights.dtype)
+    rows_.sum_rows(grad_rows, place, out=tokens, picked=rows_.Picked(grad_weights, place, weights))
+    back, back_weights, wait = mover.bring_back(rows, weights, handle, host, call)
     assert back_weights is not None
     _started(back, wait, "dispatch's backward", host, call.group)
     return back, back_weights
@@ -352,7 +351,7 @@ def _dispatch(
     """Sends x [T, H] to the ranks of experts index [T, K] (int64), with weights [T, K]; expert e lives on rank e // (E / ep).
 
     Returns rows [R, H], expert by expert, within an expert by source rank, then token; row_weights [R], the router's weights
-    of these rows in float32 (float64 for float64), differentiable; counts [E / ep] int64; and for ``combine``: place [N, K],
+    of these rows in float32 (float64 for float64), differentiable; counts [E / ep] int64; and for ``combine``: place [N, K] int32,
     the row of each (token, k) that this rank received, -1 for none; handle (bytes); host (of the CPU); link (S rows, without
     memory). ``group`` is the name of the ep process group; all its ranks call.
 
@@ -413,22 +412,20 @@ def _(grad, link, handle, host, group: str):
 
 
 @torch.library.custom_op("moefx::resend_wait", mutates_args=())
-def resend_wait(
-    grad: Tensor, rows: Tensor, row_weights: Tensor, place: Tensor
-) -> tuple[Tensor, Tensor]:
+def resend_wait(grad: Tensor, rows: Tensor, row_weights: Tensor, place: Tensor, host: Tensor) -> tuple[Tensor, Tensor]:
     """The backward of ``combine_start``: gradients of rows [R, H] and row_weights [R] from the tokens' [N, H]."""
     _arrive(grad)
-    return rows_.weighted_backward(grad, rows, row_weights, place)
+    return rows_.weighted_backward(grad, rows, row_weights, place, all_placed=not int(host[transports.CAPACITY]))
 
 
 @resend_wait.register_fake
-def _(grad, rows, row_weights, place):
+def _(grad, rows, row_weights, place, host):
     return rows.new_empty(rows.shape), row_weights.new_empty(row_weights.shape)
 
 
 def _save_combine_start(ctx, inputs, keyword_only_inputs, output) -> None:
-    rows, row_weights, _, place, _, _, _ = inputs
-    ctx.save_for_backward(rows, row_weights, place)
+    rows, row_weights, _, place, _, host, _ = inputs
+    ctx.save_for_backward(rows, row_weights, place, host)
     ctx.mark_non_differentiable(output[0])
 
 

@@ -1,9 +1,14 @@
-"""The moves of rows within a rank: from tokens to experts' rows, and from experts' rows to one row per token.
+"""The moves of rows within a rank: where each token goes, from tokens to rows, and from rows to sums per token.
 
-Sums are taken in float32 (float64 for float64) in a fixed order and rounded once. On CUDA one Triton kernel each.
+A table of places [T, K] (int32) says which row each (token, k) is, -1 for none; all moves read such a table, and it is made once.
+Sums are taken in float32 (float64 for float64) in a fixed order and rounded once. On CUDA each move is one Triton kernel, a
+table three; nothing waits for the device.
 """
 
 from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,69 +16,179 @@ from torch import Tensor
 from .transports import wide
 
 
-def sort_by_expert(experts: Tensor, local: int, rows: int) -> tuple[Tensor, Tensor]:
-    """experts [N, K]: numbers from 0 to ``local`` - 1, or -1 for none. -> counts [local] int64, and entries [rows] int64: which
-    flattened (token, k) each row is, expert by expert, in the order of the tokens; -1 for rows after the last.
+def _fused(x: Tensor) -> Any:
+    """The module of kernels for tensors on a CUDA device, None elsewhere."""
+    return _kernels() if x.is_cuda else None
 
-    ``rows`` is the number of experts wanted, or more.
+
+@functools.cache
+def _kernels() -> Any:
+    from .kernels import rows
+
+    return rows
+
+
+# --- tables of places ------------------------------------------------------------------------------------------------
+
+
+def ways(index: Tensor, ep: int, local: int) -> tuple[Tensor, Tensor]:
+    """Where tokens go that want the experts index [T, K] (int64; -1: none), ``local`` of which live on each of ``ep`` ranks.
+
+    -> sizes [2, ep, 2] int64: of the first, the tokens and the (token, k) for each rank; the second is left for what the other
+    ranks say. And tables [2, T, K]: the row, rank by rank, then by token, that (token, k) is sent in; the same with
+    -1 where an earlier k of the token is sent in that row.
     """
-    flat = experts.reshape(-1)
-    key = torch.where(flat < 0, local, flat)
-    counts = torch.zeros(local + 1, dtype=torch.int64, device=flat.device)
-    counts.scatter_add_(0, key.long(), torch.ones_like(key, dtype=torch.int64))
-    entries = torch.argsort(key, stable=True)[:rows]
-    counts = counts[:local].clone()
-    return counts, torch.where(key[entries] < local, entries, -1)
+    sizes = torch.empty(2, ep, 2, dtype=torch.int64, device=index.device)
+    tables = torch.empty(2, *index.shape, dtype=torch.int32, device=index.device)
+    kernels = _fused(index)
+    if kernels:
+        kernels.places(index.contiguous(), 0, local, ep, sizes[0], tables[0], tables[1])
+        return sizes, tables
+    tokens = index.shape[0]
+    rank = torch.where(index < 0, ep, index // local)
+    here = torch.zeros(tokens, ep + 1, dtype=torch.int64, device=index.device).scatter_(1, rank, 1)[:, :ep]
+    torch.sum(here, 0, out=sizes[0, :, 0])
+    sizes[0, :, 1] = torch.bincount(rank.view(-1), minlength=ep + 1)[:ep]
+    row = here.t().reshape(-1).cumsum(0).sub_(1).view(ep, tokens)
+    tables[0] = row.t().gather(1, rank.clamp_max(ep - 1)).masked_fill_(index < 0, -1)
+    again = (rank.unsqueeze(2) == rank.unsqueeze(1)).tril_(-1).any(dim=2)
+    tables[1] = tables[0].masked_fill(again, -1)
+    return sizes, tables
 
 
-def places(entries: Tensor, tokens: int, top_k: int) -> Tensor:
-    """The inverse: which row each (token, k) is, -1 for none. [N, K] int64."""
-    found = torch.full((tokens * top_k + 1,), -1, dtype=torch.int64, device=entries.device)
-    at = torch.where(entries < 0, tokens * top_k, entries)
-    found.scatter_(0, at, torch.arange(entries.shape[0], device=entries.device))
-    return found[:-1].view(tokens, top_k)
+def by_expert(experts: Tensor, first: int, local: int) -> tuple[Tensor, Tensor]:
+    """experts [N, K] int32 (rows may be strided), of which those from ``first`` to ``first + local - 1`` are meant.
 
-
-def sum_rows(rows: Tensor, place: Tensor, weights: Tensor | None = None) -> Tensor:
-    """rows [R, H] (strided), place [N, K]: which rows make up each result, -1 for none; weights [R] or None. -> [N, H]:
-
-    ``out[n] = sum_k weights[place[n, k]] * rows[place[n, k]]``, in the rows' dtype.
+    -> counts [local] int64, and the table of places in the order of the experts, within one in the order of the tokens.
     """
-    if rows.is_cuda:
-        from .kernels.rows import sum_rows as kernel
+    counts = torch.empty(local, dtype=torch.int64, device=experts.device)
+    place = torch.empty(experts.shape, dtype=torch.int32, device=experts.device)
+    kernels = _fused(experts)
+    if kernels:
+        kernels.places(experts, first, 1, local, counts, place, None)
+        return counts, place
+    flat = experts.reshape(-1).long() - first
+    flat = torch.where((flat < 0) | (flat >= local), local, flat)
+    counts.copy_(torch.bincount(flat, minlength=local + 1)[:local])
+    order = torch.argsort(flat, stable=True)
+    place.view(-1).scatter_(0, order, torch.arange(flat.shape[0], dtype=torch.int32, device=flat.device))
+    return counts, place.masked_fill_((flat == local).view(place.shape), -1)
 
-        return kernel(rows, place, weights)
-    here = place >= 0
-    picked = rows[place[here]].to(wide(rows.dtype))
+
+def _entries(place: Tensor, rows: int) -> Tensor:
+    """The inverse of a table: which flattened (token, k) each of ``rows`` rows is, -1 for none."""
+    found = torch.full((rows + 1,), -1, dtype=torch.int64, device=place.device)
+    flat = place.reshape(-1).long()
+    found.scatter_(0, torch.where(flat < 0, rows, flat), torch.arange(flat.shape[0], device=flat.device))
+    return found[:rows]
+
+
+# --- from tokens to rows ---------------------------------------------------------------------------------------------
+
+
+def spread(x: Tensor, place: Tensor, rows: int, values: Tensor | None = None, *, all_placed: bool = True) -> tuple[Tensor, Tensor]:
+    """x [T, H] and values [T, K] (both may be strided) -> each token in its rows [rows, H], each value in its row [rows].
+
+    Not ``all_placed``: rows that the table does not name are finite, and mean nothing.
+    """
+    kernels = _fused(x)
+    if kernels:
+        new = torch.empty if all_placed else torch.zeros
+        out = new(rows, x.shape[1], dtype=x.dtype, device=x.device)
+        row_values = new(rows if values is not None else 0, dtype=torch.float32, device=x.device)
+        kernels.spread(x, place, out, values, row_values)
+        return out, row_values
+    if not place.numel():
+        return x.new_zeros(rows, x.shape[1]), x.new_zeros(0 if values is None else rows, dtype=wide(x.dtype))
+    at = _entries(place, rows).clamp_min_(0)
+    picked = x.new_empty(0, dtype=wide(x.dtype)) if values is None else values.reshape(-1)[at]
+    return x[at // place.shape[1]], picked
+
+
+class Row(NamedTuple):
+    """Views of the parts of rows that travel."""
+
+    hidden: Tensor  #: [S, W]
+    weights: Tensor  #: [S, K] float32 (float64)
+    experts: Tensor  #: [S, K] int32: numbered from 0 on the rank that the row goes to, -1: not there
+
+
+def pack(x: Tensor, index: Tensor, weights: Tensor, once: Tensor, local: int, out: Row) -> None:
+    """Writes each token's x [T, W], weights [T, K] and experts index [T, K] to its rows by the table ``once``."""
+    kernels = _fused(x)
+    if kernels:
+        kernels.pack(x.contiguous(), index.contiguous(), weights.contiguous(), once, local, out)
+        return
+    top_k = index.shape[1]
+    at = _entries(once, out.hidden.shape[0])
+    token = at // top_k
+    out.hidden.copy_(x[token])
+    out.weights.copy_(weights[token])
+    there, rank = index[token], index.view(-1)[at].unsqueeze(1) // local
+    out.experts.copy_(torch.where((there >= 0) & (there // local == rank), there - rank * local, -1))
+
+
+# --- from rows to tokens ---------------------------------------------------------------------------------------------
+
+
+class Picked(NamedTuple):
+    """``out[n, k] = values[place[n, k]]``, or ``values[place[n, k], k]`` where they have a column for each k; 0 for none."""
+
+    values: Tensor  #: [R] or [R, K]
+    place: Tensor  #: [N, K]
+    out: Tensor  #: [N, K]
+
+
+def sum_rows(
+    rows: Tensor, place: Tensor, weights: Tensor | None = None, *, out: Tensor | None = None, picked: Picked | None = None
+) -> Tensor:
+    """rows [R, H], place [N, K]: which rows make up each result, -1 for none; weights [R] or None. -> [N, H]:
+
+    ``out[n] = sum_k weights[place[n, k]] * rows[place[n, k]]``, in the rows' dtype. rows and ``out`` may have strided rows.
+    ``picked``: single values are picked besides.
+    """
+    if out is None:
+        out = rows.new_empty(place.shape[0], rows.shape[1])
+    kernels = _fused(rows)
+    if kernels:
+        kernels.sum_rows(rows, place, weights, out, picked)
+        return out
+    if picked is not None:
+        picked.out.copy_(_pick(picked.values, picked.place))
+    token, _ = torch.nonzero(place >= 0, as_tuple=True)
+    at = place[place >= 0].long()
+    terms = rows[at].to(wide(rows.dtype))
     if weights is not None:
-        picked = picked * weights[place[here]].to(picked.dtype).unsqueeze(1)
-    token = torch.arange(place.shape[0], device=rows.device).unsqueeze(1).expand_as(place)[here]
-    total = picked.new_zeros(place.shape[0], rows.shape[1])
-    return total.index_add_(0, token, picked).to(rows.dtype)
+        terms = terms * weights[at].to(terms.dtype).unsqueeze(1)
+    total = terms.new_zeros(place.shape[0], rows.shape[1])
+    return out.copy_(total.index_add_(0, token, terms))
 
 
-def pick(values: Tensor, place: Tensor) -> Tensor:
-    """``values[place]``, zeros where place is -1. values [R] -> [N, K]."""
+def _pick(values: Tensor, place: Tensor) -> Tensor:
     if not values.shape[0]:
         return values.new_zeros(place.shape)
-    return torch.where(place >= 0, values[place.clamp_min(0)], 0)
+    at = place.clamp_min(0).long()
+    found = values[at] if values.dim() == 1 else values[at, torch.arange(place.shape[1], device=at.device)]
+    return found.masked_fill_(place < 0, 0)
 
 
-def weighted_backward(grad: Tensor, rows: Tensor, weights: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of ``sum_rows``'s rows [R, H] and weights [R] from its result's [N, H]; zeros for a row without token."""
-    # the token of each row, -1 for none
-    here = torch.where(place < 0, rows.shape[0], place).reshape(-1)
-    token = torch.full((rows.shape[0] + 1,), -1, dtype=torch.int64, device=rows.device)
-    token.scatter_(0, here, torch.arange(here.shape[0], device=rows.device) // max(place.shape[1], 1))
-    token = token[:-1]
-    if rows.is_cuda:
-        from .kernels.rows import weighted_backward as kernel
+def weighted_backward(
+    grad: Tensor, rows: Tensor, weights: Tensor, place: Tensor, *, all_placed: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The gradients of ``sum_rows``'s rows [R, H] and weights [R] from its result's [N, H].
 
-        return kernel(grad, rows, weights, token)
+    Not ``all_placed``: there are rows that the table does not name; their gradient is zero.
+    """
+    kernels = _fused(rows)
+    if kernels:
+        return kernels.weighted_backward(grad.contiguous(), rows.contiguous(), weights, place, all_placed)
     if not grad.shape[0]:
         return torch.zeros_like(rows), torch.zeros_like(weights)
-    there = (token >= 0).unsqueeze(1)
-    picked = grad[token.clamp_min(0)].to(wide(rows.dtype))
-    to_rows = torch.where(there, picked * weights.to(picked.dtype).unsqueeze(1), 0).to(rows.dtype)
-    to_weights = torch.where(there, picked * rows.to(picked.dtype), 0).sum(dim=1).to(weights.dtype)
-    return to_rows, to_weights
+    entry = _entries(place, rows.shape[0])
+    picked = grad[entry.clamp_min(0) // place.shape[1]].to(wide(rows.dtype))
+    if not all_placed:
+        picked.masked_fill_((entry < 0).unsqueeze(1), 0)
+    to_weights = (picked * rows).sum(dim=1).to(weights.dtype)
+    if not all_placed:  # such rows may hold anything
+        to_weights.masked_fill_(entry < 0, 0)
+    return (picked * weights.to(picked.dtype).unsqueeze(1)).to(rows.dtype), to_weights

@@ -246,6 +246,8 @@ def sent_copy(x: Tensor) -> Tensor:
 class DeepEP:
     """Along ``Buffer``."""
 
+    packed = False
+
     def shapes(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
         (tokens, hidden), top_k = x.shape, index.shape[1]
         n = call.ep * call.capacity if call.capacity else size("received")

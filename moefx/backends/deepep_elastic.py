@@ -89,6 +89,8 @@ def release(group: str | None = None) -> None:
 
 
 class Elastic:
+    packed = False
+
     def shapes(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
         (tokens, hidden), top_k, n = x.shape, index.shape[1], call.ep * call.capacity
         return Shapes((n, hidden), (n, top_k), (size("handle"),), (tokens, hidden), (tokens, top_k))

@@ -112,6 +112,8 @@ def _nothing() -> None:
 
 
 class NCCLEP:
+    packed = False
+
     def shapes(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
         (tokens, hidden), top_k = x.shape, index.shape[1]
         rows = call.ep * call.capacity * min(top_k, call.local)

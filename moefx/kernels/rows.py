@@ -1,6 +1,8 @@
-"""Sums of chosen rows and their gradient: each row is read once, added in float32, and written once. No atomics."""
+"""The moves of :mod:`moefx.rows` on a CUDA device: each row is read once, sums are taken in float32, and there are no atomics."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -9,9 +11,200 @@ from torch import Tensor
 
 from ..transports import wide
 
+#: Numbers of a block's table of (token, bucket): it has to stay in registers.
+TABLE = 1 << 13
+
+
+# --- tables of places: a stable counting sort into buckets -------------------------------------------------------------
+
 
 @triton.jit
-def _sum(rows, place, weights, out, width, row_stride, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
+def _count(
+    index, counts, entries, tokens, blocks, stride, first, each, there,
+    TOP_K: tl.constexpr, BUCKETS: tl.constexpr, ONCE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of a block of tokens: the rows for each bucket, and (ONCE) the (token, k). counts, entries [BUCKETS, blocks]."""
+    block = tl.program_id(0)
+    token = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    buckets = tl.arange(0, BUCKETS)
+    wanted = tl.zeros((BLOCK, BUCKETS), tl.int32)
+    many = tl.zeros((BUCKETS,), tl.int32)
+    for k in tl.static_range(TOP_K):
+        e = tl.load(index + token * stride + k, mask=token < tokens, other=-1).to(tl.int32) - first
+        here = ((e >= 0)[:, None] & ((e // each)[:, None] == buckets[None, :]) & (buckets < there)[None, :]).to(tl.int32)
+        if ONCE:
+            many += tl.sum(here, axis=0)
+            wanted = tl.maximum(wanted, here)
+        else:
+            wanted += here
+    tl.store(counts + buckets * blocks + block, tl.sum(wanted, axis=0))
+    if ONCE:
+        tl.store(entries + buckets * blocks + block, many)
+
+
+@triton.jit
+def _scan(counts, entries, totals, blocks, ONCE: tl.constexpr, BLOCK: tl.constexpr):
+    """Of one bucket: its rows in the blocks before each block, in place of the counts; and its totals (int64)."""
+    bucket = tl.program_id(0)
+    before = 0
+    many = 0
+    for start in range(0, blocks, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        n = tl.load(counts + bucket * blocks + at, mask=at < blocks, other=0)
+        tl.store(counts + bucket * blocks + at, before + tl.cumsum(n, 0) - n, mask=at < blocks)
+        before += tl.sum(n, 0)
+        if ONCE:
+            many += tl.sum(tl.load(entries + bucket * blocks + at, mask=at < blocks, other=0), 0)
+    if ONCE:
+        tl.store(totals + 2 * bucket, before.to(tl.int64))
+        tl.store(totals + 2 * bucket + 1, many.to(tl.int64))
+    else:
+        tl.store(totals + bucket, before.to(tl.int64))
+
+
+@triton.jit
+def _place(
+    index, counts, totals, place, once, tokens, blocks, stride, first, each, there,
+    TOP_K: tl.constexpr, BUCKETS: tl.constexpr, ONCE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Where each (token, k) goes: its bucket's first row, plus the bucket's rows of earlier blocks, tokens and k."""
+    block = tl.program_id(0)
+    token = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    buckets = tl.arange(0, BUCKETS)
+    total = tl.load(totals + buckets * (2 if ONCE else 1), mask=buckets < there, other=0).to(tl.int32)
+    start = tl.cumsum(total, 0) - total + tl.load(counts + buckets * blocks + block)
+    wanted = tl.zeros((BLOCK, BUCKETS), tl.int32)
+    for k in tl.static_range(TOP_K):
+        e = tl.load(index + token * stride + k, mask=token < tokens, other=-1).to(tl.int32) - first
+        here = ((e >= 0)[:, None] & ((e // each)[:, None] == buckets[None, :]) & (buckets < there)[None, :]).to(tl.int32)
+        wanted = tl.maximum(wanted, here) if ONCE else wanted + here
+    row = start[None, :] + tl.cumsum(wanted, axis=0) - wanted
+    seen = tl.zeros((BLOCK, BUCKETS), tl.int32)
+    for k in tl.static_range(TOP_K):
+        e = tl.load(index + token * stride + k, mask=token < tokens, other=-1).to(tl.int32) - first
+        here = ((e >= 0)[:, None] & ((e // each)[:, None] == buckets[None, :]) & (buckets < there)[None, :]).to(tl.int32)
+        known = tl.sum(here, axis=1) > 0  # among these buckets
+        at = tl.sum(here * (row if ONCE else row + seen), axis=1)
+        tl.store(place + token * TOP_K + k, tl.where(known, at, -1), mask=token < tokens)
+        if ONCE:
+            again = tl.sum(here * seen, axis=1) > 0
+            tl.store(once + token * TOP_K + k, tl.where(known & (again == 0), at, -1), mask=token < tokens)
+        seen += here
+
+
+def places(index: Tensor, first: int, each: int, buckets: int, totals: Tensor, place: Tensor, once: Tensor | None) -> None:
+    """Expert e goes into the bucket ``(e - first) // each``, if it is one of ``buckets``. Writes ``place`` and ``totals``.
+
+    With ``once`` a token has one row in a bucket, however many of its experts are there: ``once`` has the first of them, and
+    totals [buckets, 2] are rows and (token, k). Without, each (token, k) has a row: totals [buckets].
+    """
+    tokens, top_k = index.shape
+    if not index.numel():
+        totals.zero_()
+        return
+    width, alone = max(2, triton.next_power_of_2(buckets)), once is not None
+    block = max(16, min(128, TABLE // width))
+    blocks = triton.cdiv(tokens, block)
+    counts = torch.empty(2, width, blocks, dtype=torch.int32, device=index.device)
+    shape = {"TOP_K": top_k, "BUCKETS": width, "ONCE": alone, "BLOCK": block, "num_warps": 8}
+    with torch.cuda.device_of(index):
+        _count[(blocks,)](index, counts[0], counts[1], tokens, blocks, index.stride(0), first, each, buckets, **shape)
+        _scan[(buckets,)](counts[0], counts[1], totals, blocks, alone, min(1024, triton.next_power_of_2(blocks)))
+        _place[(blocks,)](
+            index, counts[0], totals, place, place if once is None else once, tokens, blocks, index.stride(0), first, each,
+            buckets, **shape,
+        )  # fmt: skip
+
+
+# --- from tokens to rows ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _spread(
+    x, place, out, values, row_values, width, x_stride, out_stride, values_stride,
+    TOP_K: tl.constexpr, WIDE_K: tl.constexpr, VALUED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One token, read once, written to its rows."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    value = tl.load(x + token * x_stride + column, mask=inside)
+    for k in tl.static_range(TOP_K):
+        row = tl.load(place + token * TOP_K + k).to(tl.int64)
+        if row >= 0:
+            tl.store(out + row * out_stride + column, value, mask=inside)
+    if VALUED:
+        if tl.program_id(1) == 0:
+            ks = tl.arange(0, WIDE_K)
+            row = tl.load(place + token * TOP_K + ks, mask=ks < TOP_K, other=-1)
+            value = tl.load(values + token * values_stride + ks, mask=ks < TOP_K)
+            tl.store(row_values + row, value, mask=row >= 0)
+
+
+@triton.jit
+def _pack(
+    x, index, weights, once, hidden, row_weights, experts, width, hidden_stride, weights_stride, experts_stride, local,
+    TOP_K: tl.constexpr, WIDE_K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One token to the rows that travel, with its weights and, numbered as the receiver numbers them, its experts."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    value = tl.load(x + token * width + column, mask=inside)
+    for k in tl.static_range(TOP_K):
+        row = tl.load(once + token * TOP_K + k).to(tl.int64)
+        if row >= 0:
+            tl.store(hidden + row * hidden_stride + column, value, mask=inside)
+    if tl.program_id(1) == 0:
+        ks = tl.arange(0, WIDE_K)
+        e = tl.load(index + token * TOP_K + ks, mask=ks < TOP_K, other=-1).to(tl.int32)
+        w = tl.load(weights + token * TOP_K + ks, mask=ks < TOP_K, other=0.0).to(tl.float32)
+        for k in tl.static_range(TOP_K):
+            row = tl.load(once + token * TOP_K + k).to(tl.int64)
+            if row >= 0:
+                rank = tl.load(index + token * TOP_K + k).to(tl.int32) // local
+                there = tl.where((e >= 0) & (e // local == rank), e - rank * local, -1)
+                tl.store(experts + row * experts_stride + ks, there, mask=ks < TOP_K)
+                tl.store(row_weights + row * weights_stride + ks, w, mask=ks < TOP_K)
+
+
+def _inner(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def spread(x: Tensor, place: Tensor, out: Tensor, values: Tensor | None, row_values: Tensor) -> None:
+    """See :func:`moefx.rows.spread`."""
+    (tokens, top_k), width, x = place.shape, x.shape[1], _inner(x)
+    if place.numel():
+        block = min(2048, max(128, triton.next_power_of_2(width)))
+        with torch.cuda.device_of(x):
+            _spread[(tokens, triton.cdiv(width, block))](
+                x, place, out, x if values is None else values, row_values, width, x.stride(0), out.stride(0),
+                0 if values is None else values.stride(0), TOP_K=top_k, WIDE_K=triton.next_power_of_2(top_k),
+                VALUED=values is not None, BLOCK=block, num_warps=4,
+            )  # fmt: skip
+
+
+def pack(x: Tensor, index: Tensor, weights: Tensor, once: Tensor, local: int, out: Any) -> None:
+    """See :func:`moefx.rows.pack`."""
+    (tokens, top_k), width = index.shape, x.shape[1]
+    if index.numel():
+        block = min(2048, max(128, triton.next_power_of_2(width)))
+        with torch.cuda.device_of(x):
+            _pack[(tokens, triton.cdiv(width, block))](
+                x, index, weights, once, *out, width, out.hidden.stride(0), out.weights.stride(0), out.experts.stride(0),
+                local, TOP_K=top_k, WIDE_K=triton.next_power_of_2(top_k), BLOCK=block, num_warps=4,
+            )  # fmt: skip
+
+
+# --- from rows to tokens ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _sum(
+    rows, place, weights, out, width, row_stride, out_stride, values, value_place, picked, value_stride, value_column,
+    picked_stride, TOP_K: tl.constexpr, WIDE_K: tl.constexpr, WEIGHTED: tl.constexpr, PICKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program for BLOCK numbers of one result."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -19,33 +212,37 @@ def _sum(rows, place, weights, out, width, row_stride, TOP_K: tl.constexpr, WEIG
     total = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(TOP_K):
         at = tl.load(place + token * TOP_K + k)
-        row = tl.load(rows + at * row_stride + column, mask=inside & (at >= 0), other=0.0).to(tl.float32)
+        there = column < tl.where(at >= 0, width, 0)
+        row = tl.load(rows + at.to(tl.int64) * row_stride + column, mask=there, other=0.0).to(tl.float32)
         if WEIGHTED:
             row = row * tl.load(weights + at, mask=at >= 0, other=0.0).to(tl.float32)
         total += row
-    tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + token * out_stride + column, total.to(out.dtype.element_ty), mask=inside)
+    if PICKED:
+        if tl.program_id(1) == 0:
+            ks = tl.arange(0, WIDE_K)
+            at = tl.load(value_place + token * TOP_K + ks, mask=ks < TOP_K, other=-1).to(tl.int64)
+            value = tl.load(values + at * value_stride + ks * value_column, mask=at >= 0, other=0.0)
+            tl.store(picked + token * picked_stride + ks, value, mask=ks < TOP_K)
 
 
 @triton.jit
-def _backward(grad, rows, weights, tokens, to_rows, to_weights, width, BLOCK: tl.constexpr):
-    """One program for one row."""
-    row = tl.program_id(0).to(tl.int64)
-    token = tl.load(tokens + row)
-    here = token >= 0
-    weight = tl.load(weights + row).to(tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, width, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        inside = (column < width) & here
-        g = tl.load(grad + token * width + column, mask=inside, other=0.0).to(tl.float32)
-        x = tl.load(rows + row * width + column, mask=inside, other=0.0).to(tl.float32)
-        total += g * x
-        tl.store(to_rows + row * width + column, (g * weight).to(to_rows.dtype.element_ty), mask=column < width)
-    tl.store(to_weights + row, tl.sum(total, axis=0).to(to_weights.dtype.element_ty))
-
-
-def _block(width: int, most: int) -> int:
-    return min(most, max(128, triton.next_power_of_2(width)))
+def _backward(grad, rows, weights, place, to_rows, to_weights, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """One program for one (token, k): its row's gradients."""
+    entry = tl.program_id(0).to(tl.int64)
+    row = tl.load(place + entry).to(tl.int64)
+    if row >= 0:
+        token = entry // TOP_K
+        weight = tl.load(weights + row).to(tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for first in range(0, width, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            inside = column < width
+            g = tl.load(grad + token * width + column, mask=inside, other=0.0).to(tl.float32)
+            x = tl.load(rows + row * width + column, mask=inside, other=0.0).to(tl.float32)
+            total += g * x
+            tl.store(to_rows + row * width + column, (g * weight).to(to_rows.dtype.element_ty), mask=inside)
+        tl.store(to_weights + row, tl.sum(total, axis=0).to(to_weights.dtype.element_ty))
 
 
 def _check(rows: Tensor) -> None:
@@ -53,32 +250,39 @@ def _check(rows: Tensor) -> None:
         raise ValueError("these kernels add in float32, float64 rows would lose: train on CUDA in float32 or bfloat16")
 
 
-def sum_rows(rows: Tensor, place: Tensor, weights: Tensor | None) -> Tensor:
+def sum_rows(rows: Tensor, place: Tensor, weights: Tensor | None, out: Tensor, picked: Any) -> None:
     """See :func:`moefx.rows.sum_rows`."""
     _check(rows)
-    (tokens, top_k), width = place.shape, rows.shape[1]
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    out = torch.empty(tokens, width, dtype=rows.dtype, device=rows.device)
-    if tokens:
-        block = _block(width, 1024)
-        with torch.cuda.device(rows.device):
-            _sum[(tokens, triton.cdiv(width, block))](
-                rows, place.contiguous(), rows if weights is None else weights, out, width, rows.stride(0), TOP_K=top_k,
-                WEIGHTED=weights is not None, BLOCK=block, num_warps=4,
-            )  # fmt: skip
-    return out
+    (tokens, top_k), width, rows = place.shape, rows.shape[1], _inner(rows)
+    if not tokens:
+        return
+    block = min(1024, max(128, triton.next_power_of_2(width)))
+    if picked is None:
+        extra = (rows, place, out, 0, 0, 0)
+    else:
+        values = picked.values
+        steps = (values.stride(0), values.stride(1) if values.dim() == 2 else 0)
+        extra = (values, picked.place, picked.out, *steps, picked.out.stride(0))
+    with torch.cuda.device_of(rows):
+        _sum[(tokens, triton.cdiv(width, block))](
+            rows, place, rows if weights is None else weights, out, width, rows.stride(0), out.stride(0), *extra, TOP_K=top_k,
+            WIDE_K=triton.next_power_of_2(top_k), WEIGHTED=weights is not None, PICKED=picked is not None, BLOCK=block,
+            num_warps=4,
+        )  # fmt: skip
 
 
-def weighted_backward(grad: Tensor, rows: Tensor, weights: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-    """See :func:`moefx.rows.weighted_backward`; token [R]: the row of ``grad``, -1 for none."""
+def weighted_backward(
+    grad: Tensor, rows: Tensor, weights: Tensor, place: Tensor, all_placed: bool
+) -> tuple[Tensor, Tensor]:
+    """See :func:`moefx.rows.weighted_backward`."""
     _check(rows)
-    grad, rows = grad.contiguous(), rows.contiguous()
-    to_rows, to_weights = torch.empty_like(rows), torch.empty_like(weights)
-    if rows.shape[0]:
+    new = torch.empty_like if all_placed else torch.zeros_like
+    to_rows, to_weights = new(rows), new(weights)
+    if place.numel():
         width = rows.shape[1]
-        with torch.cuda.device(rows.device):
-            _backward[(rows.shape[0],)](
-                grad, rows, weights, token, to_rows, to_weights, width, BLOCK=_block(width, 2048), num_warps=4
+        block = min(2048, max(128, triton.next_power_of_2(width)))
+        with torch.cuda.device_of(rows):
+            _backward[(place.numel(),)](
+                grad, rows, weights, place, to_rows, to_weights, width, TOP_K=place.shape[1], BLOCK=block, num_warps=4
             )
     return to_rows, to_weights

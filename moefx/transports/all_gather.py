@@ -38,6 +38,8 @@ from . import (
 
 
 class AllGather:
+    packed = True
+
     def shapes(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
         n, top_k, parts = call.ep * call.capacity, index.shape[1], self._parts(x, index, weights)
         there, back = row_bytes(*parts) // x.dtype.itemsize, row_bytes(*parts[:2]) // x.dtype.itemsize
@@ -91,15 +93,8 @@ class AllGather:
         from .all_to_all import all_to_all
 
         sizes = Host.read(host)
-        top_k = sizes.facts[TOP_K]
-        payload = tokens
-        if weights is not None:
-            parts = [(tokens.shape[1], tokens.dtype), (top_k, weights.dtype)]
-            payload = empty_rows(tokens, tokens.shape[0], *parts)
-            for part, values in zip(unpack(payload, *parts), (tokens, weights)):
-                part.copy_(values)
-        back, wait = all_to_all(payload, sizes.receive, sizes.send, call)
-        return back, None if weights is None else weights.new_empty(0, top_k), wait
+        back, wait = all_to_all(tokens.contiguous(), sizes.receive, sizes.send, call)
+        return back, None if weights is None else weights.new_empty(0, sizes.facts[TOP_K]), wait
 
     def collect(
         self, back: Tensor, back_weights: Tensor | None, handle: Tensor, host: Tensor, call: Call, hidden: int

@@ -34,6 +34,8 @@ from . import (
     host_size,
     make_host,
     nodes,
+    room,
+    row_bytes,
 )  # fmt: skip
 from .all_to_all import AllToAll
 
@@ -52,6 +54,7 @@ def _groups(group: dist.ProcessGroup) -> tuple[dist.ProcessGroup, dist.ProcessGr
 
 class Hierarchical:
     stage = AllToAll()
+    packed = True
 
     @staticmethod
     def _calls(call: Call) -> tuple[Call, Call]:
@@ -62,7 +65,7 @@ class Hierarchical:
     @staticmethod
     def _own(call: Call) -> int:
         parts = nodes(call.group)
-        return 2 + host_size(len(parts)) + host_size(len(parts[0]))
+        return 2 + host_size(len(parts), 0) + host_size(len(parts[0]), 0)
 
     def shapes(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
         found = self.stage.shapes(x, index, weights, call, size)
@@ -105,8 +108,17 @@ class Hierarchical:
         (rail, node), (first, second) = self._calls(call), self._read(handle, host)
         back, back_weights, wait = self.stage.bring_back(tokens, weights, *second, node)
         wait()
-        gathered, gathered_weights = self.stage.collect(back, back_weights, *second, node, tokens.shape[1])
-        return self.stage.bring_back(gathered, gathered_weights, *first, rail)
+        if back_weights is None:
+            return self.stage.bring_back(self.stage.collect(back, None, *second, node, tokens.shape[1])[0], None, *first, rail)
+        top_k = back_weights.shape[1]
+        # with the hidden state's padding, if it has any: it travels on as it came
+        hidden = tokens.shape[1] - row_bytes((top_k, back_weights.dtype)) // tokens.dtype.itemsize
+        gathered, gathered_weights = self.stage.collect(back, back_weights, *second, node, hidden)
+        assert gathered_weights is not None
+        rows, to_tokens, to_weights = room(self.stage, gathered, gathered.shape[0], top_k, gathered_weights.dtype)
+        to_tokens.copy_(gathered)
+        to_weights.copy_(gathered_weights)
+        return self.stage.bring_back(rows, to_weights, *first, rail)
 
     def collect(
         self, back: Tensor, back_weights: Tensor | None, handle: Tensor, host: Tensor, call: Call, hidden: int

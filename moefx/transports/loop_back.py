@@ -16,8 +16,8 @@ from .all_to_all import AllToAll
 class LoopBack(AllToAll):
     name = "loop_back"
 
-    def exchange_sizes(self, sizes: Tensor, call: Call) -> Tensor:
-        return sizes.clone()
+    def exchange_sizes(self, sizes: Tensor, call: Call) -> None:
+        sizes[1].copy_(sizes[0])
 
     def exchange(self, rows: Tensor, send: list[int], receive: list[int], call: Call) -> tuple[Tensor, Wait]:
         return rows.clone(memory_format=torch.contiguous_format), lambda: None
