@@ -2,19 +2,27 @@
 
     torchrun --nproc-per-node 2 benchmarks/dispatch.py            # as many ranks as GPUs
     torchrun --nproc-per-node 2 benchmarks/dispatch.py --cpu      # gloo, small: tries the script
+    python benchmarks/dispatch.py --host                          # one process: what the host does for an exchange
 
 Bandwidth is the bytes of token rows that a rank sends to *other* ranks (counted from the routing, not measured), over the
 time of the operation: packing, sorting and summing included. That is what a training step sees. The line "NCCL alone" is one
 all-to-all of as many bytes, with nothing around it. Ranks that share a GPU can be checked, not timed: this says so.
+
+``--host`` plays one rank of eight whose rows come back to it, and counts what is launched for one exchange: operations of torch
+that do work, and kernels of moefx. On a CUDA device these run and the microseconds are the host's, up to its return. On a CPU
+the kernels are replaced by stand-ins that launch nothing, so that the count is that of a GPU; the microseconds are then those
+of the Python around them.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -22,8 +30,9 @@ import torch
 import torch.distributed as dist
 from common import machine, save, say, show, slug, synchronize, time_once, verdict
 from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from moefx import exchange
+from moefx import exchange, rows
 from moefx.backends import deepep, deepep_elastic, te_ep
 
 #: Tokens a rank, H, experts, K.
@@ -77,8 +86,8 @@ def measure(shape: str, transport: str, capacity: bool, device: torch.device, si
         made["d"] = send(x, index, weights, **where)
 
     def forward_combine() -> None:
-        rows, row_weights, _, *way = made["d"]
-        made["y"] = exchange.combine(rows, row_weights, index, *way, num_experts=experts, group=group)
+        each, row_weights, _, *way = made["d"]
+        made["y"] = exchange.combine(each, row_weights, index, *way, num_experts=experts, group=group)
 
     def both() -> None:
         forward_dispatch()
@@ -116,9 +125,116 @@ def floor(bytes_sent: float, device: torch.device) -> float:
     """Milliseconds of one plain all-to-all of as many bytes to the other ranks."""
     ep = dist.get_world_size()
     each = int(bytes_sent / max(ep - 1, 1)) // 16 * 16
-    rows = torch.zeros(ep, max(each, 16), dtype=torch.uint8, device=device)
-    out = torch.empty_like(rows)
-    return timed(lambda: dist.all_to_all_single(out, rows), device)
+    given = torch.zeros(ep, max(each, 16), dtype=torch.uint8, device=device)
+    out = torch.empty_like(given)
+    return timed(lambda: dist.all_to_all_single(out, given), device)
+
+
+# --- the host's part -------------------------------------------------------------------------------------------------
+
+_KERNELS = {"places": 3, "spread": 1, "pack": 1, "sum_rows": 1, "weighted_backward": 1}  #: function -> launches
+_FREE = {
+    "view", "slice", "select", "as_strided", "reshape", "expand", "t", "transpose", "unsqueeze", "detach", "alias", "unbind",
+    "empty", "empty_strided", "empty_like", "new_empty", "item", "_local_scalar_dense", "narrow", "resolve_conj", "resolve_neg",
+    "is_pinned", "split", "to", "_to_copy",
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def counting(device: torch.device) -> Iterator[list[int]]:
+    """Within: moefx's kernels add their launches to the list. On a CPU they do nothing, but for the sizes that they tell."""
+    from moefx.kernels import rows as kernels  # needs Triton
+
+    launched, plain = [0], {name: getattr(kernels, name) for name in _KERNELS}
+    fused = rows._fused
+
+    def stand_in(name: str) -> Callable:
+        def call(*args: Any, **options: Any) -> Any:
+            launched[0] += _KERNELS[name]
+            if device.type == "cuda":
+                return plain[name](*args, **options)
+            if name == "places":
+                index, _, _, buckets, totals, *_ = args
+                totals.fill_(index.numel() // buckets)
+            return tuple(map(torch.empty_like, args[1:3])) if name == "weighted_backward" else None
+
+        return call
+
+    try:
+        rows._fused = lambda x: kernels
+        for name in _KERNELS:
+            setattr(kernels, name, stand_in(name))
+        yield launched
+    finally:
+        rows._fused = fused
+        for name, function in plain.items():
+            setattr(kernels, name, function)
+
+
+def operations(step: Callable[[], Any]) -> int:
+    """How many operations of torch do work in ``step``: those that call no other such operation, and are no views."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    found = 0
+
+    def walk(event: Any) -> None:
+        nonlocal found
+        name = event.name.removeprefix("aten::")
+        inner = [e for e in event.cpu_children if e.name.startswith("aten::") and e.name.removeprefix("aten::") not in _FREE]
+        if event.name.startswith("aten::") and not inner:
+            found += name not in _FREE
+        else:
+            for child in event.cpu_children:
+                walk(child)
+
+    for event in profile.events():
+        if event.cpu_parent is None:
+            walk(event)
+    return found
+
+
+def host(device: torch.device, sizes: tuple[int, int, int, int], ep: int = 8) -> dict[str, dict[str, float]]:
+    """stage -> launches of torch's operations and of moefx's kernels, and microseconds until the host may go on."""
+    tokens, h, experts, k = sizes
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ep)
+    where = {"num_experts": experts, "group": dist.group.WORLD.group_name}
+    x = torch.randn(tokens, h, device=device).bfloat16().requires_grad_()
+    weights, index = torch.rand(tokens, experts, device=device).topk(k, dim=1)
+    weights, grad, send = weights.requires_grad_(), torch.randn_like(x), exchange.dispatch_by("loop_back")
+
+    def combine(sent: tuple) -> Tensor:
+        return exchange.combine(sent[0], sent[1], index, *sent[3:], **where)
+
+    stages: dict[str, tuple[Callable, Callable]] = {
+        "dispatch": (lambda: None, lambda _: send(x, index, weights, **where)),
+        "combine": (lambda: send(x, index, weights, **where), combine),
+        "backward": (lambda: combine(send(x, index, weights, **where)), lambda y: torch.autograd.grad(y, (x, weights), grad)),
+    }
+    found = {}
+    with counting(device) as launched:
+        for stage, (before, step) in stages.items():
+            taken = []
+            for i in range(60):
+                given = before()
+                synchronize(device)
+                started = time.perf_counter()
+                step(given)
+                if i >= 10:
+                    taken.append(time.perf_counter() - started)
+            given = before()
+            launched[0] = 0
+            many = operations(lambda step=step, given=given: step(given))
+            found[stage] = {"operations": many, "kernels": launched[0], "us": statistics.median(taken) * 1e6, "least_us": min(taken) * 1e6}
+    dist.destroy_process_group()
+    return found
+
+
+def show_host(device: torch.device, sizes: tuple[int, int, int, int]) -> None:
+    found = host(device, sizes)
+    rows_ = [[n, f["operations"], f["kernels"], f"{f['us']:.0f}", f"{f['least_us']:.0f}"] for n, f in found.items()]
+    note = "" if device.type == "cuda" else ", kernels replaced by stand-ins"
+    show(f"host, one exchange of one rank of 8 on {device.type}{note}", ["stage", "torch operations", "kernels", "us, median", "least"], rows_)
+    save(f"dispatch-host-{device.type}", {"machine": machine(device), "sizes": sizes, "stages": found})
 
 
 if __name__ == "__main__":
@@ -126,7 +242,11 @@ if __name__ == "__main__":
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--tokens", type=int, help="of a rank")
+    parser.add_argument("--host", action="store_true", help="count launches and the host's time, in one process")
     a = parser.parse_args()
+    if a.host:
+        show_host(torch.device("cuda" if torch.cuda.is_available() and not a.cpu else "cpu"), (a.tokens or 64, 64, 64, 8))
+        sys.exit(0)
     ranks = int(os.environ["WORLD_SIZE"])
     if a.cpu:
         device, shared = torch.device("cpu"), True
@@ -165,13 +285,13 @@ if __name__ == "__main__":
     if dist.get_rank() == 0:
         name = "cpu" if a.cpu else torch.cuda.get_device_name()
         link = next((v for n, v in NVLINK.items() if n in name), None)
-        rows = []
+        lines = []
         for r in results:
             share = f"{r['gb_per_s']['dispatch'] / link:.0%}" if link and not shared and ranks > 1 else "-"
             cells = [f"{r['ms'][n]:.3f} ({r['gb_per_s'][n]:.0f})" if n in r["ms"] else "" for n in ("dispatch", "combine", "backward")]
-            rows.append([r["shape"], r["transport"], f"{r['bytes'] / 1e6:.1f}", *cells, share])
+            lines.append([r["shape"], r["transport"], f"{r['bytes'] / 1e6:.1f}", *cells, share])
         note = "; ranks share a GPU: these times say nothing" if shared else f"; NVLink sends {link or '?'} GB/s"
-        show(f"{ranks} ranks, {name}{note}", ["shape", "transport", "MB sent", "dispatch ms (GB/s)", "combine", "backward", "of NVLink"], rows)
+        show(f"{ranks} ranks, {name}{note}", ["shape", "transport", "MB sent", "dispatch ms (GB/s)", "combine", "backward", "of NVLink"], lines)
         record = {"machine": machine(device), "ranks": ranks, "ranks_share_a_gpu": shared, "nvlink_gb_per_s": link, "results": results}
         save(f"dispatch-{slug(name)}-x{ranks}" + ("-shared" if shared and not a.cpu else ""), record)
         code = verdict(problems if problems else (["another rank found a wrong result"] if int(bad) else []))

@@ -16,7 +16,7 @@ All these are opaque, since how many rows arrive only the data knows.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -299,7 +299,16 @@ def _(back, back_weights, index, handle, host, hidden: int, dtype: torch.dtype, 
     return back.new_empty(index.shape[0], hidden), back.new_empty(index.shape, dtype=dtype)
 
 
+# Without materialized gradients: autograd would write zeros for each result that has none, as large as the rows. Where a
+# gradient could be needed and is not there, zeros are sent: the other ranks wait for them.
+
+
+def _or_zeros(grad: Tensor | None, shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=like.device) if grad is None else grad.contiguous()
+
+
 def _save_dispatch_start(ctx, inputs, keyword_only_inputs, output) -> None:
+    ctx.set_materialize_grads(False)
     x, index, weights = inputs
     ctx.group, ctx.hidden, ctx.dtype = keyword_only_inputs["group"], x.shape[1], weights.dtype
     ctx.save_for_backward(index, output[3], output[4])
@@ -308,22 +317,25 @@ def _save_dispatch_start(ctx, inputs, keyword_only_inputs, output) -> None:
 
 def _backward_dispatch_start(ctx, *grads):
     index, handle, host = ctx.saved_tensors
+    if grads[5] is None:  # nothing was sent back
+        return None, None, None
     to_x, to_weights = torch.ops.moefx.return_wait(*grads[5:], index, handle, host, ctx.hidden, ctx.dtype, ctx.group)
     return to_x, None, to_weights
 
 
 def _save_dispatch_wait(ctx, inputs, keyword_only_inputs, output) -> None:
+    ctx.set_materialize_grads(False)
     *_, handle, host, link, link_weights = inputs
-    ctx.group = keyword_only_inputs["group"]
+    ctx.group, ctx.shapes = keyword_only_inputs["group"], (output[0].shape, output[1].shape)
+    ctx.dtypes = output[0].dtype, output[1].dtype
     ctx.save_for_backward(output[3], handle, host, link, link_weights)
     ctx.mark_non_differentiable(*output[2:])
 
 
-def _backward_dispatch_wait(ctx, grad_rows: Tensor, grad_weights: Tensor, *_):
+def _backward_dispatch_wait(ctx, grad_rows: Tensor | None, grad_weights: Tensor | None, *_):
     place, handle, host, link, link_weights = ctx.saved_tensors
-    to_links = torch.ops.moefx.return_start(
-        grad_rows.contiguous(), grad_weights.contiguous(), place, handle, host, link, link_weights, ctx.group
-    )
+    rows, weights = (_or_zeros(g, s, d, place) for g, s, d in zip((grad_rows, grad_weights), ctx.shapes, ctx.dtypes))
+    to_links = torch.ops.moefx.return_start(rows, weights, place, handle, host, link, link_weights, ctx.group)
     return None, None, None, None, None, None, *to_links
 
 
@@ -424,12 +436,15 @@ def _(grad, rows, row_weights, place, host):
 
 
 def _save_combine_start(ctx, inputs, keyword_only_inputs, output) -> None:
+    ctx.set_materialize_grads(False)
     rows, row_weights, _, place, _, host, _ = inputs
     ctx.save_for_backward(rows, row_weights, place, host)
     ctx.mark_non_differentiable(output[0])
 
 
-def _backward_combine_start(ctx, _, grad: Tensor):
+def _backward_combine_start(ctx, _, grad: Tensor | None):
+    if grad is None:  # nothing was sent
+        return (None,) * 7
     to_rows, to_weights = torch.ops.moefx.resend_wait(grad, *ctx.saved_tensors)
     return to_rows, to_weights, None, None, None, None, None
 
