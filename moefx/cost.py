@@ -19,7 +19,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from . import exchange, grouped, ops, transports
+from . import exchange, fp8_rows, grouped, ops, transports
 from .errors import MoefxError
 from .graph import VIEWS, arguments, aten, origin, value
 from .plan import Plan
@@ -155,7 +155,7 @@ def node_cost(node: fx.Node, sizes: Sizes) -> Cost:
     rule = _RULES.get(op)
     if rule is None:
         return Cost(sympy.Integer(0), read, written)
-    flops, sent, instead = rule({**arguments(node), "kernel": origin(node).kernel}, sizes)
+    flops, sent, instead = rule({**arguments(node), "kernel": origin(node).kernel, "node": node}, sizes)
     return Cost(flops, read if instead is None else instead, written, sent)
 
 
@@ -205,28 +205,68 @@ def _part(width: sympy.Expr, number: int, dtype: torch.dtype) -> sympy.Expr:
     return width * dtype.itemsize if plain else transports.row_bytes((width, dtype))
 
 
-def _pairs(given: dict[str, Any], sizes: Sizes) -> sympy.Expr:
-    """How many (token, other rank) a rank sends a row to."""
+def _encoded(width: sympy.Expr, number: Any, plain: bool) -> sympy.Expr:
+    """Bytes of a hidden state in FP8: a byte a number, four for each 128. ``plain``: its parts are sent one by one."""
+    if plain or not isinstance(number, int) or number % (4 * fp8_rows.BLOCK) == 0:  # whole 16 bytes of scales
+        return width + 4 * sympy.ceiling(width / fp8_rows.BLOCK)
+    return sympy.Integer(transports.row_bytes((number, torch.int8), (fp8_rows.blocks(number), torch.float32)))
+
+
+def _transport(node: fx.Node) -> tuple[str, int]:
+    """How the rows of this dispatch (or of its start) travel, and of how many ranks a node is, if that matters.
+
+    Where nobody says: what ``transports.usual`` takes; for a graph whose process group is gone, all-to-all.
+    """
+    name, given = node.kwargs.get("transport") or getattr(node.target, "transport", ""), arguments(node)
+    try:
+        group = exchange._group(given["group"])
+    except (RuntimeError, ValueError):
+        return str(name) or "all_to_all", 1
+    name = name or transports.usual(transports.Call(group, given["num_experts"], given["capacity"]))
+    return str(name), len(transports.nodes(group)[0])
+
+
+def _pairs(given: dict[str, Any], sizes: Sizes, transport: tuple[str, int]) -> sympy.Expr:
+    """How many rows a rank sends to other ranks: one for each (token, other rank) that has one of its experts.
+
+    Hierarchically, with m ranks a node: one for each (token, other node); then, of the tokens that came over the rail from the
+    ``ep / m`` nodes, one for each (token, other rank of the node).
+    """
+    tokens, e, k = sizes.size(value(given["index"]).shape[0]), sizes.role("E"), sizes.role("K")
+
+    def wanted(parts: sympy.Expr) -> sympy.Expr:
+        """The probability that a token has an expert on one of so many equal parts."""
+        return 1 - sympy.binomial(e - e / parts, k) / sympy.binomial(e, k)
+
+    if transport[0] == "hierarchical":
+        nodes, each = EP / transport[1], transport[1]
+        return tokens * ((nodes - 1) * wanted(nodes) + nodes * (each - 1) * wanted(EP))
     if given.get("capacity"):
         return (EP - 1) * given["capacity"]
-    tokens, e, k = sizes.size(value(given["index"]).shape[0]), sizes.role("E"), sizes.role("K")
-    return tokens * (EP - 1) * (1 - sympy.binomial(e - e / EP, k) / sympy.binomial(e, k))
+    return tokens * (EP - 1) * wanted(EP)
 
 
 def _dispatch(given: dict[str, Any], sizes: Sizes) -> tuple[Any, Any, Any]:
     x, top_k, k = value(given["x"]), value(given["index"]).shape[1], sizes.role("K")
-    row = _part(sizes.size(x.shape[-1]), x.shape[-1], x.dtype)
+    if given["wire"] == "fp8":
+        row = _encoded(sizes.size(x.shape[-1]), x.shape[-1], given["kernel"] == "deepep")
+    else:
+        row = _part(sizes.size(x.shape[-1]), x.shape[-1], x.dtype)
+    transport = _transport(given["node"])
     if given["kernel"] == "deepep":  # int64 experts, float32 weights, where the token came from
-        return sympy.Integer(0), _pairs(given, sizes) * (row + 12 * k + 4), None
+        return sympy.Integer(0), _pairs(given, sizes, transport) * (row + 12 * k + 4), None
     row += _part(k, top_k, transports.wide(value(given["weights"]).dtype)) + _part(k, top_k, torch.int32)
-    agreed = 0 if given["capacity"] else 16 * (EP - 1)  # tokens and rows for each other rank, int64
-    return sympy.Integer(0), _pairs(given, sizes) * row + agreed, None
+    others = EP / transport[1] + transport[1] - 2 if transport[0] == "hierarchical" else EP - 1
+    agreed = 0 if given["capacity"] else 16 * others  # tokens and rows for each other rank, int64
+    return sympy.Integer(0), _pairs(given, sizes, transport) * row + agreed, None
 
 
 def _combine(given: dict[str, Any], sizes: Sizes) -> tuple[Any, Any, Any]:
     rows = value(given["rows"])
-    capacity = given["place"].args[0].kwargs.get("capacity")
-    pairs = _pairs({"capacity": capacity, "index": given["index"]}, sizes)
+    sent = given["place"].args[0]  # a dispatch, or the wait of one, which gets what its start gave
+    capacity = sent.kwargs.get("capacity")
+    start = sent.args[1].args[0] if sent.target is exchange.dispatch_wait else sent
+    pairs = _pairs({"capacity": capacity, "index": given["index"]}, sizes, _transport(start))
     return sympy.Integer(0), pairs * sizes.size(rows.shape[-1]) * rows.element_size(), None
 
 
@@ -245,10 +285,14 @@ def function_cost(function: Function) -> tuple[Cost, dict[str, int]]:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does in a second, about, in training: to choose between schedules, not to predict a time."""
+    """What a device does in a second, about, in training: to choose between schedules, not to predict a time.
+
+    Assumed, not measured with moefx: shares of an H100's data sheet that kernels of these kinds reach. ``python
+    benchmarks/dispatch.py`` measures ``sent`` and ``latency``, its ``--host`` what ``launch`` is made of.
+    """
 
     flops: float = 6e14  #: of 16-bit matrix products (H100, H200: 989e12 at most)
-    memory: float = 2.5e12  #: bytes
+    memory: float = 2.5e12  #: bytes (H100 SXM: 3.35e12 at most)
     sent: float = 3.5e11  #: bytes to other ranks, within a node over NVLink (450e9 at most)
     latency: float = 4e-5  #: seconds that an exchange takes besides
     launch: float = 1e-4  #: seconds that the host takes to start what one chunk of tokens needs

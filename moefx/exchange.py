@@ -27,8 +27,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from . import fp8_rows, transports
 from . import rows as rows_
-from . import transports
 from .errors import ExchangeError, MoefxError
 from .transports import LAYER, RECEIVED, ROWS, TOKENS, Call, Dispatched, Host, wide
 from .watch import WATCH
@@ -38,8 +38,8 @@ def _group(name: str) -> dist.ProcessGroup:
     return _resolve_process_group(name)  # type: ignore[arg-type]
 
 
-def _call(group: str, num_experts: int, capacity: int = 0, layer: int = 0) -> Call:
-    return Call(_group(group), num_experts, capacity, layer)
+def _call(group: str, num_experts: int, capacity: int = 0, layer: int = 0, wire: str = "") -> Call:
+    return Call(_group(group), num_experts, capacity, layer, wire)
 
 
 # --- the same dispatch twice -----------------------------------------------------------------------------------------
@@ -184,14 +184,15 @@ def _linked(shape: tuple, like: Tensor, dtype: torch.dtype | None = None) -> Ten
 
 @torch.library.custom_op("moefx::dispatch_start", mutates_args=())
 def _dispatch_start(
-    x: Tensor, index: Tensor, weights: Tensor, *, num_experts: int, group: str, capacity: int = 0, transport: str = ""
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, index: Tensor, weights: Tensor, *, num_experts: int, group: str, capacity: int = 0, wire: str = "",
+    transport: str = "",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Starts to send x [T, H] with weights [T, K] to the ranks of experts index [T, K]; expert e lives on rank e // (E / ep).
 
     Returns what :class:`moefx.transports.Dispatched` says, and the links of rows and weights. ``group`` names the ep process
     group; all its ranks call. ``transport``: one of ``transports.NAMES``, by default ``transports.usual``.
     """
-    call = _call(group, num_experts, capacity, _layer.get())
+    call = _call(group, num_experts, capacity, _layer.get(), wire)
     mover = transports.find(transport or transports.usual(call))
     shared = _dispatches.get()
     kept = shared.take() if shared else None
@@ -213,8 +214,8 @@ def _dispatch_start(
 
 
 @_dispatch_start.register_fake
-def _(x: Tensor, index: Tensor, weights: Tensor, *, num_experts: int, group: str, capacity: int = 0, transport: str = ""):
-    call = _call(group, num_experts, capacity)
+def _(x, index, weights, *, num_experts: int, group: str, capacity: int = 0, wire: str = "", transport: str = ""):
+    call = _call(group, num_experts, capacity, wire=wire)
     mover = transports.find(transport or transports.usual(call))
     ctx = torch.library.get_ctx()
     shapes = mover.shapes(x, index, weights, call, lambda _: ctx.new_dynamic_size())
@@ -241,8 +242,12 @@ def _dispatch_wait(
     if not tokens.shape[0]:
         tokens = tokens.new_empty(0, hidden)
     elif not experts.shape[0]:  # a row holds its experts and weights too
-        parts = (hidden, x.dtype), (top_k, weights.dtype), (top_k, torch.int32)
-        tokens, weights, experts = transports.unpack(tokens, *parts)
+        encoded = int(host[transports.FP8])
+        size = fp8_rows.width(hidden, x.dtype) if encoded else hidden
+        tokens, weights, experts = transports.unpack(
+            tokens, (size, x.dtype), (top_k, weights.dtype), (top_k, torch.int32)
+        )
+        tokens = fp8_rows.decode(tokens, hidden) if encoded else tokens
         first = 0 if not capacity else _group(group).rank() * local  # all-gathered as the router gave them
     counts, place = rows_.by_expert(experts, first, local)
     rows, row_weights = rows_.spread(tokens, place, int(host[ROWS]), weights, all_placed=not capacity)
@@ -348,9 +353,11 @@ dispatch_wait = torch.ops.moefx.dispatch_wait.default
 def dispatch_by(transport: str) -> Callable:
     """``dispatch`` along this transport, with its signature."""
 
-    def dispatch(x: Tensor, index: Tensor, weights: Tensor, *, num_experts: int, group: str, capacity: int = 0):
+    def dispatch(
+        x: Tensor, index: Tensor, weights: Tensor, *, num_experts: int, group: str, capacity: int = 0, wire: str = ""
+    ):
         where = {"num_experts": num_experts, "group": group, "capacity": capacity}
-        *sent, link, link_weights = dispatch_start(x, index, weights, **where, transport=transport)
+        *sent, link, link_weights = dispatch_start(x, index, weights, **where, wire=wire, transport=transport)
         return *dispatch_wait(x, *sent, link, link_weights, **where), sent[3], sent[4], link
 
     dispatch.transport = transport  # type: ignore[attr-defined]
@@ -358,19 +365,24 @@ def dispatch_by(transport: str) -> Callable:
 
 
 def _dispatch(
-    x: Tensor, index: Tensor, weights: Tensor, *, num_experts: int, group: str, capacity: int = 0
+    x: Tensor, index: Tensor, weights: Tensor, *, num_experts: int, group: str, capacity: int = 0, wire: str = ""
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sends x [T, H] to the ranks of experts index [T, K] (int64), with weights [T, K]; expert e lives on rank e // (E / ep).
 
     Returns rows [R, H], expert by expert, within an expert by source rank, then token; row_weights [R], the router's weights
-    of these rows in float32 (float64 for float64), differentiable; counts [E / ep] int64; and for ``combine``: place [N, K] int32,
-    the row of each (token, k) that this rank received, -1 for none; handle (bytes); host (of the CPU); link (S rows, without
+    of these rows in float32 (float64 for float64), differentiable; counts [E / ep] int64; and for ``combine``: place [N, K]
+    int32, the row of each (token, k) that this rank received, -1 for none; handle (bytes); host (of the CPU); link (S rows, without
     memory). ``group`` is the name of the ep process group; all its ranks call.
 
     ``capacity``, the most tokens that a rank ever has: buffers are made for the worst case, and neither is anything agreed nor
     does the host wait. R is then ``ep * capacity * min(K, E / ep)``; rows after the last of ``counts`` mean nothing.
+
+    ``wire`` = "fp8": tokens are quantized to be sent, and rows are what :mod:`moefx.fp8_rows` makes of them, in x's dtype. The
+    gradient is that of an exchange which is exact, and is sent in x's dtype, as is what ``combine`` brings back.
     """
-    return dispatch_by("")(x, index, weights, num_experts=num_experts, group=group, capacity=capacity)
+    if wire not in transports.WIRES:
+        raise MoefxError(f"rows cannot be sent as {wire!r}: wire is one of {', '.join(map(repr, transports.WIRES))}")
+    return dispatch_by("")(x, index, weights, num_experts=num_experts, group=group, capacity=capacity, wire=wire)
 
 
 # --- combine ---------------------------------------------------------------------------------------------------------
@@ -483,8 +495,8 @@ def _combine(
 
 _LIBRARY = torch.library.Library("moefx", "FRAGMENT")
 _LIBRARY.define(
-    "dispatch(Tensor x, Tensor index, Tensor weights, *, int num_experts, str group, int capacity=0) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "dispatch(Tensor x, Tensor index, Tensor weights, *, int num_experts, str group, int capacity=0, "
+    "str wire='') -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
     "combine(Tensor rows, Tensor row_weights, Tensor index, Tensor place, Tensor handle, Tensor host, Tensor link, *, "

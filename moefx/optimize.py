@@ -69,6 +69,7 @@ def optimize(
     check_numerics: bool = False,
     dispatch_capacity: int = 0,
     tune: bool | tuple[int, int] = False,
+    dispatch_dtype: str | None = None,
 ) -> Model:
     """Makes a Transformers MoE causal language model train on rewritten, compiled graphs. Returns the same object.
 
@@ -93,6 +94,9 @@ def optimize(
             and the host never waits for counts. 0: it waits once a layer, and buffers are as large as the data says.
         tune: where several backends take an operation that costs much, the fastest gets it instead of the first. Sequences and
             tokens a sequence of a rank's micro-batch; True: (1, 4096). What was measured is kept (:mod:`moefx.tuning`).
+        dispatch_dtype: "fp8": under expert parallelism, tokens are sent to their experts in e4m3 with a float32 scale for each
+            128 numbers (:mod:`moefx.fp8_rows`), half of the bytes. Numerics change: each number that an expert reads is within
+            2**-4 of itself. Gradients, and what the experts send back, keep the model's dtype.
 
     Raises:
         MoefxError: bad input, in one sentence; the model is untouched.
@@ -117,10 +121,14 @@ def optimize(
         raise MoefxError(
             f"dispatch_capacity={dispatch_capacity!r} is not a number of tokens: pass the most that a rank has, or 0"
         )
+    if dispatch_dtype not in (None, "fp8"):
+        raise MoefxError(f'dispatch_dtype={dispatch_dtype!r} is not known: pass "fp8", or None for the dtype of the model')
+    if dispatch_dtype and ep_size == 1:  # type: ignore[operator]
+        raise MoefxError(f"dispatch_dtype={dispatch_dtype!r}, but ep_size=1: no token is sent anywhere; leave it out")
     plan = parallel.plan(model, order, ep_size, mesh, compile, strict)  # type: ignore[arg-type]
     plan = replace(
         plan, router_z_loss=float(router_z_loss), balanced_routing=balanced_routing, check_numerics=check_numerics,
-        dispatch_capacity=dispatch_capacity, tune=tuning.Tune.of(tune),
+        dispatch_capacity=dispatch_capacity, tune=tuning.Tune.of(tune), dispatch_dtype=dispatch_dtype or "",
     )  # fmt: skip
     started = time.perf_counter()
     program = capture(model, example)

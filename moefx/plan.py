@@ -29,3 +29,4 @@ class Plan:
     check_numerics: bool = False
     dispatch_capacity: int = 0  #: the most tokens that a rank ever has: the host need not ask how many; 0: it asks
     tune: Tune | None = None  #: choose between kernels by their times at this size; None: by the order of the backends
+    dispatch_dtype: str = ""  #: "fp8": tokens are quantized to be sent to their experts' ranks; numerics change

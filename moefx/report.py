@@ -126,6 +126,7 @@ class Report:
         return {
             "model": self.program.model_class,
             "ep_size": self.plan.ep_size,
+            "dispatch_dtype": self.plan.dispatch_dtype,
             "functions": [
                 {"name": f.name, "instances": f.instances, "nodes": sum(n.op == "call_function" for n in f.graph.nodes),
                  "expects": f.expects}

@@ -1,6 +1,6 @@
 """The moves of rows within a rank: where each token goes, from tokens to rows, and from rows to sums per token.
 
-A table of places [T, K] (int32) says which row each (token, k) is, -1 for none; all moves read such a table, and it is made once.
+A table of places [T, K] (int32) says which row each (token, k) is, -1 for none; all moves read such a table, made once.
 Sums are taken in float32 (float64 for float64) in a fixed order and rounded once. On CUDA each move is one Triton kernel, a
 table three; nothing waits for the device.
 """
@@ -86,7 +86,9 @@ def _entries(place: Tensor, rows: int) -> Tensor:
 # --- from tokens to rows ---------------------------------------------------------------------------------------------
 
 
-def spread(x: Tensor, place: Tensor, rows: int, values: Tensor | None = None, *, all_placed: bool = True) -> tuple[Tensor, Tensor]:
+def spread(
+    x: Tensor, place: Tensor, rows: int, values: Tensor | None = None, *, all_placed: bool = True
+) -> tuple[Tensor, Tensor]:
     """x [T, H] and values [T, K] (both may be strided) -> each token in its rows [rows, H], each value in its row [rows].
 
     Not ``all_placed``: rows that the table does not name are finite, and mean nothing.

@@ -167,7 +167,7 @@ class _Chunks:
     def write(self, many: int) -> tuple[list[fx.Node], list[fx.Node], list[fx.Node]]:
         """The starts of dispatches, their waits, and the waits of combines."""
         where = dict(self.dispatch.kwargs)
-        back_where = {"group": where["group"]}
+        arrives, back_where = {n: w for n, w in where.items() if n != "wire"}, {"group": where["group"]}
         x, index, weights = self._cut(self.dispatch.args, many)  # type: ignore[arg-type]
         transport = getattr(self.dispatch.target, "transport", "")
         starts, waits, ends, sent = [], [], [], []
@@ -179,7 +179,7 @@ class _Chunks:
             sent.append(self._items(start))
         back = []
         for i in range(many):
-            waits.append(self._call(exchange.dispatch_wait, (x[i], *sent[i]), where, self.dispatch))
+            waits.append(self._call(exchange.dispatch_wait, (x[i], *sent[i]), arrives, self.dispatch))
             waits[-1].meta["share"] = Fraction(1, many)
             rows, row_weights, counts, place = self._items(waits[-1])
             done = self._call(self.experts.target, (rows, counts, *self.experts.args[2:]), self.experts.kwargs, self.experts)

@@ -13,14 +13,14 @@ import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 
-from .. import exchange, grouped
+from .. import exchange, fp8_rows, grouped
 from ..errors import MoefxError
 from ..graph import arguments, value
 from ..transports import (
@@ -243,6 +243,15 @@ def sent_copy(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format) if x.shape[0] else x.new_zeros(1, x.shape[1])
 
 
+def on_wire(x: Tensor, call: Call) -> Any:
+    """What DeepEP's dispatch gets: x, or its e4m3 numbers and scales."""
+    return fp8_rows.quantize(x) if call.wire else x
+
+
+def off_wire(got: Any, like: Tensor) -> Tensor:
+    return fp8_rows.dequantize(*got, like.dtype) if isinstance(got, tuple) else got
+
+
 class DeepEP:
     """Along ``Buffer``."""
 
@@ -261,43 +270,55 @@ class DeepEP:
                 f"{x.shape[0]} tokens on this rank, dispatch_capacity={call.capacity}: pass the most tokens that a rank has"
             )
         if kept is not None:
-            tokens, wait = self.resend(x, kept.handle, kept.host, call)
+            tokens, wait = self._again(x, kept.handle, kept.host, call)
             return Dispatched(tokens, *(t.clone() for t in kept[1:])), wait
         buffer = _legacy(call, x.shape[1] * x.element_size())
         many = x.shape[0]
         x, index, weights = at_least_one(x, index, weights)
+        payload = on_wire(x, call)
         *layout, event = buffer.get_dispatch_layout(
             index, call.num_experts, previous_event=buffer.capture(), async_finish=True, allocate_on_comm_stream=True
         )
         per_rank, per_node, per_expert, in_rank = layout
         worst, top_k = call.ep * call.capacity, index.shape[1]
         got, experts, got_weights, counts, handle, _ = buffer.dispatch(
-            x, topk_idx=index, topk_weights=weights, num_tokens_per_rank=per_rank, num_tokens_per_rdma_rank=per_node,
+            payload, topk_idx=index, topk_weights=weights, num_tokens_per_rank=per_rank, num_tokens_per_rdma_rank=per_node,
             is_token_in_rank=in_rank, num_tokens_per_expert=per_expert, num_worst_tokens=worst, previous_event=event,
             async_finish=True, allocate_on_comm_stream=True,
         )  # fmt: skip
         here, theirs = torch.cuda.current_stream(), buffer.get_comm_stream()
         with torch.cuda.stream(theirs):
             packed, own = pack_tensors(list(handle))
-            experts = experts.int()
+            experts, got = experts.int(), off_wire(got, x)
             done = theirs.record_event()
-        for t in (packed, experts):
+        for t in (packed, experts, got):
             t.record_stream(here)
         facts = {
             KIND: NAMES.index("deepep"), LAYER: call.layer, CAPACITY: call.capacity, TOKENS: many, TOP_K: top_k,
             RECEIVED: got.shape[0], ROWS: worst * min(top_k, call.local) if worst else sum(counts), PAIRS: many,
         }  # fmt: skip
         sent = Dispatched(got, experts, got_weights, packed, make_host(facts, call.ep, own=own))
-        return sent, wait_for(done, x, index, weights, handle)
+        return sent, wait_for(done, x, payload, index, weights, handle)
 
     def resend(self, x: Tensor, handle: Tensor, host: Tensor, call: Call) -> tuple[Tensor, Wait]:
+        return self._again(x, handle, host, replace(call, wire=""))
+
+    @staticmethod
+    def _again(x: Tensor, handle: Tensor, host: Tensor, call: Call) -> tuple[Tensor, Wait]:
         buffer = _legacy(call, x.shape[1] * x.element_size())
         x = sent_copy(x)
-        tensors = unpack_tensors(handle, Host.read(host).own)
+        payload, tensors = on_wire(x, call), unpack_tensors(handle, Host.read(host).own)
         got, *_, event = buffer.dispatch(
-            x, handle=tuple(tensors), previous_event=buffer.capture(), async_finish=True, allocate_on_comm_stream=True
+            payload, handle=tuple(tensors), previous_event=buffer.capture(), async_finish=True, allocate_on_comm_stream=True
         )
-        return got, wait_for(event, x, handle, got)
+        if not call.wire:
+            return got, wait_for(event, x, handle, got)
+        here, theirs = torch.cuda.current_stream(), buffer.get_comm_stream()
+        with torch.cuda.stream(theirs):
+            got = off_wire(got, x)
+            done = theirs.record_event()
+        got.record_stream(here)
+        return got, wait_for(done, x, payload, handle)
 
     def bring_back(
         self, tokens: Tensor, weights: Tensor | None, handle: Tensor, host: Tensor, call: Call
@@ -338,6 +359,8 @@ def refuses_tensors(node: fx.Node) -> str | None:
         return f"DeepEP sends rows of whole 16 bytes, the hidden size is {x.shape[1]}"
     if index.shape[1] > 32:
         return f"DeepEP sends a token to up to 32 experts, here {index.shape[1]}"
+    if given["wire"] and isinstance(x.shape[1], int) and x.shape[1] % fp8_rows.BLOCK:
+        return f"DeepEP sends FP8 rows of whole {fp8_rows.BLOCK} numbers, the hidden size is {x.shape[1]}"
     dtype = _dtype_of_results(node)
     if dtype is not None and dtype != torch.bfloat16:
         return f"DeepEP brings back bfloat16, the experts compute {dtype}"

@@ -7,7 +7,7 @@ refuses, too: other numbers of ranks, a capacity between nodes. It compiles its 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -108,18 +108,20 @@ class Elastic:
                 f"{x.shape[0]} tokens on this rank, dispatch_capacity={call.capacity}: pass the most tokens that a rank has"
             )
         if kept is not None:
-            tokens, wait = self.resend(x, kept.handle, kept.host, call)
+            tokens, wait = self._again(x, kept.handle, kept.host, call)
             return Dispatched(tokens, *(t.clone() for t in kept[1:])), wait
         buffer = _elastic(call, x.shape[1], index.shape[1])
         many, top_k = index.shape
         x, index, weights = deepep.at_least_one(x, index, weights)
+        payload = deepep.on_wire(x, call)
         got, experts, got_weights, handle, _ = buffer.dispatch(
-            x, topk_idx=index, topk_weights=weights, num_experts=call.num_experts, num_max_tokens_per_rank=call.capacity,
+            payload, topk_idx=index, topk_weights=weights, num_experts=call.num_experts, num_max_tokens_per_rank=call.capacity,
             expert_alignment=1, previous_event=buffer.capture(), async_with_compute_stream=True, allocate_on_comm_stream=True,
             do_cpu_sync=False,
         )  # fmt: skip
         here, theirs = torch.cuda.current_stream(), buffer.get_comm_stream()
         with torch.cuda.stream(theirs):
+            got = deepep.off_wire(got, x)
             # rows after the last were not written
             there = torch.arange(got.shape[0], device=got.device) < handle.psum_num_recv_tokens_per_scaleup_rank[-1]
             experts = torch.where(there.unsqueeze(1), experts, -1).int()
@@ -134,15 +136,26 @@ class Elastic:
         }  # fmt: skip
         own = [*(int(getattr(handle, n)) for n in _NUMBERS), *own]
         sent = Dispatched(got, experts, got_weights, packed, make_host(facts, call.ep, own=own))
-        return sent, deepep.wait_for(done, x, index, weights, handle)
+        return sent, deepep.wait_for(done, x, payload, index, weights, handle)
 
     def resend(self, x: Tensor, handle: Tensor, host: Tensor, call: Call) -> tuple[Tensor, Wait]:
+        return self._again(x, handle, host, replace(call, wire=""))
+
+    def _again(self, x: Tensor, handle: Tensor, host: Tensor, call: Call) -> tuple[Tensor, Wait]:
         buffer, x = _elastic(self._sized(call, host), x.shape[1], Host.read(host).facts[TOP_K]), deepep.sent_copy(x)
+        payload = deepep.on_wire(x, call)
         got, *_, event = buffer.dispatch(
-            x, handle=self._handle(handle, host), previous_event=buffer.capture(), async_with_compute_stream=True,
+            payload, handle=self._handle(handle, host), previous_event=buffer.capture(), async_with_compute_stream=True,
             allocate_on_comm_stream=True,
         )  # fmt: skip
-        return got, deepep.wait_for(event, x, handle, got)
+        if not call.wire:
+            return got, deepep.wait_for(event, x, handle, got)
+        here, theirs = torch.cuda.current_stream(), buffer.get_comm_stream()
+        with torch.cuda.stream(theirs):
+            got = deepep.off_wire(got, x)
+            done = theirs.record_event()
+        got.record_stream(here)
+        return got, deepep.wait_for(done, x, payload, handle)
 
     @staticmethod
     def _sized(call: Call, host: Tensor) -> Call:

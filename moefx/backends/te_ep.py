@@ -180,6 +180,8 @@ def _refuses(node: fx.Node) -> str | None:
     problem, given = deepep.refuses_tensors(node), arguments(node)
     if problem:
         return problem.replace("DeepEP", "NCCL EP")
+    if given["wire"]:
+        return "NCCL EP is set up here to send bfloat16, dispatch_dtype asks for FP8"
     if not given["capacity"]:
         return "NCCL EP must know the most tokens of a rank: pass dispatch_capacity to optimize"
     if exchange._group(given["group"]).size() < 2:

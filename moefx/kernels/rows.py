@@ -1,4 +1,4 @@
-"""The moves of :mod:`moefx.rows` on a CUDA device: each row is read once, sums are taken in float32, and there are no atomics."""
+"""The moves of :mod:`moefx.rows` on a CUDA device: each row is read once, sums are taken in float32, nothing is atomic."""
 
 from __future__ import annotations
 

@@ -40,8 +40,11 @@ _PLACES = {
 NAMES = tuple(_PLACES)
 
 #: What ``host`` holds, by place; then the tokens sent to and received from each rank, then OWN or more of the transport's own.
-KIND, LAYER, CAPACITY, TOKENS, TOP_K, RECEIVED, ROWS, PAIRS, RANKS = range(9)
-_FACTS, OWN = 9, 64
+KIND, LAYER, CAPACITY, TOKENS, TOP_K, RECEIVED, ROWS, PAIRS, RANKS, FP8 = range(10)
+_FACTS, OWN = 10, 64
+
+#: What ``Call.wire`` may be: "" sends tokens as they are, "fp8" as :mod:`moefx.fp8_rows` writes them. It is of ``send`` only.
+WIRES = ("", "fp8")
 
 
 def find(name: str | int) -> Transport:
@@ -86,7 +89,7 @@ class Host(NamedTuple):
 class Dispatched(NamedTuple):
     """What ``send`` gives: one row for each token that has an expert here, by the rank that sent it, then by token."""
 
-    tokens: Tensor  #: [N, W >= H]: a row begins with the token's H numbers
+    tokens: Tensor  #: [N, H]; packed [N, W]: a row begins with the token's H numbers (where ``host`` says FP8: encoded)
     experts: Tensor  #: [N, k] this rank's experts that the row is for, numbered from 0; -1: none. [0, K]: packed in tokens.
     #: k is K, or 1 where the transport brings a row for each expert
     weights: Tensor  #: [N, k] float32 (float64 if the router's are). [0, K]: packed in tokens
@@ -116,6 +119,7 @@ class Call:
     num_experts: int
     capacity: int = 0  #: most tokens of a rank, or 0 for "as many as there are"
     layer: int = 0  #: which of ``exchange.layer_name``
+    wire: str = ""  #: one of WIRES: how ``send`` sends
 
     @property
     def ep(self) -> int:

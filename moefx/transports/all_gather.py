@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import fp8_rows
 from ..errors import MoefxError
 from . import (
     CAPACITY,
+    FP8,
     KIND,
     LAYER,
     NAMES,
@@ -35,19 +37,17 @@ from . import (
     unpack,
     wide,
 )  # fmt: skip
+from .all_to_all import all_to_all, parts
 
 
 class AllGather:
     packed = True
 
     def shapes(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
-        n, top_k, parts = call.ep * call.capacity, index.shape[1], self._parts(x, index, weights)
-        there, back = row_bytes(*parts) // x.dtype.itemsize, row_bytes(*parts[:2]) // x.dtype.itemsize
+        n, top_k = call.ep * call.capacity, index.shape[1]
+        there = row_bytes(*parts(x, top_k, weights.dtype, call.wire)) // x.dtype.itemsize
+        back = row_bytes(*parts(x, top_k, weights.dtype)[:2]) // x.dtype.itemsize
         return Shapes((n, there), (0, top_k), (0,), (n, back), (0, top_k))
-
-    @staticmethod
-    def _parts(x: Tensor, index: Tensor, weights: Tensor) -> list[tuple[int, torch.dtype]]:
-        return [(x.shape[1], x.dtype), (index.shape[1], wide(weights.dtype)), (index.shape[1], torch.int32)]
 
     def send(
         self, x: Tensor, index: Tensor, weights: Tensor, call: Call, kept: Dispatched | None
@@ -57,9 +57,10 @@ class AllGather:
             raise MoefxError(
                 f"{tokens} tokens on this rank, dispatch_capacity={call.capacity}: pass the most tokens that a rank ever has"
             )
-        parts = self._parts(x, index, weights)
-        payload = empty_rows(x, call.capacity, *parts)
-        hidden, w, experts = unpack(payload, *parts)
+        made = parts(x, top_k, weights.dtype, call.wire)
+        payload = empty_rows(x, call.capacity, *made)
+        hidden, w, experts = unpack(payload, *made)
+        x = fp8_rows.encode(x) if call.wire else x
         hidden[:tokens].copy_(x)
         w[:tokens].copy_(weights)
         experts[:tokens].copy_(index)
@@ -67,7 +68,7 @@ class AllGather:
         everything, wait = self._gather(payload, call)
         facts = {
             KIND: NAMES.index("all_gather"), LAYER: call.layer, CAPACITY: call.capacity, TOKENS: tokens, TOP_K: top_k,
-            RECEIVED: n, ROWS: n * min(top_k, call.local), PAIRS: n,
+            RECEIVED: n, ROWS: n * min(top_k, call.local), PAIRS: n, FP8: call.wire == "fp8",
         }  # fmt: skip
         sizes = [call.capacity] * call.ep
         nothing = index.new_empty(0, top_k, dtype=torch.int32), weights.new_empty(0, top_k, dtype=wide(weights.dtype))
@@ -90,8 +91,6 @@ class AllGather:
     def bring_back(
         self, tokens: Tensor, weights: Tensor | None, handle: Tensor, host: Tensor, call: Call
     ) -> tuple[Tensor, Tensor | None, Wait]:
-        from .all_to_all import all_to_all
-
         sizes = Host.read(host)
         back, wait = all_to_all(tokens.contiguous(), sizes.receive, sizes.send, call)
         return back, None if weights is None else weights.new_empty(0, sizes.facts[TOP_K]), wait

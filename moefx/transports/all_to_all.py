@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import fp8_rows
 from .. import rows as rows_
 from . import (
+    FP8,
     KIND,
     LAYER,
     NAMES,
@@ -36,9 +38,10 @@ from . import (
 )  # fmt: skip
 
 
-def parts(x: Tensor, top_k: int, dtype: torch.dtype) -> list[tuple[int, torch.dtype]]:
-    """What a row holds: hidden state, weights, experts. Rows that go back hold the first two."""
-    return [(x.shape[1], x.dtype), (top_k, wide(dtype)), (top_k, torch.int32)]
+def parts(x: Tensor, top_k: int, dtype: torch.dtype, wire: str = "") -> list[tuple[int, torch.dtype]]:
+    """What a row holds: hidden state, weights, experts. Rows that go back hold the first two, never encoded."""
+    hidden = fp8_rows.width(x.shape[1], x.dtype) if wire else x.shape[1]
+    return [(hidden, x.dtype), (top_k, wide(dtype)), (top_k, torch.int32)]
 
 
 def all_to_all(rows: Tensor, send: list[int], receive: list[int], call: Call) -> tuple[Tensor, Wait]:
@@ -62,7 +65,7 @@ class AllToAll:
 
     def shapes(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
         (tokens, top_k), item = index.shape, x.dtype.itemsize
-        there = row_bytes(*parts(x, top_k, weights.dtype)) // item
+        there = row_bytes(*parts(x, top_k, weights.dtype, call.wire)) // item
         back = row_bytes(*parts(x, top_k, weights.dtype)[:2]) // item
         return Shapes(
             (size("received"), there), (0, top_k), (8 * tokens * top_k,), (size("pairs"), back), (0, top_k), own=0
@@ -72,6 +75,7 @@ class AllToAll:
         self, x: Tensor, index: Tensor, weights: Tensor, call: Call, kept: Dispatched | None
     ) -> tuple[Dispatched, Wait]:
         top_k, payload = index.shape[1], None
+        x = fp8_rows.encode(x) if call.wire else x
         if kept is None:
             sizes, tables = rows_.ways(index, call.ep, call.local)
             self.exchange_sizes(sizes, call)
@@ -95,11 +99,11 @@ class AllToAll:
         rows_.pack(x, index, weights, once, call.local, rows_.Row(*unpack(payload, *made)))
         return payload
 
-    def _host(self, sizes: list[list[list[int]]], index: Tensor, call: Call) -> Tensor:
+    def _host(self, sizes: list, index: Tensor, call: Call) -> Tensor:
         (send, sent), (receive, rows) = (list(zip(*part)) for part in sizes)
         facts = {
             KIND: NAMES.index(self.name), LAYER: call.layer, TOKENS: index.shape[0], TOP_K: index.shape[1],
-            RECEIVED: sum(receive), ROWS: sum(rows), PAIRS: sum(send),
+            RECEIVED: sum(receive), ROWS: sum(rows), PAIRS: sum(send), FP8: call.wire == "fp8",
         }  # fmt: skip
         return make_host(facts, call.ep, send, receive, own_size=0)
 
@@ -108,9 +112,9 @@ class AllToAll:
         """[2, T, K]: see :func:`moefx.rows.ways`."""
         return handle.view(torch.int32).view(2, sizes.facts[TOKENS], sizes.facts[TOP_K])
 
-    def opened(self, sent: Dispatched, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens [N, H], experts [N, K] and weights [N, K] of what ``send(x, ...)`` gave and has arrived."""
-        hidden, w, experts = unpack(sent.tokens, *parts(x, sent.experts.shape[1], sent.weights.dtype))
+    def opened(self, sent: Dispatched, x: Tensor, wire: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [N, H] (encoded ones as they came), experts [N, K], weights [N, K] of what ``send(x, ...)`` gave."""
+        hidden, w, experts = unpack(sent.tokens, *parts(x, sent.experts.shape[1], sent.weights.dtype, wire))
         return hidden, experts, w
 
     def resend(self, x: Tensor, handle: Tensor, host: Tensor, call: Call) -> tuple[Tensor, Wait]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import (
     CAPACITY,
+    FP8,
     KIND,
     LAYER,
     NAMES,
@@ -60,7 +61,8 @@ class Hierarchical:
     def _calls(call: Call) -> tuple[Call, Call]:
         """Over the rail a node owns its experts; within the node a rank owns its own."""
         rail, node = _groups(call.group)
-        return replace(call, group=rail), replace(call, group=node, num_experts=call.num_experts // rail.size())
+        inner = replace(call, group=node, num_experts=call.num_experts // rail.size(), wire="")  # as they came
+        return replace(call, group=rail), inner
 
     @staticmethod
     def _own(call: Call) -> int:
@@ -85,12 +87,12 @@ class Hierarchical:
         ]  # fmt: skip
         crossed, wait = self.stage.send(x, index, weights, rail, before[0])
         wait()
-        tokens, experts, w = self.stage.opened(crossed, x)
+        tokens, experts, w = self.stage.opened(crossed, x, call.wire)
         arrived, wait = self.stage.send(tokens, experts.long(), w, node, before[1])
         inner, outer = Host.read(arrived.host).facts, Host.read(crossed.host).facts
         facts = {
             KIND: NAMES.index("hierarchical"), LAYER: call.layer, CAPACITY: 0, TOKENS: x.shape[0], TOP_K: index.shape[1],
-            RECEIVED: inner[RECEIVED], ROWS: inner[ROWS], PAIRS: outer[PAIRS],
+            RECEIVED: inner[RECEIVED], ROWS: inner[ROWS], PAIRS: outer[PAIRS], FP8: outer[FP8],
         }  # fmt: skip
         own = [len(crossed.host), len(crossed.handle), *crossed.host.tolist(), *arrived.host.tolist()]
         handle = torch.cat((crossed.handle, arrived.handle))

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from spawn import run
 
 import moefx
-from moefx import exchange, grouped, ops, transports
+from moefx import exchange, fp8_rows, grouped, ops, transports
 from moefx.backends import te_ep
 from moefx.transports import hierarchical
 
@@ -53,9 +53,9 @@ def _experts(dtype=torch.float64):
     return [_random(*shape, seed=50 + i, dtype=dtype) / 2 for i, shape in enumerate(shapes)]
 
 
-def _over_ranks(x, index, weights, up, up_bias, down, down_bias, *, group, grad_scale=1.0, capacity=0, by=""):
+def _over_ranks(x, index, weights, up, up_bias, down, down_bias, *, group, grad_scale=1.0, capacity=0, by="", wire=""):
     send = exchange.dispatch_by(by)
-    rows, row_weights, counts, *way = send(x, index, weights, num_experts=E, group=group, capacity=capacity)
+    rows, row_weights, counts, *way = send(x, index, weights, num_experts=E, group=group, capacity=capacity, wire=wire)
     rows = grouped.grouped_mlp(rows, counts, up, up_bias, down, down_bias, activation="swiglu", grad_scale=grad_scale)
     return exchange.combine(rows, row_weights, index, *way, num_experts=E, group=group)
 
@@ -70,7 +70,22 @@ def _forward_backward(function, case, rank, ep_rank, ep, group, dtype=torch.floa
     return y.detach(), x.grad, weights.grad, *(w.grad for w in local)
 
 
-def _bytes_of_a_forward(world_size):
+class _Counting:
+    """torch.distributed, with a scale at the gate."""
+
+    sent = 0
+
+    def __getattr__(self, name):
+        return getattr(dist, name)
+
+    def all_to_all_single(self, out, rows, receive=None, send=None, *, group, **options):
+        me, each = group.rank(), rows.nbytes // max(rows.shape[0], 1)
+        sizes = send or [rows.shape[0] // group.size()] * group.size()
+        self.sent += each * (sum(sizes) - sizes[me])
+        return dist.all_to_all_single(out, rows, receive, send, group=group, **options)
+
+
+def _bytes_of_a_forward(world_size, **options):
     """Bytes that this rank sent to others in a forward, and what the cost model's formula says. Every set of two experts is
     chosen by one token: the formula's average is then what happens."""
     sys.path.insert(0, str(Path(__file__).parent.parent.parent))
@@ -78,29 +93,17 @@ def _bytes_of_a_forward(world_size):
     from moefx.transports import all_to_all
     from tests.families import batch, build
 
-    class Counting:
-        """torch.distributed, with a scale at the gate."""
-
-        sent = 0
-
-        def __getattr__(self, name):
-            return getattr(dist, name)
-
-        def all_to_all_single(self, out, rows, receive=None, send=None, *, group, **options):
-            me, each = group.rank(), rows.nbytes // max(rows.shape[0], 1)
-            sizes = send or [rows.shape[0] // group.size()] * group.size()
-            Counting.sent += each * (sum(sizes) - sizes[me])
-            return dist.all_to_all_single(out, rows, receive, send, group=group, **options)
-
-    model = moefx.optimize(build("qwen3_moe"), ep_size=world_size, compile=False)
+    model = moefx.optimize(build("qwen3_moe"), ep_size=world_size, compile=False, **options)
     sets = torch.tensor(list(itertools.combinations(range(8), 2)))
-    all_to_all.dist = Counting()
+    all_to_all.dist = scale = _Counting()
     try:
         with moefx.replay_routes(model, {f"model.layers.{i}.mlp.experts": sets for i in range(2)}):
             model(**batch(1, len(sets), labels=False))
     finally:
         all_to_all.dist = dist
-    return Counting.sent, moefx.report(model).cost(B=1, S=len(sets)).evaluate()[3]
+    found = scale.sent, moefx.report(model).cost(B=1, S=len(sets)).evaluate()[3]
+    moefx.restore(model)
+    return found
 
 
 def _count_rows(stage):
@@ -160,6 +163,8 @@ def on_rank(rank, world_size):
             found[case, "nodes"] = _forward_backward(_over_ranks, case, rank, rank, 4, group, by="hierarchical")
             found[case, "rows that cross"] = rails[0]
             rails.clear()
+        how = {"by": "hierarchical", "wire": "fp8"}
+        found["nodes, FP8"] = _forward_backward(_over_ranks, "even", rank, rank, 4, group, torch.float32, **how)
         found["usual"] = transports.usual(transports.Call(dist.group.WORLD, E))
         del os.environ["LOCAL_WORLD_SIZE"]
         found["usual"] = found["usual"], transports.usual(transports.Call(dist.group.WORLD, E))
@@ -172,7 +177,15 @@ def on_rank(rank, world_size):
         for case in COMPILED:
             found[case, "compiled"] = _forward_backward(compiled, case, rank, rank, world_size, group)
 
+    for name, how in {"FP8": {}, "FP8, capacity": {"capacity": 9}}.items():
+        found[name] = _forward_backward(_over_ranks, "even", rank, rank, world_size, group, torch.float32, wire="fp8", **how)
     found["bytes"] = _bytes_of_a_forward(world_size)
+    found["bytes in FP8"] = _bytes_of_a_forward(world_size, dispatch_dtype="fp8")
+    if world_size == 4:
+        os.environ["LOCAL_WORLD_SIZE"] = "2"
+        found["bytes over nodes"] = _bytes_of_a_forward(4)
+        found["bytes over nodes in FP8"] = _bytes_of_a_forward(4, dispatch_dtype="fp8")
+        del os.environ["LOCAL_WORLD_SIZE"]
     if world_size == 2:
         found["hangs"] = _hangs(rank)
 
@@ -187,23 +200,24 @@ def ranks(request):
     return run(on_rank, request.param, timeout=150)  # four ranks import for long on two cores
 
 
-def _one_process(case, ranks, dtype=torch.float64):
-    """What one process finds: y, gradients of x and weights for each of ``ranks``, then gradients of all experts."""
+def _one_process(case, ranks, dtype=torch.float64, sent=lambda x: x):
+    """``sent``: what becomes of tokens on their way. What one process finds: y, gradients of x and weights for each of ``ranks``, then gradients of all experts."""
     parameters = [w.requires_grad_() for w in _experts(dtype)]
     up, up_bias, down, down_bias = parameters
     per_rank = []
     for rank in ranks:
         x, index, weights = _tokens(case, rank, dtype)
-        x.requires_grad_(), weights.requires_grad_()
+        x = sent(x).requires_grad_()
+        weights.requires_grad_()
         y = ops.experts(x, index, weights, up, up_bias, down, down_bias, activation="swiglu")
         y.backward(_random(*y.shape, seed=300 + rank, dtype=dtype))
         per_rank.append((y.detach(), x.grad, weights.grad))
     return per_rank, [w.grad for w in parameters]
 
 
-def _check(found, case, members, *, scale=1.0, dtype=torch.float64, rtol=1e-6, atol=1e-6):
+def _check(found, case, members, *, scale=1.0, dtype=torch.float64, rtol=1e-6, atol=1e-6, **options):
     """``found``: of each member rank, in order. The experts' gradients lie one rank after the other."""
-    per_rank, parameters = _one_process(case, members, dtype)
+    per_rank, parameters = _one_process(case, members, dtype, **options)
     for ours, right in zip(found, per_rank):
         for a, b in zip(ours[:3], right):
             assert a.dtype == b.dtype
@@ -257,10 +271,22 @@ def test_over_nccl_ep_as_it_is_described(ranks, case):
         _check([r[case, "te_ep"] for r in ranks], case, range(2), dtype=torch.float32, rtol=1e-5, atol=1e-5)
 
 
+def test_in_fp8_experts_read_rounded_tokens_and_nothing_else_is_rounded(ranks):
+    def sent(x):
+        return fp8_rows.decode(fp8_rows.encode(x), H)
+
+    for way in ("FP8", "FP8, capacity", "nodes, FP8"):
+        if way in ranks[0]:
+            found = [r[way] for r in ranks]
+            _check(found, "even", range(len(ranks)), dtype=torch.float32, rtol=1e-5, atol=1e-5, sent=sent)
+
+
 def test_bytes_on_the_wire_are_those_of_the_cost_model(ranks):
     for found in ranks:
-        sent, formula = found["bytes"]
-        assert sent == formula > 0
+        for way in [name for name in found if str(name).startswith("bytes")]:
+            sent, formula = found[way]
+            assert sent == formula > 0, way
+        assert found["bytes in FP8"][0] < found["bytes"][0]
 
 
 def test_a_rank_that_does_not_come_is_an_error_that_names_layer_rank_and_counts(ranks):
