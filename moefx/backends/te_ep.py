@@ -1,7 +1,7 @@
 """NCCL EP through Transformer Engine (2.20 and later): a row for each (token, expert), sorted on arrival, no host sync.
 
 Its functions are called directly, within moefx's own opaque operations: as torch operations they fail on torch 2.11 (IndexError
-in increment_version). NCCL EP has one configuration a process; it needs the most tokens of a rank (``dispatch_capacity``).
+in increment_version), where this backend refuses until tests/gpu/dispatch_ranks.py has shown that called so they do not. NCCL EP has one configuration a process; it needs the most tokens of a rank (``dispatch_capacity``).
 """
 
 from __future__ import annotations
@@ -45,8 +45,24 @@ def _library() -> Any:
     return importlib.import_module("transformer_engine_torch")
 
 
+#: The torch that Transformer Engine's EP operations fail on.
+FAILS_ON = (2, 11)
+
+
 def available() -> str | None:
     """Why NCCL EP cannot be used here, and what to do; None if it can."""
+    problem = missing()
+    if problem is None and tuple(int(n) for n in torch.__version__.split(".")[:2]) <= FAILS_ON:
+        version = importlib.metadata.version("transformer-engine")
+        return (
+            f"transformer-engine {version}'s EP operations raise IndexError (increment_version) on torch {torch.__version__}: "
+            "install torch 2.12 or later, or use backend deepep, or none by name"
+        )
+    return problem
+
+
+def missing() -> str | None:
+    """What NCCL EP needs and is not there, and what to do; None if all is."""
     try:
         version = importlib.metadata.version("transformer-engine")
     except importlib.metadata.PackageNotFoundError:
