@@ -168,6 +168,14 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else text[: max(most, 20) - 4].rsplit(" ", 1)[0] + " ..."
 
 
+def cuda_lacks(version: str | None) -> str:
+    """What cannot run with this CUDA, and what to do."""
+    if tuple(map(int, (version or "0.0").split("."))) >= backends.deepep.CUDA:
+        return ""
+    wanted = ".".join(map(str, backends.deepep.CUDA))
+    return f"; DeepEP needs CUDA {wanted} or later: install a torch that was built with it (torch.version.cuda)"
+
+
 def nccl_state() -> str:
     """NCCL's version, and what an older one lacks."""
     if not torch.cuda.is_available() or not torch.distributed.is_nccl_available():
@@ -187,7 +195,7 @@ def diagnose() -> list[dict[str, str]]:
             return ""
 
     cuda = (
-        f"{torch.version.cuda}, {torch.cuda.get_device_name()}"
+        f"{torch.version.cuda}, {torch.cuda.get_device_name()}{cuda_lacks(torch.version.cuda)}"
         if torch.cuda.is_available()
         else "no CUDA device: graphs run on the CPU"
     )

@@ -19,6 +19,7 @@ import extrapolate  # noqa: E402
 import footprint  # noqa: E402
 import models  # noqa: E402
 import multi_gpu  # noqa: E402
+import overlap_trace  # noqa: E402
 import routing  # noqa: E402
 import simulate_ep  # noqa: E402
 import sketch  # noqa: E402
@@ -321,3 +322,33 @@ def test_simulated_rank_has_its_share_and_says_that_it_is_a_model(tmp_path: Path
     (row,) = record["depths"][0]["rows"]
     # at least: a row of 64 float32 numbers of 3 of 4 tokens, there and back, forward and backward, at 1 MB/s
     assert row["exchange_model_ms"] > 32 * 3 / 4 * 64 * 4 * 4 / 1e3 and row["loss"] > 5
+
+
+def _event(name: str, start: float, end: float, cat: str, **more: object) -> dict:
+    return {"ph": "X", "name": name, "cat": cat, "ts": start, "dur": end - start, **more}
+
+
+def test_communication_is_hidden_where_a_kernel_of_another_stream_runs() -> None:
+    def kernel(name: str, start: float, end: float, stream: int) -> dict:
+        return _event(name, start, end, "kernel", args={"stream": stream})
+
+    events = [
+        kernel("ncclDevKernel_SendRecv", 10, 30, 2), kernel("void deep_ep::intranode::combine<2>", 50, 60, 3),
+        kernel("cutlass_grouped_gemm", 0, 15, 1), kernel("_sum", 20, 25, 1), kernel("_pack", 24, 28, 1), kernel("add", 70, 80, 1),
+        _event("aten::add", 0, 100, "cpu_op", tid=7),
+    ]  # fmt: skip
+    found = overlap_trace.lanes({"traceEvents": events})
+    assert [(lane, len(spans)) for lane, spans in found.items()] == [("stream 1", 3), ("stream 2", 1), ("stream 3", 1)]
+    assert overlap_trace.hidden(found) == (30.0, 13.0)  # 10 to 15 and 20 to 28
+
+
+def test_on_a_cpu_an_operation_that_waits_hides_nothing() -> None:
+    events = [
+        _event("gloo:all_to_all", 0, 40, "user_annotation", tid=1), _event("moefx::dispatch_wait", 10, 45, "cpu_op", tid=1),
+        _event("aten::mm", 2, 8, "cpu_op", tid=1), _event("aten::addmm", 3, 5, "cpu_op", tid=1),
+        _event("aten::mul", 30, 35, "cpu_op", tid=9),
+    ]  # fmt: skip
+    found = overlap_trace.lanes({"traceEvents": events})
+    assert overlap_trace.hidden(found) == (40.0, 11.0)
+    picture = overlap_trace.svg(found, "a <title>")
+    assert picture.count("<rect") == 1 + 5 + 4 and "a &lt;title&gt;" in picture and "thread 9" in picture

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from moefx.cli import main
+from moefx.backends import deepep, te_ep
+from moefx.cli import cuda_lacks, main
 
 
 def test_inspect_as_json_over_fake_ranks(capsys):
@@ -72,3 +76,49 @@ def test_corrupt_config(content, capsys, tmp_path):
     (tmp_path / "config.json").write_text(content)
     assert main(["inspect", str(tmp_path)]) == 1
     assert "config.json" in capsys.readouterr().err
+
+
+class _Old:
+    class Buffer:
+        def dispatch(self, x, handle=None): ...
+
+
+class _New:
+    class Buffer:
+        def dispatch(self, x, handle=None, num_worst_tokens=0): ...
+
+
+def test_doctor_says_what_to_do_about_a_deep_ep_that_does_not_serve(monkeypatch):
+    monkeypatch.setattr(deepep, "version", lambda: "1.1.0")
+    assert deepep.too_old(_New) is None
+    assert deepep.too_old(_Old).startswith("deep_ep 1.1.0 is too old, its dispatch has no num_worst_tokens (1.2 and later have): build it")
+    linked = deepep.import_problem(ImportError("x.so: undefined symbol: __cudaRegisterLinkedBinary_6acb_runtime_cu"))
+    assert "device code was never linked" in linked and "take '-rdc=true' out of setup.py" in linked
+    other = deepep.import_problem(ImportError("x.so: undefined symbol: _ZN3c105ErrorC2E"))
+    assert other.startswith(f"deep_ep was built for another torch or CUDA than {torch.__version__}") and "build it from" in other
+    assert cuda_lacks("13.0") == "" and cuda_lacks("12.1").startswith("; DeepEP needs CUDA 12.3 or later: install a torch")
+
+
+@pytest.mark.parametrize(
+    "te, torch_version, nccl, text",
+    [
+        (None, "2.12.0", (2, 31, 0), "transformer-engine is not installed: pip install moefx[te]"),
+        ("2.19.0", "2.12.0", (2, 31, 0), "transformer-engine 2.19.0 has no NCCL EP, 2.20 and later have"),
+        ("2.20.2", "2.12.0", (2, 28, 9), "NCCL EP needs NCCL 2.30.4 or later, torch has 2.28.9: pip install -U nvidia-nccl-cu13"),
+        ("2.20.2", "2.11.0+cu130", (2, 31, 0), "transformer-engine 2.20.2's EP operations raise IndexError (increment_version) on torch 2.11.0+cu130"),
+        ("2.20.2", "2.12.0", (2, 31, 0), None),
+    ],
+)
+def test_doctor_says_why_nccl_ep_is_refused(monkeypatch, te, torch_version, nccl, text):
+    def version(package):
+        if te is None:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return te
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: nccl)
+    monkeypatch.setattr(te_ep, "_library", lambda: SimpleNamespace(ep_initialize=None))
+    problem = te_ep.available()
+    assert problem is None if text is None else problem.startswith(text)

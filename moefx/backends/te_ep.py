@@ -1,7 +1,8 @@
 """NCCL EP through Transformer Engine (2.20 and later): a row for each (token, expert), sorted on arrival, no host sync.
 
 Its functions are called directly, within moefx's own opaque operations: as torch operations they fail on torch 2.11 (IndexError
-in increment_version), where this backend refuses until tests/gpu/dispatch_ranks.py has shown that called so they do not. NCCL EP has one configuration a process; it needs the most tokens of a rank (``dispatch_capacity``).
+in increment_version), where this backend refuses until tests/gpu/dispatch_ranks.py has shown that called so they do not. NCCL
+EP has one configuration a process; it needs the most tokens of a rank (``dispatch_capacity``).
 """
 
 from __future__ import annotations
