@@ -273,7 +273,7 @@ def return_start(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The backward of ``dispatch_wait``: adds up the rows of each token on this rank and starts to send them back."""
     call, mover = _call(group, 0), transports.find(int(host[transports.KIND]))
-    rows, tokens, weights = transports.room(mover, grad_rows, *place.shape, grad_weights.dtype)
+    rows, tokens, weights = transports.room(mover, grad_rows, place.shape[0], place.shape[1], grad_weights.dtype)
     rows_.sum_rows(grad_rows, place, out=tokens, picked=rows_.Picked(grad_weights, place, weights))
     back, back_weights, wait = mover.bring_back(rows, weights, handle, host, call)
     assert back_weights is not None

@@ -76,4 +76,5 @@ def encode(x: Tensor) -> Tensor:
 
 def decode(rows: Tensor, hidden: int) -> Tensor:
     """The reverse: [N, H]. Rows may be strided."""
-    return dequantize(*unpack(rows, *_parts(hidden)), rows.dtype)
+    q, scales = unpack(rows, *_parts(hidden))
+    return dequantize(q, scales, rows.dtype)

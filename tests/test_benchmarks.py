@@ -338,7 +338,7 @@ def test_communication_is_hidden_where_a_kernel_of_another_stream_runs() -> None
         _event("aten::add", 0, 100, "cpu_op", tid=7),
     ]  # fmt: skip
     found = overlap_trace.lanes({"traceEvents": events})
-    assert [(lane, len(spans)) for lane, spans in found.items()] == [("stream 1", 3), ("stream 2", 1), ("stream 3", 1)]
+    assert [(lane, len(spans)) for lane, spans in found.items()] == [("stream 1", 4), ("stream 2", 1), ("stream 3", 1)]
     assert overlap_trace.hidden(found) == (30.0, 13.0)  # 10 to 15 and 20 to 28
 
 

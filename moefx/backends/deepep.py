@@ -278,7 +278,7 @@ def on_wire(x: Tensor, call: Call) -> Any:
 
 
 def off_wire(got: Any, like: Tensor) -> Tensor:
-    return fp8_rows.dequantize(*got, like.dtype) if isinstance(got, tuple) else got
+    return fp8_rows.dequantize(got[0], got[1], like.dtype) if isinstance(got, tuple) else got
 
 
 class DeepEP:

@@ -56,10 +56,10 @@ def _scan(counts, entries, totals, blocks, ONCE: tl.constexpr, BLOCK: tl.constex
         if ONCE:
             many += tl.sum(tl.load(entries + bucket * blocks + at, mask=at < blocks, other=0), 0)
     if ONCE:
-        tl.store(totals + 2 * bucket, before.to(tl.int64))
-        tl.store(totals + 2 * bucket + 1, many.to(tl.int64))
+        tl.store(totals + 2 * bucket, before)
+        tl.store(totals + 2 * bucket + 1, many)
     else:
-        tl.store(totals + bucket, before.to(tl.int64))
+        tl.store(totals + bucket, before)
 
 
 @triton.jit

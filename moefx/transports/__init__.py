@@ -227,7 +227,8 @@ def room(mover: Transport, like: Tensor, n: int, top_k: int, dtype: torch.dtype)
         return tokens, tokens, like.new_empty(n, top_k, dtype=dtype)
     parts = (hidden, like.dtype), (top_k, dtype)
     rows = empty_rows(like, n, *parts)
-    return rows, *unpack(rows, *parts)
+    tokens, weights = unpack(rows, *parts)
+    return rows, tokens, weights
 
 
 def reading(numbers: Tensor) -> Callable[[], list]:
