@@ -193,7 +193,7 @@ def operations(step: Callable[[], Any]) -> int:
     return found
 
 
-def host(device: torch.device, sizes: tuple[int, int, int, int], ep: int = 8) -> dict[str, dict[str, float]]:
+def host(device: torch.device, sizes: tuple[int, int, int, int], ep: int = 8, steps: int = 60) -> dict[str, dict[str, float]]:
     """stage -> launches of torch's operations and of moefx's kernels, and microseconds until the host may go on."""
     tokens, h, experts, k = sizes
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ep)
@@ -214,12 +214,12 @@ def host(device: torch.device, sizes: tuple[int, int, int, int], ep: int = 8) ->
     with counting(device) as launched:
         for stage, (before, step) in stages.items():
             taken = []
-            for i in range(60):
+            for i in range(steps):
                 given = before()
                 synchronize(device)
                 started = time.perf_counter()
                 step(given)
-                if i >= 10:
+                if i >= steps // 6:
                     taken.append(time.perf_counter() - started)
             given = before()
             launched[0] = 0

@@ -5,6 +5,7 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import breakdown  # noqa: E402
 import chart  # noqa: E402
 import checks  # noqa: E402
 import contenders  # noqa: E402
+import dispatch  # noqa: E402
 import extrapolate  # noqa: E402
 import footprint  # noqa: E402
 import models  # noqa: E402
@@ -324,6 +326,14 @@ def test_simulated_rank_has_its_share_and_says_that_it_is_a_model(tmp_path: Path
     assert row["exchange_model_ms"] > 32 * 3 / 4 * 64 * 4 * 4 / 1e3 and row["loss"] > 5
 
 
+def test_an_exchange_launches_few_operations() -> None:
+    """Torch's and moefx's kernels of one rank of eight: an exchange of 130 launches was bound by the host, not by the wire."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    found = dispatch.host(torch.device("cpu"), (16, 32, 8, 2), steps=6)
+    assert {stage: f["kernels"] for stage, f in found.items()} == {"dispatch": 8, "combine": 2, "backward": 4}
+    assert all(f["operations"] <= most for f, most in zip(found.values(), (6, 2, 4), strict=True)), found
+
+
 def _event(name: str, start: float, end: float, cat: str, **more: object) -> dict:
     return {"ph": "X", "name": name, "cat": cat, "ts": start, "dur": end - start, **more}
 
@@ -351,4 +361,5 @@ def test_on_a_cpu_an_operation_that_waits_hides_nothing() -> None:
     found = overlap_trace.lanes({"traceEvents": events})
     assert overlap_trace.hidden(found) == (40.0, 11.0)
     picture = overlap_trace.svg(found, "a <title>")
+    ElementTree.fromstring(picture)
     assert picture.count("<rect") == 1 + 5 + 4 and "a &lt;title&gt;" in picture and "thread 9" in picture
