@@ -196,6 +196,7 @@ def operations(step: Callable[[], Any]) -> int:
 def host(device: torch.device, sizes: tuple[int, int, int, int], ep: int = 8, steps: int = 60) -> dict[str, dict[str, float]]:
     """stage -> launches of torch's operations and of moefx's kernels, and microseconds until the host may go on."""
     tokens, h, experts, k = sizes
+    torch.set_num_threads(1)  # others would be woken for a copy of a few rows
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ep)
     where = {"num_experts": experts, "group": dist.group.WORLD.group_name}
     x = torch.randn(tokens, h, device=device).bfloat16().requires_grad_()

@@ -30,6 +30,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from . import fp8_rows, transports
 from . import rows as rows_
 from .errors import ExchangeError, MoefxError
+from .opaque import opaque
 from .transports import LAYER, RECEIVED, ROWS, TOKENS, Call, Dispatched, Host, wide
 from .watch import WATCH
 
@@ -182,7 +183,7 @@ def _linked(shape: tuple, like: Tensor, dtype: torch.dtype | None = None) -> Ten
     return torch.empty_strided(shape, (0,) * len(shape), dtype=dtype or like.dtype, device=like.device)
 
 
-@torch.library.custom_op("moefx::dispatch_start", mutates_args=())
+@opaque("dispatch_start")
 def _dispatch_start(
     x: Tensor, index: Tensor, weights: Tensor, *, num_experts: int, group: str, capacity: int = 0, wire: str = "",
     transport: str = "",
@@ -228,7 +229,7 @@ def _(x, index, weights, *, num_experts: int, group: str, capacity: int = 0, wir
     )  # fmt: skip
 
 
-@torch.library.custom_op("moefx::dispatch_wait", mutates_args=())
+@opaque("dispatch_wait")
 def _dispatch_wait(
     x: Tensor, tokens: Tensor, experts: Tensor, weights: Tensor, handle: Tensor, host: Tensor, link: Tensor,
     link_weights: Tensor, *, num_experts: int, group: str, capacity: int = 0,
@@ -266,7 +267,7 @@ def _(x, tokens, experts, weights, handle, host, link, link_weights, *, num_expe
     return x.new_empty(rows, x.shape[1]), weights.new_empty(rows), counts, place
 
 
-@torch.library.custom_op("moefx::return_start", mutates_args=())
+@opaque("return_start", once=True)
 def return_start(
     grad_rows: Tensor, grad_weights: Tensor, place: Tensor, handle: Tensor, host: Tensor, link: Tensor, link_weights: Tensor,
     group: str,
@@ -286,7 +287,7 @@ def _(grad_rows, grad_weights, place, handle, host, link, link_weights, group: s
     return link.new_empty(link.shape), link_weights.new_empty(link_weights.shape)
 
 
-@torch.library.custom_op("moefx::return_wait", mutates_args=())
+@opaque("return_wait", once=True)
 def return_wait(
     back: Tensor, back_weights: Tensor, index: Tensor, handle: Tensor, host: Tensor, hidden: int, dtype: torch.dtype,
     group: str,
@@ -388,7 +389,7 @@ def _dispatch(
 # --- combine ---------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("moefx::combine_start", mutates_args=())
+@opaque("combine_start")
 def _combine_start(
     rows: Tensor, row_weights: Tensor, index: Tensor, place: Tensor, handle: Tensor, host: Tensor, link: Tensor, *, group: str
 ) -> tuple[Tensor, Tensor]:
@@ -408,7 +409,7 @@ def _(rows, row_weights, index, place, handle, host, link, *, group: str):
     return rows.new_empty(link.shape[0], rows.shape[1]), _linked((place.shape[0], rows.shape[1]), rows)
 
 
-@torch.library.custom_op("moefx::combine_wait", mutates_args=())
+@opaque("combine_wait")
 def _combine_wait(back: Tensor, link: Tensor, index: Tensor, handle: Tensor, host: Tensor, *, group: str) -> Tensor:
     """Waits for what ``combine_start`` moves and adds up each token's rows: [T, H]."""
     _arrive(back)
@@ -421,7 +422,7 @@ def _(back, link, index, handle, host, *, group: str):
     return back.new_empty(index.shape[0], link.shape[1])
 
 
-@torch.library.custom_op("moefx::resend_start", mutates_args=())
+@opaque("resend_start", once=True)
 def resend_start(grad: Tensor, link: Tensor, handle: Tensor, host: Tensor, group: str) -> Tensor:
     """The backward of ``combine_wait``: starts to send the gradient [T, H] where the tokens went."""
     call = _call(group, 0)
@@ -435,7 +436,7 @@ def _(grad, link, handle, host, group: str):
     return link.new_empty(link.shape)
 
 
-@torch.library.custom_op("moefx::resend_wait", mutates_args=())
+@opaque("resend_wait", once=True)
 def resend_wait(grad: Tensor, rows: Tensor, row_weights: Tensor, place: Tensor, host: Tensor) -> tuple[Tensor, Tensor]:
     """The backward of ``combine_start``: gradients of rows [R, H] and row_weights [R] from the tokens' [N, H]."""
     _arrive(grad)

@@ -7,6 +7,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import moefx
 from moefx import exchange, grouped, ops
 
 E, K, H, INNER = 4, 2, 8, 6
@@ -68,6 +69,14 @@ def test_gradients_of_rows_and_weights(group):
 
     inputs = _random(5, 3).requires_grad_(), _random(5, K, seed=1).requires_grad_()
     assert torch.autograd.gradcheck(there_and_back, inputs)
+
+
+def test_an_exchange_is_differentiated_once(group):
+    index, x, weights = _index(5), _random(5, 3).requires_grad_(), _random(5, K, seed=1).requires_grad_()
+    rows, row_weights, _, *way = exchange.dispatch(x, index, weights, **group)
+    y = exchange.combine(rows.square(), row_weights, index, *way, **group)
+    with pytest.raises(moefx.MoefxError, match="moefx::resend_start belongs to a backward, and cannot be differentiated again"):
+        torch.autograd.grad(y.square().sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize("backend, capacity", [("aot_eager", 0), ("inductor", 0), ("inductor", 20)])
