@@ -204,6 +204,8 @@ def _rank(
         import torch
         import torch.distributed as dist
 
+        # The first call after a fork replaces torch's thread pool, unguarded: let it not be two autograd threads that race for it.
+        torch.set_num_threads(1)
         # by file, not by module name: pytest's importlib mode gives test modules names that nobody can import
         spec = importlib.util.spec_from_file_location("ranks_of_" + Path(file).stem, file)
         assert spec is not None and spec.loader is not None
