@@ -321,3 +321,20 @@ def test_simulated_rank_has_its_share_and_says_that_it_is_a_model(tmp_path: Path
     (row,) = record["depths"][0]["rows"]
     # at least: a row of 64 float32 numbers of 3 of 4 tokens, there and back, forward and backward, at 1 MB/s
     assert row["exchange_model_ms"] > 32 * 3 / 4 * 64 * 4 * 4 / 1e3 and row["loss"] > 5
+
+
+def test_determinism(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark as it stands, small: two runs under PyTorch's switch give the same bits, and their cost is written down."""
+    import common
+    import determinism
+
+    saved = {}
+    monkeypatch.setattr(common, "save", saved.__setitem__)
+    options = "--model tiny --device cpu --layers 1 --seq 16 --steps 1 --dtype float32 --no-compile"
+    monkeypatch.setattr(sys, "argv", ["determinism.py", *options.split()])
+    try:
+        assert determinism.main() == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    (record,) = saved.values()
+    assert record["deterministic"]["equal"] == record["deterministic"]["tensors"] > 10 and record["cost"] > 0
