@@ -74,6 +74,9 @@ def train_step(model, micro, items, scale, aux, accumulate=lambda last: None, z=
         loss = out.loss + z * z_loss(out, b["attention_mask"]) if z else out.loss
         (loss * scale).backward()
         found.append(float(out.aux_loss.detach()) if aux else 0.0)
+        if i == 0 and len(micro) > 1:
+            del out, loss
+            evaluated(model, b)  # in the middle of the accumulation: gradients that are not reduced yet must survive
     return found
 
 
