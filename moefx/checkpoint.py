@@ -8,15 +8,18 @@ import os
 import random
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
@@ -30,7 +33,7 @@ from . import faults, hf
 from .errors import MoefxError
 
 _WEIGHTS, _INDEX = "model{suffix}.safetensors", "model.safetensors.index.json"
-_NEW = ".incomplete"
+_CONFIG, _NEW = "config.json", ".incomplete"
 
 
 # --- Hugging Face layout ---------------------------------------------------------------------------------------------
@@ -43,11 +46,14 @@ def save_pretrained(
     """Writes ``model`` as plain Transformers would, files and tensors alike; every rank calls it.
 
     The files are dealt out to the ranks; a rank holds the tensors of one file and of one block besides, never the model. Files
-    get their names when all are written: a save that is interrupted leaves the previous one in ``folder`` as it was.
+    get their names when all are written: a save that is interrupted leaves the previous one in ``folder`` as it was. In the
+    moment of the renames ``folder`` has no config.json, so that nobody reads files of two saves; if the save ends just then,
+    the next to save into ``folder`` or to load it by ``moefx.parallelize`` does the rest (:func:`finish_save`).
     """
     rank, world = _rank_and_world()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    finish_save(folder)
     spread = model.state_dict()
     whole = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in spread.items()}
     whole = remove_tied_weights_from_state_dict(whole, model)
@@ -71,8 +77,9 @@ def save_pretrained(
         raise MoefxError(f"{folder / file} was not written: {missing[0]} came out of no block of the model; report this")
     _barrier()
     if rank == 0:
-        _put_in_place(folder, plan)
-        _save_configuration(model, folder)
+        _write_index_and_configuration(model, folder, plan)
+        (folder / _CONFIG).unlink(missing_ok=True)  # from here on the new files count
+        _put_in_place(folder)
     _barrier()
 
 
@@ -103,33 +110,55 @@ def _groups(model: Any, names: list[str]) -> Iterator[list[str]]:
     yield from found.values()
 
 
-def _put_in_place(folder: Path, plan: Any) -> None:
-    """Old weights give way to the new in the time of a few renames."""
-    new = set(plan.filename_to_tensors)
-    for file in new:
-        os.replace(folder / (file + _NEW), folder / file)
+def _write_index_and_configuration(model: Any, folder: Path, plan: Any) -> None:
+    """Besides the weights, under names that nobody reads; the configuration last: it says that all is there."""
+    for left in folder.glob(f"model*{_NEW}"):  # of a save that was interrupted while it wrote
+        if left.name.removesuffix(_NEW) not in plan.filename_to_tensors:
+            left.unlink()
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / (_INDEX + _NEW)).write_text(text, encoding="utf-8")
-        os.replace(folder / (_INDEX + _NEW), folder / _INDEX)
-    else:
-        (folder / _INDEX).unlink(missing_ok=True)
-    for old in folder.glob("model*.safetensors"):
-        if old.name not in new:
-            old.unlink()
-    for left in folder.glob(f"*{_NEW}"):  # of a save that was interrupted
-        left.unlink()
-
-
-def _save_configuration(model: Any, folder: Path) -> None:
     config = copy.deepcopy(model.config)
     vars(config).pop("distributed_config", None)
     config.architectures = [type(model).__name__.removeprefix("FSDP")]
     config.dtype = str(model.dtype).removeprefix("torch.")
-    config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
+    with tempfile.TemporaryDirectory() as written:
+        config.save_pretrained(written)
+        if model.can_generate():
+            model.generation_config.save_pretrained(written)
+        for path in sorted(Path(written).iterdir(), key=lambda p: p.name == _CONFIG):
+            (folder / (path.name + _NEW)).write_bytes(path.read_bytes())
+
+
+def _put_in_place(folder: Path) -> None:
+    """Gives the new files their names, and removes what they replace; can be done again from wherever it was interrupted."""
+    index, single = folder / _INDEX, _WEIGHTS.format(suffix="")
+    if (folder / (single + _NEW)).exists():
+        index.unlink(missing_ok=True)
+    elif (folder / (_INDEX + _NEW)).exists():
+        os.replace(folder / (_INDEX + _NEW), index)
+    new = _in_index(index) if index.exists() else {single}
+    for file in new:
+        if (folder / (file + _NEW)).exists():
+            os.replace(folder / (file + _NEW), folder / file)
+    for old in folder.glob("model*.safetensors"):
+        if old.name not in new:
+            old.unlink()
+    for path in sorted(folder.glob(f"*.json{_NEW}"), key=lambda p: p.name == _CONFIG + _NEW):
+        os.replace(path, path.with_name(path.name.removesuffix(_NEW)))
+
+
+def _in_index(index: Path) -> set[str]:
+    return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+
+
+def finish_save(folder: str | os.PathLike) -> None:
+    """Does the rest of a :func:`save_pretrained` that was interrupted when all was written. Every rank calls it."""
+    folder = Path(folder)
+    if _rank_and_world()[0] == 0 and (folder / (_CONFIG + _NEW)).exists() and not (folder / _CONFIG).exists():
+        _put_in_place(folder)
+    _barrier()
 
 
 def _rank_and_world() -> tuple[int, int]:
@@ -152,17 +181,25 @@ def check_files(folder: Path, model: Any) -> None:
     """
     there = _shapes(folder)
     whole = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in model.state_dict().items()}
+    own = {name: tuple(t.shape) for name, t in whole.items()}
     written = revert_weight_conversion(model, remove_tied_weights_from_state_dict(whole, model))
     wanted = {name: tuple(t.shape) for name, t in written.items()}
+    # Transformers also takes the model's own names, and either without the prefix of the base model
+    prefix = f"{model.base_model_prefix}."
+    readable = {**_without(prefix, own), **_without(prefix, wanted), **own, **wanted}
     kinds = {_kind(name) for name in wanted.keys() & there.keys()}  # laid out in the way of the model
     ignored = [re.compile(p) for p in (getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])]
-    for name in sorted(wanted.keys() | there.keys()):
-        if name in wanted and name in there:
-            if wanted[name] != there[name]:
-                raise MoefxError(f"{folder} has {name} of shape {there[name]}, the model of {wanted[name]}: {_BELONGS}")
-        elif _kind(name) in kinds and not any(p.search(name) for p in ignored):
+    for name in sorted(readable.keys() | there.keys()):
+        if name in readable and name in there:
+            if readable[name] != there[name]:
+                raise MoefxError(f"{folder} has {name} of shape {there[name]}, the model of {readable[name]}: {_BELONGS}")
+        elif (name in wanted or name in there) and _kind(name) in kinds and not any(p.search(name) for p in ignored):
             said = "lacks" if name in wanted else "has, and the model has not,"
             raise MoefxError(f"{folder} {said} {name}: {_BELONGS}")
+
+
+def _without(prefix: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {name.removeprefix(prefix): shape for name, shape in shapes.items()}
 
 
 _BELONGS = "load the checkpoint that belongs to this configuration"
@@ -174,17 +211,37 @@ def _kind(name: str) -> str:
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    index, single = folder / _INDEX, folder / _WEIGHTS.format(suffix="")
-    files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else {single.name}
-    found: dict[str, tuple[int, ...]] = {}
-    for file in sorted(files):
-        if not (folder / file).is_file():
-            if index.is_file():
-                raise MoefxError(f"{folder} lacks {file}, which {_INDEX} names: download it again")
-            return {}  # in another format
-        with safe_open(folder / file, framework="pt") as f:
-            found |= {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
-    return found
+    """Of the tensors in a folder; nothing for a folder in a format that Transformers alone reads."""
+    for single, index, shapes in (
+        (_WEIGHTS.format(suffix=""), _INDEX, _safetensors_shapes),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json", _pickled_shapes),
+    ):
+        if (folder / single).is_file():
+            files = {single}
+        elif (folder / index).is_file():
+            files = _in_index(folder / index)
+        else:
+            continue
+        found: dict[str, tuple[int, ...]] = {}
+        for file in sorted(files):
+            if not (folder / file).is_file():
+                raise MoefxError(f"{folder} lacks {file}, which {index} names: download it again")
+            try:
+                found |= shapes(folder / file)
+            except (SafetensorError, EOFError, RuntimeError) as error:
+                raise MoefxError(f"{folder / file} cannot be read ({error}): download it again") from error
+        return found
+    return {}
+
+
+def _safetensors_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    with safe_open(file, framework="pt") as f:
+        return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
+
+
+def _pickled_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    found = torch.load(file, map_location="meta", mmap=True, weights_only=True)
+    return {name: tuple(t.shape) for name, t in found.items()}
 
 
 # --- resuming --------------------------------------------------------------------------------------------------------
@@ -195,8 +252,21 @@ _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)  # by parameter n
 def _state(model: Any, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
     found: dict[str, Any] = {"model": model.state_dict()}
     if optimizer is not None:
-        found["optimizer"] = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
+        with _without_empty_groups(optimizer):
+            found["optimizer"] = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
     return found
+
+
+@contextmanager
+def _without_empty_groups(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """PyTorch names a group by its first parameter; the Trainer makes groups that have none (LoRA trains no bias, no norm)."""
+    empty = [(i, g) for i, g in enumerate(optimizer.param_groups) if not g["params"]]
+    optimizer.param_groups = [g for g in optimizer.param_groups if g["params"]]
+    try:
+        yield
+    finally:
+        for i, group in empty:
+            optimizer.param_groups.insert(i, group)
 
 
 @faults.named()
@@ -222,8 +292,8 @@ def save_checkpoint(
     _barrier()
     if rank == 0:
         old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
+        if folder.exists():  # else this old one is the previous checkpoint
+            shutil.rmtree(old, ignore_errors=True)
             os.replace(folder, old)
         os.replace(new, folder)
         shutil.rmtree(old, ignore_errors=True)
@@ -239,12 +309,27 @@ def load_checkpoint(folder: str | os.PathLike, model: Any, optimizer: torch.opti
     Raises:
         MoefxError: there is no complete checkpoint, or it lacks a tensor of the model or has it in another shape.
     """
-    folder = Path(folder)
+    folder = _complete(Path(folder))
+    load_state(folder, model, optimizer)
+    rank, world = _rank_and_world()
+    mine = folder / f"random-{rank}.pt"
+    if len(list(folder.glob("random-*.pt"))) == world and mine.is_file():
+        _set_random_state(torch.load(mine, weights_only=False))
+    return torch.load(folder / "extra.pt", weights_only=False)
+
+
+def _complete(folder: Path) -> Path:
     old = folder.with_name(folder.name + ".old")
     if not folder.exists() and old.exists():  # interrupted between two renames: the previous one is whole
         folder = old
     if not (folder / ".metadata").is_file():
         raise MoefxError(f"there is no complete checkpoint in {folder}: pass a folder that save_checkpoint wrote")
+    return folder
+
+
+@faults.named()
+def load_state(folder: Path, model: Any, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """What :func:`load_checkpoint` reads of model and optimizer, without the random states."""
     state = _state(model, optimizer)
     _check(folder, state)
     even = _redistribute_state_dict(state)
@@ -252,12 +337,8 @@ def load_checkpoint(folder: str | os.PathLike, model: Any, optimizer: torch.opti
     state = _redistribute_state_dict(even, reference_state_dict=state)
     model.load_state_dict(state["model"])
     if optimizer is not None:
-        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_OPTIONS)
-    rank, world = _rank_and_world()
-    mine = folder / f"random-{rank}.pt"
-    if len(list(folder.glob("random-*.pt"))) == world and mine.is_file():
-        _set_random_state(torch.load(mine, weights_only=False))
-    return torch.load(folder / "extra.pt", weights_only=False)
+        with _without_empty_groups(optimizer):
+            set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_OPTIONS)
 
 
 def _check(folder: Path, state: dict[str, Any]) -> None:
@@ -272,12 +353,25 @@ def _check(folder: Path, state: dict[str, Any]) -> None:
     extra = sorted(n for n in there if n.startswith("model.") and n.removeprefix("model.") not in state["model"])
     if extra:
         raise MoefxError(f"{folder} has {extra[0].removeprefix('model.')}, which the model has not")
-    if "optimizer" in state and not any(n.startswith("optimizer.") for n in there):
+    if "optimizer" in state:
+        _check_optimizer(folder, state["optimizer"], there)
+
+
+def _check_optimizer(folder: Path, state: dict[str, Any], there: dict[str, Any]) -> None:
+    if not any(n.startswith("optimizer.") for n in there):
         raise MoefxError(f"{folder} has no optimizer state: it was saved without one; load it without optimizer")
+    wanted = {n for n in state if n.startswith("state.")}
+    found = {m for n in there if (m := n.removeprefix("optimizer.")).startswith("state.") and m != n}
+    for name in sorted(wanted ^ found):
+        said, else_ = ("lacks", "has") if name in wanted else ("has", "lacks")
+        raise MoefxError(
+            f"{folder} {said} the optimizer's {name}, which this optimizer {else_}: resume with the same kind of optimizer "
+            "over the same parameters, or load without optimizer"
+        )
 
 
 def _random_state() -> dict[str, Any]:
-    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
@@ -285,6 +379,7 @@ def _random_state() -> dict[str, Any]:
 
 def _set_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

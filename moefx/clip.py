@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from . import faults
+from . import faults, sharded
 
 
 @faults.named()
@@ -26,6 +26,8 @@ def clip_grad_norm_(
     Returns the norm that one process holding all parameters would see, the same on every rank; gradients are scaled in place
     by ``min(1, max_norm / norm)``. ``parameters``: a model, or parameters. All ranks call it.
     """
+    if isinstance(parameters, nn.Module):
+        sharded.reshard(parameters)
     found = list(parameters.parameters() if isinstance(parameters, nn.Module) else parameters)
     by_mesh: dict[object, list[Tensor]] = {}
     for p in found:

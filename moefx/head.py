@@ -82,8 +82,10 @@ class LazyLogits(Tensor):
                 return func(*args, **kwargs)
         me = args[0] if args else None
         if isinstance(me, LazyLogits) and me.logits is None:
-            if func is Tensor.requires_grad.__get__:  # type: ignore[attr-defined]
+            if func == Tensor.requires_grad.__get__:  # type: ignore[attr-defined]  # ==: each look at it makes another object
                 return me.hidden.requires_grad
+            if func == Tensor._base.__get__:  # type: ignore[attr-defined]  # FSDP asks whether it is a view
+                return None
             if func is Tensor.float and not kwargs and len(args) == 1:
                 return me._as(torch.float32)
             if func is Tensor.to and not kwargs and len(args) == 2 and isinstance(args[1], torch.dtype):

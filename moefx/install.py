@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from . import aux_loss, checkpoint, exchange, faults, hf, ops, sharded
@@ -54,6 +55,7 @@ class Optimized:
     shared: dict[tuple, Function | CaptureError] = field(default_factory=dict)
     bypass: bool = False  #: run the original forwards (moefx.verify)
     global_aux_loss: bool = False  #: the auxiliary loss is that of all ranks' tokens
+    after_forward: RemovableHandle | None = None  #: of the hook that frees FSDP's root after an evaluation
     shards_experts: bool = False  #: ``optimize`` spread the experts over ranks: ``restore`` brings them back
 
     def __deepcopy__(self, memo: dict) -> Optimized:
@@ -288,6 +290,10 @@ class _Projection:
         self.module, self.forward = module, forward
 
     def __call__(self, hidden: Tensor) -> Tensor:
+        if isinstance(self.module.weight, DTensor) and not isinstance(hidden, DTensor):
+            raise MoefxError(
+                "the logits are read when lm_head's weight is spread over the ranks again: read them before loss.backward()"
+            )
         return self.forward(hidden)
 
 
@@ -418,6 +424,16 @@ def _model_forward(base: type) -> Callable:
     return forward
 
 
+def _after_forward(model: Any, args: Any, out: Any) -> None:
+    """After FSDP's own hook. Without gradients no backward will free what the forward gathered."""
+    if torch.is_grad_enabled():
+        return
+    for logits in out if isinstance(out, tuple) else (getattr(out, "logits", None),):
+        if isinstance(logits, LazyLogits):
+            logits.materialize()  # lm_head's weight is about to go
+    sharded.reshard(model)
+
+
 def install(model: Any, state: Optimized) -> None:
     """Makes every instance of every function run it. Nothing else of the model changes: same names, same parameters."""
     hf.use(model)
@@ -447,6 +463,8 @@ def install(model: Any, state: Optimized) -> None:
             module = model.get_submodule(path)
             module._moefx_site.intact(module)  # from here on, what is replaced inside is noticed
     model.__dict__["_moefx"], model.__dict__["_moefx_routing"] = state, routing
+    if sharded.is_unit(model):
+        state.after_forward = model.register_forward_hook(_after_forward)
     model.__class__ = _class(type(model), _model_forward)  # type: ignore[arg-type]
 
 
@@ -459,6 +477,8 @@ def uninstall(model: Any) -> None:
             module.__class__ = base
         for name in ("_moefx_site", "_moefx_active", "_moefx", "_moefx_routing"):
             module.__dict__.pop(name, None)
+    if state.after_forward is not None:
+        state.after_forward.remove()
     if isinstance(vars(model).get("_loss_function"), FusedLoss):
         if state.loss is None:
             del model._loss_function

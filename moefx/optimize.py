@@ -77,7 +77,8 @@ def optimize(
         model: a ``PreTrainedModel`` with experts, or a PEFT model around one, on one device (or on meta), before DDP, FSDP or
             torch.compile.
         ep_size: over how many ranks the experts are spread. Their parameters become DTensors; build the optimizer after.
-        mesh: instead of ``ep_size``, a DeviceMesh with a dimension "ep" (and optionally "dp_replicate").
+        mesh: instead of ``ep_size``, a DeviceMesh with a dimension "ep" (and optionally "dp_replicate"). With a dimension
+            "efsdp" too it says how :func:`moefx.parallelize` spreads the whole model, dense parameters by FSDP2.
         example: keyword arguments of the model's forward that show what kinds of inputs it gets (default: input_ids, labels).
         pipeline: the passes, ``moefx.passes.default()`` if None.
         backends: names or ``Backend`` objects in order of preference (default: torch, reference).
@@ -103,6 +104,9 @@ def optimize(
         PassError: a pass broke a graph, or under ``strict`` something promised is missing; the model is untouched.
         VerifyError: ``verify`` found a difference; the model is restored.
     """
+    if mesh is not None and "efsdp" in (mesh.mesh_dim_names or ()):
+        options = {k: v for k, v in locals().items() if k not in ("model", "mesh", "ep_size", "verify")}
+        return _over_mesh(model, mesh, ep_size, verify, options)
     given, model = model, adapters.inside(model)
     hf.check(model)
     if getattr(model, "_moefx", None) is not None:
@@ -151,6 +155,14 @@ def optimize(
         parallel.tell_ddp(given)  # type: ignore[arg-type]
         given.__class__ = adapters.saving(type(given))  # type: ignore[assignment,arg-type]
     return given
+
+
+def _over_mesh(model: Any, mesh: DeviceMesh, ep_size: int, verify: bool, options: dict[str, Any]) -> Any:
+    from .parallelize import over_mesh
+
+    if verify:
+        raise MoefxError("verify=True needs whole parameters, the mesh spreads them: call moefx.verify on a small model")
+    return over_mesh(model, mesh, ep_size, **options)
 
 
 def _verify_or_restore(model: Any, example: Mapping[str, Any] | None) -> None:

@@ -7,7 +7,7 @@ decided here, for every family that uses the experts interface, with or without 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.distributed import DistributedConfig
 from transformers.distributed.utils import TransformersDeviceMesh
 from transformers.utils import is_accelerate_available
@@ -113,6 +116,23 @@ def parallelize(
     return _optimize(given, global_aux_loss, options)
 
 
+def over_mesh(model: Any, mesh: DeviceMesh, ep_size: int = 1, **options: Any) -> Any:
+    """``parallelize`` with the sizes of a mesh ("dp_replicate", "efsdp", "ep"); the first and the last may be left out."""
+    order = ("dp_replicate", "efsdp", "ep")
+    names = mesh.mesh_dim_names or ()
+    if [n for n in order if n in names] != list(names):
+        raise MoefxError(f"the mesh has the dimensions {names}: to spread a model, take {order}, in this order")
+    size = dict(zip(names, mesh.mesh.shape, strict=True))
+    if ep_size not in (1, size.get("ep", 1)):
+        raise MoefxError(f"ep_size={ep_size} but the mesh's \"ep\" has {size.get('ep', 1)} ranks: pass one of the two")
+    if mesh.mesh.flatten().tolist() != list(range(dist.get_world_size())):
+        raise MoefxError(
+            f"the mesh has the ranks {mesh.mesh.flatten().tolist()}, there are {dist.get_world_size()}: a model is spread over "
+            "all of them, in order; make it with init_device_mesh"
+        )
+    return parallelize(model, ep_size=size.get("ep", 1), dp_replicate=size.get("dp_replicate", 1), **options)
+
+
 def _optimize(model: Any, global_aux_loss: bool, options: dict[str, Any]) -> Any:
     optimize(model.train(), **options)
     inside(model)._moefx.global_aux_loss = global_aux_loss and dist.get_world_size() > 1
@@ -173,6 +193,8 @@ def _distribute(model: Any, layout: Layout, meshes: TransformersDeviceMesh | Non
         _check_experts(model, layout)
         meshes.get_mesh(("efsdp", "ep"))._flatten("experts")  # norms of experts' gradients: one reduction, not two
         parallel.shard_parameters(model, meshes.get_mesh("ep"))
+    policies["shard_placement_fn"] = _cut_by_width(model, layout).get
+    if layout.ep_size > 1:
         for experts in hf.experts_modules(model).values():
             fully_shard(experts, mesh=meshes.get_mesh((*replicated, "efsdp")), **policies)
     blocks = hf.blocks(model)
@@ -186,6 +208,28 @@ def _distribute(model: Any, layout: Layout, meshes: TransformersDeviceMesh | Non
     model._tp_size, model._fsdp_size = 1, layout.fsdp
     model._is_distributed_loading_by_transformers = model._is_fsdp_managed_module = True
     return model
+
+
+def _cut_by_width(model: Any, layout: Layout) -> MutableMapping[nn.Parameter, Shard]:
+    """Weights of experts that FSDP's ranks cannot share evenly, some would hold none: these cut the hidden width instead.
+
+    (Not the intermediate one, in which many checkpoints have two tensors where the model has one.)
+    """
+    found = WeakIdKeyDictionary()
+    for module in hf.experts_modules(model).values() if _width_is_kept(model) else ():
+        for name, p in module.named_parameters(recurse=False):
+            # down is [E, H, I], up and gate [E, 2 I, H], or transposed; biases, which no checkpoint has in parts, are all width
+            width = 1 if p.dim() == 2 or ("down" in name) != module.is_transposed else 2
+            if p.dim() > 1 and p.shape[0] // layout.ep_size % layout.efsdp and p.shape[width] % layout.efsdp == 0:
+                found[p] = Shard(width)
+    return found
+
+
+def _width_is_kept(model: Any) -> bool:
+    """Do Transformers' conversions of the family's checkpoints leave the experts' widths where they are? (They load shards.)"""
+    converters = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightConverter)]
+    ops = [op for c in converters if any("experts" in t for t in c.target_patterns) for op in c.operations]
+    return all(isinstance(op, MergeModulelist) or isinstance(op, Concatenate) and op.dim == 1 for op in ops)
 
 
 def _policies(layout: Layout) -> dict[str, Any]:
@@ -236,6 +280,7 @@ def _owner_of(model: PreTrainedModel, path: str) -> Any:
 
 def _load(folder: Path, layout: Layout, dtype: torch.dtype | None) -> Any:
     """Transformers' own loading (its conversion of layouts, its progress bar), of this rank's shards."""
+    checkpoint.finish_save(folder)
     if not (folder / "config.json").is_file():
         raise MoefxError(f"there is no {folder / 'config.json'}: pass a folder in Hugging Face layout, or a model")
     if not is_accelerate_available():
@@ -243,7 +288,11 @@ def _load(folder: Path, layout: Layout, dtype: torch.dtype | None) -> Any:
     chosen: Mapping[str, Any] = {} if dtype is None else {"dtype": dtype}
     loader: Any = AutoModelForCausalLM.from_pretrained
     with _distributing(layout, folder):
-        model, info = loader(folder, distributed_config=layout.config, output_loading_info=True, **chosen)
+        model, info = loader(
+            folder, distributed_config=layout.config, output_loading_info=True, ignore_mismatched_sizes=True, **chosen
+        )
+    for name, there, wanted in sorted(info["mismatched_keys"]):  # which Transformers' own error does not name
+        raise MoefxError(f"{folder} has {name} of shape {tuple(there)}, the model of {tuple(wanted)} (of this rank's part)")
     for what, said in (("missing_keys", "lacks"), ("unexpected_keys", "has, and the model has not,")):
         names = sorted(map(str, info[what]))
         if names:

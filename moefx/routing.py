@@ -54,6 +54,7 @@ class Routing:
     z_loss: Tensor | None = None  #: of the last forward with labels
     nonfinite: list[tuple[str, Tensor]] = field(default_factory=list)
     forwards: int = 0
+    step: int | None = None  #: of the optimizer, where somebody counts: the Trainer
 
     def __deepcopy__(self, memo: dict) -> Routing:
         return type(self)(counting=self.counting)
@@ -162,9 +163,10 @@ class Routing:
         many = torch.stack([n for _, n in self.nonfinite]).tolist()  # the only time that the host waits
         bad = next(((path, n) for (path, _), n in zip(self.nonfinite, many, strict=True) if n), None)
         if bad:
+            when = f"forward {self.forwards}" if self.step is None else f"step {self.step} (forward {self.forwards})"
             rank = f" on rank {dist.get_rank()}" if dist.is_available() and dist.is_initialized() else ""
             raise MoefxError(
-                f"forward {self.forwards}{rank}: {bad[1]} of the routing logits of {bad[0].removesuffix('.experts')} are NaN "
+                f"{when}{rank}: {bad[1]} of the routing logits of {bad[0].removesuffix('.experts')} are NaN "
                 "or infinite, the first layer to have any: look at the batch, the learning rate and the gradients before"
             )
 

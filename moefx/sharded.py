@@ -64,6 +64,21 @@ def _groups(module: FSDPModule) -> list[Any]:
     return list(many) if many is not None else [one] if one is not None else []
 
 
+def is_unit(module: nn.Module) -> bool:
+    return isinstance(module, FSDPModule)
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees what forwards have gathered and no backward has freed: the model's parameters are this rank's shards again.
+
+    FSDP keeps the root's after a forward, for the backward. Where none comes (an evaluation) ``model.parameters()`` are the
+    gathered ones, which have no gradients: an optimizer that is made then never trains them, and a norm leaves them out.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def local_slices(spread: DTensor) -> tuple[slice, ...]:
     """Where this rank's part of a spread tensor lies in the whole."""
     sizes, offsets = compute_local_shape_and_global_offset(spread.shape, spread.device_mesh, spread.placements)

@@ -41,20 +41,21 @@ class TrainerMixin:
     """What ``moefx.trainer.Trainer`` adds, for other trainers: ``class Mine(TrainerMixin, trl.SFTTrainer): ...``
 
     Checkpoints get a folder for resuming at any ``ep_size`` and number of ranks (DCP: weights, optimizer, scheduler), besides
-    the weights in Hugging Face layout. ``log`` gets ``router/max_load``, ``router/entropy`` and
-    ``router/dropped``, the means since the last log (:func:`moefx.load_metrics`).
+    the weights in Hugging Face layout. ``log`` gets what :func:`moefx.load_metrics` says of the steps since the last log:
+    ``router/max_load``, ``router/entropy``, ``router/dropped``, and ``router/max_load/<layer>``, ``router/entropy/<layer>``.
 
     Args:
-        log_router_load: count tokens per expert and log them. One small all-reduce a log.
+        log_router_load: count tokens per expert and log them, one small all-reduce a log; "model": without the layers' own.
     """
 
     model: Any
     optimizer: Any
     lr_scheduler: Any
     args: Any
+    state: Any
     accelerator: Any
 
-    def __init__(self, model: Any = None, args: Any = None, *rest: Any, log_router_load: bool = True, **named: Any):
+    def __init__(self, model: Any = None, args: Any = None, *rest: Any, log_router_load: bool | str = True, **named: Any):
         self._spread = model is not None and not isinstance(model, str) and sharded.is_sharded(model)
         only = getattr(args, "save_only_model", None)
         if self._spread and args is not None:
@@ -78,8 +79,15 @@ class TrainerMixin:
             load = routing.expert_load(unwrap(self.model), "log")
             if any(int(c.sum()) for c in load.values()):
                 found = routing.load_metrics(load)
-                logs |= {f"router/{k}": round(found[k], 4) for k in ("max_load", "entropy", "dropped")}
+                names = found if self._counts is True else ("max_load", "entropy", "dropped")
+                logs |= {f"router/{k}": round(found[k], 4) for k in names}
         super().log(logs, start_time)  # type: ignore[misc]
+
+    def training_step(self, model: Any, *rest: Any, **named: Any) -> Any:
+        inner = unwrap(self.model)
+        if hasattr(inner, "_moefx_routing"):
+            inner._moefx_routing.step = self.state.global_step + 1  # for the error of check_numerics
+        return super().training_step(model, *rest, **named)  # type: ignore[misc]
 
     def _clip_grad_norm(self, model: Any) -> Any:
         if not self._spread:
@@ -107,6 +115,14 @@ class TrainerMixin:
             return super()._load_optimizer_and_scheduler(checkpoint_folder)  # type: ignore[misc]
         extra = checkpoint.load_checkpoint(Path(checkpoint_folder, FOLDER), self._held(), _plain(self.optimizer))
         self.lr_scheduler.load_state_dict(_for_groups(extra["scheduler"], len(_plain(self.optimizer).param_groups)))
+
+    def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint or "")
+        if (best / FOLDER).is_dir():
+            return checkpoint.load_state(best / FOLDER, self._held())
+        if self._spread:
+            raise MoefxError(f"{best} has no folder {FOLDER!r} to load the best model from: leave save_only_model off")
+        super()._load_best_model()  # type: ignore[misc]
 
     def _held(self) -> Any:
         """The model whose state is saved: inside DDP."""

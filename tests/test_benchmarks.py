@@ -363,3 +363,20 @@ def test_on_a_cpu_an_operation_that_waits_hides_nothing() -> None:
     picture = overlap_trace.svg(found, "a <title>")
     ElementTree.fromstring(picture)
     assert picture.count("<rect") == 1 + 5 + 4 and "a &lt;title&gt;" in picture and "thread 9" in picture
+
+
+def test_determinism(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark as it stands, small: two runs under PyTorch's switch give the same bits, and their cost is written down."""
+    import common
+    import determinism
+
+    saved = {}
+    monkeypatch.setattr(common, "save", saved.__setitem__)
+    options = "--model tiny --device cpu --layers 1 --seq 16 --steps 1 --dtype float32 --no-compile"
+    monkeypatch.setattr(sys, "argv", ["determinism.py", *options.split()])
+    try:
+        assert determinism.main() == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    (record,) = saved.values()
+    assert record["deterministic"]["equal"] == record["deterministic"]["tensors"] > 10 and record["cost"] > 0

@@ -11,8 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from spawn import run_script
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 ROOT = Path(__file__).parent.parent
+#: That of the examples, but for one token more in sft.py.
+CONFIG = Qwen3MoeConfig(
+    vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    intermediate_size=128, moe_intermediate_size=64, num_experts=8, num_experts_per_tok=2,
+)  # fmt: skip
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
 
 
@@ -54,6 +60,19 @@ def printed(name, folder, *args, ranks=1):
     return [line for line in text.splitlines() if line.startswith(("loss", "grad_norm", "eval_loss", "router"))]
 
 
+def test_train(tmp_path):
+    """The plain loop: one process, and two ranks from whose checkpoint four go on."""
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(CONFIG).save_pretrained(tmp_path / "base")
+    one = printed("train", tmp_path, "--model", "base", "--out", "one", "--steps", "4", "--save-every", "2")
+    assert [line.split()[0] for line in one] == ["loss", "loss", "eval_loss", "loss", "loss", "eval_loss"]
+    options = ("--model", "base", "--out", "many", "--save-every", "2", "--ep-size", "2", "--resume", "--steps")
+    two = printed("train", tmp_path, *options, "2", ranks=2)
+    assert two + printed("train", tmp_path, *options, "4", "--dp-replicate", "2", ranks=4) == one
+    states = [AutoModelForCausalLM.from_pretrained(tmp_path / n).state_dict() for n in ("one", "many")]
+    assert all(torch.allclose(t, states[1][n], atol=1e-4) for n, t in states[0].items())
+
+
 def test_trainer(tmp_path):
     """One process and two ranks agree; two ranks go on from where one process stopped."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -86,16 +105,10 @@ def test_accelerate(tmp_path):
 def test_sft(tmp_path):
     """TRL with packing and PEFT: without moefx, and with it over two ranks."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
-
     plain = printed("sft", tmp_path, "--plain", "--out", "plain")
     assert len(plain) == 1 and plain == printed("sft", tmp_path, "--out", "two", ranks=2)
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=257, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        intermediate_size=128, moe_intermediate_size=64, num_experts=8, num_experts_per_tok=2,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**{**CONFIG.to_diff_dict(), "vocab_size": 257})).eval()
     ids = torch.arange(20).view(1, 20)
     with torch.no_grad():
         logits = [PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / n).eval()(ids).logits for n in ("plain", "two")]

@@ -26,6 +26,7 @@ from moefx import faults  # noqa: E402
 from tests.families import batch, build  # noqa: E402
 
 WORLD = 2
+MANY = 4  #: ranks of the scenario with more than one other
 
 
 def die() -> None:
@@ -40,7 +41,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 def run(rank: int, folder: Path, first: int, last: int, *, resume: bool, killed_at: int = -1, save_at: int = -1, bad_at: int = -1):
     """Trains steps first to last, printing losses; rank 1 dies in the backward of ``killed_at``."""
-    model = moefx.parallelize(build("qwen3_moe"), ep_size=WORLD, compile=False, check_numerics=True)
+    model = moefx.parallelize(build("qwen3_moe"), ep_size=2, compile=False, check_numerics=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
     if resume:
         assert moefx.load_checkpoint(folder / "resume", model, optimizer)["step"] == first - 1
@@ -67,6 +68,15 @@ def run(rank: int, folder: Path, first: int, last: int, *, resume: bool, killed_
 
 def killed_in_a_step(rank: int, folder: Path) -> None:
     run(rank, folder, 0, 5, resume=False, save_at=2, killed_at=5)
+
+
+def killed_in_a_forward(rank: int, folder: Path) -> None:
+    """Of four ranks one dies where the next layer's experts wait for its rows, or FSDP for its shards."""
+    model = moefx.parallelize(build("qwen3_moe"), ep_size=2, compile=False)
+    for step in range(2):
+        if step == 1 and rank == 2:
+            model.model.layers[0].register_forward_hook(lambda *_: die())
+        model(**batch(1, 8, seed=step)).loss.backward()
 
 
 def killed_in_a_checkpoint(rank: int, folder: Path) -> None:
@@ -96,7 +106,11 @@ def stuck(rank: int, folder: Path) -> None:
     dist.all_reduce(torch.ones(1))
 
 
-SCENARIOS = (killed_in_a_step, killed_in_a_checkpoint, killed_in_save_pretrained, not_a_number, stuck)
+SCENARIOS = (killed_in_a_forward, killed_in_a_step, killed_in_a_checkpoint, killed_in_save_pretrained, not_a_number, stuck)
+
+
+def world_of(scenario) -> int:
+    return MANY if scenario is killed_in_a_forward else WORLD
 
 
 def rank_of(scenario, rank: int, folder: Path, port: int) -> None:
@@ -107,7 +121,7 @@ def rank_of(scenario, rank: int, folder: Path, port: int) -> None:
     faults._GRACE = 2
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_of(scenario), timeout=timedelta(seconds=60)
     )
     moefx.watch_ranks(4.0)
     scenario(rank, folder)
@@ -120,7 +134,7 @@ def main() -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     for i, scenario in enumerate(SCENARIOS):
         ranks = []
-        for rank in range(WORLD):
+        for rank in range(world_of(scenario)):
             pid = os.fork()
             if pid == 0:
                 rank_of(scenario, rank, folder, port + i)
@@ -130,7 +144,8 @@ def main() -> None:
         (folder / f"{scenario.__name__}-code").write_text(str(os.waitstatus_to_exitcode(status)))
         if scenario is stuck:
             os.kill(ranks[1], signal.SIGKILL)
-        os.waitpid(ranks[1], 0)
+        for pid in ranks[1:]:
+            os.waitpid(pid, 0)
     (folder / "after.json").write_text(json.dumps(digests(folder / "hf")))
 
 

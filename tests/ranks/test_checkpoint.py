@@ -64,7 +64,24 @@ def resume(rank, world, folder, ep):
             moefx.load_checkpoint(Path(folder, "resume"), other)
         except moefx.MoefxError as error:
             sentences.append(str(error))
+    if world == 4:  # more ranks than experts: each holds a part of the hidden width, from and to the same files
+        for name, ep_size in FEW.items():
+            few = moefx.parallelize(Path(folder, f"few-{name}"), ep_size=ep_size, compile=False)
+            few.save_pretrained(Path(folder, f"few-{name}-{ep_size}"))
+            optimizer = torch.optim.AdamW(few.parameters())
+            few(**batch(1, 8)).loss.backward()
+            optimizer.step()
+            moefx.save_checkpoint(Path(folder, "few"), few, optimizer)
+            other = moefx.parallelize(Path(folder, f"few-{name}"), ep_size=3 - ep_size, compile=False)
+            moefx.load_checkpoint(Path(folder, "few"), other, torch.optim.AdamW(other.parameters()))
+            a, b = few.state_dict(), other.state_dict()
+            if not all(torch.equal(t.full_tensor(), b[n].full_tensor()) for n, t in a.items() if hasattr(t, "full_tensor")):
+                sentences.append(f"{name} resumed with other weights")
     return float(loss.detach()), sentences
+
+
+#: Two experts over four ranks, and ep_size.
+FEW = {"qwen3_moe": 2, "gpt_oss": 1}
 
 
 @pytest.fixture(scope="module")
@@ -104,12 +121,21 @@ def test_saved_as_plain_transformers_saves(saved, name):
 @pytest.mark.parametrize("world, ep", [(1, 1), (4, 4)])
 def test_resumed_on_another_mesh(saved, world, ep):
     folder, results = saved
+    start()
+    from tests.families import build
+
+    for name in FEW if world == 4 else ():
+        experts = "num_experts" if name == "qwen3_moe" else "num_local_experts"
+        build(name, **{experts: 2}).save_pretrained(folder / f"few-{name}")
     for loss, sentences in run(resume, world, str(folder), ep, timeout=300):
         assert loss == pytest.approx(results[0]["loss"], rel=1e-5)
         assert len(sentences) == 3
         assert "has model.embed_tokens.weight of shape (256, 64), the model of (128, 64)" in sentences[0]
         assert "lacks model.layers.2" in sentences[1]
         assert "has model.layers.1" in sentences[2] and "which the model has not" in sentences[2]
+    for name, ep in FEW.items() if world == 4 else ():
+        before, after = (load_file(folder / f / "model.safetensors") for f in (f"few-{name}", f"few-{name}-{ep}"))
+        assert before.keys() == after.keys() and all(torch.equal(t, after[n]) for n, t in before.items())
 
 
 def bad_folders(rank, world, folder):
@@ -133,6 +159,11 @@ def bad_folders(rank, world, folder):
             moefx.parallelize(bad, compile=False)
         except moefx.MoefxError as error:
             sentences.append(str(error))
+    for kind in ("fused", "bare", "pickled", "half"):
+        try:
+            moefx.parallelize(Path(folder, f"wrong-{kind}"), compile=False)
+        except moefx.MoefxError as error:
+            sentences.append(str(error))
     for given in (Path(folder, "nowhere"), source):
         try:
             moefx.parallelize(given, ep_size=1 if given != source else 3, compile=False)
@@ -141,10 +172,41 @@ def bad_folders(rank, world, folder):
     return sentences
 
 
+def wrong_folders(folder):
+    """The experts' fused weights as the model has them; names without the base model's prefix; pickled; cut off. One bad shape each."""
+    from safetensors.torch import save_file
+
+    from tests.families import build
+
+    fused = {n: t.detach() for n, t in build("qwen3_moe").state_dict().items()}
+    fused["model.layers.1.mlp.experts.gate_up_proj"] = fused["model.layers.1.mlp.experts.gate_up_proj"][:, :-2]
+    source = load_file(next((folder / "one-file").glob("*.safetensors")))
+    bare = {n.removeprefix("model."): t for n, t in source.items()}
+    bare["embed_tokens.weight"] = torch.zeros(258, 64)
+    for kind, tensors in (("fused", fused), ("bare", bare), ("pickled", bare), ("half", bare)):
+        made = folder / f"wrong-{kind}"
+        made.mkdir()
+        (made / "config.json").write_bytes((folder / "one-file/config.json").read_bytes())
+        if kind == "pickled":
+            torch.save(tensors, made / "pytorch_model.bin")
+        else:
+            save_file({n: t.contiguous().clone() for n, t in tensors.items()}, made / "model.safetensors", metadata={"format": "pt"})
+    half = folder / "wrong-half/model.safetensors"
+    half.write_bytes(half.read_bytes()[:5000])
+
+
 def test_bad_folders_are_errors(saved):
+    start()
+    from tests.families import build
+
     folder, _ = saved
+    build("qwen3_moe").save_pretrained(folder / "one-file")
+    wrong_folders(folder)
     for sentences in run(bad_folders, 2, str(folder), timeout=300):
-        lacks, extra, shape, many, few, nowhere, ep = sentences
+        lacks, extra, shape, many, few, fused, bare, pickled, half, nowhere, ep = sentences
+        assert "has model.layers.1.mlp.experts.gate_up_proj of shape (8, 62, 64), the model of (8, 64, 64)" in fused
+        assert all("has embed_tokens.weight of shape (258, 64), the model of (256, 64)" in text for text in (bare, pickled))
+        assert "wrong-half/model.safetensors cannot be read" in half and "download it again" in half
         assert "lacks model.layers.2" in lacks
         assert "model.layers.1" in extra
         assert "has lm_head.weight of shape (256, 64), the model of (128, 64)" in shape
@@ -161,6 +223,145 @@ def test_an_interrupted_save_leaves_the_previous_one(saved):
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained(folder / "qwen3_moe-again")
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_save_that_dies_between_two_renames(tmp_path, monkeypatch):
+    """At each of its steps: the folder has the old model, or none that anybody reads and the new one for finish_save."""
+    start()
+    import os
+
+    from transformers import AutoModelForCausalLM
+
+    from moefx import checkpoint
+    from tests.families import build
+
+    old, new = build("qwen3_moe"), build("qwen3_moe", seed=1)
+    steps = {"replace": os.replace, "unlink": Path.unlink}
+    outcomes = set()
+
+    def is_there(model, folder):
+        there = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        return all(torch.equal(t, there[n]) for n, t in model.state_dict().items())
+
+    for sizes in (("60KB", "60KB"), ("1GB", "60KB"), ("60KB", "1GB")):
+        for death in range(100):
+            folder = tmp_path / f"{sizes}-{death}"
+            checkpoint.save_pretrained(old, folder, max_shard_size=sizes[0])
+            (folder / "model-00001-of-00077.safetensors.incomplete").write_bytes(b"half")  # of another one, that died while writing
+            (folder / "tokenizer.json").write_text("{}")
+            left = iter(range(death, -1, -1))
+
+            def counted(real, left=left):
+                def step(*args, **named):
+                    if next(left) == 0:
+                        raise Killed
+                    return real(*args, **named)
+
+                return step
+
+            monkeypatch.setattr(os, "replace", counted(steps["replace"]))
+            monkeypatch.setattr(Path, "unlink", counted(steps["unlink"]))
+            try:
+                checkpoint.save_pretrained(new, folder, max_shard_size=sizes[1])
+                died = False
+            except Killed:
+                died = True
+            monkeypatch.undo()
+            if died and (folder / "config.json").exists():
+                assert is_there(old, folder)
+                outcomes.add("old")
+            else:
+                if died:
+                    with pytest.raises(ValueError, match="config.json"):
+                        AutoModelForCausalLM.from_pretrained(folder)
+                    checkpoint.finish_save(folder)
+                    outcomes.add("finished")
+                assert is_there(new, folder)
+            if not died:
+                break
+            checkpoint.save_pretrained(old, folder, max_shard_size=sizes[0])  # and nothing of it is in the way of the next
+            assert is_there(old, folder) and not list(folder.glob("*.incomplete"))
+        names = {p.name for p in folder.iterdir()}
+        assert names == {p.name for p in _plain_files(new, tmp_path, sizes[1])} | {"tokenizer.json"}
+        assert 3 < death < 99 and outcomes == {"old", "finished"}
+
+
+def _plain_files(model, tmp_path, size):
+    folder = tmp_path / f"plain-{size}"
+    model.save_pretrained(folder, max_shard_size=size)
+    return folder.iterdir()
+
+
+def test_a_checkpoint_that_dies_between_its_renames(tmp_path, monkeypatch):
+    """Twice, one time after the other: the last one that was whole is loaded."""
+    start()
+    import os
+
+    import moefx
+    from moefx import checkpoint
+    from tests.families import build
+
+    model, folder, replace = build("qwen3_moe"), tmp_path / "resume", os.replace
+    moefx.save_checkpoint(folder, model, step=1)
+
+    def dies(source, target):
+        if Path(target) == folder:
+            raise Killed
+        replace(source, target)
+
+    for step in (2, 3):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(os, "replace", dies)
+            moefx.save_checkpoint(folder, model, step=step)
+        assert moefx.load_checkpoint(folder, model)["step"] == 1
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpoint, "_random_state", lambda: (_ for _ in ()).throw(Killed))
+        moefx.save_checkpoint(folder, model, step=4)
+    assert moefx.load_checkpoint(folder, model)["step"] == 1
+    moefx.save_checkpoint(folder, model, step=5)
+    assert moefx.load_checkpoint(folder, model)["step"] == 5 and [p.name for p in tmp_path.iterdir()] == ["resume"]
+
+
+def test_random_states_and_optimizer_tensors(tmp_path):
+    """All generators go on as they would have; of the optimizer, what is missing or too many is named."""
+    start()
+    import random
+
+    import numpy as np
+
+    import moefx
+    from tests.families import batch, build
+
+    def made(optimizer=torch.optim.AdamW, frozen="", **options):
+        model = build("qwen3_moe")
+        for name, p in model.named_parameters():
+            p.requires_grad_(not frozen or frozen not in name)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = optimizer([{"params": trained}, {"params": []}], lr=1e-2, **options)  # the Trainer makes empty groups too
+        model(**batch(1, 9)).loss.backward()
+        optimizer.step()
+        return model, optimizer
+
+    def draw():
+        return random.random(), np.random.rand(), float(torch.rand(()))
+
+    moefx.save_checkpoint(tmp_path / "all", *made())
+    wanted = draw()
+    model, optimizer = made()
+    moefx.load_checkpoint(tmp_path / "all", model, optimizer)
+    assert draw() == wanted and [len(g["params"]) for g in optimizer.param_groups] == [len(list(model.parameters())), 0]
+    moefx.save_checkpoint(tmp_path / "frozen", *made(frozen="experts"))
+    for folder, (model, optimizer), text in (
+        ("frozen", made(), "lacks the optimizer's state.model.layers.0.mlp.experts.down_proj.exp_avg, which this optimizer has"),
+        ("all", made(frozen="experts"), "has the optimizer's state.model.layers.0.mlp.experts.down_proj.exp_avg, which this optimizer l"),
+        ("all", made(torch.optim.SGD), "has the optimizer's state.lm_head.weight.exp_avg, which this optimizer lacks"),
+    ):
+        with pytest.raises(moefx.MoefxError, match=text):
+            moefx.load_checkpoint(tmp_path / folder, model, optimizer)
 
 
 #: How the experts lie on disk, by family: one matrix an expert and projection, or all experts' in one tensor, also transposed.

@@ -45,6 +45,14 @@ def test_killed_in_a_save(said, scenario):
     assert re.search(r"RankLostError: rank 1 is lost: no sign of life for \d+ s", of(scenario, 0))
 
 
+def test_killed_in_a_forward(said):
+    """All of the others say which of the four it was, by an exception of moefx's own."""
+    _, of, code = said
+    assert code("killed_in_a_forward") == 1
+    for rank in (0, 1, 3):
+        assert re.search(r"RankLostError: rank 2 is lost: no sign of life for \d+ s", of("killed_in_a_forward", rank)), rank
+
+
 def test_killed_in_a_step(said):
     """In the backward, which moefx does not run: the line comes after PyTorch's own error, which names no rank."""
     _, of, code = said

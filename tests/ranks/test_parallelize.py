@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from spawn import run
+from torch.distributed.device_mesh import init_device_mesh
 
 
 def start():
@@ -56,6 +57,15 @@ def z_loss(out, mask):
     return sum(torch.logsumexp(x.float(), -1)[mask.reshape(-1) == 1].square().mean() for x in out.router_logits)
 
 
+def evaluated(model, batch):
+    """Loss and logits, in the middle of a step: nothing of it may be seen in the gradients, in the norm or by an optimizer."""
+    model.eval()
+    with torch.no_grad():
+        out = model(**batch)
+    model.train()
+    return out.loss, out.logits
+
+
 def train_step(model, micro, items, scale, aux, accumulate=lambda last: None, z=0.0):
     found = []
     for i, b in enumerate(micro):
@@ -64,6 +74,9 @@ def train_step(model, micro, items, scale, aux, accumulate=lambda last: None, z=
         loss = out.loss + z * z_loss(out, b["attention_mask"]) if z else out.loss
         (loss * scale).backward()
         found.append(float(out.aux_loss.detach()) if aux else 0.0)
+        if i == 0 and len(micro) > 1:
+            del out, loss
+            evaluated(model, b)  # in the middle of the accumulation: gradients that are not reduced yet must survive
     return found
 
 
@@ -87,14 +100,28 @@ def agrees(rank, world, cases):
     wrong = []
     for name, ep, replicas, accumulation, aux in cases:
         case = f"{name} ep={ep} dp_replicate={replicas} x{accumulation} aux={aux} rank {rank}"
-        one, model = some_experts_starve(build(name)), some_experts_starve(build(name))
+        family, few = (QWEN, {"num_experts": 2}) if name == FEW else (name, {})
+        one, model = (some_experts_starve(build(family, **few)) for _ in range(2))
         z = 0.1 if aux else 0.0
-        model = moefx.parallelize(model, ep_size=ep, dp_replicate=replicas, compile=False, strict=True, router_z_loss=z)
+        options = {"compile": False, "strict": True, "router_z_loss": z}
+        if replicas > 1 and ep > 1:  # the other way to say it
+            sizes, names = (replicas, world // replicas // ep, ep), ("dp_replicate", "efsdp", "ep")
+            model = moefx.optimize(model, mesh=init_device_mesh("cpu", sizes, mesh_dim_names=names), **options)
+        else:
+            model = moefx.parallelize(model, ep_size=ep, dp_replicate=replicas, **options)
+        evaluated(model, global_batch(world, 1, 0)[0][0][0])  # FSDP must not leave what it gathered to the optimizer
         steps = [torch.optim.AdamW(m.parameters(), lr=1e-2, eps=1e-3) for m in (model, one)]
         for step in range(2 if world < 8 else 1):
             micro, items = global_batch(world, accumulation, step)
             ours = train_step(model, [row[rank] for row in micro], items, world, aux, model.set_requires_gradient_sync)
             theirs = train_step(one, list(map(together, micro)), items, 1.0, aux, z=z)
+            sizes = {p.to_local().numel() / p.numel() * world / replicas for n, p in model.named_parameters() if p.dim() == 3}
+            if sizes != {1.0}:
+                wrong.append(f"{case}: of an equal share of experts' weights the rank has {sizes}")
+            b = micro[0][(rank + 1) % world]
+            seen, wanted = evaluated(model, b), evaluated(one, b)
+            if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-4, equal_nan=True) for a, b in zip(seen, wanted)):
+                wrong.append(f"{case}: evaluation: {seen[0]}, {wanted[0]}")
             starved = [g for n, g in ((n, p.grad) for n, p in one.named_parameters()) if name == STARVED and ".experts.down" in n]
             if any(g[g.shape[0] // 2 :].any() or not g[0].any() for g in starved) or (name == STARVED) != bool(starved):
                 wrong.append(f"{case}: experts that should get no token get some")
@@ -121,13 +148,14 @@ def agrees(rank, world, cases):
 
 
 QWEN = "qwen3_moe"
+FEW = "fewer experts than ranks"
 
 
 @pytest.mark.parametrize(
     "world, cases",
     [
         (2, [(QWEN, 1, 1, 3, True), (QWEN, 2, 1, 1, False), (QWEN, 1, 2, 1, False), (STARVED, 2, 1, 3, False)]),
-        (4, [(QWEN, 2, 1, 3, True), (QWEN, 2, 2, 1, True), (QWEN, 4, 1, 3, False), (QWEN, 1, 2, 3, False), ("gpt_oss", 2, 1, 1, False)]),
+        (4, [(QWEN, 2, 1, 3, True), (QWEN, 2, 2, 1, True), (QWEN, 4, 1, 3, False), (QWEN, 1, 2, 3, False), ("gpt_oss", 2, 1, 1, False), (FEW, 2, 1, 1, True), (FEW, 1, 1, 1, False)]),
         (8, [(QWEN, 8, 1, 3, True), (QWEN, 2, 2, 3, False)]),
     ],
     ids=["2 ranks", "4 ranks", "8 ranks"],

@@ -39,8 +39,17 @@ def policies(rank, world):
             one = one.bfloat16().float()
         model = moefx.parallelize(build("qwen3_moe").to(work).float(), ep_size=2, compile=False, strict=True, **options)
         b = [batch(2, 9, seed=r) for r in range(world)]
-        loss = model(**b[rank]).loss
+        out = model(**b[rank])
+        loss = out.loss
         loss.backward()
+        if out.logits.logits is not None:
+            wrong.append(f"{name}: logits were computed, though nobody reads them")
+        try:
+            out.logits.sum()
+        except moefx.MoefxError as error:
+            wrong += [] if "read them before loss.backward()" in str(error) else [str(error)]
+        else:
+            wrong.append(f"{name}: logits after the backward were computed with a shard")
         reference = one.to(work)
         theirs = [reference(**x).loss for x in b]
         sum(x / world for x in theirs).backward()
@@ -59,6 +68,35 @@ def policies(rank, world):
         if moefx.report(model).fallbacks:
             wrong.append(f"{name}: {moefx.report(model).fallbacks}")
     return wrong
+
+
+def meshes(rank, world):
+    """Meshes that say no layout, as sentences."""
+    start()
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+    import moefx
+    from tests.families import build
+
+    said = []
+    for mesh, options in (
+        (init_device_mesh("cpu", (2, 1), mesh_dim_names=("ep", "efsdp")), {}),
+        (init_device_mesh("cpu", (1, 2), mesh_dim_names=("efsdp", "ep")), {"ep_size": 4}),
+        (init_device_mesh("cpu", (1, 2), mesh_dim_names=("efsdp", "ep")), {"verify": True}),
+        (DeviceMesh("cpu", [[1, 0]], mesh_dim_names=("efsdp", "ep")), {}),
+    ):
+        try:
+            moefx.optimize(build("qwen3_moe"), mesh=mesh, **options)
+        except moefx.MoefxError as error:
+            said.append(str(error))
+    return said
+
+
+def test_bad_meshes():
+    for order, size, verify, ranks in run(meshes, 2, timeout=200):
+        assert "has the dimensions ('ep', 'efsdp'): to spread a model, take ('dp_replicate', 'efsdp', 'ep'), in this order" in order
+        assert 'ep_size=4 but the mesh\'s "ep" has 2 ranks' in size and "needs whole parameters" in verify
+        assert "the mesh has the ranks [1, 0], there are 2" in ranks
 
 
 def from_meta(rank, world, cases):
