@@ -233,10 +233,12 @@ def _(x, index, weights, *, num_experts: int, group: str, capacity: int = 0, wir
 def _dispatch_wait(
     x: Tensor, tokens: Tensor, experts: Tensor, weights: Tensor, handle: Tensor, host: Tensor, link: Tensor,
     link_weights: Tensor, *, num_experts: int, group: str, capacity: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Waits for the tokens that ``dispatch_start(x, ...)`` moves and sorts them by expert: rows, row_weights, counts, place.
 
-    See :func:`_dispatch`. x is taken so that nobody writes to it while it is sent.
+    See :func:`_dispatch`. x is taken so that nobody writes to it while it is sent. The last result has the shape of ``link``:
+    for combine, which must not get ``link`` itself. Whatever reads a link adds a gradient to its own, and a compiler adds it
+    in place, to numbers that are still arriving.
     """
     _arrive(tokens)
     hidden, top_k, local, first = x.shape[1], experts.shape[1], num_experts // _group(group).size(), 0
@@ -252,7 +254,7 @@ def _dispatch_wait(
         first = 0 if not capacity else _group(group).rank() * local  # all-gathered as the router gave them
     counts, place = rows_.by_expert(experts, first, local)
     rows, row_weights = rows_.spread(tokens, place, int(host[ROWS]), weights, all_placed=not capacity)
-    return rows, row_weights, counts, place
+    return rows, row_weights, counts, place, _linked((link.shape[0], hidden), x)
 
 
 @_dispatch_wait.register_fake
@@ -264,7 +266,8 @@ def _(x, tokens, experts, weights, handle, host, link, link_weights, *, num_expe
         rows = torch.library.get_ctx().new_dynamic_size()
     counts = x.new_empty(local, dtype=torch.int64)
     place = x.new_empty(tokens.shape[0], experts.shape[1], dtype=torch.int32)
-    return x.new_empty(rows, x.shape[1]), weights.new_empty(rows), counts, place
+    back = _linked((link.shape[0], x.shape[1]), x)
+    return x.new_empty(rows, x.shape[1]), weights.new_empty(rows), counts, place, back
 
 
 @opaque("return_start", once=True)
@@ -359,7 +362,8 @@ def dispatch_by(transport: str) -> Callable:
     ):
         where = {"num_experts": num_experts, "group": group, "capacity": capacity}
         *sent, link, link_weights = dispatch_start(x, index, weights, **where, wire=wire, transport=transport)
-        return *dispatch_wait(x, *sent, link, link_weights, **where), sent[3], sent[4], link
+        *arrived, back = dispatch_wait(x, *sent, link, link_weights, **where)
+        return *arrived, sent[3], sent[4], back
 
     dispatch.transport = transport  # type: ignore[attr-defined]
     return dispatch

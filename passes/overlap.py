@@ -181,12 +181,12 @@ class _Chunks:
         for i in range(many):
             waits.append(self._call(exchange.dispatch_wait, (x[i], *sent[i]), arrives, self.dispatch))
             waits[-1].meta["share"] = Fraction(1, many)
-            rows, row_weights, counts, place = self._items(waits[-1])
+            rows, row_weights, counts, place, room = self._items(waits[-1])
             done = self._call(self.experts.target, (rows, counts, *self.experts.args[2:]), self.experts.kwargs, self.experts)
             self._stands_for(done, self.experts, many)
-            *_, handle, host, link, _ = sent[i]
+            handle, host = sent[i][3:5]
             start = self._call(
-                exchange.combine_start, (done, row_weights, index[i], place, handle, host, link), back_where, self.combine
+                exchange.combine_start, (done, row_weights, index[i], place, handle, host, room), back_where, self.combine
             )
             back.append(self._items(self._stands_for(start, self.combine, many)))
         for i in range(many):
