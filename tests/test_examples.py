@@ -38,7 +38,7 @@ def test_example(name, text, tmp_path):
     "command, text",
     [
         ([*TORCHRUN, "examples/train_ep.py", "--steps", "3"], "last loss"),
-        (["examples/quickstart.py", "--steps", "32", "--no-compile", "--out", "{tmp}"], "as it should be"),
+        (["examples/quickstart.py", "--steps", "32", "--out", "{tmp}"], "as it should be"),
     ],
     ids=["train_ep", "quickstart"],
 )

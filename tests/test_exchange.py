@@ -79,6 +79,20 @@ def test_an_exchange_is_differentiated_once(group):
         torch.autograd.grad(y.square().sum(), x, create_graph=True)
 
 
+@pytest.mark.parametrize("capacity", [0, 20])
+def test_no_gradient_is_added_to_one_that_is_still_arriving(group, capacity):
+    """What dispatch starts to bring back, in the backward, is the gradient of a link: nobody but dispatch's wait may read that link.
+
+    Combine may be in another graph; a link that it read would get zeros from there, added in place while rows arrive.
+    """
+    x, index, weights = _random(7, H).requires_grad_(), _index(7), _random(7, K, seed=1).requires_grad_()
+    rows, row_weights, *way = exchange.dispatch(x, index, weights, **group, capacity=capacity)
+    assert rows.requires_grad and row_weights.requires_grad and not any(t.requires_grad for t in way)
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
+        fake = exchange.dispatch(x, index, weights, **group, capacity=capacity)
+    assert fake[0].requires_grad and not any(t.requires_grad for t in fake[2:])
+
+
 @pytest.mark.parametrize("backend, capacity", [("aot_eager", 0), ("inductor", 0), ("inductor", 20)])
 def test_compiled_experts_over_the_group_are_the_experts_operation(group, backend, capacity):
     """fullgraph, forward and backward, two numbers of tokens in one graph."""
