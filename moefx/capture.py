@@ -523,13 +523,20 @@ def _once(model: nn.Module, recording: Recording) -> Iterator[None]:
             del block.forward
 
 
+def _above(path: str) -> list[str]:
+    """The paths of the modules that hold a module: "model.layers", "model" for "model.layers.0"."""
+    parts = path.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
+
+
 def sites(model: Any, recording: Recording, left: list[Left]) -> list[Site]:
     """Where functions can go: blocks, and modules with parameters outside of blocks (the final norm); in model order."""
     blocks, routers = hf.blocks(model), hf.routers(model)
     found: list[Site] = []
     heads = {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    around = {"", *(up for b in blocks for up in _above(b))}
     for path, module in model.named_modules():
-        outside = not any(path == b or path.startswith(f"{b}.") or b.startswith(f"{path}.") for b in blocks) and path
+        outside = path not in around and path not in blocks and not any(up in blocks for up in _above(path))
         own = any(True for _ in module.parameters(recurse=False)) and not type(module).__module__.startswith("torch.nn")
         alone = outside and path in recording.calls and id(module) not in heads and own
         if path in blocks and path not in recording.calls:
