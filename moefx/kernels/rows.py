@@ -136,9 +136,9 @@ def _spread(
     if VALUED:
         if tl.program_id(1) == 0:
             ks = tl.arange(0, WIDE_K)
-            row = tl.load(place + token * TOP_K + ks, mask=ks < TOP_K, other=-1)
-            value = tl.load(values + token * values_stride + ks, mask=ks < TOP_K)
-            tl.store(row_values + row, value, mask=row >= 0)
+            rows = tl.load(place + token * TOP_K + ks, mask=ks < TOP_K, other=-1)
+            each = tl.load(values + token * values_stride + ks, mask=ks < TOP_K)
+            tl.store(row_values + rows, each, mask=rows >= 0)
 
 
 @triton.jit
@@ -221,8 +221,8 @@ def _sum(
     if PICKED:
         if tl.program_id(1) == 0:
             ks = tl.arange(0, WIDE_K)
-            at = tl.load(value_place + token * TOP_K + ks, mask=ks < TOP_K, other=-1).to(tl.int64)
-            value = tl.load(values + at * value_stride + ks * value_column, mask=at >= 0, other=0.0)
+            wanted = tl.load(value_place + token * TOP_K + ks, mask=ks < TOP_K, other=-1).to(tl.int64)
+            value = tl.load(values + wanted * value_stride + ks * value_column, mask=wanted >= 0, other=0.0)
             tl.store(picked + token * picked_stride + ks, value, mask=ks < TOP_K)
 
 

@@ -1,0 +1,127 @@
+"""Compiles every Triton kernel of moefx for compute capability 9.0, launches none: this needs no GPU.
+
+Triton's interpreter runs kernels as Python, where a variable may change its type within a branch; the compiler refuses that.
+Run by test_compiles.py in a process of its own. Prints a JSON object: kernel -> what the compiler said, null if nothing.
+"""
+
+import importlib
+import json
+import pkgutil
+import warnings
+from collections.abc import Iterator
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+warnings.filterwarnings("ignore")
+
+import moefx.kernels  # noqa: E402
+from moefx import rows  # noqa: E402
+from moefx.kernels import cross_entropy, expert_activation, fp8_rows, heads, permute, router  # noqa: E402
+from moefx.kernels import rows as row_kernels  # noqa: E402
+
+
+class Hopper:
+    """What Triton asks of a driver before it launches."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+said: dict[str, str | None] = {}
+
+
+def name(kernel: JITFunction) -> str:
+    return f"{kernel.fn.__module__.removeprefix('moefx.kernels.')}.{kernel.fn.__name__}"
+
+
+def compile_only(run):
+    def instead(self, *args, grid, warmup=False, **options):
+        try:
+            run(self, *args, grid=grid, warmup=True, **options)
+        except Exception as error:
+            said[name(self)] = f"{type(error).__name__}: {str(error).splitlines()[-1]}"
+        else:
+            said.setdefault(name(self), None)
+
+    return instead
+
+
+def kernels() -> Iterator[JITFunction]:
+    """Those that are launched: functions that others call are compiled with these."""
+    for module in pkgutil.iter_modules(moefx.kernels.__path__):
+        if module.name == "te":
+            continue
+        found = [f for f in vars(importlib.import_module(f"moefx.kernels.{module.name}")).values() if isinstance(f, JITFunction)]
+        yield from (f for f in found if not any(f"{f.fn.__name__}(" in g.src.split("\n", 1)[1] for g in found if g is not f))
+
+
+def launch_all(dtype: torch.dtype) -> None:
+    tokens, experts, k, width = 40, 16, 4, 256
+    x, weights = torch.randn(tokens, width).to(dtype), torch.rand(tokens, k)
+    index = torch.zeros(tokens, k, dtype=torch.int64)
+    flat = torch.zeros(tokens * k, dtype=torch.int32)
+    many = x.repeat(k, 1)
+
+    permute.sort_by_expert(index, experts)
+    permute.expand(x, flat, k)
+    permute.reduce(many, flat, k, dtype, weights=weights, index=index, bias=many[:experts])
+
+    offsets = torch.zeros(experts, dtype=torch.int32)
+    for activation, biased in (("swiglu", False), ("oai_swiglu", True), ("relu2", False)):
+        gate = expert_activation.Gate(activation, 1.7, 7.0, interleaved=biased)
+        h = many if not gate.gated else torch.cat((many, many), 1)
+        bias = h[:experts] if biased else None
+        expert_activation.forward(h, bias, offsets, gate)
+        expert_activation.backward(h, bias, offsets, many, gate, *((weights, flat) if biased else ()))
+    expert_activation.segment_sum(many, offsets, dtype, weights, flat)
+
+    row_kernels_with_moves(x, index.int(), weights, experts)
+    q, scales = torch.empty(tokens, width, dtype=torch.float8_e4m3fn), torch.empty(tokens, width // 128)
+    fp8_rows.quantize(x, q, scales)
+    fp8_rows.dequantize(q, scales, dtype)
+
+    cross_entropy.cross_entropy_(x.clone(), index[:, 0].contiguous(), weights[:, 0].contiguous(), 0.5, 30.0)
+
+    tables = torch.randn(1, tokens, 64), torch.randn(1, tokens, 64)
+    each = x.view(1, tokens, 4, 64)
+    for layout in ("half", "half_table", "interleaved"):
+        heads.forward(each, x[0, :64], *tables, 1e-6, 0.0, layout)
+        heads.backward(each, each, x[0, :64], *tables, 1e-6, 0.0, layout)
+
+    how = {"topk_first": False, "renormalize": True, "eps": 1e-20, "scale": 1.0}
+    logits = x[:, :64].contiguous()
+    for score, groups, first in (("sigmoid", 8, False), ("softmax", 1, True)):
+        how |= {"score": score, "topk_first": first}
+        bias = logits[0].float() if score == "sigmoid" else None
+        router.forward(logits, bias, k, dtype, groups=groups, topk_groups=min(4, groups), group_score="top2", zero_fill=True, **how)
+        router.backward(x[:, :k], logits, index, **how)
+
+
+def row_kernels_with_moves(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, experts: int) -> None:
+    tokens, k = index.shape
+    totals, place, once = torch.zeros(8, 2, dtype=torch.int64), torch.zeros_like(index), torch.zeros_like(index)
+    row_kernels.places(index, 0, 2, 8, totals, place, once)
+    row_kernels.places(index, 0, 1, experts, torch.zeros(experts, dtype=torch.int64), place, None)
+    out, row_weights = x.repeat(k, 1), weights.reshape(-1).contiguous()
+    row_kernels.spread(x, place, out, weights, row_weights)
+    sent = rows.Row(out.clone(), out.new_empty(tokens * k, k, dtype=torch.float32), index.repeat(k, 1))
+    row_kernels.pack(x, index, weights, once, 2, sent)
+    row_kernels.sum_rows(out, place, row_weights, x.clone(), rows.Picked(row_weights, place, weights.clone()))
+    row_kernels.weighted_backward(x, out, row_weights, place, True)
+
+
+if __name__ == "__main__":
+    driver.set_active(Hopper())
+    JITFunction.run = compile_only(JITFunction.run)
+    launch_all(torch.bfloat16)
+    said |= {name(f): "no launch of it is in compiled_for_hopper.py" for f in kernels() if name(f) not in said}
+    print(json.dumps(said))
