@@ -132,10 +132,12 @@ def judge(
     """
     rounding, problems = FLOOR[dtype], []
     # How many tokens go to another expert is luck where they are few: 0 for one model, 2 for the other. A share f of
-    # all tokens is about sqrt(f) of a gradient. From 30 flips on the luck is under a tenth: no allowance.
-    floor = max(rounding, share**0.5 if share * tokens < 30 else 0.0)
+    # all tokens is about sqrt(f) of a gradient. From 30 flips on, as below: how far n of them lead varies by 1 / sqrt(2 n).
+    flips = share * tokens
+    floor = max(rounding, share**0.5 if flips < 30 else 0.0)
+    luck = 1 + 2 / flips**0.5 if flips >= 30 else 1.0
     # The length of n random numbers varies by 1 / sqrt(2 n), so the ratio of two by 1 / sqrt(n): luck where n is small.
-    few = {n: 1 + 2 / sizes[n] ** 0.5 if sizes[n] < 30 else 1.0 for n in other}
+    few = {n: luck * (1 + 2 / sizes[n] ** 0.5 if sizes[n] < 30 else 1.0) for n in other}
     ratios = {n: other[n] / max(hf[n], floor) / few[n] for n in other}
     for n, r in ratios.items():
         if not r <= FARTHER:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from .. import exchange, fp8_rows, grouped
@@ -53,6 +54,9 @@ INSTALL = (
     "if '-rdc=true' is taken out of its setup.py)"
 )
 CUDA = (12, 3)  #: the first with what DeepEP's kernels for Hopper use
+#: Numbers of 16 bits that rows are padded to: a warp of ``Buffer``'s combine takes 32 times 16 bytes at once, and where a row ends
+#: within (H = 2880 or 2688) it writes what it has not added up (seen with 1.2.1; the kernels between nodes assert it).
+WHOLE = 256
 
 
 @functools.cache
@@ -198,7 +202,8 @@ def buffer_bytes(row_bytes: int, ep: int) -> tuple[int, int]:
     return nvl, rdma
 
 
-def _legacy(call: Call, row_bytes: int) -> Any:
+def _legacy(call: Call, rows: Tensor) -> Any:
+    row_bytes = rows.shape[1] * rows.element_size()
     mine = _buffers.setdefault(call.group.group_name, _Buffers())
     if mine.row_bytes < row_bytes:
         mine.close()
@@ -272,13 +277,21 @@ def sent_copy(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format) if x.shape[0] else x.new_zeros(1, x.shape[1])
 
 
+def padded(x: Tensor) -> Tensor:
+    """x [T, H] in rows that ``Buffer`` can add up: [T, H rounded up to WHOLE]."""
+    missing = -x.shape[1] % WHOLE
+    return F.pad(x, (0, missing)) if missing else x
+
+
 def on_wire(x: Tensor, call: Call) -> Any:
     """What DeepEP's dispatch gets: x, or its e4m3 numbers and scales."""
     return fp8_rows.quantize(x) if call.wire else x
 
 
 def off_wire(got: Any, like: Tensor) -> Tensor:
-    return fp8_rows.dequantize(got[0], got[1], like.dtype) if isinstance(got, tuple) else got
+    """What DeepEP received as rows like x [T, H]."""
+    rows = fp8_rows.dequantize(got[0], got[1], like.dtype) if isinstance(got, tuple) else got
+    return rows if rows.shape[1] == like.shape[1] else rows[:, : like.shape[1]].contiguous()
 
 
 class DeepEP:
@@ -301,10 +314,10 @@ class DeepEP:
         if kept is not None:
             tokens, wait = self._again(x, kept.handle, kept.host, call)
             return Dispatched(tokens, *(t.clone() for t in kept[1:])), wait
-        buffer = _legacy(call, x.shape[1] * x.element_size())
         many = x.shape[0]
         x, index, weights = at_least_one(x, index, weights)
-        payload = on_wire(x, call)
+        rows = padded(x)
+        buffer, payload = _legacy(call, rows), on_wire(rows, call)
         *layout, event = buffer.get_dispatch_layout(
             index, call.num_experts, previous_event=buffer.capture(), async_finish=True, allocate_on_comm_stream=True
         )
@@ -334,32 +347,39 @@ class DeepEP:
 
     @staticmethod
     def _again(x: Tensor, handle: Tensor, host: Tensor, call: Call) -> tuple[Tensor, Wait]:
-        buffer = _legacy(call, x.shape[1] * x.element_size())
-        x = sent_copy(x)
-        payload, tensors = on_wire(x, call), unpack_tensors(handle, Host.read(host).own)
+        rows = padded(x) if x.shape[0] and x.shape[1] % WHOLE else padded(sent_copy(x))  # padding makes a copy too
+        buffer = _legacy(call, rows)
+        payload, tensors = on_wire(rows, call), unpack_tensors(handle, Host.read(host).own)
         got, *_, event = buffer.dispatch(
             payload, handle=tuple(tensors), previous_event=buffer.capture(), async_finish=True, allocate_on_comm_stream=True
         )
-        if not call.wire:
-            return got, wait_for(event, x, handle, got)
+        if not call.wire and rows.shape[1] == x.shape[1]:
+            return got, wait_for(event, rows, handle, got)
         here, theirs = torch.cuda.current_stream(), buffer.get_comm_stream()
         with torch.cuda.stream(theirs):
             got = off_wire(got, x)
             done = theirs.record_event()
         got.record_stream(here)
-        return got, wait_for(done, x, payload, handle)
+        return got, wait_for(done, rows, payload, handle)
 
     def bring_back(
         self, tokens: Tensor, weights: Tensor | None, handle: Tensor, host: Tensor, call: Call
     ) -> tuple[Tensor, Tensor | None, Wait]:
-        buffer = _legacy(call, tokens.shape[1] * tokens.element_size())
-        sizes = Host.read(host)
+        rows, sizes = padded(tokens).contiguous(), Host.read(host)
+        buffer = _legacy(call, rows)
         weights = None if weights is None else weights.contiguous()
         back, back_weights, event = buffer.combine(
-            tokens.contiguous(), tuple(unpack_tensors(handle, sizes.own)), topk_weights=weights,
+            rows, tuple(unpack_tensors(handle, sizes.own)), topk_weights=weights,
             previous_event=buffer.capture(), async_finish=True, allocate_on_comm_stream=True,
         )  # fmt: skip
-        wait = wait_for(event, tokens, handle, back)
+        if rows.shape[1] == tokens.shape[1]:
+            done = event
+        else:
+            with torch.cuda.stream(buffer.get_comm_stream()):
+                back = off_wire(back, tokens)
+                done = buffer.get_comm_stream().record_event()
+            back.record_stream(torch.cuda.current_stream())
+        wait = wait_for(done, rows, weights, handle, back)
         if not sizes.facts[TOKENS]:
             back, back_weights = back[:0].clone(), None if back_weights is None else back_weights[:0].clone()
         return back, back_weights, wait
@@ -388,8 +408,6 @@ def refuses_tensors(node: fx.Node) -> str | None:
         return f"DeepEP sends rows of whole 16 bytes, the hidden size is {x.shape[1]}"
     if index.shape[1] > 32:
         return f"DeepEP sends a token to up to 32 experts, here {index.shape[1]}"
-    if given["wire"] and isinstance(x.shape[1], int) and x.shape[1] % fp8_rows.BLOCK:
-        return f"DeepEP sends FP8 rows of whole {fp8_rows.BLOCK} numbers, the hidden size is {x.shape[1]}"
     dtype = _dtype_of_results(node)
     if dtype is not None and dtype != torch.bfloat16:
         return f"DeepEP brings back bfloat16, the experts compute {dtype}"

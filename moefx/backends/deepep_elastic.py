@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .. import exchange
+from .. import exchange, fp8_rows
 from ..errors import MoefxError
-from ..graph import arguments
+from ..graph import arguments, value
 from ..transports import (
     CAPACITY,
     KIND,
@@ -186,9 +186,12 @@ TRANSPORT = Elastic()
 
 
 def _refuses(node: fx.Node) -> str | None:
-    problem = deepep.refuses_tensors(node)
-    if problem is None and not arguments(node)["capacity"]:
+    problem, given = deepep.refuses_tensors(node), arguments(node)
+    if problem is None and not given["capacity"]:
         return "ElasticBuffer must know the most tokens of a rank: pass dispatch_capacity to optimize"
+    hidden = value(given["x"]).shape[1]
+    if problem is None and given["wire"] and isinstance(hidden, int) and hidden % fp8_rows.BLOCK:
+        return f"ElasticBuffer sends FP8 rows of whole {fp8_rows.BLOCK} numbers, the hidden size is {hidden}"
     return problem
 
 

@@ -165,8 +165,6 @@ def blocks(names: list[str], routings: list[str], tokens: int) -> None:
             results: dict[str, list[Tensor]] = {}
             for mover, options in movers.items():
                 name = mover.split(",")[0]
-                if name == "deepep" and options.get("wire") and h % 128:
-                    continue  # refused: DeepEP's scales are of 128 numbers
                 how = {"num_experts": e, "group": group, "capacity": (tokens + 8) if options.get("capacity") else 0}
                 how["wire"] = options.get("wire", "")
                 over_ranks = functools.partial(spread, "" if name.startswith("all") else name, how, b)
@@ -218,6 +216,8 @@ def held() -> tuple[float, int]:
         mib = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
     else:
         torch.cuda.synchronize()
+        dist.barrier()
+        time.sleep(1)  # NCCL's watchdog drops what finished collectives held
         mib = torch.cuda.memory_allocated() / 2**20
     return mib, sum(issubclass(type(o), Tensor) for o in gc.get_objects())
 
