@@ -54,8 +54,8 @@ INSTALL = (
     "if '-rdc=true' is taken out of its setup.py)"
 )
 CUDA = (12, 3)  #: the first with what DeepEP's kernels for Hopper use
-#: Numbers of 16 bits that rows are padded to: a warp of ``Buffer``'s combine takes 32 times 16 bytes at once, and where a row ends
-#: within (H = 2880 or 2688) it writes what it has not added up (seen with 1.2.1; the kernels between nodes assert it).
+#: Numbers of 16 bits that rows are padded to: a warp of ``Buffer``'s combine takes 32 times 16 bytes at once, and where a row
+#: ends within (H = 2880 or 2688) it writes what it has not added up (seen with 1.2.1; the kernels between nodes assert it).
 WHOLE = 256
 
 
