@@ -3,10 +3,10 @@
     torchrun --nproc-per-node 2 benchmarks/overlap_trace.py --chunks 2           # NCCL; --backends deepep triton torch for DeepEP
     torchrun --nproc-per-node 2 benchmarks/overlap_trace.py --chunks 2 --cpu     # gloo: tries the script
 
-Writes results/overlap-<device>-<n>-chunks.json.gz (open it in chrome://tracing or ui.perfetto.dev) and .svg. The number is the
-share of the time of communication during which this rank computes. On CUDA: kernels of NCCL or DeepEP, against all others, on
-any stream; a kernel that waits for another rank counts as communication. On a CPU: gloo's transfers from start to end, against
-operations that run meanwhile; the operation that waits for the rows does not count, nor does Python between operations.
+Writes results/overlap-<device>-<transport>-<n>-chunks.trace.json.gz (open it in chrome://tracing or ui.perfetto.dev) and .svg. The
+number is the share of the time of communication during which this rank computes. On CUDA: kernels of NCCL or DeepEP, against all
+others, on any stream; a kernel that waits for another rank counts as communication. On a CPU: gloo's transfers from start to end,
+against operations that run meanwhile; the operation that waits for the rows does not count, nor does Python between operations.
 """
 
 from __future__ import annotations
@@ -154,7 +154,14 @@ def record(step: Any, device: torch.device) -> dict[str, Any]:
         synchronize(device)
     with tempfile.TemporaryDirectory() as folder:
         profile.export_chrome_trace(str(Path(folder, "trace.json")))
-        return json.loads(Path(folder, "trace.json").read_text())
+        trace = json.loads(Path(folder, "trace.json").read_text())
+    return {k: v for k, v in trace.items() if k != "traceName"}  # a folder of this machine
+
+
+def exchange_of(model: Any) -> str:
+    """What moved the rows: "deepep", or "nccl" (on a CPU "gloo") where torch's collectives did."""
+    by = {backend for op, backend in moefx.report(model).kernels() if op == "dispatch"}
+    return "deepep" if "deepep" in by else dist.get_backend()
 
 
 if __name__ == "__main__":
@@ -190,9 +197,10 @@ if __name__ == "__main__":
         trace = record(step, device)
         found = lanes(trace)
         moving, under = hidden(found)
-        name = f"overlap-{slug('cpu' if a.cpu else torch.cuda.get_device_name())}-{a.chunks}-chunks"
+        by = exchange_of(model)
+        name = f"overlap-{slug('cpu' if a.cpu else torch.cuda.get_device_name())}-{by}-{a.chunks}-chunks"
         title = (
-            f"{a.family}, rank 0 of {world}, {a.chunks} chunks of {ids.shape[1]} tokens, forward and backward: {moving / 1e3:.2f} ms of "
+            f"{a.family}, rank 0 of {world}, {by}, {a.chunks} chunks of {ids.shape[1]} tokens, forward and backward: {moving / 1e3:.2f} ms of "
             f"communication, {under / moving if moving else 0:.0%} of it hidden under compute"
         )
         RESULTS.mkdir(exist_ok=True)
@@ -200,7 +208,7 @@ if __name__ == "__main__":
             json.dump(trace, file)
         (RESULTS / f"{name}.svg").write_text(svg(found, title))
         save(name, {
-            "machine": machine(device), "family": a.family, "ranks": world, "chunks": a.chunks, "tokens": ids.shape[1],
+            "machine": machine(device), "family": a.family, "ranks": world, "transport": by, "chunks": a.chunks, "tokens": ids.shape[1],
             "ranks_share_a_gpu": not a.cpu and world > torch.cuda.device_count(), "communication_us": moving, "hidden_us": under,
         })  # fmt: skip
         say(title)

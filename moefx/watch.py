@@ -6,6 +6,7 @@ the process group's timeout is written to stderr: the operation, the layer, the 
 
 from __future__ import annotations
 
+import atexit
 import sys
 import threading
 import time
@@ -44,6 +45,7 @@ class Watch:
         self.waiting: list[_Waiting] = []
         self.lock = threading.Lock()
         self.thread: threading.Thread | None = None
+        self.over = threading.Event()
 
     def _add(self, text: Callable[[], str], timeout: float, event: Event | None) -> _Waiting:
         now = time.monotonic()
@@ -53,6 +55,8 @@ class Watch:
             if self.thread is None:
                 self.thread = threading.Thread(target=self._run, name="moefx-watch", daemon=True)
                 self.thread.start()
+                # a thread that is asking CUDA while the interpreter ends would abort the process
+                atexit.register(self.stop)
         return entry
 
     @contextmanager
@@ -78,9 +82,14 @@ class Watch:
             late[0].said = True
             self.say(f"moefx, after {now - late[0].began:.0f} s: {late[0].text()}")
 
+    def stop(self) -> None:
+        """Ends the thread, if there is one."""
+        self.over.set()
+        if self.thread is not None:
+            self.thread.join(timeout=10)
+
     def _run(self) -> None:
-        while True:
-            time.sleep(self.every)
+        while not self.over.wait(self.every):
             self.look()
 
 

@@ -51,3 +51,13 @@ def test_the_host_waits_within_the_block_only():
         w.look()
     w.look()
     assert len(said) == 1 and w.waiting == []
+
+
+def test_its_thread_ends_before_the_interpreter_does():
+    w, _ = watch()
+    w.stop()  # nothing was watched
+    w, _ = watch()
+    w.device(lambda: "dispatch", 100.0, Event())
+    assert w.thread is not None and w.thread.is_alive()
+    w.stop()
+    assert not w.thread.is_alive()
