@@ -440,5 +440,4 @@ BACKEND = Backend(
         exchange.dispatch: Kernel(exchange.dispatch_by("deepep"), _refuses_dispatch, "DeepEP's kernels, on their own stream"),
     },
     available,
-    by_name=True,  # until tests/gpu/test_dispatch.py has passed with it
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from spawn import run
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -92,16 +94,17 @@ def some_experts_starve(model):
 
 
 def agrees(rank, world, cases):
-    """Runs in each rank; what differs, as sentences."""
+    """Runs in each rank; what differs, as sentences. The one process is a part of rank 0, which does all comparing."""
     start()
     import moefx
     from tests.families import build
 
     wrong = []
     for name, ep, replicas, accumulation, aux in cases:
-        case = f"{name} ep={ep} dp_replicate={replicas} x{accumulation} aux={aux} rank {rank}"
+        case = f"{name} ep={ep} dp_replicate={replicas} x{accumulation} aux={aux}"
         family, few = (QWEN, {"num_experts": 2}) if name == FEW else (name, {})
-        one, model = (some_experts_starve(build(family, **few)) for _ in range(2))
+        one = some_experts_starve(build(family, **few))
+        model = copy.deepcopy(one)
         z = 0.1 if aux else 0.0
         options = {"compile": False, "strict": True, "router_z_loss": z}
         if replicas > 1 and ep > 1:  # the other way to say it
@@ -110,41 +113,95 @@ def agrees(rank, world, cases):
         else:
             model = moefx.parallelize(model, ep_size=ep, dp_replicate=replicas, **options)
         evaluated(model, global_batch(world, 1, 0)[0][0][0])  # FSDP must not leave what it gathered to the optimizer
-        steps = [torch.optim.AdamW(m.parameters(), lr=1e-2, eps=1e-3) for m in (model, one)]
+        ours = Many(model, world, replicas)
+        theirs = One(one) if rank == 0 else None
         for step in range(2 if world < 8 else 1):
             micro, items = global_batch(world, accumulation, step)
-            ours = train_step(model, [row[rank] for row in micro], items, world, aux, model.set_requires_gradient_sync)
-            theirs = train_step(one, list(map(together, micro)), items, 1.0, aux, z=z)
-            sizes = {p.to_local().numel() / p.numel() * world / replicas for n, p in model.named_parameters() if p.dim() == 3}
-            if sizes != {1.0}:
-                wrong.append(f"{case}: of an equal share of experts' weights the rank has {sizes}")
-            b = micro[0][(rank + 1) % world]
-            seen, wanted = evaluated(model, b), evaluated(one, b)
-            if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-4, equal_nan=True) for a, b in zip(seen, wanted)):
-                wrong.append(f"{case}: evaluation: {seen[0]}, {wanted[0]}")
-            starved = [g for n, g in ((n, p.grad) for n, p in one.named_parameters()) if name == STARVED and ".experts.down" in n]
-            if any(g[g.shape[0] // 2 :].any() or not g[0].any() for g in starved) or (name == STARVED) != bool(starved):
-                wrong.append(f"{case}: experts that should get no token get some")
-            if not torch.allclose(torch.tensor(ours), torch.tensor(theirs), rtol=1e-5):
-                wrong.append(f"{case}: auxiliary losses {ours}, {theirs}")
-            for (n, p), q in zip(model.named_parameters(), one.named_parameters(), strict=True):
-                far, size = float((whole(p.grad) - q[1].grad).abs().max()), float(q[1].grad.abs().max())
-                if not far <= 1e-4 * size + 1e-7:
-                    wrong.append(f"{case}: gradient of {n}: {far:.1e} of {size:.1e}")
-            limit = 0.5 * float(torch.nn.utils.get_total_norm([p.grad for p in one.parameters()]))
-            norms = moefx.clip_grad_norm_(model, limit), torch.nn.utils.clip_grad_norm_(one.parameters(), limit)
-            if not torch.allclose(*norms, rtol=1e-5):
-                wrong.append(f"{case}: norms {norms}")
-            for optimizer in steps:
-                optimizer.step()
-                optimizer.zero_grad()
-            for (n, p), q in zip(model.named_parameters(), one.parameters(), strict=True):
-                far = float((whole(p) - q).detach().abs().max())
-                if not far <= 2e-5:
-                    wrong.append(f"{case}: {n} after step {step}: {far:.1e}")
+            aux_losses = train_step(model, [row[rank] for row in micro], items, world, aux, model.set_requires_gradient_sync)
+            found = ours.after(aux_losses, micro[0][(rank + 1) % world])
+            limit = [0.0]
+            if theirs:
+                aux_losses = train_step(one, list(map(together, micro)), items, 1.0, aux, z=z)
+                wanted = theirs.after(aux_losses, [micro[0][(r + 1) % world] for r in range(world)])
+                wrong += [f"{case}: {text}" for text in theirs.compare(found, wanted, starving=name == STARVED)]
+                limit = [0.5 * float(torch.nn.utils.get_total_norm([p.grad for p in one.parameters()]))]
+            dist.broadcast_object_list(limit)
+            norm, weights = ours.step(moefx.clip_grad_norm_(model, limit[0]))
+            if theirs:
+                wanted_norm, wanted_weights = theirs.step(torch.nn.utils.clip_grad_norm_(one.parameters(), limit[0]))
+                if not all(torch.allclose(n, wanted_norm, rtol=1e-5) for n in norm):
+                    wrong.append(f"{case}: norms {norm}, {wanted_norm}")
+                for n, w in wanted_weights.items():
+                    far = float((weights[n] - w).abs().max())
+                    if not far <= 2e-5:
+                        wrong.append(f"{case}: {n} after step {step}: {far:.1e}")
         if moefx.report(model).fallbacks:
-            wrong.append(f"{case}: {moefx.report(model).fallbacks}")
+            wrong.append(f"{case}, rank {rank}: {moefx.report(model).fallbacks}")
     return wrong
+
+
+class Many:
+    """The model of all ranks. Every method is called by all of them; what it returns, rank 0 compares."""
+
+    def __init__(self, model, world, replicas):
+        self.model, self.shares = model, world / replicas
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
+
+    def after(self, aux_losses, batch):
+        shares = {p.to_local().numel() / p.numel() * self.shares for p in self.model.parameters() if p.dim() == 3}
+        return {
+            "aux": gathered(aux_losses), "shares": gathered(shares), "seen": gathered(evaluated(self.model, batch)),
+            "grads": {n: whole(p.grad) for n, p in self.model.named_parameters()},
+        }  # fmt: skip
+
+    def step(self, norm):
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return gathered(norm), {n: whole(p).detach() for n, p in self.model.named_parameters()}
+
+
+class One:
+    """The untouched model, on the global batch."""
+
+    def __init__(self, model):
+        self.model = model
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
+
+    def after(self, aux_losses, batches):
+        grads = {n: p.grad for n, p in self.model.named_parameters()}
+        return {"aux": aux_losses, "seen": [evaluated(self.model, b) for b in batches], "grads": grads}
+
+    def step(self, norm):
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm, {n: p.detach() for n, p in self.model.named_parameters()}
+
+    @staticmethod
+    def compare(found, wanted, *, starving):
+        for rank, shares in enumerate(found["shares"]):
+            if shares != {1.0}:
+                yield f"of an equal share of experts' weights rank {rank} has {shares}"
+        for rank, (seen, right) in enumerate(zip(found["seen"], wanted["seen"], strict=True)):
+            if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-4, equal_nan=True) for a, b in zip(seen, right)):
+                yield f"rank {rank}: evaluation: {seen[0]}, {right[0]}"
+        for rank, aux in enumerate(found["aux"]):
+            if not torch.allclose(torch.tensor(aux), torch.tensor(wanted["aux"]), rtol=1e-5):
+                yield f"rank {rank}: auxiliary losses {aux}, {wanted['aux']}"
+        starved = [g for n, g in wanted["grads"].items() if starving and ".experts.down" in n]
+        if any(g[g.shape[0] // 2 :].any() or not g[0].any() for g in starved) or starving != bool(starved):
+            yield "experts that should get no token get some"
+        assert found["grads"].keys() == wanted["grads"].keys()
+        for n, g in wanted["grads"].items():
+            far, size = float((found["grads"][n] - g).abs().max()), float(g.abs().max())
+            if not far <= 1e-4 * size + 1e-7:
+                yield f"gradient of {n}: {far:.1e} of {size:.1e}"
+
+
+def gathered(value):
+    """Of all ranks, in order, on each."""
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 QWEN = "qwen3_moe"
