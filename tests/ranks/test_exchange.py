@@ -56,8 +56,9 @@ def _experts(dtype=torch.float64):
 def _over_ranks(x, index, weights, up, up_bias, down, down_bias, *, group, grad_scale=1.0, capacity=0, by="", wire=""):
     send = exchange.dispatch_by(by)
     rows, row_weights, counts, *way = send(x, index, weights, num_experts=E, group=group, capacity=capacity, wire=wire)
-    rows = grouped.grouped_mlp(rows, counts, up, up_bias, down, down_bias, activation="swiglu", grad_scale=grad_scale)
-    return exchange.combine(rows, row_weights, index, *way, num_experts=E, group=group)
+    options = {"activation": "swiglu", "grad_scale": grad_scale, "row_weights": row_weights}
+    rows = grouped.grouped_mlp(rows, counts, up, up_bias, down, down_bias, **options)
+    return exchange.combine(rows, index, *way, num_experts=E, group=group)
 
 
 def _forward_backward(function, case, rank, ep_rank, ep, group, dtype=torch.float64, **options):
@@ -127,9 +128,9 @@ def _hangs(rank):
         try:
             with exchange.layer("model.layers.7"):
                 if rank == 0 or late == "combine":
-                    rows, row_weights, _, *way = exchange.dispatch(x, index, weights, num_experts=E, group=group)
+                    rows, _, _, *way = exchange.dispatch(x, index, weights, num_experts=E, group=group)
                 if rank == 0:
-                    exchange.combine(rows, row_weights, index, *way, num_experts=E, group=group)
+                    exchange.combine(rows, index, *way, num_experts=E, group=group)
         except moefx.ExchangeError as error:
             told.append(str(error))
         dist.barrier()
@@ -144,7 +145,7 @@ def on_rank(rank, world_size):
         x, index, _ = _tokens(case, rank)
         share = torch.full(index.shape, 1 / index.shape[1], dtype=x.dtype)
         rows, row_weights, counts, *way = exchange.dispatch(x, index, share, num_experts=E, group=group)
-        back = exchange.combine(rows, row_weights, index, *way, num_experts=E, group=group)
+        back = exchange.combine(rows * row_weights.unsqueeze(1), index, *way, num_experts=E, group=group)
         found[case, "sent"] = rows, counts, back
         found[case, "capacity"] = _forward_backward(_over_ranks, case, rank, rank, world_size, group, capacity=9)
         found[case, "trained"] = _forward_backward(_over_ranks, case, rank, rank, world_size, group)
