@@ -102,17 +102,22 @@ def measure(shape: str, transport: str, capacity: bool, device: torch.device, si
         made["d"] = send(x, index, weights, **where)
 
     def forward_combine() -> None:
-        each, row_weights, _, *way = made["d"]
-        made["y"] = exchange.combine(each, row_weights, index, *way, num_experts=experts, group=group)
+        each, _, _, *way = made["d"]
+        made["y"] = exchange.combine(each, index, *way, num_experts=experts, group=group)
 
     def both() -> None:
         forward_dispatch()
         forward_combine()
+        made["grads"] = grad, torch.ones_like(made["d"][1])  # what experts give to the weights is one number a row
+
+    def backward() -> None:
+        torch.autograd.grad((made["y"], made["d"][1]), (x, weights), made["grads"])
 
     grad = torch.randn(tokens, h, device=device, generator=g).bfloat16()
-    both()
+    # the experts only weight their rows: the sums are known
+    each, row_weights, _, *way = send(x, index, weights, **where)
+    made["y"] = exchange.combine((each * row_weights.unsqueeze(1)).to(each.dtype), index, *way, num_experts=experts, group=group)
     to_x, to_weights = torch.autograd.grad(made["y"], (x, weights), grad)
-    # the experts are the identity: the sums are known
     right = x.float() * weights.sum(1, keepdim=True)
     problems = []
     for what, found, wanted in (
@@ -126,7 +131,7 @@ def measure(shape: str, transport: str, capacity: bool, device: torch.device, si
     times = {
         "dispatch": timed(forward_dispatch, device),
         "combine": timed(forward_combine, device, forward_dispatch),
-        "backward": timed(lambda: torch.autograd.grad(made["y"], (x, weights), grad), device, both),
+        "backward": timed(backward, device, both),
     }
     sent = torch.tensor(float(pairs(index, experts, ep, rank) * h * 2), device=device)
     dist.all_reduce(sent)
@@ -148,7 +153,7 @@ def floor(bytes_sent: float, device: torch.device) -> float:
 
 # --- the host's part -------------------------------------------------------------------------------------------------
 
-_KERNELS = {"places": 3, "spread": 1, "pack": 1, "sum_rows": 1, "weighted_backward": 1}  #: function -> launches
+_KERNELS = {"places": 3, "spread": 1, "pack": 1, "sum_rows": 1}  #: function -> launches
 _FREE = {
     "view", "slice", "select", "as_strided", "reshape", "expand", "t", "transpose", "unsqueeze", "detach", "alias", "unbind",
     "empty", "empty_strided", "empty_like", "new_empty", "item", "_local_scalar_dense", "narrow", "resolve_conj", "resolve_neg",
@@ -172,7 +177,7 @@ def counting(device: torch.device) -> Iterator[list[int]]:
             if name == "places":
                 index, _, _, buckets, totals, *_ = args
                 totals.fill_(index.numel() // buckets)
-            return tuple(map(torch.empty_like, args[1:3])) if name == "weighted_backward" else None
+            return None
 
         return call
 
@@ -220,12 +225,16 @@ def host(device: torch.device, sizes: tuple[int, int, int, int], ep: int = 8, st
     weights, grad, send = weights.requires_grad_(), torch.randn_like(x), exchange.dispatch_by("loop_back")
 
     def combine(sent: tuple) -> Tensor:
-        return exchange.combine(sent[0], sent[1], index, *sent[3:], **where)
+        return exchange.combine(sent[0], index, *sent[3:], **where)
+
+    def both() -> tuple[tuple, tuple]:
+        sent = send(x, index, weights, **where)
+        return (combine(sent), sent[1]), (grad, torch.ones_like(sent[1]))
 
     stages: dict[str, tuple[Callable, Callable]] = {
         "dispatch": (lambda: None, lambda _: send(x, index, weights, **where)),
         "combine": (lambda: send(x, index, weights, **where), combine),
-        "backward": (lambda: combine(send(x, index, weights, **where)), lambda y: torch.autograd.grad(y, (x, weights), grad)),
+        "backward": (both, lambda made: torch.autograd.grad(made[0], (x, weights), made[1])),
     }
     found = {}
     with counting(device) as launched:

@@ -174,7 +174,7 @@ def _experts(given: dict[str, Any], sizes: Sizes) -> tuple[Any, Any, Any]:
     for name, width in (("up_bias", wide * i), ("down_bias", h)):
         bias = given[name]
         read += 0 if bias is None else local * width * value(bias).element_size()
-    read += sum(sizes.bytes(value(given[n])) for n in ("index", "weights", "counts") if n in given)
+    read += sum(sizes.bytes(value(given[n])) for n in ("index", "weights", "counts", "row_weights") if given.get(n))
     return 2 * sizes.rows * (wide + 1) * h * i, sympy.Integer(0), read
 
 

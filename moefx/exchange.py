@@ -1,10 +1,11 @@
 """Dispatch and combine: tokens travel to the ranks that own their experts, their results back. Operations with gradients.
 
     rows, row_weights, counts, *way = dispatch(x, index, weights)
-    y = combine(grouped_mlp(rows, counts, ...), row_weights, index, *way)
+    y = combine(grouped_mlp(rows, counts, ..., row_weights=row_weights), index, *way)
 
 A token goes once to each rank that has one of its experts, and one row comes back from each: the experts' rows of a token on
-a rank are weighted and added there. The moves are those of a :mod:`moefx.transports`.
+a rank, which the experts have weighted, are added there. So combine keeps no rows for its backward: their gradients are the
+tokens'. The moves are those of a :mod:`moefx.transports`.
 
 Each operation is two, so that others can run while rows are under way: one that starts the move, and one that waits for it.
 Between them goes the tensor that is being written, and a ``link``: a tensor of the shape of what travels in the backward,
@@ -375,7 +376,8 @@ def _dispatch(
     """Sends x [T, H] to the ranks of experts index [T, K] (int64), with weights [T, K]; expert e lives on rank e // (E / ep).
 
     Returns rows [R, H], expert by expert, within an expert by source rank, then token; row_weights [R], the router's weights
-    of these rows in float32 (float64 for float64), differentiable; counts [E / ep] int64; and for ``combine``: place [N, K]
+    of these rows in float32 (float64 for float64), differentiable, for ``grouped_mlp``; counts [E / ep] int64; and for
+    ``combine``: place [N, K]
     int32, the row of each (token, k) that this rank received, -1 for none; handle (bytes); host (of the CPU); link (S rows,
     without memory). ``group`` is the name of the ep process group; all its ranks call.
 
@@ -395,21 +397,21 @@ def _dispatch(
 
 @opaque("combine_start")
 def _combine_start(
-    rows: Tensor, row_weights: Tensor, index: Tensor, place: Tensor, handle: Tensor, host: Tensor, link: Tensor, *, group: str
+    rows: Tensor, index: Tensor, place: Tensor, handle: Tensor, host: Tensor, link: Tensor, *, group: str
 ) -> tuple[Tensor, Tensor]:
-    """Weights and adds up the rows of each token on this rank and starts to send them back; see :func:`_combine`.
+    """Adds up the rows of each token on this rank and starts to send them back; see :func:`_combine`.
 
     Returns what is being written [S, H], and its own link [N, H].
     """
     call = _call(group, 0)
-    tokens = rows_.sum_rows(rows, place, row_weights)
+    tokens = rows_.sum_rows(rows, place)
     back, _, wait = transports.find(int(host[transports.KIND])).bring_back(tokens, None, handle, host, call)
     _started(back, wait, "combine", host, call.group)
     return back, _linked(tokens.shape, rows)
 
 
 @_combine_start.register_fake
-def _(rows, row_weights, index, place, handle, host, link, *, group: str):
+def _(rows, index, place, handle, host, link, *, group: str):
     return rows.new_empty(link.shape[0], rows.shape[1]), _linked((place.shape[0], rows.shape[1]), rows)
 
 
@@ -441,29 +443,29 @@ def _(grad, link, handle, host, group: str):
 
 
 @opaque("resend_wait", once=True)
-def resend_wait(grad: Tensor, rows: Tensor, row_weights: Tensor, place: Tensor, host: Tensor) -> tuple[Tensor, Tensor]:
-    """The backward of ``combine_start``: gradients of rows [R, H] and row_weights [R] from the tokens' [N, H]."""
+def resend_wait(grad: Tensor, place: Tensor, host: Tensor, rows: int) -> Tensor:
+    """The backward of ``combine_start``: each row's gradient is its token's; [R, H] of ``rows`` = R rows, from [N, H]."""
     _arrive(grad)
-    return rows_.weighted_backward(grad, rows, row_weights, place, all_placed=not int(host[transports.CAPACITY]))
+    return rows_.spread(grad, place, rows, all_placed=not int(host[transports.CAPACITY]))[0]
 
 
 @resend_wait.register_fake
-def _(grad, rows, row_weights, place, host):
-    return rows.new_empty(rows.shape), row_weights.new_empty(row_weights.shape)
+def _(grad, place, host, rows: int):
+    return grad.new_empty(rows, grad.shape[1])
 
 
 def _save_combine_start(ctx, inputs, keyword_only_inputs, output) -> None:
     ctx.set_materialize_grads(False)
-    rows, row_weights, _, place, _, host, _ = inputs
-    ctx.save_for_backward(rows, row_weights, place, host)
+    rows, _, place, _, host, _ = inputs
+    ctx.rows = rows.shape[0]
+    ctx.save_for_backward(place, host)
     ctx.mark_non_differentiable(output[0])
 
 
 def _backward_combine_start(ctx, _, grad: Tensor | None):
     if grad is None:  # nothing was sent
-        return (None,) * 7
-    to_rows, to_weights = torch.ops.moefx.resend_wait(grad, *ctx.saved_tensors)
-    return to_rows, to_weights, None, None, None, None, None
+        return (None,) * 6
+    return torch.ops.moefx.resend_wait(grad, *ctx.saved_tensors, ctx.rows), None, None, None, None, None
 
 
 def _save_combine_wait(ctx, inputs, keyword_only_inputs, output) -> None:
@@ -484,17 +486,17 @@ combine_wait = torch.ops.moefx.combine_wait.default
 
 
 def _combine(
-    rows: Tensor, row_weights: Tensor, index: Tensor, place: Tensor, handle: Tensor, host: Tensor, link: Tensor, *,
-    num_experts: int, group: str,
-) -> Tensor:  # fmt: skip
-    """Brings rows [R, H] back and adds them up: ``y[t] = sum_k weights[t, k] * row(t, k)``; [T, H] in the rows' dtype.
+    rows: Tensor, index: Tensor, place: Tensor, handle: Tensor, host: Tensor, link: Tensor, *, num_experts: int, group: str
+) -> Tensor:
+    """Brings rows [R, H] back and adds them up: ``y[t] = sum_k row(t, k)``; [T, H] in the rows' dtype.
 
-    index [T, K] is what ``dispatch`` got, all else what it gave. Each rank adds up its rows of a token in float32 (float64 for
-    float64) and rounds once to the rows' dtype, to send it; the token's rank adds up the ranks' in float32 and rounds once.
-    In 16 bits that is one rounding more than a sum in one place, so ``|y - exact| <= u * (sum over ranks |part|) + u * |y|``
-    with u = 2**-8 (bfloat16); in float32 it is float32's rounding of a sum in another order.
+    The experts have weighted the rows (``grouped_mlp``'s row_weights). index [T, K] is what ``dispatch`` got, all else what it
+    gave. Each rank adds up its rows of a token in float32 (float64 for float64) and rounds once to the rows' dtype, to send
+    it; the token's rank adds up the ranks' in float32 and rounds once. In 16 bits that is one rounding more than a sum in one
+    place, so ``|y - exact| <= u * (sum over ranks |part|) + u * |y|`` with u = 2**-8 (bfloat16); in float32 it is float32's
+    rounding of a sum in another order. Kept for the backward: where each row went, and no row.
     """
-    back, link = combine_start(rows, row_weights, index, place, handle, host, link, group=group)
+    back, link = combine_start(rows, index, place, handle, host, link, group=group)
     return combine_wait(back, link, index, handle, host, group=group)
 
 
@@ -504,8 +506,8 @@ _LIBRARY.define(
     "str wire='') -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
-    "combine(Tensor rows, Tensor row_weights, Tensor index, Tensor place, Tensor handle, Tensor host, Tensor link, *, "
-    "int num_experts, str group) -> Tensor"
+    "combine(Tensor rows, Tensor index, Tensor place, Tensor handle, Tensor host, Tensor link, *, int num_experts, "
+    "str group) -> Tensor"
 )
 _LIBRARY.impl("dispatch", _dispatch, "CompositeImplicitAutograd")
 _LIBRARY.impl("combine", _combine, "CompositeImplicitAutograd")

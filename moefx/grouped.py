@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
+from .transports import wide
 
 
 def _grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
@@ -116,10 +117,37 @@ def _experts_of_rows(counts: Tensor, rows: int) -> Tensor:
     return torch.bucketize(at, counts.cumsum(0), right=True).clamp_(max=counts.shape[0] - 1)
 
 
+def _times(x: Tensor, row_weights: Tensor | None) -> Tensor:
+    """x [R, n] times each row's weight: not rounded yet."""
+    return x if row_weights is None else x * row_weights.unsqueeze(1)
+
+
+def _activate(h: Tensor, row_weights: Tensor | None, activation: str, alpha: float, limit: float, interleaved: bool) -> Tensor:
+    """What ``down`` multiplies [R, I], in h's dtype: the activation of h [R, 2I or I] times each row's weight.
+
+    Computed in float32 (float64 for float64) and rounded once: the weight costs no rounding.
+    """
+    a = ACTIVATIONS[activation].forward(h.to(wide(h.dtype)), alpha, limit, interleaved)
+    return _times(a, row_weights).to(h.dtype).contiguous()
+
+
+def _activate_backward(
+    h: Tensor, to_a: Tensor, row_weights: Tensor | None, activation: str, alpha: float, limit: float, interleaved: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of h, what :func:`_activate` gave, and the weights' gradient (empty if there are none), from
+    to_a [R, I]: that of what it gave."""
+    act, high, to_a = ACTIVATIONS[activation], h.to(wide(h.dtype)), to_a.to(wide(h.dtype))
+    a = act.forward(high, alpha, limit, interleaved)
+    to_weights = h.new_empty(0) if row_weights is None else (to_a * a).sum(1).to(row_weights.dtype)
+    to_h = act.backward(high, _times(to_a, row_weights), alpha, limit, interleaved)
+    return to_h.to(h.dtype).contiguous(), _times(a, row_weights).to(h.dtype).contiguous(), to_weights
+
+
 @torch.library.custom_op("moefx::grouped_mlp_forward", mutates_args=())
 def grouped_mlp_forward(
     rows: Tensor, counts: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
-    activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool, grad_scale: float,
+    row_weights: Tensor | None, activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool,
+    grad_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The experts' output [R, H] and what the backward needs besides the inputs: the pre-activations [R, 2I or I]."""
     offsets = counts.cumsum(0).to(torch.int32)
@@ -127,13 +155,15 @@ def grouped_mlp_forward(
     expert = _experts_of_rows(counts, rows.shape[0]) if biased else counts
     h = _grouped_gemm(rows.to(up.dtype), _matrices(up, transposed), offsets)
     h = h if up_bias is None else h + up_bias[expert]
-    a = ACTIVATIONS[activation].forward(h, alpha, limit, interleaved)
-    out = _grouped_gemm(a.contiguous(), _matrices(down, transposed), offsets)
-    return (out if down_bias is None else out + down_bias[expert]), h
+    a = _activate(h, row_weights, activation, alpha, limit, interleaved)
+    out = _grouped_gemm(a, _matrices(down, transposed), offsets)
+    if down_bias is not None:
+        out = (out + _times(down_bias[expert], row_weights)).to(out.dtype)
+    return out, h
 
 
 @grouped_mlp_forward.register_fake
-def _(rows, counts, up, up_bias, down, down_bias, activation, alpha, limit, transposed, interleaved, grad_scale):
+def _(rows, counts, up, up_bias, down, down_bias, row_weights, activation, alpha, limit, transposed, interleaved, grad_scale):
     out = up.new_empty(rows.shape[0], _matrices(down, transposed).shape[2])
     return out, up.new_empty(rows.shape[0], _matrices(up, transposed).shape[2])
 
@@ -141,51 +171,59 @@ def _(rows, counts, up, up_bias, down, down_bias, activation, alpha, limit, tran
 @torch.library.custom_op("moefx::grouped_mlp_backward", mutates_args=())
 def grouped_mlp_backward(
     grad: Tensor, h: Tensor, rows: Tensor, counts: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor,
-    down_bias: Tensor | None, activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool,
-    grad_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of rows, up, up_bias, down, down_bias (empty where there is no bias); the activation is computed again."""
-    act, offsets = ACTIVATIONS[activation], counts.cumsum(0).to(torch.int32)
-    a = act.forward(h, alpha, limit, interleaved).contiguous()
+    down_bias: Tensor | None, row_weights: Tensor | None, activation: str, alpha: float, limit: float, transposed: bool,
+    interleaved: bool, grad_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of rows, up, up_bias, down, down_bias, row_weights (empty where there is none); the activation is computed
+    again. A row's weight gets <its activation, its gradient times ``down``> + <bias, gradient>: no output is needed."""
+    offsets = counts.cumsum(0).to(torch.int32)
     to_a = _grouped_gemm(grad, _matrices(down, transposed).transpose(1, 2), offsets)
+    to_h, a, to_weights = _activate_backward(h, to_a, row_weights, activation, alpha, limit, interleaved)
     to_down = _grouped_outer(a, grad, offsets) if transposed else _grouped_outer(grad, a, offsets)
-    to_h = act.backward(h, to_a, alpha, limit, interleaved).contiguous()
     x = rows.to(up.dtype)
     to_up = _grouped_outer(x, to_h, offsets) if transposed else _grouped_outer(to_h, x, offsets)
     to_rows = _grouped_gemm(to_h, _matrices(up, transposed).transpose(1, 2), offsets).to(rows.dtype)
     to_up_bias = _sum_by_expert(to_h, counts) if up_bias is not None else h.new_empty(0)
-    to_down_bias = _sum_by_expert(grad, counts) if down_bias is not None else h.new_empty(0)
+    to_down_bias = h.new_empty(0)
+    if down_bias is not None:
+        to_down_bias = _sum_by_expert(grad, counts, row_weights)
+        if row_weights is not None:
+            to_weights += (grad.to(wide(grad.dtype)) * down_bias[_experts_of_rows(counts, rows.shape[0])]).sum(1)
     if grad_scale != 1.0:
         for g in (to_up, to_up_bias, to_down, to_down_bias):
             g.mul_(grad_scale)
-    return to_rows, to_up, to_up_bias, to_down, to_down_bias
+    return to_rows, to_up, to_up_bias, to_down, to_down_bias, to_weights
 
 
-def _sum_by_expert(grad: Tensor, counts: Tensor) -> Tensor:
-    """[R, n] -> [E, n]: sums of each expert's rows, in fp32, in one fixed order."""
-    return torch.segment_reduce(grad.float(), "sum", lengths=counts, unsafe=True).to(grad.dtype)
+def _sum_by_expert(grad: Tensor, counts: Tensor, row_weights: Tensor | None = None) -> Tensor:
+    """[R, n] -> [E, n]: (weighted) sums of each expert's rows, in fp32 (fp64 for fp64), in one fixed order."""
+    high = grad.to(wide(grad.dtype))
+    return torch.segment_reduce(_times(high, row_weights), "sum", lengths=counts, unsafe=True).to(grad.dtype)
 
 
 @grouped_mlp_backward.register_fake
-def _(grad, h, rows, counts, up, up_bias, down, down_bias, activation, alpha, limit, transposed, interleaved, grad_scale):
-    def like(bias: Tensor | None) -> Tensor:
-        return h.new_empty(0) if bias is None else torch.empty_like(bias)
+def _(grad, h, rows, counts, up, up_bias, down, down_bias, row_weights, activation, alpha, limit, transposed, interleaved,
+      grad_scale):  # fmt: skip
+    def like(t: Tensor | None) -> Tensor:
+        return h.new_empty(0) if t is None else torch.empty_like(t)
 
-    return torch.empty_like(rows), torch.empty_like(up), like(up_bias), torch.empty_like(down), like(down_bias)
+    return like(rows), like(up), like(up_bias), like(down), like(down_bias), like(row_weights)
 
 
 def _save_mlp(ctx, inputs, output) -> None:
-    rows, counts, up, up_bias, down, down_bias, *ctx.options = inputs
-    ctx.save_for_backward(output[1], rows, counts, up, up_bias, down, down_bias)
+    ctx.set_materialize_grads(False)  # else autograd would write zeros for h's
+    rows, counts, up, up_bias, down, down_bias, row_weights, *ctx.options = inputs
+    ctx.save_for_backward(output[1], rows, counts, up, up_bias, down, down_bias, row_weights)
+    ctx.mark_non_differentiable(output[1])
 
 
-def _backward_mlp(ctx, grad: Tensor, _):
-    h, rows, counts, up, up_bias, down, down_bias = ctx.saved_tensors
-    to_rows, to_up, to_up_bias, to_down, to_down_bias = torch.ops.moefx.grouped_mlp_backward(
-        grad.contiguous(), h, rows, counts, up, up_bias, down, down_bias, *ctx.options
-    )
-    to_up_bias = None if up_bias is None else to_up_bias
-    return to_rows, None, to_up, to_up_bias, to_down, None if down_bias is None else to_down_bias, *[None] * 6
+def _backward_mlp(ctx, grad: Tensor | None, _):
+    saved = ctx.saved_tensors
+    if grad is None:
+        return (None,) * (7 + len(ctx.options))
+    found = torch.ops.moefx.grouped_mlp_backward(grad.contiguous(), *saved, *ctx.options)
+    to_rows, *rest = (None if t is None else g for t, g in zip((saved[1], *saved[3:]), found))
+    return to_rows, None, *rest, *[None] * len(ctx.options)
 
 
 grouped_mlp_forward.register_autograd(_backward_mlp, setup_context=_save_mlp)
@@ -205,21 +243,27 @@ def _grouped_mlp(
     transposed: bool = False,
     interleaved: bool = False,
     grad_scale: float = 1.0,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
     """This rank's experts on their rows: rows [R, H] expert by expert, counts [e] int64 -> [R, H] in the weights' dtype.
 
-    up [e, 2I, H], down [e, H, I] and the options are those of ``moefx.experts``. ``grad_scale`` multiplies the gradients of
-    the weights and biases only. Every parameter gets a gradient, zeros where no row came.
+    up [e, 2I, H], down [e, H, I] and the options are those of ``moefx.experts``. Each row of the result is multiplied by its
+    weight, row_weights [R] float32 (float64 for float64; None: all are 1). The weight goes to the activation before that is
+    rounded, so that it costs no rounding of its own, and its gradient is a sum over I: nobody has to keep the result.
+    ``grad_scale`` multiplies the gradients of the weights and biases only, not of row_weights. Every parameter gets a
+    gradient, zeros where no row came. Rows after the last of ``counts``, and their weights, may hold anything: what they give
+    means nothing, and no gradient of a parameter has any of it.
     """
     return torch.ops.moefx.grouped_mlp_forward(
-        rows, counts, up, up_bias, down, down_bias, activation, alpha, limit, transposed, interleaved, grad_scale
+        rows, counts, up, up_bias, down, down_bias, row_weights, activation, alpha, limit, transposed, interleaved, grad_scale
     )[0]
 
 
 _LIBRARY = torch.library.Library("moefx", "FRAGMENT")
 _LIBRARY.define(
     "grouped_mlp(Tensor rows, Tensor counts, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, *, str activation, "
-    "float alpha=0.0, float limit=0.0, bool transposed=False, bool interleaved=False, float grad_scale=1.0) -> Tensor"
+    "float alpha=0.0, float limit=0.0, bool transposed=False, bool interleaved=False, float grad_scale=1.0, "
+    "Tensor? row_weights=None) -> Tensor"
 )
 _LIBRARY.impl("grouped_mlp", _grouped_mlp, "CompositeImplicitAutograd")
 #: See :func:`_grouped_mlp`.

@@ -17,6 +17,8 @@ from .errors import MoefxError
 
 _LIBRARY = torch.library.Library("moefx", "FRAGMENT")
 _BELOW = torch._C._after_autograd_keyset  # type: ignore[attr-defined]
+#: In a backward, ``ctx.needs_input_grad[FIRST_INPUT:]`` says of which positional inputs a gradient is wanted.
+FIRST_INPUT = 2
 
 
 class Opaque:
@@ -53,7 +55,7 @@ class Opaque:
             @staticmethod
             def backward(ctx, *grads):  # type: ignore[override]
                 found = backward(ctx, *grads)
-                return None, None, *found
+                return *[None] * FIRST_INPUT, *found
 
         Function.__name__ = f"moefx_{self.name}"
 

@@ -174,5 +174,6 @@ def experts_over_ranks(x: Tensor, index: Tensor, weights: Tensor, module: nn.Mod
     where = {"num_experts": up.shape[0], "group": up.device_mesh.get_group().group_name}
     local = [p.to_local() if isinstance(p, DTensor) else p for p in layout.weights(module)]
     rows, row_weights, counts, *way = exchange.dispatch(x, index, weights, **where)
-    rows = grouped.grouped_mlp(rows, counts, *local, **layout.options, grad_scale=1.0 / up.device_mesh.size())
-    return exchange.combine(rows, row_weights, index, *way, **where).to(x.dtype)
+    options = {**layout.options, "grad_scale": 1.0 / up.device_mesh.size(), "row_weights": row_weights}
+    rows = grouped.grouped_mlp(rows, counts, *local, **options)
+    return exchange.combine(rows, index, *way, **where).to(x.dtype)

@@ -91,7 +91,7 @@ def spread(
 ) -> tuple[Tensor, Tensor]:
     """x [T, H] and values [T, K] (both may be strided) -> each token in its rows [rows, H], each value in its row [rows].
 
-    Not ``all_placed``: rows that the table does not name are finite, and mean nothing.
+    Not ``all_placed``: there are rows that the table does not name; they are zero.
     """
     kernels = _fused(x)
     if kernels:
@@ -102,9 +102,13 @@ def spread(
         return out, row_values
     if not place.numel():
         return x.new_zeros(rows, x.shape[1]), x.new_zeros(0 if values is None else rows, dtype=wide(x.dtype))
-    at = _entries(place, rows).clamp_min_(0)
-    picked = x.new_empty(0, dtype=wide(x.dtype)) if values is None else values.reshape(-1)[at]
-    return x[at // place.shape[1]], picked
+    entry = _entries(place, rows)
+    at = entry.clamp_min(0)
+    out, picked = x[at // place.shape[1]], x.new_empty(0, dtype=wide(x.dtype)) if values is None else values.reshape(-1)[at]
+    if not all_placed:
+        out.masked_fill_((entry < 0).unsqueeze(1), 0)
+        picked.masked_fill_((entry < 0)[: picked.shape[0]], 0)
+    return out, picked
 
 
 class Row(NamedTuple):
@@ -142,26 +146,24 @@ class Picked(NamedTuple):
 
 
 def sum_rows(
-    rows: Tensor, place: Tensor, weights: Tensor | None = None, *, out: Tensor | None = None, picked: Picked | None = None
+    rows: Tensor, place: Tensor, *, out: Tensor | None = None, picked: Picked | None = None
 ) -> Tensor:
-    """rows [R, H], place [N, K]: which rows make up each result, -1 for none; weights [R] or None. -> [N, H]:
+    """rows [R, H], place [N, K]: which rows make up each result, -1 for none. -> [N, H]:
 
-    ``out[n] = sum_k weights[place[n, k]] * rows[place[n, k]]``, in the rows' dtype. rows and ``out`` may have strided rows.
+    ``out[n] = sum_k rows[place[n, k]]``, in the rows' dtype. rows and ``out`` may have strided rows.
     ``picked``: single values are picked besides.
     """
     if out is None:
         out = rows.new_empty(place.shape[0], rows.shape[1])
     kernels = _fused(rows)
     if kernels:
-        kernels.sum_rows(rows, place, weights, out, picked)
+        kernels.sum_rows(rows, place, out, picked)
         return out
     if picked is not None:
         picked.out.copy_(_pick(picked.values, picked.place))
     token, _ = torch.nonzero(place >= 0, as_tuple=True)
     at = place[place >= 0].long()
     terms = rows[at].to(wide(rows.dtype))
-    if weights is not None:
-        terms = terms * weights[at].to(terms.dtype).unsqueeze(1)
     total = terms.new_zeros(place.shape[0], rows.shape[1])
     return out.copy_(total.index_add_(0, token, terms))
 
@@ -172,25 +174,3 @@ def _pick(values: Tensor, place: Tensor) -> Tensor:
     at = place.clamp_min(0).long()
     found = values[at] if values.dim() == 1 else values[at, torch.arange(place.shape[1], device=at.device)]
     return found.masked_fill_(place < 0, 0)
-
-
-def weighted_backward(
-    grad: Tensor, rows: Tensor, weights: Tensor, place: Tensor, *, all_placed: bool = True
-) -> tuple[Tensor, Tensor]:
-    """The gradients of ``sum_rows``'s rows [R, H] and weights [R] from its result's [N, H].
-
-    Not ``all_placed``: there are rows that the table does not name; their gradient is zero.
-    """
-    kernels = _fused(rows)
-    if kernels:
-        return kernels.weighted_backward(grad.contiguous(), rows.contiguous(), weights, place, all_placed)
-    if not grad.shape[0]:
-        return torch.zeros_like(rows), torch.zeros_like(weights)
-    entry = _entries(place, rows.shape[0])
-    picked = grad[entry.clamp_min(0) // place.shape[1]].to(wide(rows.dtype))
-    if not all_placed:
-        picked.masked_fill_((entry < 0).unsqueeze(1), 0)
-    to_weights = (picked * rows).sum(dim=1).to(weights.dtype)
-    if not all_placed:  # such rows may hold anything
-        to_weights.masked_fill_(entry < 0, 0)
-    return (picked * weights.to(picked.dtype).unsqueeze(1)).to(rows.dtype), to_weights

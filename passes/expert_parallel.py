@@ -20,8 +20,8 @@ class ExpertParallel:
     """``experts(x, index, weights, ...)`` becomes
 
         rows, row_weights, counts, ... = dispatch(x, index, weights)  # each token once to each rank that has an expert of it
-        rows = grouped_mlp(rows, counts, local weights)               # E / ep experts
-        y = combine(rows, row_weights, ...)                           # weighted sum per token and rank, back, sum over ranks
+        rows = grouped_mlp(rows, counts, local weights, row_weights)  # E / ep experts; their rows weighted
+        y = combine(rows, ...)                                        # sum per token and rank, back, sum over ranks
 
     Numerics: the same products; in 16 bits a token's sum is rounded once per rank before it is sent (see ``combine``). Sums
     over tokens in a weight's gradient are taken per rank. ``grad_scale`` = 1/ep makes
@@ -69,8 +69,9 @@ class ExpertParallel:
         rows, row_weights, counts, *way = items
         options = {k: given[k] for k in ("activation", "alpha", "limit", "transposed", "interleaved")}
         weights = tuple(local.get(w) for w in _WEIGHTS)
-        done = call(grouped.grouped_mlp, (rows, counts, *weights), {**options, "grad_scale": plan.experts_gradient_scale})
-        back = call(exchange.combine, (done, row_weights, given["index"], *way), where)
+        options |= {"grad_scale": plan.experts_gradient_scale, "row_weights": row_weights}
+        done = call(grouped.grouped_mlp, (rows, counts, *weights), options)
+        back = call(exchange.combine, (done, given["index"], *way), where)
         if value(back).dtype != value(node).dtype:
             back = call(torch.ops.aten._to_copy.default, (back,), {"dtype": value(node).dtype})
         for new in [*made, *items]:

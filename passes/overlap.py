@@ -12,7 +12,7 @@ from torch import fx
 
 from moefx import exchange, grouped
 from moefx.cost import Rates, Sizes, node_cost
-from moefx.graph import VIEWS, aten, compute, getitems, inherit, insert, is_call, origin, value
+from moefx.graph import VIEWS, arguments, aten, compute, describe, getitems, inherit, insert, is_call, origin, value
 from moefx.pipeline import Changes
 
 
@@ -47,6 +47,9 @@ class Overlap:
         experts = next((u for u in items[0].users), None) if 0 in items else None
         if not is_call(experts) or experts.meta.get("semantic", experts.target) is not grouped.grouped_mlp:  # type: ignore[union-attr]
             return f"{items[0].name if items else 'nothing'} of its rows goes to something else than grouped_mlp"
+        weights = arguments(experts)["row_weights"]  # type: ignore[arg-type]
+        if weights is not None and weights is not items.get(1):
+            return f"its experts' rows are weighted by {describe(weights)}, not by the weights that it brings"
         combine = next(iter(experts.users))  # type: ignore[union-attr]
         if combine.meta.get("semantic", combine.target) is not exchange.combine:
             return f"its experts' rows go to {combine.name}, not to a combine"
@@ -121,7 +124,7 @@ class _Clock:
             return 1  # the CPU that would compute also moves the rows
         there, back, latency = self.exchange(dispatch), self.exchange(combine), self.rates.latency
         flops, read, written, _ = node_cost(experts, self.sizes).evaluate(self.numbers)
-        weights = sum(value(w).nbytes for w in experts.all_input_nodes[2:])
+        weights = sum(value(w).nbytes for w in experts.args[2:] if w is not None)
 
         def seconds(n: int) -> float:
             work = max(flops / n / self.rates.flops, (weights + (read + written - weights) / n) / self.rates.memory)
@@ -182,11 +185,13 @@ class _Chunks:
             waits.append(self._call(exchange.dispatch_wait, (x[i], *sent[i]), arrives, self.dispatch))
             waits[-1].meta["share"] = Fraction(1, many)
             rows, row_weights, counts, place, room = self._items(waits[-1])
-            done = self._call(self.experts.target, (rows, counts, *self.experts.args[2:]), self.experts.kwargs, self.experts)
+            weighted = self.experts.kwargs.get("row_weights") is not None
+            options = {**self.experts.kwargs, "row_weights": row_weights} if weighted else self.experts.kwargs
+            done = self._call(self.experts.target, (rows, counts, *self.experts.args[2:]), options, self.experts)
             self._stands_for(done, self.experts, many)
             handle, host = sent[i][3:5]
             start = self._call(
-                exchange.combine_start, (done, row_weights, index[i], place, handle, host, room), back_where, self.combine
+                exchange.combine_start, (done, index[i], place, handle, host, room), back_where, self.combine
             )
             back.append(self._items(self._stands_for(start, self.combine, many)))
         for i in range(many):

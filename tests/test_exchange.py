@@ -44,19 +44,20 @@ def test_rows_arrive_by_expert_in_the_order_of_the_tokens(group, tokens):
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 7])
-def test_combine_weights_the_rows_of_each_token(group, tokens):
+def test_combine_adds_up_the_rows_of_each_token(group, tokens):
     x, index, weights = _random(tokens, H), _index(tokens), _random(tokens, K, seed=1)
     rows, row_weights, _, *way = exchange.dispatch(x, index, weights, **group)
-    y = exchange.combine(rows, row_weights, index, *way, **group)
+    y = exchange.combine(rows * row_weights.unsqueeze(1), index, *way, **group)
     torch.testing.assert_close(y, x * weights.sum(dim=1, keepdim=True))
 
 
-def test_combine_multiplies_in_the_promoted_dtype_and_returns_that_of_the_rows(group):
-    x, index, weights = _random(7, H).bfloat16(), _index(7), _random(7, K, seed=1).float()
-    rows, row_weights, _, *way = exchange.dispatch(x, index, weights, **group)
-    y = exchange.combine(rows, row_weights, index, *way, **group)
-    assert y.dtype == torch.bfloat16
-    assert torch.equal(y, (x.float()[:, None] * weights[:, :, None]).sum(dim=1).bfloat16())
+def test_combine_adds_in_float32_and_returns_the_dtype_of_the_rows(group):
+    x, index = _random(7, H).bfloat16(), _index(7)
+    rows, row_weights, counts, *way = exchange.dispatch(x, index, torch.ones(7, K), **group)
+    rows = rows * (torch.arange(E).repeat_interleave(counts) + 1).to(rows.dtype).unsqueeze(1)
+    y = exchange.combine(rows, index, *way, **group)
+    assert row_weights.dtype == torch.float32 and y.dtype == torch.bfloat16
+    assert torch.equal(y, (x[:, None] * (index + 1).bfloat16().unsqueeze(2)).float().sum(dim=1).bfloat16())
 
 
 def test_gradients_of_rows_and_weights(group):
@@ -65,7 +66,7 @@ def test_gradients_of_rows_and_weights(group):
 
     def there_and_back(x, weights):
         rows, row_weights, _, *way = exchange.dispatch(x, index, weights, **group)
-        return exchange.combine(rows.square(), row_weights, index, *way, **group)
+        return exchange.combine(rows.square() * row_weights.unsqueeze(1), index, *way, **group)
 
     inputs = _random(5, 3).requires_grad_(), _random(5, K, seed=1).requires_grad_()
     assert torch.autograd.gradcheck(there_and_back, inputs)
@@ -74,7 +75,7 @@ def test_gradients_of_rows_and_weights(group):
 def test_an_exchange_is_differentiated_once(group):
     index, x, weights = _index(5), _random(5, 3).requires_grad_(), _random(5, K, seed=1).requires_grad_()
     rows, row_weights, _, *way = exchange.dispatch(x, index, weights, **group)
-    y = exchange.combine(rows.square(), row_weights, index, *way, **group)
+    y = exchange.combine(rows.square() * row_weights.unsqueeze(1), index, *way, **group)
     with pytest.raises(moefx.MoefxError, match="moefx::resend_start belongs to a backward, and cannot be differentiated again"):
         torch.autograd.grad(y.square().sum(), x, create_graph=True)
 
@@ -93,6 +94,26 @@ def test_no_gradient_is_added_to_one_that_is_still_arriving(group, capacity):
     assert fake[0].requires_grad and not any(t.requires_grad for t in fake[2:])
 
 
+@pytest.mark.parametrize("capacity", [0, 20])
+def test_combine_keeps_no_rows_for_the_backward(group, capacity):
+    """Where rows went is kept, 4 bytes for each (token, k); no row of H numbers, and so not the experts' results."""
+    x, index, weights = _random(7, 64).requires_grad_(), _index(7), _random(7, K, seed=1)
+    rows, _, _, *way = exchange.dispatch(x, index, weights, **group, capacity=capacity)
+    each = rows * 2.0
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = exchange.combine(each, index, *way, **group)
+    place, handle, host, _ = way
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    assert place.untyped_storage().data_ptr() in storages and each.untyped_storage().data_ptr() not in storages
+    assert max(storages.values()) <= max(place.nbytes, handle.nbytes, host.nbytes) < each.nbytes
+    grad = _random(7, 64, seed=5)
+    (to_each,) = torch.autograd.grad(y, each, grad)
+    wanted = torch.zeros_like(each)
+    wanted[place[:7].long()] = grad.unsqueeze(1)
+    assert (place[7:] == -1).all() and torch.equal(to_each, wanted)
+
+
 @pytest.mark.parametrize("backend, capacity", [("aot_eager", 0), ("inductor", 0), ("inductor", 20)])
 def test_compiled_experts_over_the_group_are_the_experts_operation(group, backend, capacity):
     """fullgraph, forward and backward, two numbers of tokens in one graph."""
@@ -102,8 +123,8 @@ def test_compiled_experts_over_the_group_are_the_experts_operation(group, backen
 
     def over_ranks(x, index, scores):
         rows, row_weights, counts, *way = exchange.dispatch(x, index, scores, **group, capacity=capacity)
-        rows = grouped.grouped_mlp(rows * 1.0, counts, up, None, down, None, activation="swiglu")
-        return exchange.combine(rows, row_weights, index, *way, **group)
+        rows = grouped.grouped_mlp(rows * 1.0, counts, up, None, down, None, activation="swiglu", row_weights=row_weights)
+        return exchange.combine(rows, index, *way, **group)
 
     compiled = torch.compile(over_ranks, fullgraph=True, dynamic=True, backend=backend)
     for step, tokens in enumerate((9, 14)):
@@ -128,8 +149,8 @@ def test_shapes_for_64_ranks():
         with FakeTensorMode(shape_env=ShapeEnv()):
             x, index = torch.randn(5, H, dtype=torch.bfloat16, requires_grad=True), torch.zeros(5, K, dtype=torch.int64)
             weights = torch.rand(5, K, requires_grad=True)
-            rows, _, counts, *way = exchange.dispatch(x, index, weights, **group)
-            y = exchange.combine(rows, _, index, *way, **group)
+            rows, row_weights, counts, *way = exchange.dispatch(x, index, weights, **group)
+            y = exchange.combine((rows * row_weights.unsqueeze(1)).to(rows.dtype), index, *way, **group)
             to_x, to_weights = torch.autograd.grad(y.sum(), (x, weights))
         assert isinstance(rows.shape[0], torch.SymInt) and rows.shape[1] == H and counts.shape == (2,)
         assert y.shape == to_x.shape == x.shape and y.dtype == torch.bfloat16 and to_weights.shape == weights.shape

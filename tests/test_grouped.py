@@ -32,14 +32,16 @@ def _per_expert(counts, rows, *weights):
         yield part, *(None if w is None else w[e] for w in weights)
 
 
-def mlp_reference(rows, counts, up, up_bias, down, down_bias, *, activation, alpha, limit, transposed, interleaved):
+def mlp_reference(
+    rows, counts, up, up_bias, down, down_bias, *, activation, alpha, limit, transposed, interleaved, row_weights=None
+):
     """What a module per expert would do."""
     out = []
     for x, u, ub, d, db in _per_expert(counts, rows, up, up_bias, down, down_bias):
         h = F.linear(x, u.T if transposed else u, ub)
         a = ACTIVATIONS[activation].forward(h, alpha, limit, interleaved)
         out.append(F.linear(a, d.T if transposed else d, db))
-    return torch.cat(out)
+    return torch.cat(out) if row_weights is None else torch.cat(out) * row_weights.unsqueeze(1)
 
 
 def _mlp_inputs(counts, *, bias, transposed, gated, dtype):
@@ -60,20 +62,23 @@ def _gradients(y, inputs):
 
 
 def _check_mlp(
-    counts, *, dtype=torch.float64, activation="swiglu", bias=False, transposed=False, interleaved=False, rtol, atol
-):
+    counts, *, dtype=torch.float64, activation="swiglu", bias=False, transposed=False, interleaved=False, weighted=False,
+    rtol, atol,
+):  # fmt: skip
     options = dict(activation=activation, alpha=1.702, limit=1.0, transposed=transposed, interleaved=interleaved)
     inputs = _mlp_inputs(counts, bias=bias, transposed=transposed, gated=ACTIVATIONS[activation].gated, dtype=dtype)
-    rows, *weights = inputs
-    y = grouped.grouped_mlp(rows, torch.tensor(counts), *weights, **options)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    inputs.append(_random(sum(counts), dtype=wide, seed=7).requires_grad_() if weighted else None)
+    rows, *weights, row_weights = inputs
+    y = grouped.grouped_mlp(rows, torch.tensor(counts), *weights, **options, row_weights=row_weights)
     exact = [None if t is None else t.detach().double().requires_grad_() for t in inputs]
-    expected = mlp_reference(exact[0], counts, *exact[1:], **options)
+    expected = mlp_reference(exact[0], counts, *exact[1:-1], **options, row_weights=exact[-1])
     assert y.dtype == dtype and y.shape == rows.shape
     torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=atol)
     found = _gradients(y, inputs)
     assert all(g is not None for g in found), "every parameter has a gradient, zeros where no row came"
     for g, e, t in zip(found, _gradients(expected, exact), (t for t in inputs if t is not None)):
-        assert g.dtype == dtype and g.shape == t.shape
+        assert g.dtype == t.dtype and g.shape == t.shape
         torch.testing.assert_close(g.double(), torch.zeros_like(g).double() if e is None else e, rtol=rtol, atol=atol)
 
 
@@ -105,10 +110,12 @@ def test_grouped_mm_passes_gradcheck_and_opcheck():
     torch.library.opcheck(grouped.grouped_mm, (x, _random(3, 2, 3).transpose(1, 2).requires_grad_(), offsets))
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
-def test_grouped_mlp_for_any_counts(counts, bias):
-    _check_mlp(counts, bias=bias, dtype=torch.float32, rtol=1e-5, atol=1e-5)
+def test_grouped_mlp_for_any_counts(counts, bias, weighted):
+    _check_mlp(counts, bias=bias, weighted=weighted, dtype=torch.float32, rtol=1e-5, atol=1e-5)
+    _check_mlp(counts, bias=bias, weighted=weighted, dtype=torch.float64, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["", "interleaved"])
@@ -120,6 +127,7 @@ def test_grouped_mlp_for_any_layout_and_activation(activation, transposed, inter
         activation=activation,
         transposed=transposed,
         interleaved=interleaved,
+        weighted=interleaved,
         rtol=1e-10,
         atol=1e-10,
     )
@@ -133,8 +141,43 @@ def test_grouped_mlp_in_bf16(activation, transposed, interleaved):
     """Values of order 1 to 10 from sums of up to 12 products that are rounded (2**-9) at four places."""
     _check_mlp(
         COUNTS["uneven"], dtype=torch.bfloat16, activation=activation, transposed=transposed, interleaved=interleaved,
-        bias=transposed, rtol=2**-5, atol=2**-3,
+        bias=transposed, weighted=transposed or activation == "relu2", rtol=2**-5, atol=2**-3,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_a_weight_costs_no_rounding(bias):
+    """Powers of two round nothing: weighted rows are the rows times their weights, bit by bit, and so are all gradients."""
+    counts = COUNTS["uneven"]
+    inputs = _mlp_inputs(counts, bias=bias, transposed=False, gated=True, dtype=torch.bfloat16)
+    rows, *weights = inputs
+    two = 2.0 ** torch.arange(-5, 6)
+    y = grouped.grouped_mlp(rows, torch.tensor(counts), *weights, activation="swiglu")
+    weighted = grouped.grouped_mlp(rows, torch.tensor(counts), *weights, activation="swiglu", row_weights=two)
+    assert torch.equal(weighted, y * two.bfloat16().unsqueeze(1))
+    grad = _random(*y.shape, dtype=y.dtype, seed=6)
+    asked = [t for t in inputs if t is not None]
+    found, wanted = torch.autograd.grad(weighted, asked, grad), torch.autograd.grad(y, asked, grad * two.bfloat16().unsqueeze(1))
+    assert all(torch.equal(f, w) for f, w in zip(found, wanted))
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_rows_after_the_last_mean_nothing(bias):
+    """A dispatch with a capacity gives more rows than counts: NaN there, in rows, weights and gradients, reaches nobody."""
+    counts, more = [3, 0, 5, 2], 4
+    inputs = _mlp_inputs(counts, bias=bias, transposed=False, gated=True, dtype=torch.float32)
+    rows, *weights = inputs
+    row_weights = _random(len(rows), dtype=torch.float32, seed=7).requires_grad_()
+    asked = [t for t in (rows, row_weights, *weights) if t is not None]
+    grad = _random(len(rows), H, dtype=torch.float32, seed=6)
+
+    def results(pad):
+        given = [torch.cat((t, t.new_full((pad, *t.shape[1:]), float("nan")))) for t in (rows, row_weights, grad)]
+        y = grouped.grouped_mlp(given[0], torch.tensor(counts), *weights, activation="swiglu", row_weights=given[1])
+        return y[: len(rows)], *torch.autograd.grad(y, asked, given[2])
+
+    for found, wanted in zip(results(more), results(0)):
+        assert torch.equal(found, wanted)
 
 
 def test_grouped_mlp_passes_gradcheck_and_opcheck():
@@ -142,22 +185,27 @@ def test_grouped_mlp_passes_gradcheck_and_opcheck():
     inputs = _mlp_inputs(counts.tolist(), bias=True, transposed=False, gated=True, dtype=torch.float64)
     rows, up, up_bias, down, down_bias = inputs
 
-    def mlp(rows, up, up_bias, down, down_bias):
-        return grouped.grouped_mlp(rows, counts, up, up_bias, down, down_bias, activation="swiglu")
+    row_weights = _random(5, seed=7).requires_grad_()
 
-    assert torch.autograd.gradcheck(mlp, inputs, fast_mode=True)
-    plain = (rows, counts, up, None, down, None, "swiglu", 0.0, 0.0, False, False, 1.0)
-    torch.library.opcheck(torch.ops.moefx.grouped_mlp_forward.default, plain)
+    def mlp(rows, up, up_bias, down, down_bias, row_weights):
+        return grouped.grouped_mlp(rows, counts, up, up_bias, down, down_bias, activation="swiglu", row_weights=row_weights)
+
+    assert torch.autograd.gradcheck(mlp, (*inputs, row_weights), fast_mode=True)
+    for weights in (None, row_weights):
+        plain = (rows, counts, up, None, down, None, weights, "swiglu", 0.0, 0.0, False, False, 1.0)
+        torch.library.opcheck(torch.ops.moefx.grouped_mlp_forward.default, plain)
 
 
 def test_grad_scale_multiplies_the_gradients_of_the_weights_only():
     counts = torch.tensor(COUNTS["uneven"])
     rows, *weights = inputs = _mlp_inputs(counts.tolist(), bias=True, transposed=True, gated=True, dtype=torch.float32)
-    options = dict(activation="swiglu", transposed=True)
+    row_weights = _random(len(rows), dtype=torch.float32, seed=7).requires_grad_()
+    inputs.insert(0, row_weights)
+    options = dict(activation="swiglu", transposed=True, row_weights=row_weights)
     once = _gradients(grouped.grouped_mlp(rows, counts, *weights, **options), inputs)
     quarter = _gradients(grouped.grouped_mlp(rows, counts, *weights, **options, grad_scale=0.25), inputs)
-    assert torch.equal(once[0], quarter[0])
-    for full, scaled in zip(once[1:], quarter[1:]):
+    assert torch.equal(once[0], quarter[0]) and torch.equal(once[1], quarter[1])
+    for full, scaled in zip(once[2:], quarter[2:]):
         assert torch.equal(full * 0.25, scaled)
 
 

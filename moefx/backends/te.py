@@ -266,10 +266,11 @@ def grouped_mlp(
     transposed: bool = False,
     interleaved: bool = False,
     grad_scale: float = 1.0,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
     """The kernel of ``moefx.grouped_mlp``."""
     return te_grouped.te_grouped_mlp(
-        rows, counts, up, up_bias, down, down_bias, activation, alpha, limit, transposed, interleaved, grad_scale
+        rows, counts, up, up_bias, down, down_bias, row_weights, activation, alpha, limit, transposed, interleaved, grad_scale
     )[0]
 
 

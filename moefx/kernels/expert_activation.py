@@ -108,9 +108,9 @@ def _load(h, bias, row, column, there, size, expert, GATED: tl.constexpr, INTERL
 
 @triton.jit
 def _forward(
-    h, bias, offsets, a, size, experts, ALPHA: tl.constexpr, LIMIT: tl.constexpr, KIND: tl.constexpr,
-    GATED: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    h, bias, offsets, weights, a, size, experts, ALPHA: tl.constexpr, LIMIT: tl.constexpr, KIND: tl.constexpr,
+    GATED: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr, WEIGHTED: tl.constexpr, EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.load(offsets + experts - 1)  # what comes after the last expert's rows means nothing
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -122,20 +122,22 @@ def _forward(
         value, _, _ = _gate(gate, up, ALPHA, LIMIT, KIND)
     else:
         value, _ = _act(gate, KIND)
+    if WEIGHTED:
+        value *= tl.load(weights + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
     tl.store(a + row.to(tl.int64)[:, None] * size + column[None, :], value.to(a.dtype.element_ty), mask=there)
 
 
 @triton.jit
 def _backward(
-    h, bias, offsets, to_a, weights, order, to_h, weighted, to_weights, size, experts, ALPHA: tl.constexpr,
+    h, bias, offsets, to_a, weights, order, to_h, weighted, to_weights, many, size, experts, ALPHA: tl.constexpr,
     LIMIT: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr,
-    WEIGHTED: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    WEIGHTED: tl.constexpr, ORDERED: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.load(offsets + experts - 1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     expert = _expert_of(row, offsets, experts, EXPERTS) if BIASED else row
     if WEIGHTED:
-        flat = tl.load(order + row, mask=row < rows, other=0)
+        flat = tl.load(order + row, mask=row < rows, other=0) if ORDERED else row
         weight = tl.load(weights + flat, mask=row < rows, other=0.0).to(tl.float32)[:, None]
     total = tl.zeros((ROWS,), tl.float32)
     for first in range(0, size, BLOCK):
@@ -157,7 +159,7 @@ def _backward(
         if GATED:
             tl.store(to_h + at_up, (grad * by_up).to(to_h.dtype.element_ty), mask=there)
     if WEIGHTED:
-        tl.store(to_weights + flat, total, mask=row < rows)
+        tl.store(to_weights + flat, total, mask=row < (rows if ORDERED else many))  # 0 after the last expert's rows
 
 
 def _sizes(size: int) -> dict[str, int]:
@@ -175,15 +177,19 @@ def _options(gate: Gate, bias: Tensor | None, offsets: Tensor) -> dict[str, obje
     }  # fmt: skip
 
 
-def forward(h: Tensor, bias: Tensor | None, offsets: Tensor, gate: Gate) -> Tensor:
-    """a [R, I] in h's dtype; h [R, 2I] (I if not gated), bias [E, 2I or I] added to each expert's rows, offsets [E] int32."""
+def forward(h: Tensor, bias: Tensor | None, offsets: Tensor, gate: Gate, weights: Tensor | None = None) -> Tensor:
+    """a [R, I] in h's dtype; h [R, 2I] (I if not gated), bias [E, 2I or I] added to each expert's rows, offsets [E] int32.
+
+    weights [R]: each row of the result is multiplied by its weight, before it is rounded.
+    """
     rows, size = h.shape[0], h.shape[1] // (2 if gate.gated else 1)
     a = h.new_empty(rows, size)
     tile = _sizes(size)
     if a.numel():
         _forward[(triton.cdiv(rows, tile["ROWS"]), triton.cdiv(size, tile["BLOCK"]))](
-            h, h if bias is None else bias, offsets, a, size, len(offsets), **_options(gate, bias, offsets), **tile
-        )
+            h, h if bias is None else bias, offsets, h if weights is None else weights.contiguous(), a, size, len(offsets),
+            WEIGHTED=weights is not None, **_options(gate, bias, offsets), **tile,
+        )  # fmt: skip
     return a
 
 
@@ -193,8 +199,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Of ``weight * f(h)``, f being :func:`forward` and to_a [R, I] the gradient without the weight:
 
-    the gradient of h [R, 2I or I], the weighted activation [R, I], and, flat like ``weights``, the gradient of the weights
-    (fp32). weights [T, K] and order [R], the flat position of each row; None: all weights are 1.
+    the gradient of h [R, 2I or I], the weighted activation [R, I], and, shaped like ``weights``, the gradient of the weights
+    (fp32). weights [R]; or, with order [R], the flat position of each row, [T, K]; None: all weights are 1.
     """
     rows, size = to_a.shape
     to_h, weighted = torch.empty_like(h), torch.empty_like(to_a)
@@ -203,16 +209,74 @@ def backward(
     if to_a.numel():
         _backward[(triton.cdiv(rows, tile["ROWS"]),)](
             h, h if bias is None else bias, offsets, to_a, h if weights is None else weights.contiguous(),
-            offsets if order is None else order, to_h, weighted, h if to_weights is None else to_weights, size,
-            len(offsets), WEIGHTED=weights is not None, **_options(gate, bias, offsets), **tile,
+            offsets if order is None else order, to_h, weighted, h if to_weights is None else to_weights, rows, size,
+            len(offsets), WEIGHTED=weights is not None, ORDERED=order is not None, **_options(gate, bias, offsets), **tile,
         )  # fmt: skip
     return to_h, weighted, to_weights
 
 
+# --- the bias of the second projection -------------------------------------------------------------------------------
+
+
+@triton.jit
+def _add_bias(
+    x, bias, offsets, weights, width, experts, WEIGHTED: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    rows = tl.load(offsets + experts - 1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = (row < rows)[:, None] & (column < width)[None, :]
+    expert = _expert_of(row, offsets, experts, EXPERTS).to(tl.int64)
+    value = tl.load(bias + expert[:, None] * width + column[None, :], mask=there, other=0.0).to(tl.float32)
+    if WEIGHTED:
+        value *= tl.load(weights + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+    at = x + row.to(tl.int64)[:, None] * width + column[None, :]
+    value += tl.load(at, mask=there, other=0.0).to(tl.float32)
+    tl.store(at, value.to(x.dtype.element_ty), mask=there)
+
+
+def add_bias_(x: Tensor, bias: Tensor, offsets: Tensor, weights: Tensor | None = None) -> None:
+    """Adds to x [R, n], in place, each row's weight [R] (None: 1) times its expert's bias [E, n]; rounded once."""
+    rows, width = x.shape
+    tile = _sizes(width)
+    if x.numel():
+        _add_bias[(triton.cdiv(rows, tile["ROWS"]), triton.cdiv(width, tile["BLOCK"]))](
+            x, bias, offsets, x if weights is None else weights.contiguous(), width, len(offsets),
+            WEIGHTED=weights is not None, EXPERTS=triton.next_power_of_2(len(offsets)), **tile,
+        )  # fmt: skip
+
+
+@triton.jit
+def _add_dot(x, bias, offsets, out, width, experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    rows = tl.load(offsets + experts - 1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    expert = _expert_of(row, offsets, experts, EXPERTS).to(tl.int64)
+    total = tl.load(out + row, mask=row < rows, other=0.0)
+    for first in range(0, width, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        there = (row < rows)[:, None] & (column < width)[None, :]
+        value = tl.load(x + row.to(tl.int64)[:, None] * width + column[None, :], mask=there, other=0.0).to(tl.float32)
+        value *= tl.load(bias + expert[:, None] * width + column[None, :], mask=there, other=0.0).to(tl.float32)
+        total += tl.sum(value, axis=1)
+    tl.store(out + row, total, mask=row < rows)
+
+
+def add_dot_(out: Tensor, x: Tensor, bias: Tensor, offsets: Tensor) -> None:
+    """Adds to out [R] (fp32), in place, the product of each row of x [R, n] with its expert's bias [E, n]."""
+    rows, width = x.shape
+    tile = _sizes(width)
+    if x.numel():
+        _add_dot[(triton.cdiv(rows, tile["ROWS"]),)](
+            x, bias, offsets, out, width, len(offsets), EXPERTS=triton.next_power_of_2(len(offsets)), **tile
+        )
+
+
 @triton.jit
 def _segment_sum(
-    x, weights, order, offsets, out, width, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, weights, order, offsets, out, width, WEIGHTED: tl.constexpr, ORDERED: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     expert = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     start = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
@@ -223,7 +287,7 @@ def _segment_sum(
         there = (row < end)[:, None] & (column < width)[None, :]
         value = tl.load(x + row.to(tl.int64)[:, None] * width + column[None, :], mask=there, other=0.0).to(tl.float32)
         if WEIGHTED:
-            flat = tl.load(order + row, mask=row < end, other=0)
+            flat = tl.load(order + row, mask=row < end, other=0) if ORDERED else row
             value *= tl.load(weights + flat, mask=row < end, other=0.0).to(tl.float32)[:, None]
         total += tl.sum(value, axis=0)
     tl.store(out + expert * width + column, total.to(out.dtype.element_ty), mask=column < width)
@@ -232,12 +296,15 @@ def _segment_sum(
 def segment_sum(
     x: Tensor, offsets: Tensor, dtype: torch.dtype, weights: Tensor | None = None, order: Tensor | None = None
 ) -> Tensor:
-    """x [R, n] -> [E, n]: the (weighted) sum of each expert's rows, in fp32 and one fixed order. For gradients of biases."""
+    """x [R, n] -> [E, n]: the (weighted) sum of each expert's rows, in fp32 and one fixed order. For gradients of biases.
+
+    weights and order are those of :func:`backward`.
+    """
     width = x.shape[1]
     out = x.new_empty(len(offsets), width, dtype=dtype)
     block = min(128, triton.next_power_of_2(width))
     _segment_sum[(len(offsets), triton.cdiv(width, block))](
         x, x if weights is None else weights.contiguous(), offsets if order is None else order, offsets, out, width,
-        WEIGHTED=weights is not None, ROWS=32, BLOCK=block, num_warps=4,
+        WEIGHTED=weights is not None, ORDERED=order is not None, ROWS=32, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return out

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..grouped import _matrices
+from ..opaque import FIRST_INPUT, opaque
 from . import grouped_gemm
 
 #: The activations that :mod:`moefx.kernels.expert_activation` has kernels for.
@@ -37,8 +38,9 @@ def _gradients(
     to_out: Tensor, h: Tensor, rows: Tensor, bounds: Tensor, weights: Weights, gate: Any, transposed: bool, gemm: str,
     needs: Sequence[bool], row_weights: Tensor | None = None, order: Tensor | None = None,
 ) -> tuple[Tensor | None, list[Tensor | None], Tensor | None]:  # fmt: skip
-    """Gradients of rows [R, H], of the four ``weights`` and of ``row_weights`` [T, K], from to_out [R, H]: that of the weighted
-    sum, not yet multiplied by ``row_weights``. ``needs``: of rows and of the four; the rest is None."""
+    """Gradients of rows [R, H], of the four ``weights`` and of ``row_weights`` [R] (with ``order`` [R], the flat positions of
+    the rows: [T, K]), from to_out [R, H]: that of the weighted rows, not yet multiplied by ``row_weights``. That of
+    ``row_weights`` lacks the part of down's bias. ``needs``: of rows and of the four; the rest is None."""
     from . import expert_activation as act
 
     up, up_bias, down, down_bias = weights
@@ -75,8 +77,8 @@ def _or_empty(found: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
 # --- experts ---------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("moefx::fused_experts", mutates_args=())
-def fused_experts(
+@opaque("fused_experts")
+def _fused_experts(
     x: Tensor, index: Tensor, weights: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
     activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool, gemm: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -94,14 +96,14 @@ def fused_experts(
     return y, h, order, inverse, bounds
 
 
-@fused_experts.register_fake
+@_fused_experts.register_fake
 def _(x, index, weights, up, up_bias, down, down_bias, activation, alpha, limit, transposed, interleaved, gemm):
     rows = index.shape[0] * index.shape[1]
     integers = [index.new_empty(n, dtype=torch.int32) for n in (rows, rows, up.shape[0] + 1)]
     return torch.empty_like(x), up.new_empty(rows, _matrices(up, transposed).shape[2]), *integers
 
 
-@torch.library.custom_op("moefx::fused_experts_backward", mutates_args=())
+@opaque("fused_experts_backward", once=True)
 def fused_experts_backward(
     grad: Tensor, h: Tensor, order: Tensor, inverse: Tensor, bounds: Tensor, x: Tensor, index: Tensor, weights: Tensor,
     up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, activation: str, alpha: float, limit: float,
@@ -133,23 +135,26 @@ def _(grad, h, order, inverse, bounds, x, index, weights, up, up_bias, down, dow
     return made[0], torch.empty_like(weights), *made[1:]
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx, inputs, keyword_only_inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # else autograd would write zeros for h's
     x, index, weights, up, up_bias, down, down_bias, *ctx.options = inputs
     ctx.save_for_backward(*output[1:], x, index, weights, up, up_bias, down, down_bias)
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx, grad: Tensor, *_: Tensor):
-    saved = ctx.saved_tensors
-    asked = ctx.needs_input_grad
+def _backward(ctx, grad: Tensor | None, *_: Tensor | None):
+    asked = ctx.needs_input_grad[FIRST_INPUT:]
+    if grad is None:
+        return (None,) * len(asked)
     needs = [asked[0], *asked[3:7]]
-    found = torch.ops.moefx.fused_experts_backward(grad.contiguous(), *saved, *ctx.options, needs)
+    found = torch.ops.moefx.fused_experts_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options, needs)
     to_x, to_weights, *rest = found
     rest = [t if need else None for t, need in zip(rest, needs[1:])]
     return to_x if needs[0] else None, None, to_weights if asked[2] else None, *rest, *[None] * len(ctx.options)
 
 
-fused_experts.register_autograd(_backward, setup_context=_save)
+_fused_experts.register_autograd(_backward, setup_context=_save)
+fused_experts = torch.ops.moefx.fused_experts.default
 
 
 # --- a rank's experts ------------------------------------------------------------------------------------------------
@@ -160,67 +165,81 @@ def _bounds(counts: Tensor) -> Tensor:
     return F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
 
 
-@torch.library.custom_op("moefx::fused_grouped_mlp", mutates_args=())
-def fused_grouped_mlp(
+@opaque("fused_grouped_mlp")
+def _fused_grouped_mlp(
     rows: Tensor, counts: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
-    activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool, grad_scale: float, gemm: str,
+    row_weights: Tensor | None, activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool,
+    grad_scale: float, gemm: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The experts' output [R, H] in the weights' dtype, and the pre-activations h [R, 2I or I] for the backward."""
     from . import expert_activation as act
 
     bounds = _bounds(counts)
     h = grouped_gemm.rows(gemm, rows.to(up.dtype), _matrices(up, transposed), bounds)
-    a = act.forward(h, up_bias, bounds[1:], _gate(activation, alpha, limit, interleaved))
+    a = act.forward(h, up_bias, bounds[1:], _gate(activation, alpha, limit, interleaved), row_weights)
     out = grouped_gemm.rows(gemm, a, _matrices(down, transposed), bounds)
     if down_bias is not None:
-        expert = torch.searchsorted(bounds[1:], torch.arange(len(out), device=out.device), right=True)
-        out += down_bias[expert.clamp_(max=len(counts) - 1)]  # rows after the last expert's mean nothing
+        act.add_bias_(out, down_bias, bounds[1:], row_weights)
     return out, h
 
 
-@fused_grouped_mlp.register_fake
-def _(rows, counts, up, up_bias, down, down_bias, activation, alpha, limit, transposed, interleaved, grad_scale, gemm):
+@_fused_grouped_mlp.register_fake
+def _(rows, counts, up, up_bias, down, down_bias, row_weights, activation, alpha, limit, transposed, interleaved, grad_scale,
+      gemm):  # fmt: skip
     wide, out = _matrices(up, transposed).shape[2], _matrices(down, transposed).shape[2]
     return up.new_empty(rows.shape[0], out), up.new_empty(rows.shape[0], wide)
 
 
-@torch.library.custom_op("moefx::fused_grouped_mlp_backward", mutates_args=())
+@opaque("fused_grouped_mlp_backward", once=True)
 def fused_grouped_mlp_backward(
     grad: Tensor, h: Tensor, rows: Tensor, counts: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor,
-    down_bias: Tensor | None, activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool,
-    grad_scale: float, gemm: str, needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of rows, up, up_bias, down, down_bias; ``needs`` says of which, the others are empty."""
-    gate = _gate(activation, alpha, limit, interleaved)
-    to_rows, found, _ = _gradients(
-        grad, h, rows, _bounds(counts), (up, up_bias, down, down_bias), gate, transposed, gemm, needs
+    down_bias: Tensor | None, row_weights: Tensor | None, activation: str, alpha: float, limit: float, transposed: bool,
+    interleaved: bool, grad_scale: float, gemm: str, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of rows, up, up_bias, down, down_bias, row_weights; ``needs`` says of which, the others are empty."""
+    from . import expert_activation as act
+
+    gate, bounds = _gate(activation, alpha, limit, interleaved), _bounds(counts)
+    to_rows, found, to_weights = _gradients(
+        grad, h, rows, bounds, (up, up_bias, down, down_bias), gate, transposed, gemm, needs, row_weights
     )
     for t in found:
         if t is not None and grad_scale != 1.0:
             t.mul_(grad_scale)
+    if not needs[5]:
+        to_weights = None
+    if to_weights is not None:
+        assert row_weights is not None
+        if down_bias is not None:  # what a row's weight multiplies has the bias in it
+            act.add_dot_(to_weights, grad, down_bias, bounds[1:])
+        to_weights = to_weights.to(row_weights.dtype)
     to_rows = None if to_rows is None else to_rows.to(rows.dtype)
-    return tuple(_or_empty([to_rows, *found], h))  # type: ignore[return-value]
+    return tuple(_or_empty([to_rows, *found, to_weights], h))  # type: ignore[return-value]
 
 
 @fused_grouped_mlp_backward.register_fake
-def _(grad, h, rows, counts, up, up_bias, down, down_bias, activation, alpha, limit, transposed, interleaved, grad_scale,
-      gemm, needs):  # fmt: skip
-    given = zip((rows, up, up_bias, down, down_bias), needs)
+def _(grad, h, rows, counts, up, up_bias, down, down_bias, row_weights, activation, alpha, limit, transposed, interleaved,
+      grad_scale, gemm, needs):  # fmt: skip
+    given = zip((rows, up, up_bias, down, down_bias, row_weights), needs)
     return tuple(torch.empty_like(t) if need else h.new_empty(0) for t, need in given)
 
 
-def _save_mlp(ctx, inputs, output) -> None:
-    rows, counts, up, up_bias, down, down_bias, *ctx.options = inputs
-    ctx.save_for_backward(output[1], rows, counts, up, up_bias, down, down_bias)
+def _save_mlp(ctx, inputs, keyword_only_inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    rows, counts, up, up_bias, down, down_bias, row_weights, *ctx.options = inputs
+    ctx.save_for_backward(output[1], rows, counts, up, up_bias, down, down_bias, row_weights)
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward_mlp(ctx, grad: Tensor, _: Tensor):
-    asked = ctx.needs_input_grad
-    needs = [asked[0], *asked[2:6]]
+def _backward_mlp(ctx, grad: Tensor | None, _: Tensor | None):
+    asked = ctx.needs_input_grad[FIRST_INPUT:]
+    if grad is None:
+        return (None,) * len(asked)
+    needs = [asked[0], *asked[2:7]]
     found = torch.ops.moefx.fused_grouped_mlp_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options, needs)
     to_rows, *rest = [t if need else None for t, need in zip(found, needs)]
     return to_rows, None, *rest, *[None] * len(ctx.options)
 
 
-fused_grouped_mlp.register_autograd(_backward_mlp, setup_context=_save_mlp)
+_fused_grouped_mlp.register_autograd(_backward_mlp, setup_context=_save_mlp)
+fused_grouped_mlp = torch.ops.moefx.fused_grouped_mlp.default

@@ -202,8 +202,8 @@ def pack(x: Tensor, index: Tensor, weights: Tensor, once: Tensor, local: int, ou
 
 @triton.jit
 def _sum(
-    rows, place, weights, out, width, row_stride, out_stride, values, value_place, picked, value_stride, value_column,
-    picked_stride, TOP_K: tl.constexpr, WIDE_K: tl.constexpr, WEIGHTED: tl.constexpr, PICKED: tl.constexpr, BLOCK: tl.constexpr,
+    rows, place, out, width, row_stride, out_stride, values, value_place, picked, value_stride, value_column,
+    picked_stride, TOP_K: tl.constexpr, WIDE_K: tl.constexpr, PICKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program for BLOCK numbers of one result."""
     token = tl.program_id(0).to(tl.int64)
@@ -213,10 +213,7 @@ def _sum(
     for k in tl.static_range(TOP_K):
         at = tl.load(place + token * TOP_K + k)
         there = column < tl.where(at >= 0, width, 0)
-        row = tl.load(rows + at.to(tl.int64) * row_stride + column, mask=there, other=0.0).to(tl.float32)
-        if WEIGHTED:
-            row = row * tl.load(weights + at, mask=at >= 0, other=0.0).to(tl.float32)
-        total += row
+        total += tl.load(rows + at.to(tl.int64) * row_stride + column, mask=there, other=0.0).to(tl.float32)
     tl.store(out + token * out_stride + column, total.to(out.dtype.element_ty), mask=inside)
     if PICKED:
         if tl.program_id(1) == 0:
@@ -226,31 +223,12 @@ def _sum(
             tl.store(picked + token * picked_stride + ks, value, mask=ks < TOP_K)
 
 
-@triton.jit
-def _backward(grad, rows, weights, place, to_rows, to_weights, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
-    """One program for one (token, k): its row's gradients."""
-    entry = tl.program_id(0).to(tl.int64)
-    row = tl.load(place + entry).to(tl.int64)
-    if row >= 0:
-        token = entry // TOP_K
-        weight = tl.load(weights + row).to(tl.float32)
-        total = tl.zeros((BLOCK,), tl.float32)
-        for first in range(0, width, BLOCK):
-            column = first + tl.arange(0, BLOCK)
-            inside = column < width
-            g = tl.load(grad + token * width + column, mask=inside, other=0.0).to(tl.float32)
-            x = tl.load(rows + row * width + column, mask=inside, other=0.0).to(tl.float32)
-            total += g * x
-            tl.store(to_rows + row * width + column, (g * weight).to(to_rows.dtype.element_ty), mask=inside)
-        tl.store(to_weights + row, tl.sum(total, axis=0).to(to_weights.dtype.element_ty))
-
-
 def _check(rows: Tensor) -> None:
     if wide(rows.dtype) is torch.float64:
         raise ValueError("these kernels add in float32, float64 rows would lose: train on CUDA in float32 or bfloat16")
 
 
-def sum_rows(rows: Tensor, place: Tensor, weights: Tensor | None, out: Tensor, picked: Any) -> None:
+def sum_rows(rows: Tensor, place: Tensor, out: Tensor, picked: Any) -> None:
     """See :func:`moefx.rows.sum_rows`."""
     _check(rows)
     (tokens, top_k), width, rows = place.shape, rows.shape[1], _inner(rows)
@@ -265,24 +243,6 @@ def sum_rows(rows: Tensor, place: Tensor, weights: Tensor | None, out: Tensor, p
         extra = (values, picked.place, picked.out, *steps, picked.out.stride(0))
     with torch.cuda.device_of(rows):
         _sum[(tokens, triton.cdiv(width, block))](
-            rows, place, rows if weights is None else weights, out, width, rows.stride(0), out.stride(0), *extra, TOP_K=top_k,
-            WIDE_K=triton.next_power_of_2(top_k), WEIGHTED=weights is not None, PICKED=picked is not None, BLOCK=block,
-            num_warps=4,
+            rows, place, out, width, rows.stride(0), out.stride(0), *extra, TOP_K=top_k, WIDE_K=triton.next_power_of_2(top_k),
+            PICKED=picked is not None, BLOCK=block, num_warps=4,
         )  # fmt: skip
-
-
-def weighted_backward(
-    grad: Tensor, rows: Tensor, weights: Tensor, place: Tensor, all_placed: bool
-) -> tuple[Tensor, Tensor]:
-    """See :func:`moefx.rows.weighted_backward`."""
-    _check(rows)
-    new = torch.empty_like if all_placed else torch.zeros_like
-    to_rows, to_weights = new(rows), new(weights)
-    if place.numel():
-        width = rows.shape[1]
-        block = min(2048, max(128, triton.next_power_of_2(width)))
-        with torch.cuda.device_of(rows):
-            _backward[(place.numel(),)](
-                grad, rows, weights, place, to_rows, to_weights, width, TOP_K=place.shape[1], BLOCK=block, num_warps=4
-            )
-    return to_rows, to_weights

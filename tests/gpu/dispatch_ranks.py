@@ -118,8 +118,8 @@ def transports() -> dict[str, dict[str, Any]]:
 
 def spread(transport: str, how: dict, options: dict, x: Tensor, index: Tensor, weights: Tensor, *parameters: Tensor) -> Tensor:
     rows, row_weights, counts, *way = exchange.dispatch_by(transport)(x, index, weights, **how)
-    rows = grouped.grouped_mlp(rows, counts, *parameters, **options)
-    return exchange.combine(rows, row_weights, index, *way, num_experts=how["num_experts"], group=how["group"])
+    rows = grouped.grouped_mlp(rows, counts, *parameters, **options, row_weights=row_weights)
+    return exchange.combine(rows, index, *way, num_experts=how["num_experts"], group=how["group"])
 
 
 # --- the experts of each family --------------------------------------------------------------------------------------

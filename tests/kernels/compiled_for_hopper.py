@@ -69,7 +69,7 @@ def launch_all(dtype: torch.dtype) -> None:
     x, weights = torch.randn(tokens, width).to(dtype), torch.rand(tokens, k)
     index = torch.zeros(tokens, k, dtype=torch.int64)
     flat = torch.zeros(tokens * k, dtype=torch.int32)
-    many = x.repeat(k, 1)
+    many, of_rows = x.repeat(k, 1), weights.reshape(-1).contiguous()
 
     permute.sort_by_expert(index, experts)
     permute.expand(x, flat, k)
@@ -80,9 +80,13 @@ def launch_all(dtype: torch.dtype) -> None:
         gate = expert_activation.Gate(activation, 1.7, 7.0, interleaved=biased)
         h = many if not gate.gated else torch.cat((many, many), 1)
         bias = h[:experts] if biased else None
-        expert_activation.forward(h, bias, offsets, gate)
-        expert_activation.backward(h, bias, offsets, many, gate, *((weights, flat) if biased else ()))
-    expert_activation.segment_sum(many, offsets, dtype, weights, flat)
+        expert_activation.forward(h, bias, offsets, gate, of_rows if biased else None)
+        for given in ((weights, flat), (of_rows, None)) if biased else ((None, None),):
+            expert_activation.backward(h, bias, offsets, many, gate, *given)
+    for given in ((weights, flat), (of_rows, None)):
+        expert_activation.segment_sum(many, offsets, dtype, *given)
+    expert_activation.add_bias_(many, many[:experts], offsets, of_rows)
+    expert_activation.add_dot_(of_rows, many, many[:experts], offsets)
 
     row_kernels_with_moves(x, index.int(), weights, experts)
     q, scales = torch.empty(tokens, width, dtype=torch.float8_e4m3fn), torch.empty(tokens, width // 128)
@@ -115,8 +119,7 @@ def row_kernels_with_moves(x: torch.Tensor, index: torch.Tensor, weights: torch.
     row_kernels.spread(x, place, out, weights, row_weights)
     sent = rows.Row(out.clone(), out.new_empty(tokens * k, k, dtype=torch.float32), index.repeat(k, 1))
     row_kernels.pack(x, index, weights, once, 2, sent)
-    row_kernels.sum_rows(out, place, row_weights, x.clone(), rows.Picked(row_weights, place, weights.clone()))
-    row_kernels.weighted_backward(x, out, row_weights, place, True)
+    row_kernels.sum_rows(out, place, x.clone(), rows.Picked(row_weights, place, weights.clone()))
 
 
 if __name__ == "__main__":

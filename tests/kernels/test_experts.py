@@ -135,6 +135,62 @@ def test_a_ranks_experts(biased, transposed):
     compare(run(ours, [x, *weights], torch.float32, options, DEVICE), wanted, torch.float32)
 
 
+def weighted_rows(fn, given, counts, dtype, device, **options):
+    """Outputs and gradients of a rank's experts [rows, row_weights, *weights]; the weights of rows stay in float32 (float64)."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    leaves = [None if t is None else t.to(device, wide if i == 1 else dtype, copy=True).requires_grad_() for i, t in enumerate(given)]
+    rows, row_weights, *weights = leaves
+    out = fn(rows, counts.to(device), *weights, **options, row_weights=row_weights)
+    asked = [t for t in leaves if t is not None]
+    grad = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(out)
+    return out.detach(), *torch.autograd.grad(out, asked, grad)
+
+
+@pytest.mark.parametrize("counts", [[5, 0, 4, 2], [0, 0, 0, 0], [0, 0, 1, 0], [11, 0, 0, 0]], ids=str)
+@pytest.mark.parametrize("activation,biased,transposed", [("swiglu", False, False), ("oai_swiglu", True, True), ("relu2", True, False)])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_ranks_experts_weight_their_rows(dtype, activation, biased, transposed, counts):
+    """Against a plain formula in float64 that autograd differentiates, the gradient of the rows' weights included."""
+    x, _, _, *weights = make(sum(counts), experts=4, activation=activation, biased=biased, transposed=transposed, dtype=dtype)
+    counts = torch.tensor(counts)
+    row_weights = torch.randn(len(x), generator=torch.Generator().manual_seed(5)).double()
+
+    def formula(rows, counts, up, up_bias, down, down_bias, *, row_weights, activation, transposed, **_):
+        expert = torch.arange(4).repeat_interleave(counts)
+        up, down = (w if transposed else w.transpose(1, 2) for w in (up, down))
+        h = torch.einsum("rh,rhi->ri", rows, up[expert]) + (0 if up_bias is None else up_bias[expert])
+        a = ACTIVATIONS[activation].forward(h, 1.7, 0.6, False)
+        out = torch.einsum("ri,rih->rh", a, down[expert]) + (0 if down_bias is None else down_bias[expert])
+        return out * row_weights.unsqueeze(1)
+
+    options = {"activation": activation, "transposed": transposed, "alpha": 1.7, "limit": 0.6}
+    given = [x, row_weights, *weights]
+    wanted = weighted_rows(formula, given, counts, torch.float64, "cpu", **options)
+    found = weighted_rows(GROUPED_MLP, given, counts, dtype, DEVICE, **options)
+    for f, w in zip(found, wanted):
+        assert f.shape == w.shape
+        far, size = (float(t.abs().max()) if t.numel() else 0.0 for t in (f.double().cpu() - w, w))
+        assert far <= TOLERANCE[dtype] * size + 1e-12, f"{far:.1e} of {size:.1e}"
+    assert found[0].dtype == dtype and found[2].dtype == torch.float32
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_rows_after_the_last_experts_mean_nothing(biased):
+    """A dispatch with a capacity gives more rows than counts: NaN there, in rows, weights and gradients, reaches nobody."""
+    x, _, _, *weights = make(11, experts=4, biased=biased)
+    counts, row_weights = torch.tensor([5, 0, 4, 2], device=DEVICE), torch.randn(11, generator=torch.Generator().manual_seed(5))
+    leaves = [t if t is None else t.to(DEVICE, torch.float32).requires_grad_() for t in (x, row_weights, *weights)]
+    grad = torch.linspace(-1, 1, x.numel(), device=DEVICE).view(x.shape)
+
+    def results(pad):
+        rows, scores, to_out = (torch.cat((t, t.new_full((pad, *t.shape[1:]), float("nan")))) for t in (*leaves[:2], grad))
+        out = GROUPED_MLP(rows, counts, *leaves[2:], activation="swiglu", row_weights=scores)
+        return out[:11], *torch.autograd.grad(out, [t for t in leaves if t is not None], to_out)
+
+    for found, wanted in zip(results(70), results(0)):
+        assert torch.equal(found, wanted)
+
+
 def test_two_runs_are_bitwise_equal():
     given = make(40, experts=3, routing="skewed")
     first, second = (run(EXPERTS, given, torch.float32, {"activation": "swiglu"}, DEVICE) for _ in range(2))

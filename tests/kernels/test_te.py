@@ -121,7 +121,7 @@ def test_fakes_are_the_kernels_shapes_and_dtypes(op):
         ],
         torch.ops.moefx.grouped_mlp.default: [("te_grouped_mlp", (
             x, torch.tensor([4, 0, 2]), checks.normal(3, 16, 32).requires_grad_(), None, checks.normal(3, 32, 8).requires_grad_(), None,
-            "swiglu", 0.0, 0.0, False, False, 1.0,
+            checks.normal(6, seed=4).abs().requires_grad_(), "swiglu", 0.0, 0.0, False, False, 1.0,
         ))],
     }  # fmt: skip
     calls[ops.rms_norm].append(("te_fp8_linear", (x, checks.normal(16, 32, seed=2).requires_grad_(), None, "current")))

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...activations import ACTIVATIONS
-from ...grouped import _matrices, _sum_by_expert
+from ...grouped import _activate, _activate_backward, _matrices, _sum_by_expert, _times
+from ...transports import wide
 from . import extension
 
 #: Below, GroupedLinear is one cuBLAS call an expert, and reads the counts back: 17.5 ms where torch takes 4.45 (H200).
@@ -75,67 +75,78 @@ def _project(x: Tensor, weight: Tensor, groups: Groups, transposed: bool) -> Ten
 @torch.library.custom_op("moefx::te_grouped_mlp", mutates_args=())
 def te_grouped_mlp(
     rows: Tensor, counts: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
-    activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool, grad_scale: float,
+    row_weights: Tensor | None, activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool,
+    grad_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As ``moefx.grouped_mlp``; and the pre-activations [R, 2I or I] for the backward."""
     groups = Groups(counts)
-    h = _add_bias(_project(rows.to(up.dtype), up, groups, transposed), up_bias, counts)
-    a = ACTIVATIONS[activation].forward(h, alpha, limit, interleaved)
-    return _add_bias(_project(a, down, groups, transposed), down_bias, counts), h
+    h = _project(rows.to(up.dtype), up, groups, transposed)
+    h = h if up_bias is None else h + _of_rows(up_bias, counts, len(h))
+    out = _project(_activate(h, row_weights, activation, alpha, limit, interleaved), down, groups, transposed)
+    if down_bias is not None:
+        out = (out + _times(_of_rows(down_bias, counts, len(out)), row_weights)).to(out.dtype)
+    return out, h
 
 
-def _add_bias(x: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
-    return x if bias is None else x + bias.repeat_interleave(counts, dim=0, output_size=x.shape[0])
+def _of_rows(bias: Tensor, counts: Tensor, rows: int) -> Tensor:
+    return bias.repeat_interleave(counts, dim=0, output_size=rows)
 
 
 @te_grouped_mlp.register_fake
-def _(rows, counts, up, up_bias, down, down_bias, activation, alpha, limit, transposed, interleaved, grad_scale):
-    wide, out = _matrices(up, transposed).shape[2], _matrices(down, transposed).shape[2]
-    return up.new_empty(rows.shape[0], out), up.new_empty(rows.shape[0], wide)
+def _(rows, counts, up, up_bias, down, down_bias, row_weights, activation, alpha, limit, transposed, interleaved, grad_scale):
+    high, out = _matrices(up, transposed).shape[2], _matrices(down, transposed).shape[2]
+    return up.new_empty(rows.shape[0], out), up.new_empty(rows.shape[0], high)
 
 
 @torch.library.custom_op("moefx::te_grouped_mlp_backward", mutates_args=())
 def te_grouped_mlp_backward(
     grad: Tensor, h: Tensor, rows: Tensor, counts: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor,
-    down_bias: Tensor | None, activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool,
-    grad_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of rows, up, up_bias, down, down_bias (empty where there is no bias)."""
-    act, groups, grad = ACTIVATIONS[activation], Groups(counts), grad.contiguous()
-    a = act.forward(h, alpha, limit, interleaved).contiguous()
+    down_bias: Tensor | None, row_weights: Tensor | None, activation: str, alpha: float, limit: float, transposed: bool,
+    interleaved: bool, grad_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of rows, up, up_bias, down, down_bias, row_weights (empty where there is none)."""
+    groups, grad = Groups(counts), grad.contiguous()
     to_a = gemm(grad, down, groups, by_columns=not transposed)
-    to_h = act.backward(h, to_a, alpha, limit, interleaved).contiguous()
+    to_h, a, to_weights = _activate_backward(h, to_a, row_weights, activation, alpha, limit, interleaved)
     x = rows.to(up.dtype).contiguous()
     to_down = outer(a, grad, groups) if transposed else outer(grad, a, groups)
     to_up = outer(x, to_h, groups) if transposed else outer(to_h, x, groups)
     to_rows = gemm(to_h, up, groups, by_columns=not transposed).to(rows.dtype)
     to_up_bias = _sum_by_expert(to_h, counts) if up_bias is not None else h.new_empty(0)
-    to_down_bias = _sum_by_expert(grad, counts) if down_bias is not None else h.new_empty(0)
+    to_down_bias = h.new_empty(0)
+    if down_bias is not None:
+        to_down_bias = _sum_by_expert(grad, counts, row_weights)
+        if row_weights is not None:
+            to_weights += (grad.to(wide(grad.dtype)) * _of_rows(down_bias, counts, len(grad))).sum(1)
     if grad_scale != 1.0:
         for g in (to_up, to_up_bias, to_down, to_down_bias):
             g.mul_(grad_scale)
-    return to_rows, to_up, to_up_bias, to_down, to_down_bias
+    return to_rows, to_up, to_up_bias, to_down, to_down_bias, to_weights
 
 
 @te_grouped_mlp_backward.register_fake
-def _(grad, h, rows, counts, up, up_bias, down, down_bias, activation, alpha, limit, transposed, interleaved, grad_scale):
+def _(grad, h, rows, counts, up, up_bias, down, down_bias, row_weights, activation, alpha, limit, transposed, interleaved,
+      grad_scale):  # fmt: skip
     def like(t: Tensor | None) -> Tensor:
         return h.new_empty(0) if t is None else t.new_empty(t.shape)
 
-    return like(rows), like(up), like(up_bias), like(down), like(down_bias)
+    return like(rows), like(up), like(up_bias), like(down), like(down_bias), like(row_weights)
 
 
 def _save(ctx, inputs, output) -> None:
-    rows, counts, up, up_bias, down, down_bias, *ctx.options = inputs
-    ctx.save_for_backward(output[1], rows, counts, up, up_bias, down, down_bias)
+    ctx.set_materialize_grads(False)
+    rows, counts, up, up_bias, down, down_bias, row_weights, *ctx.options = inputs
+    ctx.save_for_backward(output[1], rows, counts, up, up_bias, down, down_bias, row_weights)
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, grad: Tensor, _: Tensor):
+def _backward(ctx, grad: Tensor | None, _: Tensor | None):
     saved = ctx.saved_tensors
-    to_rows, to_up, to_up_bias, to_down, to_down_bias = torch.ops.moefx.te_grouped_mlp_backward(grad, *saved, *ctx.options)
-    to_up_bias, to_down_bias = (None if saved[i] is None else g for i, g in ((4, to_up_bias), (6, to_down_bias)))
-    return to_rows, None, to_up, to_up_bias, to_down, to_down_bias, *[None] * 6
+    if grad is None:
+        return (None,) * (7 + len(ctx.options))
+    found = torch.ops.moefx.te_grouped_mlp_backward(grad, *saved, *ctx.options)
+    to_rows, *rest = (None if t is None else g for t, g in zip((saved[1], *saved[3:]), found))
+    return to_rows, None, *rest, *[None] * len(ctx.options)
 
 
 te_grouped_mlp.register_autograd(_backward, setup_context=_save)
