@@ -302,8 +302,11 @@ def _recipe():
 
 def install(monkeypatch) -> None:
     """Puts the stand-in where Transformer Engine would be."""
-    if not hasattr(torch.ops.te_moe, "permute_index_map"):
-        op = torch.library.custom_op("te_moe::permute_index_map", _typed(_permute_index_map), mutates_args=())
+    if hasattr(torch.ops.te_moe, "permute_index_map"):
+        # this process has imported Transformer Engine, whose operation stays and is for CUDA only, or installed this before
+        torch.library.register_kernel("te_moe::permute_index_map", "cpu", _permute_index_map)
+    else:
+        op = torch.library.custom_op("te_moe::permute_index_map", _typed(_permute_index_map), mutates_args=(), device_types="cpu")
         op.register_fake(lambda inp, index, *_: (inp.new_empty(index.numel(), inp.shape[1]), index.new_empty(index.numel())))
     root = "transformer_engine.pytorch"
     dpa = f"{root}.attention.dot_product_attention"
