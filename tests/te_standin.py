@@ -239,22 +239,46 @@ def _general_grouped_gemm_for_grouped_tensor(a, b, out, *, layout, use_split_acc
 # --- fp8 -------------------------------------------------------------------------------------------------------------
 
 
-class Quantizer:
-    """Rounds to FP8 with one scale, and remembers which of the two directions were asked for."""
+class Quantized:
+    """Its FP8 numbers as they lie, and transposed: None where not asked for; a product reads the one that its layout wants."""
 
-    def __init__(self, dtype):
-        self.dtype, self.internal, self.usage = dtype, False, {}
+    def __init__(self, data, transpose, scale):
+        self._data, self._transpose, self.scale = data, transpose, scale
+
+    def update_usage(self, rowwise_usage=None, columnwise_usage=None):
+        self._data = self._data if rowwise_usage is not False else None
+        self._transpose = self._transpose if columnwise_usage is not False else None
+        assert self._data is not None or self._transpose is not None
+        assert (not rowwise_usage or self._data is not None) and (not columnwise_usage or self._transpose is not None)
+
+    def operand(self, transposed):
+        found = self._transpose if transposed else self._data
+        if found is None:
+            raise RuntimeError(f"the product wants {'column' if transposed else 'row'}-wise usage")
+        return (found.T if transposed else found).float() * self.scale
+
+
+class Quantizer:
+    """Rounds to FP8 with one scale, as Float8CurrentScalingQuantizer: no columnwise copy without the rowwise one."""
+
+    def __init__(self, dtype, rowwise_usage=True, columnwise_usage=True):
+        self.dtype, self.internal = dtype, False
+        self.rowwise_usage, self.columnwise_usage = rowwise_usage, columnwise_usage
 
     def copy(self):
-        return Quantizer(self.dtype)
+        return Quantizer(self.dtype, self.rowwise_usage, self.columnwise_usage)
 
-    def set_usage(self, **usage):
-        self.usage = usage
+    def set_usage(self, *, rowwise=None, columnwise=None):
+        self.rowwise_usage = self.rowwise_usage if rowwise is None else rowwise
+        self.columnwise_usage = self.columnwise_usage if columnwise is None else columnwise
 
     def __call__(self, x):
         assert self.internal and x.dim() == 2 and x.is_contiguous() and not x.shape[0] % 16 and not x.shape[1] % 16
+        if not self.rowwise_usage:
+            raise NotImplementedError("Columnwise-only per-tensor FP8 quantization is not implemented")
         scale = x.abs().max().float().clamp_min(1e-12) / torch.finfo(self.dtype).max
-        return SimpleNamespace(value=(x.float() / scale).to(self.dtype).float() * scale, **self.usage)
+        data = (x.float() / scale).to(self.dtype)
+        return Quantized(data, data.T.contiguous() if self.columnwise_usage else None, scale)
 
 
 def _create(recipe, *, mode, num_quantizers):
@@ -263,9 +287,10 @@ def _create(recipe, *, mode, num_quantizers):
 
 
 def _general_gemm(a, b, out_dtype=None, *, layout="TN", bias=None, use_split_accumulator=False, grad=False):
-    assert getattr(a, "rowwise" if layout[0] == "T" else "columnwise") and getattr(b, "columnwise" if layout[1] == "T" else "rowwise")
+    """Column-major, as cuBLAS counts: A's own rows are its columns."""
     assert use_split_accumulator == grad  # as Float8CurrentScaling has it
-    x, y = (a.value.T if layout[0] == "T" else a.value), (b.value.T if layout[1] == "T" else b.value)
+    x, y = a.operand(transposed=layout[0] == "N"), b.operand(transposed=layout[1] == "T")
+    x, y = (x.T if layout[0] == "T" else x), (y.T if layout[1] == "T" else y)
     out = y @ x
     return (out if bias is None else out + bias.float()).to(out_dtype), None, None, None
 
@@ -277,8 +302,11 @@ def _recipe():
 
 def install(monkeypatch) -> None:
     """Puts the stand-in where Transformer Engine would be."""
-    if not hasattr(torch.ops.te_moe, "permute_index_map"):
-        op = torch.library.custom_op("te_moe::permute_index_map", _typed(_permute_index_map), mutates_args=())
+    if hasattr(torch.ops.te_moe, "permute_index_map"):
+        # this process has imported Transformer Engine, whose operation stays and is for CUDA only, or installed this before
+        torch.library.register_kernel("te_moe::permute_index_map", "cpu", _permute_index_map)
+    else:
+        op = torch.library.custom_op("te_moe::permute_index_map", _typed(_permute_index_map), mutates_args=(), device_types="cpu")
         op.register_fake(lambda inp, index, *_: (inp.new_empty(index.numel(), inp.shape[1]), index.new_empty(index.numel())))
     root = "transformer_engine.pytorch"
     dpa = f"{root}.attention.dot_product_attention"

@@ -22,26 +22,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from .. import exchange, fp8_rows, grouped
+from .. import exchange, fp8_rows, grouped, transports
 from ..errors import MoefxError
 from ..graph import arguments, value
-from ..transports import (
-    CAPACITY,
-    KIND,
-    LAYER,
-    NAMES,
-    PAIRS,
-    RECEIVED,
-    ROWS,
-    TOKENS,
-    TOP_K,
-    Call,
-    Dispatched,
-    Host,
-    Shapes,
-    Wait,
-    make_host,
-)  # fmt: skip
+from ..transports import Call, Dispatched, Host, Shapes, Wait, make_host
 from . import Backend, Kernel
 
 #: Ranks of a node that DeepEP's kernels expect, and the numbers of ranks that it has settings for.
@@ -336,9 +320,15 @@ class DeepEP:
         for t in (packed, experts, got):
             t.record_stream(here)
         facts = {
-            KIND: NAMES.index("deepep"), LAYER: call.layer, CAPACITY: call.capacity, TOKENS: many, TOP_K: top_k,
-            RECEIVED: got.shape[0], ROWS: worst * min(top_k, call.local) if worst else sum(counts), PAIRS: many,
-        }  # fmt: skip
+            transports.KIND: transports.NAMES.index("deepep"),
+            transports.LAYER: call.layer,
+            transports.CAPACITY: call.capacity,
+            transports.TOKENS: many,
+            transports.TOP_K: top_k,
+            transports.RECEIVED: got.shape[0],
+            transports.ROWS: worst * min(top_k, call.local) if worst else sum(counts),
+            transports.PAIRS: many,
+        }
         sent = Dispatched(got, experts, got_weights, packed, make_host(facts, call.ep, own=own))
         return sent, wait_for(done, x, payload, index, weights, handle)
 
@@ -380,7 +370,7 @@ class DeepEP:
                 done = buffer.get_comm_stream().record_event()
             back.record_stream(torch.cuda.current_stream())
         wait = wait_for(done, rows, weights, handle, back)
-        if not sizes.facts[TOKENS]:
+        if not sizes.facts[transports.TOKENS]:
             back, back_weights = back[:0].clone(), None if back_weights is None else back_weights[:0].clone()
         return back, back_weights, wait
 

@@ -13,26 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .. import exchange, fp8_rows
+from .. import exchange, fp8_rows, transports
 from ..errors import MoefxError
 from ..graph import arguments, value
-from ..transports import (
-    CAPACITY,
-    KIND,
-    LAYER,
-    NAMES,
-    PAIRS,
-    RECEIVED,
-    ROWS,
-    TOKENS,
-    TOP_K,
-    Call,
-    Dispatched,
-    Host,
-    Shapes,
-    Wait,
-    make_host,
-)  # fmt: skip
+from ..transports import Call, Dispatched, Host, Shapes, Wait, make_host
 from . import Backend, Kernel, deepep
 
 #: Fields of DeepEP's EPHandle that are tensors (or None), and those that are numbers.
@@ -131,9 +115,15 @@ class Elastic:
         for t in (got, experts, got_weights, packed):
             t.record_stream(here)
         facts = {
-            KIND: NAMES.index("deepep_elastic"), LAYER: call.layer, CAPACITY: call.capacity, TOKENS: many, TOP_K: top_k,
-            RECEIVED: got.shape[0], ROWS: got.shape[0] * min(top_k, call.local), PAIRS: many,
-        }  # fmt: skip
+            transports.KIND: transports.NAMES.index("deepep_elastic"),
+            transports.LAYER: call.layer,
+            transports.CAPACITY: call.capacity,
+            transports.TOKENS: many,
+            transports.TOP_K: top_k,
+            transports.RECEIVED: got.shape[0],
+            transports.ROWS: got.shape[0] * min(top_k, call.local),
+            transports.PAIRS: many,
+        }
         own = [*(int(getattr(handle, n)) for n in _NUMBERS), *own]
         sent = Dispatched(got, experts, got_weights, packed, make_host(facts, call.ep, own=own))
         return sent, deepep.wait_for(done, x, payload, index, weights, handle)
@@ -142,7 +132,7 @@ class Elastic:
         return self._again(x, handle, host, replace(call, wire=""))
 
     def _again(self, x: Tensor, handle: Tensor, host: Tensor, call: Call) -> tuple[Tensor, Wait]:
-        buffer, x = _elastic(self._sized(call, host), x.shape[1], Host.read(host).facts[TOP_K]), deepep.sent_copy(x)
+        buffer, x = _elastic(self._sized(call, host), x.shape[1], Host.read(host).facts[transports.TOP_K]), deepep.sent_copy(x)
         payload = deepep.on_wire(x, call)
         got, *_, event = buffer.dispatch(
             payload, handle=self._handle(handle, host), previous_event=buffer.capture(), async_with_compute_stream=True,
@@ -159,20 +149,20 @@ class Elastic:
 
     @staticmethod
     def _sized(call: Call, host: Tensor) -> Call:
-        return Call(call.group, call.num_experts, Host.read(host).facts[CAPACITY], call.layer)
+        return Call(call.group, call.num_experts, Host.read(host).facts[transports.CAPACITY], call.layer)
 
     def bring_back(
         self, tokens: Tensor, weights: Tensor | None, handle: Tensor, host: Tensor, call: Call
     ) -> tuple[Tensor, Tensor | None, Wait]:
         sizes = Host.read(host)
-        buffer = _elastic(self._sized(call, host), tokens.shape[1], sizes.facts[TOP_K])
+        buffer = _elastic(self._sized(call, host), tokens.shape[1], sizes.facts[transports.TOP_K])
         weights = None if weights is None else weights.contiguous()
         back, back_weights, event = buffer.combine(
             tokens.contiguous(), self._handle(handle, host), topk_weights=weights, previous_event=buffer.capture(),
             async_with_compute_stream=True, allocate_on_comm_stream=True,
         )  # fmt: skip
         wait = deepep.wait_for(event, tokens, weights, handle, back)
-        if not sizes.facts[TOKENS]:
+        if not sizes.facts[transports.TOKENS]:
             back, back_weights = back[:0].clone(), None if back_weights is None else back_weights[:0].clone()
         return back, back_weights, wait
 

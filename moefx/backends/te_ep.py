@@ -17,26 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 
-from .. import exchange
+from .. import exchange, transports
 from ..errors import MoefxError
 from ..graph import arguments
-from ..transports import (
-    CAPACITY,
-    KIND,
-    LAYER,
-    NAMES,
-    PAIRS,
-    RECEIVED,
-    ROWS,
-    TOKENS,
-    TOP_K,
-    Call,
-    Dispatched,
-    Host,
-    Shapes,
-    Wait,
-    make_host,
-)  # fmt: skip
+from ..transports import Call, Dispatched, Host, Shapes, Wait, make_host
 from . import Backend, Kernel, deepep
 
 
@@ -160,14 +144,20 @@ class NCCLEP:
         expert = torch.bucketize(torch.arange(rows, device=x.device), counts.cumsum(0), right=True)
         experts = torch.where(expert < call.local, expert, -1).int().unsqueeze(1)
         facts = {
-            KIND: NAMES.index("te_ep"), LAYER: call.layer, CAPACITY: call.capacity, TOKENS: many, TOP_K: top_k,
-            RECEIVED: rows, ROWS: rows, PAIRS: many,
-        }  # fmt: skip
+            transports.KIND: transports.NAMES.index("te_ep"),
+            transports.LAYER: call.layer,
+            transports.CAPACITY: call.capacity,
+            transports.TOKENS: many,
+            transports.TOP_K: top_k,
+            transports.RECEIVED: rows,
+            transports.ROWS: rows,
+            transports.PAIRS: many,
+        }
         return Dispatched(got, experts, got_weights.unsqueeze(1), handle, make_host(facts, call.ep)), _nothing
 
     def resend(self, x: Tensor, handle: Tensor, host: Tensor, call: Call) -> tuple[Tensor, Wait]:
         x = x.contiguous() if x.shape[0] else x.new_zeros(1, x.shape[1])
-        got = x.new_empty(Host.read(host).facts[ROWS], x.shape[1])
+        got = x.new_empty(Host.read(host).facts[transports.ROWS], x.shape[1])
         _library().ep_combine_bwd(handle, x, got)
         return got, _nothing
 
@@ -175,7 +165,7 @@ class NCCLEP:
         self, tokens: Tensor, weights: Tensor | None, handle: Tensor, host: Tensor, call: Call
     ) -> tuple[Tensor, Tensor | None, Wait]:
         sizes = Host.read(host)
-        many, top_k = sizes.facts[TOKENS], sizes.facts[TOP_K]
+        many, top_k = sizes.facts[transports.TOKENS], sizes.facts[transports.TOP_K]
         back = tokens.new_empty(max(many, 1), tokens.shape[1])
         if weights is None:
             _library().ep_combine(handle, tokens.contiguous(), back)

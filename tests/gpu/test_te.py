@@ -150,6 +150,14 @@ def test_fp8_linear(recipe, shape, out):
 
 
 @pytest.mark.parametrize("recipe", linear.RECIPES)
+def test_fp8_linear_leaves_out_gradients_that_nobody_asked_for(recipe):
+    problem = linear.why_not(recipe)
+    if problem:
+        pytest.skip(problem)
+    checks.check_fp8_linear_leaves_out_what_nobody_asked_for(recipe, CUDA)
+
+
+@pytest.mark.parametrize("recipe", linear.RECIPES)
 def test_fp8_linear_compiled_in_one_graph(recipe):
     problem = linear.why_not(recipe)
     if problem:
@@ -159,6 +167,16 @@ def test_fp8_linear_compiled_in_one_graph(recipe):
         given = [t.bfloat16() for t in (checks.normal(tokens, 256), checks.normal(128, 256, seed=1))]
         wanted = checks.run(lambda x, w: torch.ops.moefx.te_fp8_linear(x * 2, w, None, recipe).relu(), checks.leaves(given, CUDA, torch.bfloat16))
         checks.compare(checks.run(compiled, checks.leaves(given, CUDA, torch.bfloat16)), wanted, torch.bfloat16)
+
+
+@pytest.mark.parametrize("op", te.BACKEND.kernels, ids=str)
+def test_fakes_are_the_kernels_shapes_and_dtypes(op):
+    """Without opcheck's comparison with the compiled operation: cuDNN's random state differs from call to call."""
+    if op == torch.ops.moefx.grouped_mlp.default and grouped.cublaslt() < grouped.CUBLASLT:
+        pytest.skip(f"GroupedLinear's grouped GEMM needs cuBLASLt {grouped.CUBLASLT}, this is {grouped.cublaslt()}")
+    for name, arguments in checks.calls(op, CUDA):
+        kinds = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(getattr(torch.ops.moefx, name).default, arguments, test_utils=kinds)
 
 
 def test_doctor_and_default_order():

@@ -96,34 +96,11 @@ def test_fp8_linear(shape, biased):
 
 
 def test_fp8_linear_leaves_out_gradients_that_nobody_asked_for():
-    x, weight = checks.normal(4, 32).bfloat16().requires_grad_(), checks.normal(16, 32, seed=1).bfloat16()
-    torch.ops.moefx.te_fp8_linear(x, weight, None, "current").sum().backward()
-    assert x.grad.shape == x.shape
-    x, weight = x.detach(), weight.requires_grad_()
-    torch.ops.moefx.te_fp8_linear(x, weight, None, "current").sum().backward()
-    assert weight.grad.shape == weight.shape
+    checks.check_fp8_linear_leaves_out_what_nobody_asked_for("current", CPU)
 
 
 @pytest.mark.parametrize("op", te.BACKEND.kernels, ids=str)
 def test_fakes_are_the_kernels_shapes_and_dtypes(op):
     """torch's own check of schema, fake, autograd registration and dynamic shapes, for every operation of the backend."""
-    x = checks.normal(6, 32).requires_grad_()
-    weight = checks.normal(32, seed=1).requires_grad_()
-    calls = {
-        ops.rms_norm: [("te_rms_norm", (x, weight, 1e-6, False))],
-        ops.add_rms_norm: [("te_add_rms_norm", (x, x.detach().clone().requires_grad_(), weight, 1e-6, True))],
-        ops.route: [("te_route", (x, checks.normal(32).requires_grad_(), 4, "sigmoid", False, 4, 2, 2.0))],
-        ops.load_balancing_loss: [("te_load_balancing_loss", (x, 3))],
-        ops.attention: [("te_attention", (*(checks.normal(2, 5, 4, 8, seed=i).requires_grad_() for i in range(3)), weight[:4], 0.3, True, 3))],
-        ops.experts: [
-            ("te_permute", (x, torch.tensor([[0, 1], [2, 1], [0, 3], [1, 2], [2, 3], [3, 0]], dtype=torch.int32))),
-            ("te_unpermute", (checks.normal(12, 32).requires_grad_(), torch.arange(12, dtype=torch.int32), checks.normal(6, 2).requires_grad_())),
-        ],
-        torch.ops.moefx.grouped_mlp.default: [("te_grouped_mlp", (
-            x, torch.tensor([4, 0, 2]), checks.normal(3, 16, 32).requires_grad_(), None, checks.normal(3, 32, 8).requires_grad_(), None,
-            checks.normal(6, seed=4).abs().requires_grad_(), "swiglu", 0.0, 0.0, False, False, 1.0,
-        ))],
-    }  # fmt: skip
-    calls[ops.rms_norm].append(("te_fp8_linear", (x, checks.normal(16, 32, seed=2).requires_grad_(), None, "current")))
-    for name, arguments in calls[op]:
+    for name, arguments in checks.calls(op, CPU):
         torch.library.opcheck(getattr(torch.ops.moefx, name).default, arguments)

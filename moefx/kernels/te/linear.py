@@ -16,17 +16,19 @@ from torch import Tensor
 
 
 class Recipe(NamedTuple):
-    """``title``: Transformer Engine's class; ``rows``, ``features``: what the sizes of a product must be multiples of."""
+    """``title``: Transformer Engine's class; ``rows``, ``features``: what the sizes of a product must be multiples of;
+    ``columns_alone``: its kernels write the columnwise copy without the rowwise one."""
 
     title: str
     rows: int
     features: int
+    columns_alone: bool
     meaning: str
 
 
 RECIPES = {
-    "current": Recipe("Float8CurrentScaling", 16, 16, "a scale a tensor, E4M3 forward, E5M2 gradients"),
-    "block": Recipe("Float8BlockScaling", 128, 128, "a scale for 128 numbers of a row, 128 x 128 of a weight, E4M3"),
+    "current": Recipe("Float8CurrentScaling", 16, 16, False, "a scale a tensor, E4M3 forward, E5M2 gradients"),
+    "block": Recipe("Float8BlockScaling", 128, 128, True, "a scale for 128 numbers of a row, 128 x 128 of a weight, E4M3"),
 }
 
 
@@ -57,11 +59,20 @@ def _quantizers(recipe: str) -> _Quantizers:
     return _Quantizers(forward[0], forward[1], backward[0], made)
 
 
-def _quantize(x: Tensor, quantizer: Any, *, rowwise: bool = False, columnwise: bool = False) -> Any:
+def _quantize(x: Tensor, quantizer: Any, recipe: str, *, rowwise: bool = False, columnwise: bool = False) -> Any:
+    """x [R, H] in FP8: as it lies (``rowwise``), or transposed (``columnwise``), what products along R want.
+
+    With a scale a tensor the kernel casts and transposes at once: it has no columnwise copy without the rowwise one
+    (NotImplementedError). So both are asked for: R * H bytes more until this returns, and one of the seven bytes that a number
+    of 16 bits then moves (read for the scale 2, read for the cast 2, written 1 + 1, read by the product 1).
+    """
     quantizer = quantizer.copy()
     quantizer.internal = True  # storage only: no tensor subclass leaves this file
-    quantizer.set_usage(rowwise=rowwise, columnwise=columnwise)
-    return quantizer(x)
+    quantizer.set_usage(rowwise=rowwise or not RECIPES[recipe].columns_alone, columnwise=columnwise)
+    quantized = quantizer(x)
+    if not rowwise:
+        quantized.update_usage(rowwise_usage=False)  # frees it before the product, where products want it transposed
+    return quantized
 
 
 def _rows(x: Tensor, multiple: int) -> Tensor:
@@ -80,8 +91,8 @@ def te_fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: str) -
     if not x.numel():
         return x.new_zeros(shape)
     q = _quantizers(recipe)
-    rows = _quantize(_rows(x, RECIPES[recipe].rows), q.x, rowwise=True)
-    w = _quantize(weight.contiguous(), q.weight, rowwise=True)
+    rows = _quantize(_rows(x, RECIPES[recipe].rows), q.x, recipe, rowwise=True)
+    w = _quantize(weight.contiguous(), q.weight, recipe, rowwise=True)
     split = q.recipe.fp8_gemm_fprop.use_split_accumulator
     b = None if bias is None else bias.to(x.dtype)
     out, *_ = general_gemm(w, rows, x.dtype, bias=b, use_split_accumulator=split)
@@ -104,18 +115,18 @@ def te_fp8_linear_backward(
     """Gradients of x and weight; ``needs`` says of which, the other is empty."""
     from transformer_engine.pytorch.cpp_extensions import general_gemm
 
-    if not x.numel():
+    if not x.numel() or not any(needs):
         return x.new_empty(x.shape if needs[0] else 0), weight.new_zeros(weight.shape if needs[1] else 0)
     q, multiple = _quantizers(recipe), RECIPES[recipe].rows
-    dy = _quantize(_rows(grad, multiple), q.grad, rowwise=needs[0], columnwise=needs[1])
+    dy = _quantize(_rows(grad, multiple), q.grad, recipe, rowwise=needs[0], columnwise=needs[1])
     to_x, to_weight = x.new_empty(0), weight.new_empty(0)
     if needs[0]:
-        w = _quantize(weight.contiguous(), q.weight, rowwise=True, columnwise=True)
+        w = _quantize(weight.contiguous(), q.weight, recipe, columnwise=True)
         split = q.recipe.fp8_gemm_dgrad.use_split_accumulator
         out, *_ = general_gemm(w, dy, x.dtype, layout="NN", grad=True, use_split_accumulator=split)
         to_x = _unpadded(out, x.shape)
     if needs[1]:
-        rows = _quantize(_rows(x, multiple), q.x, columnwise=True)
+        rows = _quantize(_rows(x, multiple), q.x, recipe, columnwise=True)
         split = q.recipe.fp8_gemm_wgrad.use_split_accumulator
         to_weight, *_ = general_gemm(rows, dy, weight.dtype, layout="NT", grad=True, use_split_accumulator=split)
     return to_x, to_weight
