@@ -6,7 +6,9 @@ The backward makes all that the other gradients need in one pass: the gradient o
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -14,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activations import ACTIVATIONS
+from .launch import KEPT, Launch
 
 
 @dataclass(frozen=True)
@@ -168,22 +171,33 @@ def _sizes(size: int) -> dict[str, int]:
     return {"ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": 4}
 
 
-def _options(gate: Gate, bias: Tensor | None, offsets: Tensor) -> dict[str, object]:
+def _constants(gate: Gate, biased: bool, experts: int) -> dict[str, Any]:
     return {
         "ALPHA": gate.alpha, "LIMIT": gate.limit, "KIND": gate.activation, "GATED": gate.gated,
-        "INTERLEAVED": gate.interleaved, "BIASED": bias is not None, "EXPERTS": triton.next_power_of_2(len(offsets)),
+        "INTERLEAVED": gate.interleaved, "BIASED": biased, "EXPERTS": triton.next_power_of_2(experts),
     }  # fmt: skip
+
+
+@functools.lru_cache(KEPT)
+def _launch_forward(rows: int, size: int, gate: Gate, biased: bool, experts: int) -> Launch:
+    tile = _sizes(size)
+    grid = triton.cdiv(rows, tile["ROWS"]), triton.cdiv(size, tile["BLOCK"])
+    return Launch(_forward, grid, (size, experts), **_constants(gate, biased, experts), **tile)
+
+
+@functools.lru_cache(KEPT)
+def _launch_backward(rows: int, size: int, gate: Gate, biased: bool, experts: int, weighted: bool) -> Launch:
+    tile = _sizes(size)
+    grid = (triton.cdiv(rows, tile["ROWS"]),)
+    return Launch(_backward, grid, (size, experts), WEIGHTED=weighted, **_constants(gate, biased, experts), **tile)
 
 
 def forward(h: Tensor, bias: Tensor | None, offsets: Tensor, gate: Gate) -> Tensor:
     """a [R, I] in h's dtype; h [R, 2I] (I if not gated), bias [E, 2I or I] added to each expert's rows, offsets [E] int32."""
     rows, size = h.shape[0], h.shape[1] // (2 if gate.gated else 1)
     a = h.new_empty(rows, size)
-    tile = _sizes(size)
     if a.numel():
-        _forward[(triton.cdiv(rows, tile["ROWS"]), triton.cdiv(size, tile["BLOCK"]))](
-            h, h if bias is None else bias, offsets, a, size, len(offsets), **_options(gate, bias, offsets), **tile
-        )
+        _launch_forward(rows, size, gate, bias is not None, len(offsets))(h, h if bias is None else bias, offsets, a)
     return a
 
 
@@ -198,13 +212,11 @@ def backward(
     """
     rows, size = to_a.shape
     to_h, weighted = torch.empty_like(h), torch.empty_like(to_a)
-    to_weights = None if weights is None else torch.empty(weights.shape, dtype=torch.float32, device=h.device)
-    tile = _sizes(size)
+    to_weights = None if weights is None else h.new_empty(weights.shape, dtype=torch.float32)
     if to_a.numel():
-        _backward[(triton.cdiv(rows, tile["ROWS"]),)](
+        _launch_backward(rows, size, gate, bias is not None, len(offsets), weights is not None)(
             h, h if bias is None else bias, offsets, to_a, h if weights is None else weights.contiguous(),
-            offsets if order is None else order, to_h, weighted, h if to_weights is None else to_weights, size,
-            len(offsets), WEIGHTED=weights is not None, **_options(gate, bias, offsets), **tile,
+            offsets if order is None else order, to_h, weighted, h if to_weights is None else to_weights,
         )  # fmt: skip
     return to_h, weighted, to_weights
 
@@ -229,15 +241,21 @@ def _segment_sum(
     tl.store(out + expert * width + column, total.to(out.dtype.element_ty), mask=column < width)
 
 
+@functools.lru_cache(KEPT)
+def _launch_sum(experts: int, width: int, weighted: bool) -> Launch:
+    block = min(128, triton.next_power_of_2(width))
+    return Launch(
+        _segment_sum, (experts, triton.cdiv(width, block)), (width,), WEIGHTED=weighted, ROWS=32, BLOCK=block, num_warps=4
+    )
+
+
 def segment_sum(
     x: Tensor, offsets: Tensor, dtype: torch.dtype, weights: Tensor | None = None, order: Tensor | None = None
 ) -> Tensor:
     """x [R, n] -> [E, n]: the (weighted) sum of each expert's rows, in fp32 and one fixed order. For gradients of biases."""
     width = x.shape[1]
     out = x.new_empty(len(offsets), width, dtype=dtype)
-    block = min(128, triton.next_power_of_2(width))
-    _segment_sum[(len(offsets), triton.cdiv(width, block))](
-        x, x if weights is None else weights.contiguous(), offsets if order is None else order, offsets, out, width,
-        WEIGHTED=weights is not None, ROWS=32, BLOCK=block, num_warps=4,
-    )  # fmt: skip
+    _launch_sum(len(offsets), width, weights is not None)(
+        x, x if weights is None else weights.contiguous(), offsets if order is None else order, offsets, out
+    )
     return out
