@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .opaque import opaque
+
 #: Logits of one chunk, in elements: 1 GiB in 16 bits. On an H200 with 16,384 tokens and 151,936 words half of it takes 8 %
 #: longer, twice as much is 2 % faster.
 CHUNK = 1 << 29
@@ -42,7 +44,7 @@ def _losses_and_gradient(
     return losses, (gradient * (share.unsqueeze(1) * slope)).to(logits.dtype)
 
 
-@torch.library.custom_op("moefx::chunked_linear_cross_entropy", mutates_args=())
+@opaque("chunked_linear_cross_entropy")
 def _chunked(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, mean: bool, grads: bool,
     scale: float = 1.0, softcap: float = 0.0,
@@ -95,7 +97,7 @@ def _(hidden, weight, bias, labels, ignore_index, mean, grads, scale=1.0, softca
     return loss, torch.empty_like(hidden), torch.empty_like(weight), to_bias
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx, inputs, _, output) -> None:
     ctx.has_bias = inputs[2] is not None
     ctx.save_for_backward(*output[1:])
 

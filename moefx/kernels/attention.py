@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..opaque import opaque
+
 aten = torch.ops.aten
 
 
@@ -20,7 +22,7 @@ def _window(window: int | None) -> dict[str, int | None]:
     return {"window_size_left": None if window is None else window - 1, "window_size_right": None if window is None else 0}
 
 
-@torch.library.custom_op("moefx::flash_attention", mutates_args=())
+@opaque("flash_attention")
 def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
@@ -43,7 +45,7 @@ def _(q, k, v, sinks, scale, window):
     return q.new_empty(batch, length, heads, size), q.new_empty(batch, heads, length, dtype=torch.float32)
 
 
-@torch.library.custom_op("moefx::flash_attention_backward", mutates_args=())
+@opaque("flash_attention_backward", once=True)
 def flash_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,7 +70,7 @@ def _(grad, q, k, v, out, lse, scale, window):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx, inputs, _, output) -> None:
     q, k, v, sinks, ctx.scale, ctx.window = inputs
     ctx.save_for_backward(q, k, v, sinks, *output)
     ctx.mark_non_differentiable(output[1])
@@ -77,7 +79,7 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, grad: Tensor, _: Tensor):
     q, k, v, sinks, out, lse = ctx.saved_tensors
     grad = grad.contiguous()
-    found = torch.ops.moefx.flash_attention_backward(grad, q, k, v, out, lse, ctx.scale, ctx.window)
+    found = flash_attention_backward(grad, q, k, v, out, lse, ctx.scale, ctx.window)
     if sinks is None:
         return *found, None, None, None
     # a sink has no value, so what it takes it takes from sum(grad * out)

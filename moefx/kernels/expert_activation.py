@@ -6,7 +6,9 @@ The backward makes all that the other gradients need in one pass: the gradient o
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -14,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activations import ACTIVATIONS
+from .launch import KEPT, Launch
 
 
 @dataclass(frozen=True)
@@ -170,11 +173,27 @@ def _sizes(size: int) -> dict[str, int]:
     return {"ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": 4}
 
 
-def _options(gate: Gate, bias: Tensor | None, offsets: Tensor) -> dict[str, object]:
+def _constants(gate: Gate, biased: bool, experts: int) -> dict[str, Any]:
     return {
         "ALPHA": gate.alpha, "LIMIT": gate.limit, "KIND": gate.activation, "GATED": gate.gated,
-        "INTERLEAVED": gate.interleaved, "BIASED": bias is not None, "EXPERTS": triton.next_power_of_2(len(offsets)),
+        "INTERLEAVED": gate.interleaved, "BIASED": biased, "EXPERTS": triton.next_power_of_2(experts),
     }  # fmt: skip
+
+
+@functools.lru_cache(KEPT)
+def _launch_forward(rows: int, size: int, gate: Gate, biased: bool, experts: int, weighted: bool) -> Launch:
+    tile = _sizes(size)
+    grid = triton.cdiv(rows, tile["ROWS"]), triton.cdiv(size, tile["BLOCK"])
+    return Launch(_forward, grid, (size, experts), WEIGHTED=weighted, **_constants(gate, biased, experts), **tile)
+
+
+@functools.lru_cache(KEPT)
+def _launch_backward(
+    rows: int, size: int, gate: Gate, biased: bool, experts: int, weighted: bool, ordered: bool
+) -> Launch:
+    tile = _sizes(size)
+    constants = {"WEIGHTED": weighted, "ORDERED": ordered, **_constants(gate, biased, experts)}
+    return Launch(_backward, (triton.cdiv(rows, tile["ROWS"]),), (rows, size, experts), **constants, **tile)
 
 
 def forward(h: Tensor, bias: Tensor | None, offsets: Tensor, gate: Gate, weights: Tensor | None = None) -> Tensor:
@@ -184,12 +203,10 @@ def forward(h: Tensor, bias: Tensor | None, offsets: Tensor, gate: Gate, weights
     """
     rows, size = h.shape[0], h.shape[1] // (2 if gate.gated else 1)
     a = h.new_empty(rows, size)
-    tile = _sizes(size)
     if a.numel():
-        _forward[(triton.cdiv(rows, tile["ROWS"]), triton.cdiv(size, tile["BLOCK"]))](
-            h, h if bias is None else bias, offsets, h if weights is None else weights.contiguous(), a, size, len(offsets),
-            WEIGHTED=weights is not None, **_options(gate, bias, offsets), **tile,
-        )  # fmt: skip
+        _launch_forward(rows, size, gate, bias is not None, len(offsets), weights is not None)(
+            h, h if bias is None else bias, offsets, h if weights is None else weights.contiguous(), a
+        )
     return a
 
 
@@ -204,13 +221,11 @@ def backward(
     """
     rows, size = to_a.shape
     to_h, weighted = torch.empty_like(h), torch.empty_like(to_a)
-    to_weights = None if weights is None else torch.empty(weights.shape, dtype=torch.float32, device=h.device)
-    tile = _sizes(size)
+    to_weights = None if weights is None else h.new_empty(weights.shape, dtype=torch.float32)
     if to_a.numel():
-        _backward[(triton.cdiv(rows, tile["ROWS"]),)](
+        _launch_backward(rows, size, gate, bias is not None, len(offsets), weights is not None, order is not None)(
             h, h if bias is None else bias, offsets, to_a, h if weights is None else weights.contiguous(),
-            offsets if order is None else order, to_h, weighted, h if to_weights is None else to_weights, rows, size,
-            len(offsets), WEIGHTED=weights is not None, ORDERED=order is not None, **_options(gate, bias, offsets), **tile,
+            offsets if order is None else order, to_h, weighted, h if to_weights is None else to_weights,
         )  # fmt: skip
     return to_h, weighted, to_weights
 
@@ -293,6 +308,13 @@ def _segment_sum(
     tl.store(out + expert * width + column, total.to(out.dtype.element_ty), mask=column < width)
 
 
+@functools.lru_cache(KEPT)
+def _launch_sum(experts: int, width: int, weighted: bool, ordered: bool) -> Launch:
+    block = min(128, triton.next_power_of_2(width))
+    grid = experts, triton.cdiv(width, block)
+    return Launch(_segment_sum, grid, (width,), WEIGHTED=weighted, ORDERED=ordered, ROWS=32, BLOCK=block, num_warps=4)
+
+
 def segment_sum(
     x: Tensor, offsets: Tensor, dtype: torch.dtype, weights: Tensor | None = None, order: Tensor | None = None
 ) -> Tensor:
@@ -302,9 +324,7 @@ def segment_sum(
     """
     width = x.shape[1]
     out = x.new_empty(len(offsets), width, dtype=dtype)
-    block = min(128, triton.next_power_of_2(width))
-    _segment_sum[(len(offsets), triton.cdiv(width, block))](
-        x, x if weights is None else weights.contiguous(), offsets if order is None else order, offsets, out, width,
-        WEIGHTED=weights is not None, ORDERED=order is not None, ROWS=32, BLOCK=block, num_warps=4,
-    )  # fmt: skip
+    _launch_sum(len(offsets), width, weights is not None, order is not None)(
+        x, x if weights is None else weights.contiguous(), offsets if order is None else order, offsets, out
+    )
     return out

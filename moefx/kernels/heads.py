@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import KEPT, Launch
 
 BLOCK_HEADS = 16  #: of one token that a program holds at a time
 #: Programs of the backward: each adds up its share of the weight's gradient, in order, before all are added.
@@ -112,35 +116,56 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _options(x: Tensor, weight: Tensor | None, cos: Tensor, layout: str) -> dict[str, object]:
-    heads, size = x.shape[2:]
+def _constants(size: int, heads: int, width: int, layout: str, weighted: bool) -> dict[str, object]:
     return {
-        "WIDTH": cos.shape[-1], "HALF": size // 2, "LAYOUT": layout, "WEIGHTED": weight is not None,
-        "HEADS": min(BLOCK_HEADS, triton.next_power_of_2(heads)),
+        "WIDTH": width, "HALF": size // 2, "LAYOUT": layout, "WEIGHTED": weighted,
+        "HEADS": min(BLOCK_HEADS, triton.next_power_of_2(heads)), "num_warps": 4,
     }  # fmt: skip
 
 
-def _table_length(cos: Tensor, tokens: int) -> int:
+def _table_length(table: torch.Size, tokens: int) -> int:
     """Rows of the tables as one list [B * S or S]: token t meets row t modulo this."""
-    rows = cos.shape[0] * cos.shape[1]
+    rows = table[0] * table[1]
     assert rows and tokens % rows == 0, f"tables of {rows} positions for {tokens} tokens"
     return rows
+
+
+@functools.lru_cache(KEPT)
+def _launch_forward(
+    shape: torch.Size, strides: tuple[int, ...], table: torch.Size, eps: float, offset: float, layout: str, weighted: bool
+) -> Launch:
+    batch, length, heads, size = shape
+    constants = _constants(size, heads, table[2], layout, weighted)
+    return Launch(
+        _forward, (batch * length, triton.cdiv(heads, constants["HEADS"])),
+        (*strides[:3], length, _table_length(table, batch * length), heads, eps, offset), **constants,
+    )  # fmt: skip
+
+
+@functools.lru_cache(KEPT)
+def _launch_backward(
+    programs: int, shape: torch.Size, grad_strides: tuple[int, ...], strides: tuple[int, ...], table: torch.Size, eps: float,
+    offset: float, layout: str, weighted: bool,
+) -> Launch:  # fmt: skip
+    batch, length, heads, size = shape
+    tokens = batch * length
+    return Launch(
+        _backward, (programs,),
+        (*grad_strides[:3], *strides[:3], tokens, length, _table_length(table, tokens), heads, eps, offset),
+        **_constants(size, heads, table[2], layout, weighted),
+    )  # fmt: skip
 
 
 def forward(
     x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float, offset: float, layout: str
 ) -> Tensor:
     """x [B, S, A, D] (any strides) -> [B, S, A, D], contiguous."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = x.new_empty(x.shape)
     if not out.numel():
         return out
     x, cos, sin = _dense(x), cos.contiguous(), sin.contiguous()
-    batch, length, heads, _ = x.shape
-    options = _options(x, weight, cos, layout)
-    _forward[(batch * length, triton.cdiv(heads, options["HEADS"]))](
-        x, x if weight is None else weight, cos, sin, out, *x.stride()[:3], length, _table_length(cos, batch * length), heads,
-        eps, offset, **options, num_warps=4,
-    )  # fmt: skip
+    launch = _launch_forward(x.shape, x.stride(), cos.shape, eps, offset, layout, weight is not None)
+    launch(x, x if weight is None else weight, cos, sin, out)
     return out
 
 
@@ -148,15 +173,12 @@ def backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float, offset: float, layout: str
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of x, contiguous, and of the weight, from grad [B, S, A, D] (any strides)."""
-    to_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    to_x = x.new_empty(x.shape)
     if not to_x.numel():
         return to_x, None if weight is None else torch.zeros_like(weight)
     grad, x, cos, sin = _dense(grad), _dense(x), cos.contiguous(), sin.contiguous()
-    batch, length, heads, size = x.shape
-    programs = min(batch * length, PROGRAMS)
-    parts = torch.empty((programs, size) if weight is not None else 0, dtype=torch.float32, device=x.device)
-    _backward[(programs,)](
-        grad, x, x if weight is None else weight, cos, sin, to_x, parts, *grad.stride()[:3], *x.stride()[:3], batch * length,
-        length, _table_length(cos, batch * length), heads, eps, offset, **_options(x, weight, cos, layout), num_warps=4,
-    )  # fmt: skip
+    programs, weighted = min(x.shape[0] * x.shape[1], PROGRAMS), weight is not None
+    parts = x.new_empty((programs, x.shape[3]) if weighted else 0, dtype=torch.float32)
+    launch = _launch_backward(programs, x.shape, grad.stride(), x.stride(), cos.shape, eps, offset, layout, weighted)
+    launch(grad, x, x if weight is None else weight, cos, sin, to_x, parts)
     return to_x, None if weight is None else parts.sum(0).to(weight.dtype)

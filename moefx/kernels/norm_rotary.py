@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..opaque import opaque
 
-@torch.library.custom_op("moefx::fused_norm_rotary", mutates_args=())
+
+@opaque("fused_norm_rotary")
 def fused_norm_rotary(
     x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float, offset: float, layout: str
 ) -> Tensor:
@@ -21,7 +23,7 @@ def _(x, weight, cos, sin, eps, offset, layout):
     return x.new_empty(x.shape).transpose(1, 2)
 
 
-@torch.library.custom_op("moefx::fused_norm_rotary_backward", mutates_args=())
+@opaque("fused_norm_rotary_backward", once=True)
 def fused_norm_rotary_backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float, offset: float, layout: str
 ) -> tuple[Tensor, Tensor]:
@@ -37,16 +39,14 @@ def _(grad, x, weight, cos, sin, eps, offset, layout):
     return x.new_empty(x.shape), x.new_empty(0) if weight is None else torch.empty_like(weight)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx, inputs, _, output) -> None:
     *saved, ctx.eps, ctx.offset, ctx.layout = inputs
     ctx.save_for_backward(*saved)
 
 
 def _backward(ctx, grad: Tensor):
     x, weight, cos, sin = ctx.saved_tensors
-    to_x, to_weight = torch.ops.moefx.fused_norm_rotary_backward(
-        grad, x, weight, cos, sin, ctx.eps, ctx.offset, ctx.layout
-    )
+    to_x, to_weight = fused_norm_rotary_backward(grad, x, weight, cos, sin, ctx.eps, ctx.offset, ctx.layout)
     return to_x, None if weight is None else to_weight, *[None] * 5
 
 

@@ -5,10 +5,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import KEPT, Launch
 
 #: Elements of the one-hot table of a block of the counting sort: it has to stay in registers.
 TABLE = 1 << 14
@@ -60,25 +64,38 @@ def _place(
     tl.store(order + rows, flat, mask=flat < flats)
 
 
+@functools.lru_cache(KEPT)
+def _sort(flats: int, experts: int) -> tuple[int, int, Launch, Launch, Launch]:
+    """Blocks, experts up to a power of two, and the three launches."""
+    width = triton.next_power_of_2(experts)
+    block = max(16, min(256, TABLE // width))
+    blocks = triton.cdiv(flats, block)
+    shape = {"EXPERTS": width, "BLOCK": block, "num_warps": 8}
+    return (
+        blocks, width, Launch(_count, (blocks,), (flats, blocks), **shape),
+        Launch(_scan, (width,), (blocks,), BLOCK=min(1024, triton.next_power_of_2(blocks))),
+        Launch(_place, (blocks,), (flats, blocks, experts), **shape),
+    )  # fmt: skip
+
+
 def sort_by_expert(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """``order`` [T*K]: the flat position of each row; ``inverse`` [T*K]: the row of each flat position; ``bounds``
     [E + 1]: expert e has the rows from bounds[e] to bounds[e + 1]. All int32; index [T, K] int64. A stable sort: within an
     expert, rows stand by token."""
-    flats, width = index.numel(), triton.next_power_of_2(experts)
-    block = max(16, min(256, TABLE // width))
-    blocks = triton.cdiv(flats, block)
+    flats = index.numel()
 
     def integers(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=index.device)
+        return index.new_empty(shape, dtype=torch.int32)
 
     order, inverse = integers(flats), integers(flats)
     if not flats:
         return order, inverse, torch.zeros(experts + 1, dtype=torch.int32, device=index.device)
+    blocks, width, count, scan, place = _sort(flats, experts)
     counts, totals, bounds = integers(width, blocks), integers(width), integers(experts + 1)
-    flat = index.reshape(-1)
-    _count[(blocks,)](flat, counts, flats, blocks, width, block, num_warps=8)
-    _scan[(width,)](counts, totals, blocks, min(1024, triton.next_power_of_2(blocks)))
-    _place[(blocks,)](flat, counts, totals, bounds, order, inverse, flats, blocks, experts, width, block, num_warps=8)
+    index = index.contiguous()
+    count(index, counts)
+    scan(counts, totals)
+    place(index, counts, totals, bounds, order, inverse)
     return order, inverse, bounds
 
 
@@ -94,13 +111,18 @@ def _expand(x, inverse, rows, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
         tl.store(rows + row * width + column, value, mask=there)
 
 
+@functools.lru_cache(KEPT)
+def _launch_expand(tokens: int, width: int, top_k: int) -> Launch:
+    block = min(4096, triton.next_power_of_2(width))
+    return Launch(_expand, (tokens, triton.cdiv(width, block)), (width,), TOP_K=top_k, BLOCK=block, num_warps=4)
+
+
 def expand(x: Tensor, inverse: Tensor, top_k: int) -> Tensor:
     """Tokens x [T, H] -> rows [T*K, H], each token in its K rows."""
     tokens, width = x.shape
     rows = x.new_empty(tokens * top_k, width)
-    block = min(4096, triton.next_power_of_2(width))
     if rows.numel():
-        _expand[(tokens, triton.cdiv(width, block))](x.contiguous(), inverse, rows, width, top_k, block, num_warps=4)
+        _launch_expand(tokens, width, top_k)(x.contiguous(), inverse, rows)
     return rows
 
 
@@ -126,6 +148,15 @@ def _reduce(
     tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=there)
 
 
+@functools.lru_cache(KEPT)
+def _launch_reduce(tokens: int, width: int, top_k: int, weighted: bool, biased: bool) -> Launch:
+    block = min(2048, triton.next_power_of_2(width))
+    return Launch(
+        _reduce, (tokens, triton.cdiv(width, block)), (width,), TOP_K=top_k, WEIGHTED=weighted, BIASED=biased, BLOCK=block,
+        num_warps=4,
+    )  # fmt: skip
+
+
 def reduce(
     rows: Tensor, inverse: Tensor, top_k: int, dtype: torch.dtype, *,
     weights: Tensor | None = None, index: Tensor | None = None, bias: Tensor | None = None,
@@ -136,12 +167,10 @@ def reduce(
     """
     flats, width = rows.shape
     out = rows.new_empty(flats // top_k, width, dtype=dtype)
-    block = min(2048, triton.next_power_of_2(width))
     if out.numel():
         nothing = rows  # an argument that the kernel does not read
-        _reduce[(out.shape[0], triton.cdiv(width, block))](
+        _launch_reduce(flats // top_k, width, top_k, weights is not None, bias is not None)(
             rows, nothing if weights is None else weights.contiguous(), nothing if index is None else index.contiguous(),
-            nothing if bias is None else bias, inverse, out, width, top_k, weights is not None, bias is not None, block,
-            num_warps=4,
+            nothing if bias is None else bias, inverse, out,
         )  # fmt: skip
     return out

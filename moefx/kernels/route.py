@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..opaque import opaque
 from ..ops import route_body
 
 
-@torch.library.custom_op("moefx::fused_route", mutates_args=())
+@opaque("fused_route")
 def fused_route(
     logits: Tensor, bias: Tensor | None, top_k: int, score: str, topk_first: bool, fp32: bool, groups: int, topk_groups: int,
     group_score: str, zero_fill: bool, sorted: bool, gather: bool, renormalize: bool, eps: float, scale: float, cast: bool,
@@ -34,7 +35,7 @@ def _(logits, bias, top_k, score, topk_first, fp32, groups, topk_groups, group_s
     )  # fmt: skip
 
 
-@torch.library.custom_op("moefx::fused_route_backward", mutates_args=())
+@opaque("fused_route_backward", once=True)
 def fused_route_backward(
     grad: Tensor, logits: Tensor, index: Tensor, score: str, topk_first: bool, renormalize: bool, eps: float, scale: float
 ) -> Tensor:
@@ -51,15 +52,15 @@ def _(grad, logits, index, score, topk_first, renormalize, eps, scale):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _save(ctx, inputs, output) -> None:
-    logits, _, _, score, topk_first, _, _, _, _, _, _, _, renormalize, eps, scale, _ = inputs
+def _save(ctx, inputs, _, output) -> None:
+    logits, _, _, score, topk_first, *_, renormalize, eps, scale, _ = inputs
     ctx.options = score, topk_first, renormalize, eps, scale
     ctx.save_for_backward(logits, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, grad: Tensor, _: Tensor):
-    return torch.ops.moefx.fused_route_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 15
+    return fused_route_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 15
 
 
 fused_route.register_autograd(_backward, setup_context=_save)

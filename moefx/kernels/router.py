@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import KEPT, Launch
 
 #: Numbers of a program's tile of logits.
 TILE = 2048
@@ -132,11 +137,34 @@ def _route_backward(
     tl.store(to_logits + at_logits, back.to(to_logits.dtype.element_ty), mask=there)
 
 
-def _shape(tokens: int, experts: int, top_k: int) -> tuple[tuple[int], dict[str, int]]:
+def _launch(kernel: Any, tokens: int, experts: int, top_k: int, eps: float, scale: float, **constants: Any) -> Launch:
     width = triton.next_power_of_2(experts)
     rows = max(1, TILE // width)
-    sizes = {"EXPERTS": width, "ROWS": rows, "CHOSEN": triton.next_power_of_2(top_k), "num_warps": 4}
-    return (triton.cdiv(tokens, rows),), sizes
+    return Launch(
+        kernel, (triton.cdiv(tokens, rows),), (tokens, experts, eps, scale), TOP_K=top_k, EXPERTS=width, ROWS=rows,
+        CHOSEN=triton.next_power_of_2(top_k), num_warps=4, **constants,
+    )  # fmt: skip
+
+
+@functools.lru_cache(KEPT)
+def _forward(
+    tokens: int, experts: int, top_k: int, score: str, topk_first: bool, biased: bool, groups: int, topk_groups: int,
+    group_score: str, zero_fill: bool, renormalize: bool, eps: float, scale: float,
+) -> Launch:  # fmt: skip
+    return _launch(
+        _route, tokens, experts, top_k, eps, scale, SIGMOID=score == "sigmoid", TOPK_FIRST=topk_first, BIASED=biased,
+        GROUPS=groups, KEPT=topk_groups, TOP2=group_score == "top2", ZERO=zero_fill, RENORMALIZE=renormalize,
+    )  # fmt: skip
+
+
+@functools.lru_cache(KEPT)
+def _backward(
+    tokens: int, experts: int, top_k: int, score: str, topk_first: bool, renormalize: bool, eps: float, scale: float
+) -> Launch:
+    return _launch(
+        _route_backward, tokens, experts, top_k, eps, scale, SIGMOID=score == "sigmoid", TOPK_FIRST=topk_first,
+        RENORMALIZE=renormalize,
+    )  # fmt: skip
 
 
 def forward(
@@ -147,13 +175,12 @@ def forward(
     tokens, experts = logits.shape
     weights = logits.new_empty(tokens, top_k, dtype=dtype)
     index = logits.new_empty(tokens, top_k, dtype=torch.int64)
-    grid, sizes = _shape(tokens, experts, top_k)
     if tokens:
-        _route[grid](
-            logits.contiguous(), logits if bias is None else bias, weights, index, tokens, experts, eps, scale, TOP_K=top_k,
-            SIGMOID=score == "sigmoid", TOPK_FIRST=topk_first, BIASED=bias is not None, GROUPS=groups, KEPT=topk_groups,
-            TOP2=group_score == "top2", ZERO=zero_fill, RENORMALIZE=renormalize, **sizes,
+        launch = _forward(
+            tokens, experts, top_k, score, topk_first, bias is not None, groups, topk_groups, group_score, zero_fill,
+            renormalize, eps, scale,
         )  # fmt: skip
+        launch(logits.contiguous(), logits if bias is None else bias, weights, index)
     return weights, index
 
 
@@ -163,10 +190,7 @@ def backward(
     """The gradient of the logits [T, E], from that of the weights [T, K]."""
     tokens, experts = logits.shape
     to_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    grid, sizes = _shape(tokens, experts, index.shape[1])
     if tokens:
-        _route_backward[grid](
-            grad.contiguous(), logits.contiguous(), index.contiguous(), to_logits, tokens, experts, eps, scale,
-            TOP_K=index.shape[1], SIGMOID=score == "sigmoid", TOPK_FIRST=topk_first, RENORMALIZE=renormalize, **sizes,
-        )  # fmt: skip
+        launch = _backward(tokens, experts, index.shape[1], score, topk_first, renormalize, eps, scale)
+        launch(grad.contiguous(), logits.contiguous(), index.contiguous(), to_logits)
     return to_logits
