@@ -217,13 +217,13 @@ def check_grouped_mlp(name, counts, dtype, device, grad_scale=1.0):
     made = {"biased": options.pop("biased", False), "transposed": options.get("transposed", False), "activation": options["activation"]}
     _, _, _, *weights = expert_arguments(2, experts=len(counts), top_k=1, **made)
     given = [t if t is None or not t.is_floating_point() else t.to(dtype) for t in (normal(sum(counts), 64), torch.tensor(counts), *weights)]
-    for row_weights in ([], [normal(sum(counts), seed=9)]):
 
-        def weighted(fn):
-            return lambda *given, **options: fn(*given[:6], **options, row_weights=given[6] if row_weights else None)
+    def weighted(fn):
+        return lambda *given, **options: fn(*given[:-1], **options, row_weights=given[-1])
 
-        wanted = run(weighted(grouped.grouped_mlp), leaves([*given, *row_weights], "cpu", torch.float32), **options)
-        found = run(weighted(te.grouped_mlp), [*leaves(given, device, dtype), *leaves(row_weights, device, torch.float32)], **options)
+    for row_weights in (None, normal(sum(counts), seed=9)):
+        wanted = run(weighted(grouped.grouped_mlp), leaves([*given, row_weights], "cpu", torch.float32), **options)
+        found = run(weighted(te.grouped_mlp), [*leaves(given, device, dtype), *leaves([row_weights], device, torch.float32)], **options)
         compare(found, wanted, dtype, 1.5)
 
 
