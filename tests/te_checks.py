@@ -271,13 +271,13 @@ def check_grouped_mlp(name, counts, dtype, device, grad_scale=1.0):
     options, (rows, _, _, *weights) = _experts(name, sum(counts), experts=len(counts), top_k=1)
     options["grad_scale"] = grad_scale
     given = _in(dtype, [rows, torch.tensor(counts), *weights])
-    for row_weights in ([], [normal(sum(counts), seed=9)]):
 
-        def weighted(fn):
-            return lambda *given, **options: fn(*given[:6], **options, row_weights=given[6] if len(given) > 6 else None)
+    def weighted(fn):
+        return lambda *given, **options: fn(*given[:-1], **options, row_weights=given[-1])
 
-        wanted = run(weighted(grouped.grouped_mlp), leaves([*given, *row_weights], "cpu", torch.float32), **options)
-        found = run(weighted(te.grouped_mlp), [*leaves(given, device, dtype), *leaves(row_weights, device, torch.float32)], **options)
+    for row_weights in (None, normal(sum(counts), seed=9)):
+        wanted = run(weighted(grouped.grouped_mlp), leaves([*given, row_weights], "cpu", torch.float32), **options)
+        found = run(weighted(te.grouped_mlp), [*leaves(given, device, dtype), *leaves([row_weights], device, torch.float32)], **options)
         compare(found, wanted, dtype, 1.5)
 
 

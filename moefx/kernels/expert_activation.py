@@ -1,4 +1,4 @@
-"""What an expert applies between its projections, forward and backward, on rows that lie expert by expert.
+"""What an expert applies between and after its projections, forward and backward, on rows that lie expert by expert.
 
 The backward makes all that the other gradients need in one pass: the gradient of the pre-activations, the weighted activation
 (for down's gradient) and the gradient of each row's weight, a sum over I instead of H (SonicMoE, arXiv 2512.14080).

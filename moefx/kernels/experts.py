@@ -4,6 +4,11 @@ Kept for the backward: the inputs, where each row went, and the pre-activations.
 gradients are made again there. The plan is SonicMoE's (arXiv 2512.14080): the weight of a row multiplies its activation, so
 that its gradient is a sum over the intermediate size and no expert's output is kept; all sums over experts and tokens have
 one fixed order. Nothing waits for the device.
+
+``fused_experts`` is all of a process's, from tokens to tokens; ``fused_grouped_mlp`` one rank's, on the rows that a dispatch
+brought and a combine takes back. They are declared by :mod:`moefx.opaque`: of a small call's forward with gradients the host
+took 137 us around ``torch.library.custom_op`` and takes 71, of its backward 171 and 141 (kernels replaced by stand-ins, two
+shared cores of an EPYC).
 """
 
 from __future__ import annotations

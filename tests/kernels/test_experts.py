@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from moefx import grouped, ops  # noqa: E402
 from moefx.activations import ACTIVATIONS  # noqa: E402
 from moefx.backends import triton as backend  # noqa: E402
+from moefx.errors import MoefxError  # noqa: E402
 from moefx.kernels import experts  # noqa: E402
 
 EXPERTS, GROUPED_MLP = (backend.BACKEND.kernels[op].fn for op in (ops.experts, grouped.grouped_mlp))
@@ -189,6 +191,70 @@ def test_rows_after_the_last_experts_mean_nothing(biased):
 
     for found, wanted in zip(results(70), results(0)):
         assert torch.equal(found, wanted)
+
+
+def rank_inputs(asked="all"):
+    """rows, row_weights, up, up_bias, down, down_bias of a rank's experts in float32, its counts, and those that ask for a gradient."""
+    x, _, _, *weights = make(11, experts=4, biased=True)
+    given = [x, torch.randn(11, generator=torch.Generator().manual_seed(5)), *weights]
+    given = [t.to(DEVICE, torch.float32, copy=True).requires_grad_(asked in ("all", i)) for i, t in enumerate(given)]
+    return given, torch.tensor([5, 0, 4, 2], device=DEVICE), [t for t in given if t.requires_grad]
+
+
+def rank_experts(rows, row_weights, up, up_bias, down, down_bias, counts):
+    return GROUPED_MLP(rows, counts, up, up_bias, down, down_bias, activation="swiglu", grad_scale=0.5, row_weights=row_weights)
+
+
+@pytest.mark.parametrize("alone", range(6))
+def test_a_gradient_that_is_asked_for_alone(alone):
+    given, counts, leaves = rank_inputs()
+    out = rank_experts(*given, counts)
+    grad = torch.linspace(-1, 1, out.numel(), device=DEVICE).view(out.shape)
+    wanted = torch.autograd.grad(out, leaves, grad)[alone]
+    given, counts, leaves = rank_inputs(alone)
+    rank_experts(*given, counts).backward(grad)
+    assert torch.equal(given[alone].grad, wanted) and all(t.grad is None for i, t in enumerate(given) if i != alone)
+
+
+@pytest.mark.parametrize("which", ["compiled", "checkpointed", "autocast"])
+def test_a_ranks_experts_within(which):
+    """The operations are opaque: whatever runs them gets the bits that plain calls get, forward and backward."""
+
+    def twice(*given):
+        return rank_experts(rank_experts(*given), *given[1:]).sin()
+
+    given, counts, leaves = rank_inputs()
+    wanted = twice(*given, counts)
+    if which == "compiled":
+        found = torch.compile(twice, fullgraph=True, dynamic=True, backend="aot_eager")(*given, counts)
+    elif which == "checkpointed":
+        found = torch.utils.checkpoint.checkpoint(twice, *given, counts, use_reentrant=False)
+    else:
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            found = twice(*given, counts)
+    assert torch.equal(found, wanted)
+    assert all(torch.equal(a, b) for a, b in zip(*(torch.autograd.grad(y.sum(), leaves) for y in (found, wanted))))
+
+
+def test_a_ranks_experts_are_differentiated_once():
+    given, counts, leaves = rank_inputs()
+    with pytest.raises(MoefxError, match="moefx::fused_grouped_mlp_backward belongs to a backward"):
+        torch.autograd.grad(rank_experts(*given, counts).square().sum(), leaves, create_graph=True)
+
+
+@pytest.mark.parametrize("name", ["fused_experts", "fused_grouped_mlp"])
+def test_fakes_are_the_operations_shapes_and_dtypes(name):
+    """torch's own check of schema, fake and dynamic shapes; how the gradient is registered is not custom_op's way."""
+    x, index, scores, up, _, down, _ = (t if t is None else t.to(DEVICE, torch.float32 if t.is_floating_point() else t.dtype) for t in make(6))
+    rows, counts = x[:5], torch.tensor([2, 0, 1, 0, 2], device=DEVICE)
+    options = "swiglu", 0.0, 0.0, False, False
+    given = {
+        "fused_experts": (x, index, scores, up, None, down, None, *options, "torch"),
+        "fused_grouped_mlp": (rows, counts, up, None, down, None, scores[:5, 0].contiguous(), *options, 1.0, "torch"),
+    }[name]
+    given = [t.clone().requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in given]
+    checks = "test_schema", "test_faketensor", "test_aot_dispatch_dynamic"
+    torch.library.opcheck(getattr(torch.ops.moefx, name).default, given, test_utils=checks)
 
 
 def test_two_runs_are_bitwise_equal():
