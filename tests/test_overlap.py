@@ -104,7 +104,7 @@ def test_rows_that_something_else_reads_are_left_alone():
 
 def test_rows_that_other_weights_multiply_are_left_alone():
     """Only the weights that the dispatch brings are cut into chunks with their rows."""
-    report, _ = report_of("qwen3_moe", None)
+    report, _ = report_of.__wrapped__("qwen3_moe", None)  # its own, to change
     function = report.program["Qwen3MoeDecoderLayer"]
     mlp = next(n for n in function.graph.nodes if n.meta.get("semantic") is grouped.grouped_mlp)
     brought = mlp.kwargs["row_weights"]
