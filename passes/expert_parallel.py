@@ -23,11 +23,12 @@ class ExpertParallel:
         rows = grouped_mlp(rows, counts, local weights, row_weights)  # E / ep experts; their rows weighted
         y = combine(rows, ...)                                        # sum per token and rank, back, sum over ranks
 
-    Numerics: the same products; in 16 bits a token's sum is rounded once per rank before it is sent (see ``combine``). Sums
-    over tokens in a weight's gradient are taken per rank. ``grad_scale`` = 1/ep makes
-    experts' gradients the average over the ranks' losses, as DDP and FSDP average the dense ones. Weights with LoRA updates
-    (PEFT's ``target_parameters``) are updated locally, each rank those of its own experts. With ``plan.dispatch_dtype`` "fp8"
-    (opt-in) tokens are quantized to be sent: within 2**-4 of each number, see :mod:`moefx.fp8_rows`.
+    Numerics: a row's weight multiplies its activation instead of its result (see ``grouped_mlp``), without a rounding more; in
+    16 bits a token's sum is rounded once per rank before it is sent (see ``combine``). Sums over tokens in a weight's gradient
+    are taken per rank. ``grad_scale`` = 1/ep makes experts' gradients the average over the ranks' losses, as DDP and FSDP
+    average the dense ones. Weights with LoRA updates (PEFT's ``target_parameters``) are updated locally, each rank those of its
+    own experts. With ``plan.dispatch_dtype`` "fp8" (opt-in) tokens are quantized to be sent: within 2**-4 of each number, see
+    :mod:`moefx.fp8_rows`.
     """
 
     name: ClassVar[str] = "expert_parallel"

@@ -102,6 +102,30 @@ def test_rows_that_something_else_reads_are_left_alone():
     assert function.graph_module.code == before
 
 
+def test_rows_that_other_weights_multiply_are_left_alone():
+    """Only the weights that the dispatch brings are cut into chunks with their rows."""
+    report, _ = report_of.__wrapped__("qwen3_moe", None)  # its own, to change
+    function = report.program["Qwen3MoeDecoderLayer"]
+    mlp = next(n for n in function.graph.nodes if n.meta.get("semantic") is grouped.grouped_mlp)
+    brought = mlp.kwargs["row_weights"]
+    with function.graph.inserting_before(mlp):
+        other = function.graph.call_function(aten.neg.default, (brought,))
+    mlp.kwargs = {**mlp.kwargs, "row_weights": other}
+    before = str(function.graph)
+    changes = Overlap(chunks=2).run(function, report.plan)
+    assert not changes.made and "weighted by neg_default = aten.neg, not by the weights that it brings" in changes.missed[0].what
+    assert str(function.graph) == before
+
+
+def test_each_chunks_rows_are_multiplied_by_its_own_weights():
+    report, _ = report_of("qwen3_moe", Overlap(chunks=2))
+    nodes = report.program["Qwen3MoeDecoderLayer"].graph.nodes
+    experts = [n for n in nodes if n.meta.get("semantic") is grouped.grouped_mlp]
+    for n in experts:
+        assert (n.args[0].args[1], n.kwargs["row_weights"].args[1]) == (0, 1) and n.args[0].args[0] is n.kwargs["row_weights"].args[0]
+    assert len(experts) == 2 == len({n.args[0].args[0] for n in experts})
+
+
 def test_the_timeline_hides_the_exchange_under_the_other_chunk():
     _, one = report_of("qwen3_moe", Overlap(chunks=1), **WIDE)
     _, two = report_of("qwen3_moe", Overlap(chunks=2), **WIDE)
