@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activations import ACTIVATIONS
-from .launch import KEPT, Launch
+from .launch import KEPT, Launch, cdiv
 
 
 @dataclass(frozen=True)
@@ -179,17 +179,13 @@ def _constants(gate: Gate, biased: bool, experts: int) -> dict[str, Any]:
 
 
 @functools.lru_cache(KEPT)
-def _launch_forward(rows: int, size: int, gate: Gate, biased: bool, experts: int) -> Launch:
-    tile = _sizes(size)
-    grid = triton.cdiv(rows, tile["ROWS"]), triton.cdiv(size, tile["BLOCK"])
-    return Launch(_forward, grid, (size, experts), **_constants(gate, biased, experts), **tile)
+def _launch_forward(size: int, gate: Gate, biased: bool, experts: int) -> Launch:
+    return Launch(_forward, size, experts, **_constants(gate, biased, experts), **_sizes(size))
 
 
 @functools.lru_cache(KEPT)
-def _launch_backward(rows: int, size: int, gate: Gate, biased: bool, experts: int, weighted: bool) -> Launch:
-    tile = _sizes(size)
-    grid = (triton.cdiv(rows, tile["ROWS"]),)
-    return Launch(_backward, grid, (size, experts), WEIGHTED=weighted, **_constants(gate, biased, experts), **tile)
+def _launch_backward(size: int, gate: Gate, biased: bool, experts: int, weighted: bool) -> Launch:
+    return Launch(_backward, size, experts, WEIGHTED=weighted, **_constants(gate, biased, experts), **_sizes(size))
 
 
 def forward(h: Tensor, bias: Tensor | None, offsets: Tensor, gate: Gate) -> Tensor:
@@ -197,7 +193,9 @@ def forward(h: Tensor, bias: Tensor | None, offsets: Tensor, gate: Gate) -> Tens
     rows, size = h.shape[0], h.shape[1] // (2 if gate.gated else 1)
     a = h.new_empty(rows, size)
     if a.numel():
-        _launch_forward(rows, size, gate, bias is not None, len(offsets))(h, h if bias is None else bias, offsets, a)
+        launch = _launch_forward(size, gate, bias is not None, len(offsets))
+        grid = (cdiv(rows, launch.constants["ROWS"]), cdiv(size, launch.constants["BLOCK"]), 1)
+        launch(grid, h, h if bias is None else bias, offsets, a)
     return a
 
 
@@ -214,9 +212,11 @@ def backward(
     to_h, weighted = torch.empty_like(h), torch.empty_like(to_a)
     to_weights = None if weights is None else h.new_empty(weights.shape, dtype=torch.float32)
     if to_a.numel():
-        _launch_backward(rows, size, gate, bias is not None, len(offsets), weights is not None)(
-            h, h if bias is None else bias, offsets, to_a, h if weights is None else weights.contiguous(),
-            offsets if order is None else order, to_h, weighted, h if to_weights is None else to_weights,
+        launch = _launch_backward(size, gate, bias is not None, len(offsets), weights is not None)
+        launch(
+            (cdiv(rows, launch.constants["ROWS"]), 1, 1), h, h if bias is None else bias, offsets, to_a,
+            h if weights is None else weights.contiguous(), offsets if order is None else order, to_h, weighted,
+            h if to_weights is None else to_weights,
         )  # fmt: skip
     return to_h, weighted, to_weights
 
@@ -242,11 +242,9 @@ def _segment_sum(
 
 
 @functools.lru_cache(KEPT)
-def _launch_sum(experts: int, width: int, weighted: bool) -> Launch:
+def _launch_sum(width: int, weighted: bool) -> Launch:
     block = min(128, triton.next_power_of_2(width))
-    return Launch(
-        _segment_sum, (experts, triton.cdiv(width, block)), (width,), WEIGHTED=weighted, ROWS=32, BLOCK=block, num_warps=4
-    )
+    return Launch(_segment_sum, width, WEIGHTED=weighted, ROWS=32, BLOCK=block, num_warps=4)
 
 
 def segment_sum(
@@ -255,7 +253,9 @@ def segment_sum(
     """x [R, n] -> [E, n]: the (weighted) sum of each expert's rows, in fp32 and one fixed order. For gradients of biases."""
     width = x.shape[1]
     out = x.new_empty(len(offsets), width, dtype=dtype)
-    _launch_sum(len(offsets), width, weights is not None)(
-        x, x if weights is None else weights.contiguous(), offsets if order is None else order, offsets, out
-    )
+    launch = _launch_sum(width, weights is not None)
+    launch(
+        (len(offsets), cdiv(width, launch.constants["BLOCK"]), 1), x, x if weights is None else weights.contiguous(),
+        offsets if order is None else order, offsets, out,
+    )  # fmt: skip
     return out
