@@ -7,7 +7,7 @@ decided here, for every family that uses the experts interface, with or without 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +74,7 @@ def parallelize(
     """Spreads a model over all ranks (FSDP2, HSDP, expert parallelism) and optimizes it. Returns the model.
 
     Call it on every rank, after ``torch.distributed.init_process_group``. Every decoder block is an FSDP2 unit, its experts
-    are another on the ranks that hold the same experts; embeddings, final norm and lm_head belong to the root. All ranks see
+    are another on the ranks that hold the same experts (none, where each rank is alone with its experts); embeddings, final norm and lm_head belong to the root. All ranks see
     their own batches; gradients come out as the mean over all ranks.
 
     Args:
@@ -194,12 +194,13 @@ def _distribute(model: Any, layout: Layout, meshes: TransformersDeviceMesh | Non
         meshes.get_mesh(("efsdp", "ep"))._flatten("experts")  # norms of experts' gradients: one reduction, not two
         parallel.shard_parameters(model, meshes.get_mesh("ep"))
     policies["shard_placement_fn"] = _cut_by_width(model, layout).get
-    if layout.ep_size > 1:
+    policies["ignored_params"] = nobody_else_has = _experts_of_one_rank(model, layout)
+    if layout.ep_size > 1 and not nobody_else_has:
         for experts in hf.experts_modules(model).values():
             fully_shard(experts, mesh=meshes.get_mesh((*replicated, "efsdp")), **policies)
     blocks = hf.blocks(model)
     for block in blocks.values():
-        for part in _of_another_dtype(block):
+        for part in _of_another_dtype(block, nobody_else_has):
             fully_shard(part, mesh=dense, **policies)
         fully_shard(block, mesh=dense, **policies)
     fully_shard(model, mesh=dense, **{**policies, "reshard_after_forward": False})
@@ -208,6 +209,15 @@ def _distribute(model: Any, layout: Layout, meshes: TransformersDeviceMesh | Non
     model._tp_size, model._fsdp_size = 1, layout.fsdp
     model._is_distributed_loading_by_transformers = model._is_fsdp_managed_module = True
     return model
+
+
+def _experts_of_one_rank(model: Any, layout: Layout) -> set[nn.Parameter]:
+    """Experts' parameters that FSDP has nothing to do for: no other rank has a part of them, nor a copy. FSDP would gather each
+    rank's from itself, twice a step, and copy their gradients. It is left to it where it casts or offloads them."""
+    found = {p for module in hf.experts_modules(model).values() for p in module.parameters()} if layout.ep_size > 1 else set()
+    cast = layout.mp_policy.param_dtype
+    moved = isinstance(layout.offload_policy, CPUOffloadPolicy) or any(cast not in (None, p.dtype) for p in found)
+    return set() if layout.efsdp > 1 or layout.dp_replicate > 1 or moved else found
 
 
 def _cut_by_width(model: Any, layout: Layout) -> MutableMapping[nn.Parameter, Shard]:
@@ -239,13 +249,14 @@ def _policies(layout: Layout) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _of_another_dtype(block: nn.Module) -> list[nn.Module]:
+def _of_another_dtype(block: nn.Module, ignored: Set[nn.Parameter]) -> list[nn.Module]:
     """The modules whose own parameters are of another dtype than most of the block's: FSDP2 wants one dtype a unit."""
     many: dict[torch.dtype, int] = {}
     for p in block.parameters():
-        many[p.dtype] = many.get(p.dtype, 0) + p.numel()
+        if p not in ignored:
+            many[p.dtype] = many.get(p.dtype, 0) + p.numel()
     usual = max(many, key=many.__getitem__) if many else None
-    return [m for m in block.modules() if any(p.dtype != usual for p in m.parameters(recurse=False))]
+    return [m for m in block.modules() if any(p.dtype != usual for p in m.parameters(recurse=False) if p not in ignored)]
 
 
 def initialize(model: Any) -> None:

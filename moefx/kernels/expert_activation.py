@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activations import ACTIVATIONS
-from .launch import KEPT, Launch
+from .launch import KEPT, Launch, cdiv
 
 
 @dataclass(frozen=True)
@@ -181,19 +181,16 @@ def _constants(gate: Gate, biased: bool, experts: int) -> dict[str, Any]:
 
 
 @functools.lru_cache(KEPT)
-def _launch_forward(rows: int, size: int, gate: Gate, biased: bool, experts: int, weighted: bool) -> Launch:
-    tile = _sizes(size)
-    grid = triton.cdiv(rows, tile["ROWS"]), triton.cdiv(size, tile["BLOCK"])
-    return Launch(_forward, grid, (size, experts), WEIGHTED=weighted, **_constants(gate, biased, experts), **tile)
+def _launch_forward(size: int, gate: Gate, biased: bool, experts: int, weighted: bool) -> Launch:
+    return Launch(_forward, size, experts, WEIGHTED=weighted, **_constants(gate, biased, experts), **_sizes(size))
 
 
 @functools.lru_cache(KEPT)
 def _launch_backward(
     rows: int, size: int, gate: Gate, biased: bool, experts: int, weighted: bool, ordered: bool
 ) -> Launch:
-    tile = _sizes(size)
     constants = {"WEIGHTED": weighted, "ORDERED": ordered, **_constants(gate, biased, experts)}
-    return Launch(_backward, (triton.cdiv(rows, tile["ROWS"]),), (rows, size, experts), **constants, **tile)
+    return Launch(_backward, rows, size, experts, **constants, **_sizes(size))
 
 
 def forward(h: Tensor, bias: Tensor | None, offsets: Tensor, gate: Gate, weights: Tensor | None = None) -> Tensor:
@@ -204,9 +201,9 @@ def forward(h: Tensor, bias: Tensor | None, offsets: Tensor, gate: Gate, weights
     rows, size = h.shape[0], h.shape[1] // (2 if gate.gated else 1)
     a = h.new_empty(rows, size)
     if a.numel():
-        _launch_forward(rows, size, gate, bias is not None, len(offsets), weights is not None)(
-            h, h if bias is None else bias, offsets, h if weights is None else weights.contiguous(), a
-        )
+        launch = _launch_forward(size, gate, bias is not None, len(offsets), weights is not None)
+        grid = (cdiv(rows, launch.constants["ROWS"]), cdiv(size, launch.constants["BLOCK"]), 1)
+        launch(grid, h, h if bias is None else bias, offsets, h if weights is None else weights.contiguous(), a)
     return a
 
 
@@ -223,9 +220,11 @@ def backward(
     to_h, weighted = torch.empty_like(h), torch.empty_like(to_a)
     to_weights = None if weights is None else h.new_empty(weights.shape, dtype=torch.float32)
     if to_a.numel():
-        _launch_backward(rows, size, gate, bias is not None, len(offsets), weights is not None, order is not None)(
-            h, h if bias is None else bias, offsets, to_a, h if weights is None else weights.contiguous(),
-            offsets if order is None else order, to_h, weighted, h if to_weights is None else to_weights,
+        launch = _launch_backward(rows, size, gate, bias is not None, len(offsets), weights is not None, order is not None)
+        launch(
+            (cdiv(rows, launch.constants["ROWS"]), 1, 1), h, h if bias is None else bias, offsets, to_a,
+            h if weights is None else weights.contiguous(), offsets if order is None else order, to_h, weighted,
+            h if to_weights is None else to_weights,
         )  # fmt: skip
     return to_h, weighted, to_weights
 
@@ -309,10 +308,9 @@ def _segment_sum(
 
 
 @functools.lru_cache(KEPT)
-def _launch_sum(experts: int, width: int, weighted: bool, ordered: bool) -> Launch:
+def _launch_sum(width: int, weighted: bool, ordered: bool) -> Launch:
     block = min(128, triton.next_power_of_2(width))
-    grid = experts, triton.cdiv(width, block)
-    return Launch(_segment_sum, grid, (width,), WEIGHTED=weighted, ORDERED=ordered, ROWS=32, BLOCK=block, num_warps=4)
+    return Launch(_segment_sum, width, WEIGHTED=weighted, ORDERED=ordered, ROWS=32, BLOCK=block, num_warps=4)
 
 
 def segment_sum(
@@ -324,7 +322,9 @@ def segment_sum(
     """
     width = x.shape[1]
     out = x.new_empty(len(offsets), width, dtype=dtype)
-    _launch_sum(len(offsets), width, weights is not None, order is not None)(
-        x, x if weights is None else weights.contiguous(), offsets if order is None else order, offsets, out
-    )
+    launch = _launch_sum(width, weights is not None, order is not None)
+    launch(
+        (len(offsets), cdiv(width, launch.constants["BLOCK"]), 1), x, x if weights is None else weights.contiguous(),
+        offsets if order is None else order, offsets, out,
+    )  # fmt: skip
     return out

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import KEPT, Launch
+from .launch import KEPT, Launch, cdiv
 
 BLOCK_HEADS = 16  #: of one token that a program holds at a time
 #: Programs of the backward: each adds up its share of the weight's gradient, in order, before all are added.
@@ -135,23 +135,21 @@ def _launch_forward(
     shape: torch.Size, strides: tuple[int, ...], table: torch.Size, eps: float, offset: float, layout: str, weighted: bool
 ) -> Launch:
     batch, length, heads, size = shape
-    constants = _constants(size, heads, table[2], layout, weighted)
     return Launch(
-        _forward, (batch * length, triton.cdiv(heads, constants["HEADS"])),
-        (*strides[:3], length, _table_length(table, batch * length), heads, eps, offset), **constants,
+        _forward, *strides[:3], length, _table_length(table, batch * length), heads, eps, offset,
+        **_constants(size, heads, table[2], layout, weighted),
     )  # fmt: skip
 
 
 @functools.lru_cache(KEPT)
 def _launch_backward(
-    programs: int, shape: torch.Size, grad_strides: tuple[int, ...], strides: tuple[int, ...], table: torch.Size, eps: float,
-    offset: float, layout: str, weighted: bool,
+    shape: torch.Size, grad_strides: tuple[int, ...], strides: tuple[int, ...], table: torch.Size, eps: float, offset: float,
+    layout: str, weighted: bool,
 ) -> Launch:  # fmt: skip
     batch, length, heads, size = shape
     tokens = batch * length
     return Launch(
-        _backward, (programs,),
-        (*grad_strides[:3], *strides[:3], tokens, length, _table_length(table, tokens), heads, eps, offset),
+        _backward, *grad_strides[:3], *strides[:3], tokens, length, _table_length(table, tokens), heads, eps, offset,
         **_constants(size, heads, table[2], layout, weighted),
     )  # fmt: skip
 
@@ -165,7 +163,9 @@ def forward(
         return out
     x, cos, sin = _dense(x), cos.contiguous(), sin.contiguous()
     launch = _launch_forward(x.shape, x.stride(), cos.shape, eps, offset, layout, weight is not None)
-    launch(x, x if weight is None else weight, cos, sin, out)
+    batch, length, heads, _ = x.shape
+    grid = (batch * length, cdiv(heads, launch.constants["HEADS"]), 1)
+    launch(grid, x, x if weight is None else weight, cos, sin, out)
     return out
 
 
@@ -179,6 +179,6 @@ def backward(
     grad, x, cos, sin = _dense(grad), _dense(x), cos.contiguous(), sin.contiguous()
     programs, weighted = min(x.shape[0] * x.shape[1], PROGRAMS), weight is not None
     parts = x.new_empty((programs, x.shape[3]) if weighted else 0, dtype=torch.float32)
-    launch = _launch_backward(programs, x.shape, grad.stride(), x.stride(), cos.shape, eps, offset, layout, weighted)
-    launch(grad, x, x if weight is None else weight, cos, sin, to_x, parts)
+    launch = _launch_backward(x.shape, grad.stride(), x.stride(), cos.shape, eps, offset, layout, weighted)
+    launch((programs, 1, 1), grad, x, x if weight is None else weight, cos, sin, to_x, parts)
     return to_x, None if weight is None else parts.sum(0).to(weight.dtype)

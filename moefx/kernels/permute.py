@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import KEPT, Launch
+from .launch import KEPT, Launch, cdiv
 
 #: Elements of the one-hot table of a block of the counting sort: it has to stay in registers.
 TABLE = 1 << 14
@@ -72,9 +72,9 @@ def _sort(flats: int, experts: int) -> tuple[int, int, Launch, Launch, Launch]:
     blocks = triton.cdiv(flats, block)
     shape = {"EXPERTS": width, "BLOCK": block, "num_warps": 8}
     return (
-        blocks, width, Launch(_count, (blocks,), (flats, blocks), **shape),
-        Launch(_scan, (width,), (blocks,), BLOCK=min(1024, triton.next_power_of_2(blocks))),
-        Launch(_place, (blocks,), (flats, blocks, experts), **shape),
+        blocks, width, Launch(_count, flats, blocks, **shape),
+        Launch(_scan, blocks, BLOCK=min(1024, triton.next_power_of_2(blocks))),
+        Launch(_place, flats, blocks, experts, **shape),
     )  # fmt: skip
 
 
@@ -93,9 +93,9 @@ def sort_by_expert(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]
     blocks, width, count, scan, place = _sort(flats, experts)
     counts, totals, bounds = integers(width, blocks), integers(width), integers(experts + 1)
     index = index.contiguous()
-    count(index, counts)
-    scan(counts, totals)
-    place(index, counts, totals, bounds, order, inverse)
+    count((blocks, 1, 1), index, counts)
+    scan((width, 1, 1), counts, totals)
+    place((blocks, 1, 1), index, counts, totals, bounds, order, inverse)
     return order, inverse, bounds
 
 
@@ -112,9 +112,8 @@ def _expand(x, inverse, rows, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @functools.lru_cache(KEPT)
-def _launch_expand(tokens: int, width: int, top_k: int) -> Launch:
-    block = min(4096, triton.next_power_of_2(width))
-    return Launch(_expand, (tokens, triton.cdiv(width, block)), (width,), TOP_K=top_k, BLOCK=block, num_warps=4)
+def _launch_expand(width: int, top_k: int) -> Launch:
+    return Launch(_expand, width, TOP_K=top_k, BLOCK=min(4096, triton.next_power_of_2(width)), num_warps=4)
 
 
 def expand(x: Tensor, inverse: Tensor, top_k: int) -> Tensor:
@@ -122,7 +121,8 @@ def expand(x: Tensor, inverse: Tensor, top_k: int) -> Tensor:
     tokens, width = x.shape
     rows = x.new_empty(tokens * top_k, width)
     if rows.numel():
-        _launch_expand(tokens, width, top_k)(x.contiguous(), inverse, rows)
+        launch = _launch_expand(width, top_k)
+        launch((tokens, cdiv(width, launch.constants["BLOCK"]), 1), x.contiguous(), inverse, rows)
     return rows
 
 
@@ -149,12 +149,9 @@ def _reduce(
 
 
 @functools.lru_cache(KEPT)
-def _launch_reduce(tokens: int, width: int, top_k: int, weighted: bool, biased: bool) -> Launch:
+def _launch_reduce(width: int, top_k: int, weighted: bool, biased: bool) -> Launch:
     block = min(2048, triton.next_power_of_2(width))
-    return Launch(
-        _reduce, (tokens, triton.cdiv(width, block)), (width,), TOP_K=top_k, WEIGHTED=weighted, BIASED=biased, BLOCK=block,
-        num_warps=4,
-    )  # fmt: skip
+    return Launch(_reduce, width, TOP_K=top_k, WEIGHTED=weighted, BIASED=biased, BLOCK=block, num_warps=4)
 
 
 def reduce(
@@ -169,8 +166,10 @@ def reduce(
     out = rows.new_empty(flats // top_k, width, dtype=dtype)
     if out.numel():
         nothing = rows  # an argument that the kernel does not read
-        _launch_reduce(flats // top_k, width, top_k, weights is not None, bias is not None)(
-            rows, nothing if weights is None else weights.contiguous(), nothing if index is None else index.contiguous(),
+        launch = _launch_reduce(width, top_k, weights is not None, bias is not None)
+        launch(
+            (out.shape[0], cdiv(width, launch.constants["BLOCK"]), 1), rows,
+            nothing if weights is None else weights.contiguous(), nothing if index is None else index.contiguous(),
             nothing if bias is None else bias, inverse, out,
         )  # fmt: skip
     return out

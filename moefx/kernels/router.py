@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import KEPT, Launch
+from .launch import KEPT, Launch, cdiv
 
 #: Numbers of a program's tile of logits.
 TILE = 2048
@@ -141,8 +141,8 @@ def _launch(kernel: Any, tokens: int, experts: int, top_k: int, eps: float, scal
     width = triton.next_power_of_2(experts)
     rows = max(1, TILE // width)
     return Launch(
-        kernel, (triton.cdiv(tokens, rows),), (tokens, experts, eps, scale), TOP_K=top_k, EXPERTS=width, ROWS=rows,
-        CHOSEN=triton.next_power_of_2(top_k), num_warps=4, **constants,
+        kernel, tokens, experts, eps, scale, TOP_K=top_k, EXPERTS=width, ROWS=rows, CHOSEN=triton.next_power_of_2(top_k),
+        num_warps=4, **constants,
     )  # fmt: skip
 
 
@@ -180,7 +180,8 @@ def forward(
             tokens, experts, top_k, score, topk_first, bias is not None, groups, topk_groups, group_score, zero_fill,
             renormalize, eps, scale,
         )  # fmt: skip
-        launch(logits.contiguous(), logits if bias is None else bias, weights, index)
+        grid = (cdiv(tokens, launch.constants["ROWS"]), 1, 1)
+        launch(grid, logits.contiguous(), logits if bias is None else bias, weights, index)
     return weights, index
 
 
@@ -192,5 +193,6 @@ def backward(
     to_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if tokens:
         launch = _backward(tokens, experts, index.shape[1], score, topk_first, renormalize, eps, scale)
-        launch(grad.contiguous(), logits.contiguous(), index.contiguous(), to_logits)
+        grid = (cdiv(tokens, launch.constants["ROWS"]), 1, 1)
+        launch(grid, grad.contiguous(), logits.contiguous(), index.contiguous(), to_logits)
     return to_logits

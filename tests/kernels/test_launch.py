@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -46,34 +51,43 @@ def stream(monkeypatch):
 
 def test_the_second_call_is_bound_in_the_kernels_order():
     kernel = Kernel()
-    call, x, y = launch.Launch(kernel, (3, 2), (7,), A="a", B="b", num_warps=4), torch.empty(8), torch.empty(8)
-    call(x, y)
-    assert kernel.slow == [((3, 2), (x, y, 7), {"A": "a", "B": "b", "num_warps": 4})] and not kernel.quick
-    call(y, x)
-    assert len(kernel.slow) == 1 and kernel.quick == [((3, 2, 1), ("stream", -1), y, x, 7, "b", "a")]
+    call, x, y = launch.Launch(kernel, 7, A="a", B="b", num_warps=4), torch.empty(8), torch.empty(8)
+    call((3, 2, 1), x, y)
+    assert kernel.slow == [((3, 2, 1), (x, y, 7), {"A": "a", "B": "b", "num_warps": 4})] and not kernel.quick
+    call((5, 1, 1), y, x)
+    assert len(kernel.slow) == 1 and kernel.quick == [((5, 1, 1), ("stream", -1), y, x, 7, "b", "a")]
 
 
 @pytest.mark.parametrize("other", [torch.empty(8, dtype=torch.float64), torch.empty(16)[1:9]], ids=["dtype", "alignment"])
 def test_what_triton_compiles_differently_is_told_apart(other):
     kernel = Kernel()
-    call, x = launch.Launch(kernel, (1,), (7,), A=1, B=2), torch.empty(8)
+    call, x = launch.Launch(kernel, 7, A=1, B=2), torch.empty(8)
     for y in (x, other, x, other):
-        call(x, y)
+        call((1, 1, 1), x, y)
     assert [args[1] is other for _, args, _ in kernel.slow] == [False, True]
     assert [args[3] is other for args in kernel.quick] == [False, True]
 
 
 def test_the_interpreter_is_asked_each_time():
     kernel = Kernel(compiles=False)
-    call, x = launch.Launch(kernel, (1,), (7,), A=1, B=2), torch.empty(8)
-    call(x, x)
-    call(x, x)
+    call, x = launch.Launch(kernel, 7, A=1, B=2), torch.empty(8)
+    call((1, 1, 1), x, x)
+    call((2, 1, 1), x, x)
     assert len(kernel.slow) == 2
 
 
 def test_what_is_kept_is_bounded(monkeypatch):
     monkeypatch.setattr(launch, "_MANY", 2)
-    call, x = launch.Launch(Kernel(), (1,), (7,), A=1, B=2), torch.empty(8)
+    call, x = launch.Launch(Kernel(), 7, A=1, B=2), torch.empty(8)
     for dtype in (torch.int8, torch.int16, torch.int32, torch.int64):
-        call(x, x.to(dtype))
+        call((1, 1, 1), x, x.to(dtype))
         assert len(call.ready) <= 2
+
+
+def test_each_kernel_is_handed_what_triton_would_hand_it():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(Path(__file__).with_name("launched_twice.py"))]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr
+    same = json.loads(run.stdout)
+    assert len(same) == 12 and all(same.values()), same
