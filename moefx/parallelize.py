@@ -74,8 +74,8 @@ def parallelize(
     """Spreads a model over all ranks (FSDP2, HSDP, expert parallelism) and optimizes it. Returns the model.
 
     Call it on every rank, after ``torch.distributed.init_process_group``. Every decoder block is an FSDP2 unit, its experts
-    are another on the ranks that hold the same experts (none, where each rank is alone with its experts); embeddings, final norm and lm_head belong to the root. All ranks see
-    their own batches; gradients come out as the mean over all ranks.
+    are another on the ranks that hold the same experts (none, where each rank is alone with its experts); embeddings, final
+    norm and lm_head belong to the root. All ranks see their own batches; gradients come out as the mean over all ranks.
 
     Args:
         model: a checkpoint folder in Hugging Face layout, of which each rank reads only its own shards; or a model, with or
