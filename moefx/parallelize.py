@@ -33,6 +33,9 @@ from .adapters import inside
 from .errors import MoefxError
 from .optimize import optimize
 
+#: Bytes of gathered parameters that a unit of several blocks may have. Two units are there at a time: one is used, one arrives.
+UNIT = 1 << 28
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -74,8 +77,9 @@ def parallelize(
     """Spreads a model over all ranks (FSDP2, HSDP, expert parallelism) and optimizes it. Returns the model.
 
     Call it on every rank, after ``torch.distributed.init_process_group``. Every decoder block is an FSDP2 unit, its experts
-    are another on the ranks that hold the same experts (none, where each rank is alone with its experts); embeddings, final
-    norm and lm_head belong to the root. All ranks see their own batches; gradients come out as the mean over all ranks.
+    are another on the ranks that hold the same experts; embeddings, final norm and lm_head belong to the root. Where each rank
+    is alone with its experts (``ep_size`` is all ranks) these are in no unit, and neighbouring blocks share one. All ranks see
+    their own batches; gradients come out as the mean over all ranks.
 
     Args:
         model: a checkpoint folder in Hugging Face layout, of which each rank reads only its own shards; or a model, with or
@@ -198,11 +202,11 @@ def _distribute(model: Any, layout: Layout, meshes: TransformersDeviceMesh | Non
     if layout.ep_size > 1 and not nobody_else_has:
         for experts in hf.experts_modules(model).values():
             fully_shard(experts, mesh=meshes.get_mesh((*replicated, "efsdp")), **policies)
-    blocks = hf.blocks(model)
-    for block in blocks.values():
-        for part in _of_another_dtype(block, nobody_else_has):
-            fully_shard(part, mesh=dense, **policies)
-        fully_shard(block, mesh=dense, **policies)
+    blocks = list(hf.blocks(model).values())
+    for part in [part for block in blocks for part in _of_another_dtype(block, nobody_else_has)]:
+        fully_shard(part, mesh=dense, **policies)
+    for unit in _units(blocks, nobody_else_has):
+        fully_shard(unit, mesh=dense, **policies)
     fully_shard(model, mesh=dense, **{**policies, "reshard_after_forward": False})
     model.config.distributed_config = layout.config
     model._mesh_manager, model._device_mesh = meshes, meshes.get_mesh(("pp", "fsdp", "tp"))
@@ -218,6 +222,21 @@ def _experts_of_one_rank(model: Any, layout: Layout) -> set[nn.Parameter]:
     cast = layout.mp_policy.param_dtype
     moved = isinstance(layout.offload_policy, CPUOffloadPolicy) or any(cast not in (None, p.dtype) for p in found)
     return set() if layout.efsdp > 1 or layout.dp_replicate > 1 or moved else found
+
+
+def _units(blocks: list[nn.Module], ignored: Set[nn.Parameter]) -> list[list[nn.Module]]:
+    """Neighbouring blocks that FSDP gathers together: one, or without their experts as many as take UNIT bytes. What a unit
+    costs the host (hooks, streams, events, two collectives) is then paid once for all of them."""
+    found: list[list[nn.Module]] = []
+    room = 0
+    for block in blocks:
+        size = sum(p.numel() * p.element_size() for p in block.parameters() if p not in ignored)
+        if not ignored or size > room:
+            found.append([])
+            room = UNIT
+        found[-1].append(block)
+        room -= size
+    return found
 
 
 def _cut_by_width(model: Any, layout: Layout) -> MutableMapping[nn.Parameter, Shard]:
