@@ -115,7 +115,7 @@ def check(name: str, balanced: bool, model: nn.Module, other: nn.Module, batch: 
 
 def judge(
     hf: Mapping[str, float], other: Mapping[str, float], apart: Mapping[str, float], hf_loss: float, other_loss: float, *,
-    sizes: Mapping[str, int], tokens: int, share: float, dtype: torch.dtype,
+    sizes: Mapping[str, int], tokens: int, share: float, dtype: torch.dtype, known: float = 0.0,
 ) -> dict[str, Any]:
     """Whether ``other`` is right, given how far it and Transformers in ``dtype`` are from fp32.
 
@@ -126,6 +126,7 @@ def judge(
         sizes: numbers in each parameter.
         tokens: of the batch.
         share: of them, those of whose experts ``other`` and fp32 disagree about, in the worst layer.
+        known: how far the ratio of two distances may be off by how they were estimated (relative, one standard deviation).
 
     Returns:
         "ratio" (spread of ``other`` over ``hf``), "floor", "distances" and "problems", one sentence each.
@@ -135,7 +136,7 @@ def judge(
     # all tokens is about sqrt(f) of a gradient. From 30 flips on, as below: how far n of them lead varies by 1 / sqrt(2 n).
     flips = share * tokens
     floor = max(rounding, share**0.5 if flips < 30 else 0.0)
-    luck = 1 + 2 / flips**0.5 if flips >= 30 else 1.0
+    luck = (1 + 2 / flips**0.5 if flips >= 30 else 1.0) * (1 + 2 * known)
     # The length of n random numbers varies by 1 / sqrt(2 n), so the ratio of two by 1 / sqrt(n): luck where n is small.
     few = {n: luck * (1 + 2 / sizes[n] ** 0.5 if sizes[n] < 30 else 1.0) for n in other}
     ratios = {n: other[n] / max(hf[n], floor) / few[n] for n in other}

@@ -35,6 +35,7 @@ from typing import Any
 import checks
 import common
 import contenders
+import sketch
 import torch
 import torch.multiprocessing as mp
 from contenders import CONTENDERS, EXACT, Job, Row
@@ -292,7 +293,7 @@ class Run:
             apart = common.distances(peer["gradients"], found["gradients"])
             judged = checks.judge(
                 distance["hf"], distance["own"], apart, gap["hf"], gap["own"], sizes=said["sizes"], tokens=said["tokens"],
-                share=max(shares), dtype=getattr(torch, self.args.dtype),
+                share=max(shares), dtype=getattr(torch, self.args.dtype), known=sketch.DRAWS**-0.5,
             )  # fmt: skip
             record |= {"against hf_fsdp": common.spread(apart), "ratio": judged["ratio"]}
             record["problems"] += judged["problems"]

@@ -1,10 +1,12 @@
 """Gradients of a model that is spread over ranks, small enough to keep: to compare contenders that cut it differently.
 
 A parameter's gradient is seen as a matrix g [rows, n]: its last dimensions, as many as give :data:`LEAST` numbers, are n. The
-sketch is ``signs @ g`` [n] with one random sign a row. Signs are independent and of mean 0, so that E |s|^2 = |g|^2; and the
-sketch is linear, so |s_a - s_b| estimates |g_a - g_b|, within about 1 / sqrt(2 n): a few per cent. (AMS sketch: Alon, Matias,
-Szegedy, "The space complexity of approximating the frequency moments", 1996.) The signs depend on the parameter's name and the
-row, not on who holds it: each rank adds up its own rows, one all-reduce adds up the ranks. Smaller parameters are kept whole.
+sketch is ``signs @ g`` [DRAWS, n] with random signs [DRAWS, rows], independent and of mean 0, so that E |s|^2 = DRAWS |g|^2; and
+it is linear, so |s_a - s_b| estimates the distance of two gradients. How well depends on these: a difference of full rank is known
+within 1 / sqrt(2 n DRAWS), one of rank 1 (a few tokens that went elsewhere) within 1 / sqrt(2 DRAWS), since all its columns are
+multiples of one random number in each draw. (AMS sketch: Alon, Matias, Szegedy, "The space complexity of approximating the
+frequency moments", 1996.) The signs depend on the parameter's name and the row, not on who holds it: each rank adds up its own
+rows, one all-reduce adds up the ranks. Smaller parameters are kept whole.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from moefx import sharded
 
 LEAST = 1024
+DRAWS = 32
 
 
 def cut(shape: tuple[int, ...]) -> int:
@@ -30,24 +33,27 @@ def cut(shape: tuple[int, ...]) -> int:
     return max(fits, default=0)
 
 
-def signs(name: str, rows: tuple[int, ...]) -> Tensor:
-    """+1 or -1 for each row of a parameter, int8 [*rows]."""
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    return torch.randint(0, 2, rows, generator=generator, dtype=torch.int8) * 2 - 1
+def signs(name: str, rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """+1 or -1 for each row of a parameter, int8 [DRAWS, *rows]; the same on all devices of a kind."""
+    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+    return torch.randint(0, 2, (DRAWS, *rows), generator=generator, dtype=torch.int8, device=device) * 2 - 1
 
 
 def part(name: str, local: Tensor, where: tuple[slice, ...], shape: tuple[int, ...]) -> Tensor:
     """The sketch of the part of a tensor of ``shape`` that lies at ``where``, float32; 0 where others have to add theirs."""
     d = cut(shape)
-    out = torch.zeros(shape[d:], device=local.device)
+    out = torch.zeros((DRAWS, *shape[d:]) if d else shape, device=local.device)
     if not local.numel():
         return out.flatten()
-    mine = signs(name, shape[:d])[where[:d]].reshape(-1).to(local.device)
-    flat = local.reshape(len(mine), -1)
-    total = torch.zeros(flat.shape[1], device=local.device)
-    for some, sign in zip(flat.split(2**14), mine.split(2**14)):  # no second copy of all experts in float32
+    if not d:
+        out[where] = local.float()
+        return out.flatten()
+    mine = signs(name, shape[:d], local.device)[(slice(None), *where[:d])].reshape(DRAWS, -1)
+    flat = local.reshape(mine.shape[1], -1)
+    total = torch.zeros(DRAWS, flat.shape[1], device=local.device)
+    for some, sign in zip(flat.split(2**14), mine.split(2**14, dim=1)):  # no second copy of all experts in float32
         total += sign.float() @ some.float()
-    out[where[d:]] = total.view(local.shape[d:])
+    out[(slice(None), *where[d:])] = total.view(DRAWS, *local.shape[d:])
     return out.flatten()
 
 

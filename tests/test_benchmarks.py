@@ -232,6 +232,17 @@ def test_sketch_of_parts_is_the_sketch_of_the_whole(shape: tuple[int, ...]) -> N
         assert not torch.allclose(sketch.part("another", g, tuple(slice(0, n) for n in shape), shape), a)
 
 
+def test_sketch_knows_how_far_differences_of_rank_one_are() -> None:
+    """All columns of one are multiples of one random number a draw: a single draw would be off by as much as it measures."""
+    shape = (300, 2048)
+    whole = tuple(slice(0, n) for n in shape)
+    ratios = []
+    for i in range(20):
+        far = torch.randn(shape[0], 1) * torch.randn(1, shape[1])
+        ratios.append(float(sketch.part(f"p{i}", far, whole, shape).norm() / sketch.DRAWS**0.5 / far.norm()))
+    assert all(0.5 < r < 1.5 for r in ratios) and abs(sum(ratios) / len(ratios) - 1) < 0.1, ratios
+
+
 def test_judge_knows_wrong_gradients_from_rounded_ones() -> None:
     hf = {"a": 0.01, "b": 0.02}
     given = {"sizes": {"a": 1000, "b": 1000}, "tokens": 4096, "share": 0.0, "dtype": torch.bfloat16}
