@@ -33,31 +33,31 @@ def cut(shape: tuple[int, ...]) -> int:
     return max(fits, default=0)
 
 
-def signs(name: str, rows: tuple[int, ...], device: torch.device) -> Tensor:
-    """+1 or -1 for each row of a parameter, int8 [DRAWS, *rows]; the same on all devices of a kind."""
+def signs(name: str, rows: tuple[int, ...], device: torch.device, draws: int = DRAWS) -> Tensor:
+    """+1 or -1 for each row of a parameter, int8 [draws, *rows]; the same on all devices of a kind."""
     generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
-    return torch.randint(0, 2, (DRAWS, *rows), generator=generator, dtype=torch.int8, device=device) * 2 - 1
+    return torch.randint(0, 2, (draws, *rows), generator=generator, dtype=torch.int8, device=device) * 2 - 1
 
 
-def part(name: str, local: Tensor, where: tuple[slice, ...], shape: tuple[int, ...]) -> Tensor:
+def part(name: str, local: Tensor, where: tuple[slice, ...], shape: tuple[int, ...], draws: int = DRAWS) -> Tensor:
     """The sketch of the part of a tensor of ``shape`` that lies at ``where``, float32; 0 where others have to add theirs."""
     d = cut(shape)
-    out = torch.zeros((DRAWS, *shape[d:]) if d else shape, device=local.device)
+    out = torch.zeros((draws, *shape[d:]) if d else shape, device=local.device)
     if not local.numel():
         return out.flatten()
     if not d:
         out[where] = local.float()
         return out.flatten()
-    mine = signs(name, shape[:d], local.device)[(slice(None), *where[:d])].reshape(DRAWS, -1)
+    mine = signs(name, shape[:d], local.device, draws)[(slice(None), *where[:d])].reshape(draws, -1)
     flat = local.reshape(mine.shape[1], -1)
-    total = torch.zeros(DRAWS, flat.shape[1], device=local.device)
+    total = torch.zeros(draws, flat.shape[1], device=local.device)
     for some, sign in zip(flat.split(2**14), mine.split(2**14, dim=1)):  # no second copy of all experts in float32
         total += sign.float() @ some.float()
-    out[(slice(None), *where[d:])] = total.view(DRAWS, *local.shape[d:])
+    out[(slice(None), *where[d:])] = total.view(draws, *local.shape[d:])
     return out.flatten()
 
 
-def sketch(model: nn.Module, of: Callable[[Any], Tensor | None]) -> dict[str, Tensor]:
+def sketch(model: nn.Module, of: Callable[[Any], Tensor | None], draws: int = DRAWS) -> dict[str, Tensor]:
     """By parameter, the sketch of the whole tensor ``of(parameter)``, float32 on the CPU; the same on all ranks.
 
     A parameter without one (None) has the sketch of zeros. Each parameter is a DTensor whose parts the ranks hold, each part
@@ -69,10 +69,10 @@ def sketch(model: nn.Module, of: Callable[[Any], Tensor | None]) -> dict[str, Te
         if tensor is None:
             tensor = torch.zeros_like(p)
         if isinstance(tensor, DTensor):
-            parts[name] = part(name, tensor.to_local(), sharded.local_slices(tensor), tuple(tensor.shape))
+            parts[name] = part(name, tensor.to_local(), sharded.local_slices(tensor), tuple(tensor.shape), draws)
         else:
             whole = tuple(slice(0, n) for n in tensor.shape)
-            parts[name] = part(name, tensor, whole, tuple(tensor.shape)) / dist.get_world_size()
+            parts[name] = part(name, tensor, whole, tuple(tensor.shape), draws) / dist.get_world_size()
     flat = torch.cat(list(parts.values()))
     dist.all_reduce(flat)
     return dict(zip(parts, flat.cpu().split([len(s) for s in parts.values()])))

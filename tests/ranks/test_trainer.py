@@ -117,7 +117,7 @@ def adapters(rank, world, folder):
 
 def test_resume_with_an_adapter_and_the_best_model(tmp_path):
     for (whole, resumed), (first, *evaluated, again), error in run(adapters, 2, str(tmp_path), timeout=300):
-        assert len(whole) == 4 and whole == resumed
+        assert len(whole) == 4 and whole == pytest.approx(resumed, rel=1e-6)  # at another ep_size: to rounding
         assert len(evaluated) == 4 and again == max(evaluated) > evaluated[-1] + 0.1 and abs(first - evaluated[0]) > 0.1
         assert error.startswith("step 2 (forward 3) on rank ") and "of the routing logits of model.layers.0.mlp are NaN" in error
 
