@@ -4,7 +4,7 @@
     python benchmarks/footprint.py --model nemotron_nano --gpus 4 --gib 141
 
 Exact: weights and gradients, from the shapes of this rank's shards in a process group that is only pretended. Exact: what FSDP2
-gathers besides (two blocks and the gradients of one; embedding and head, which stay). Estimated: activations, from the tensors
+gathers besides (two units of blocks and the gradients of one; embedding and head, which stay). Estimated: activations, from the tensors
 that autograd keeps in a real forward of few layers and few tokens on the CPU, which grow with both; of few experts, whose number
 changes a router's logits only. On a GPU other kernels keep other tensors (moefx's keep fewer); allocator and communicators come on
 top. Mamba's scan on the CPU keeps what its kernels do not: for such models there are no activations here. For Transformers' own
@@ -18,6 +18,7 @@ import importlib
 import math
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,7 +28,7 @@ import models
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
@@ -35,7 +36,7 @@ from transformers.distributed import DistributedConfig
 from transformers.utils.logging import set_verbosity_error
 
 import moefx
-from moefx import hf
+from moefx import hf, sharded
 
 WHO = ("hf_fsdp", "hf_ep", "moefx")
 
@@ -72,11 +73,21 @@ def states(who: str, name: str, layers: int, ranks: int, dtype: torch.dtype = to
         shards = local_bytes(model.parameters())
         blocks = hf.blocks(model)
         of_blocks = {id(p) for b in blocks.values() for p in b.parameters()}
-        # gathered over the ranks of its FSDP mesh; what is cut over "ep" stays cut
-        most = max(sum(_gathered(p) for p in b.parameters()) for b in blocks.values())
+        most = max(_of_units(model, list(blocks.values())))
         root = sum(_gathered(p) for p in model.parameters() if id(p) not in of_blocks)
-    # two blocks, one of them prefetched, and the gradients of one; the root's, which stay, and their gradients
+    # two units, one of them prefetched, and the gradients of one; the root's, which stay, and their gradients
     return {"weights": shards, "gradients": shards, "gathered": 3 * most + 2 * root}
+
+
+def _of_units(model: Any, blocks: list[Any]) -> list[int]:
+    """Bytes of each unit of blocks, and of the units within, when FSDP2 has gathered it over the ranks of its mesh: what is cut
+    over "ep" stays cut, and parameters that no unit has (experts that no other rank has) are where they were."""
+    units = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    managed = {id(p.sharded_param) for m in units for group in sharded._groups(m) for p in group.fsdp_params}
+    sizes: Counter[int] = Counter()
+    for block in blocks:
+        sizes[id(block._get_fsdp_state())] += sum(_gathered(p) for p in block.parameters() if id(p) in managed)
+    return list(sizes.values())
 
 
 def _gathered(p: Any) -> int:
