@@ -100,7 +100,7 @@ def agrees(rank, world, cases):
     from tests.families import build
 
     wrong = []
-    for name, ep, replicas, accumulation, aux in cases:
+    for i, (name, ep, replicas, accumulation, aux) in enumerate(cases):
         case = f"{name} ep={ep} dp_replicate={replicas} x{accumulation} aux={aux}"
         family, few = (QWEN, {"num_experts": 2}) if name == FEW else (name, {})
         one = some_experts_starve(build(family, **few))
@@ -115,7 +115,7 @@ def agrees(rank, world, cases):
         evaluated(model, global_batch(world, 1, 0)[0][0][0])  # FSDP must not leave what it gathered to the optimizer
         ours = Many(model, world, replicas)
         theirs = One(one) if rank == 0 else None
-        for step in range(2 if world < 8 else 1):
+        for step in range(2 if i < 2 and world < 8 else 1):  # a second step shows that the first left nothing behind
             micro, items = global_batch(world, accumulation, step)
             aux_losses = train_step(model, [row[rank] for row in micro], items, world, aux, model.set_requires_gradient_sync)
             found = ours.after(aux_losses, micro[0][(rank + 1) % world])
