@@ -377,9 +377,8 @@ def _dispatch(
 
     Returns rows [R, H], expert by expert, within an expert by source rank, then token; row_weights [R], the router's weights
     of these rows in float32 (float64 for float64), differentiable, for ``grouped_mlp``; counts [E / ep] int64; and for
-    ``combine``: place [N, K]
-    int32, the row of each (token, k) that this rank received, -1 for none; handle (bytes); host (of the CPU); link (S rows,
-    without memory). ``group`` is the name of the ep process group; all its ranks call.
+    ``combine``: place [N, K] int32, the row of each (token, k) that this rank received, -1 for none; handle (bytes); host (of
+    the CPU); link (S rows, without memory). ``group`` is the name of the ep process group; all its ranks call.
 
     ``capacity``, the most tokens that a rank ever has: buffers are made for the worst case, and neither is anything agreed nor
     does the host wait. R is then ``ep * capacity * min(K, E / ep)``; rows after the last of ``counts`` mean nothing.

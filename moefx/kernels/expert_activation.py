@@ -132,7 +132,7 @@ def _forward(
 
 @triton.jit
 def _backward(
-    h, bias, offsets, to_a, weights, order, to_h, weighted, to_weights, many, size, experts, ALPHA: tl.constexpr,
+    h, bias, offsets, to_a, weights, order, to_h, weighted, to_weights, size, experts, ALPHA: tl.constexpr,
     LIMIT: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr,
     WEIGHTED: tl.constexpr, ORDERED: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -162,7 +162,7 @@ def _backward(
         if GATED:
             tl.store(to_h + at_up, (grad * by_up).to(to_h.dtype.element_ty), mask=there)
     if WEIGHTED:
-        tl.store(to_weights + flat, total, mask=row < (rows if ORDERED else many))  # 0 after the last expert's rows
+        tl.store(to_weights + flat, total, mask=row < rows)
 
 
 def _sizes(size: int) -> dict[str, int]:
@@ -186,11 +186,9 @@ def _launch_forward(size: int, gate: Gate, biased: bool, experts: int, weighted:
 
 
 @functools.lru_cache(KEPT)
-def _launch_backward(
-    rows: int, size: int, gate: Gate, biased: bool, experts: int, weighted: bool, ordered: bool
-) -> Launch:
+def _launch_backward(size: int, gate: Gate, biased: bool, experts: int, weighted: bool, ordered: bool) -> Launch:
     constants = {"WEIGHTED": weighted, "ORDERED": ordered, **_constants(gate, biased, experts)}
-    return Launch(_backward, rows, size, experts, **constants, **_sizes(size))
+    return Launch(_backward, size, experts, **constants, **_sizes(size))
 
 
 def forward(h: Tensor, bias: Tensor | None, offsets: Tensor, gate: Gate, weights: Tensor | None = None) -> Tensor:
@@ -218,9 +216,11 @@ def backward(
     """
     rows, size = to_a.shape
     to_h, weighted = torch.empty_like(h), torch.empty_like(to_a)
-    to_weights = None if weights is None else h.new_empty(weights.shape, dtype=torch.float32)
+    # by order there is a row for each weight; without, those after the last expert's rows get none
+    new = h.new_zeros if order is None else h.new_empty
+    to_weights = None if weights is None else new(weights.shape, dtype=torch.float32)
     if to_a.numel():
-        launch = _launch_backward(rows, size, gate, bias is not None, len(offsets), weights is not None, order is not None)
+        launch = _launch_backward(size, gate, bias is not None, len(offsets), weights is not None, order is not None)
         launch(
             (cdiv(rows, launch.constants["ROWS"]), 1, 1), h, h if bias is None else bias, offsets, to_a,
             h if weights is None else weights.contiguous(), offsets if order is None else order, to_h, weighted,
