@@ -296,8 +296,10 @@ def check(here: Rank, contender: Contender, name: str) -> None:
     reference = job.contender == EXACT
     still = checks.exact_fp32() if reference else contextlib.nullcontext()
     # the reference in fp32 keeps one block's tensors at a time: Mamba's scan in torch alone would fill the device
+    began = time.perf_counter()
     with contender.observe(model) as seen, still, recomputed(model, reference):
         loss = float(common.train_step(model, batch))
+    stepped = time.perf_counter()
     found = {
         "loss": sum(here.gather(loss)) / here.ranks,
         "gradients": sketch.sketch(model, lambda p: p.grad),
@@ -312,6 +314,7 @@ def check(here: Rank, contender: Contender, name: str) -> None:
     common.free(here.device, code=False)
     dist.barrier()  # all files are there
     here.tell("checked", {"routing": name, "loss": found["loss"], "norm": found["norm"], "tokens": job.check_seq * here.ranks,
+                          "step_s": stepped - began, "sketch_s": time.perf_counter() - stepped,
                           "sizes": {n: p.numel() for n, p in model.named_parameters()}})  # fmt: skip
 
 

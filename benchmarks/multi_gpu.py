@@ -387,6 +387,7 @@ class _Follower:
 
     def _checked(self, details: dict[str, Any]) -> None:
         self.unchecked.remove(details["routing"])
+        common.say(f"  checking took {details['step_s']:.1f} s for the step, {details['sketch_s']:.1f} s for its sketches")
         self.at = "check" if self.unchecked else "rows"
         if self.job.contender != EXACT:
             self.run.compare(self.job.contender, details["routing"], details)

@@ -36,6 +36,17 @@ def test_compiled_by_inductor():
     assert len(model._moefx.compiled) == len(list(moefx.report(model).program))
 
 
+def test_another_number_of_items_each_step_is_the_same_call():
+    """A plain loop counts its labels: an int, which Transformers hands to every block."""
+    model, plain = moefx.optimize(build("qwen3_moe"), compile=False, strict=True), build("qwen3_moe")
+    known = []
+    for items in (5, 7, 11.0):
+        loss, wanted = (m(**batch(2, 9), num_items_in_batch=items).loss for m in (model, plain))
+        torch.testing.assert_close(loss, wanted)
+        known.append(len(list(moefx.report(model).program)))
+    assert known[0] == known[1] and not moefx.report(model).fallbacks  # a float is another kind
+
+
 def test_a_copy_trains_on_its_own_parameters():
     model = moefx.optimize(build("qwen3_moe"), compile=False)
     other = copy.deepcopy(model)

@@ -19,7 +19,9 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import remembered  # noqa: E402
 
 import moefx  # noqa: E402
 from moefx import faults  # noqa: E402
@@ -133,6 +135,9 @@ def rank_of(scenario, rank: int, folder: Path, port: int) -> None:
 def main() -> None:
     folder, port = Path(sys.argv[1]), int(sys.argv[2])
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    remembered.start()
+    remembered.prepare({"qwen3_moe"})
     for i, scenario in enumerate(SCENARIOS):
         ranks = []
         for rank in range(world_of(scenario)):

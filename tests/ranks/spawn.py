@@ -28,10 +28,12 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import remembered
 
 ROOT = Path(__file__).parent.parent.parent
 #: Seconds for the server's imports, on a machine that does much else.
@@ -113,7 +115,7 @@ class _Server:
         assert self.process.stdin is not None
         pickle.dump((job, timeout), self.process.stdin)
         self.process.stdin.flush()
-        return self._read(timeout + 30, "answer")
+        return self._read(START + timeout, "answer")  # it may have families to prepare first
 
     def _read(self, seconds: float, what: str) -> Any:
         assert self.process.stdout is not None
@@ -139,7 +141,19 @@ def _serve() -> None:
             job, timeout = pickle.load(requests)
         except EOFError:
             return
+        if job[-1]:
+            remembered.prepare(set(_words(job[4])))
+            gc.freeze()
         _reply(replies, _run_ranks(job, timeout, (requests, replies)))
+
+
+def _words(args: Any) -> Iterator[str]:
+    """All strings in a test's arguments: among them the families that its ranks will build."""
+    for arg in args.values() if isinstance(args, dict) else args:
+        if isinstance(arg, str):
+            yield arg
+        elif isinstance(arg, (list, tuple, dict)):
+            yield from _words(arg)
 
 
 def _reply(replies: BinaryIO, what: str) -> None:
@@ -153,15 +167,8 @@ def _warm_up() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import moefx
-    from tests.families import build
-
-    # no backward here: a torch built for CUDA starts threads for it, and who is forked after that may run none
-    moefx.raising.certify = moefx.passes.rotary.certify = lambda *_: (True, "not certified: nobody uses this model")  # type: ignore[attr-defined]
-    with torch.random.fork_rng(devices=[]):
-        for family in ("qwen3_moe", "deepseek_v3"):
-            moefx.optimize(build(family), compile=False)
-    moefx.raising.certify = moefx.passes.rotary.certify = moefx.certify.certify  # type: ignore[attr-defined]
+    remembered.start()
+    remembered.prepare({"qwen3_moe"}, all_calls=True)
 
 
 def _run_ranks(job: tuple, timeout: float, inherited: tuple[BinaryIO, ...]) -> str:
