@@ -232,6 +232,8 @@ class Run:
                 for reader in wait(readers, timeout=0.5):
                     try:
                         follow.event(*reader.recv())
+                        while reader.poll():  # what a rank said before another's failure counts, however late it is heard
+                            follow.event(*reader.recv())
                     except (EOFError, ConnectionError):
                         readers.remove(reader)
                 follow.tick()

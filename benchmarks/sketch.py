@@ -3,10 +3,11 @@
 A parameter's gradient is seen as a matrix g [rows, n]: its last dimensions, as many as give :data:`LEAST` numbers, are n. The
 sketch is ``signs @ g`` [DRAWS, n] with random signs [DRAWS, rows], independent and of mean 0, so that E |s|^2 = DRAWS |g|^2; and
 it is linear, so |s_a - s_b| estimates the distance of two gradients. How well depends on these: a difference of full rank is known
-within 1 / sqrt(2 n DRAWS), one of rank 1 (a few tokens that went elsewhere) within 1 / sqrt(2 DRAWS), since all its columns are
+within 1 / sqrt(2 WIDTH DRAWS), one of rank 1 (a few tokens that went elsewhere) within 1 / sqrt(2 DRAWS), since all its columns are
 multiples of one random number in each draw. (AMS sketch: Alon, Matias, Szegedy, "The space complexity of approximating the
 frequency moments", 1996.) The signs depend on the parameter's name and the row, not on who holds it: each rank adds up its own
-rows, one all-reduce adds up the ranks. Smaller parameters are kept whole.
+rows, one all-reduce adds up the ranks. Columns are then added up to :data:`WIDTH` of them, with signs of their own: what is kept
+of a model is a few MB. Smaller parameters are kept whole.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from moefx import sharded
 
 LEAST = 1024
 DRAWS = 32
+WIDTH = 256
 
 
 def cut(shape: tuple[int, ...]) -> int:
@@ -44,7 +46,7 @@ def part(name: str, local: Tensor, where: tuple[slice, ...], shape: tuple[int, .
     d = cut(shape)
     out = torch.zeros((draws, *shape[d:]) if d else shape, device=local.device)
     if not local.numel():
-        return out.flatten()
+        return out.new_zeros(draws * WIDTH) if d else out.flatten()
     if not d:
         out[where] = local.float()
         return out.flatten()
@@ -54,7 +56,8 @@ def part(name: str, local: Tensor, where: tuple[slice, ...], shape: tuple[int, .
     for some, sign in zip(flat.split(2**14), mine.split(2**14, dim=1)):  # no second copy of all experts in float32
         total += sign.float() @ some.float()
     out[(slice(None), *where[d:])] = total.view(draws, *local.shape[d:])
-    return out.flatten()
+    out = out.flatten(1) * signs(f"columns of {name}", (out[0].numel(),), local.device, draws)
+    return nn.functional.pad(out, (0, -out.shape[1] % WIDTH)).view(draws, -1, WIDTH).sum(1).flatten()
 
 
 def sketch(model: nn.Module, of: Callable[[Any], Tensor | None], draws: int = DRAWS) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,16 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def remembered_captures() -> Iterator[None]:
+    """Models of these tests that were captured before are not captured again."""
+    import remembered
+
+    remembered.start()
+    yield
+    remembered.stop()
 
 
 #: Files that take long, longest first: started last, one would run alone while the other process has nothing to do.

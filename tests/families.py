@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 
 COMMON: dict[str, Any] = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256,
@@ -32,6 +32,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layers_block_type": ["mamba", "moe", "attention", "moe"], "num_hidden_layers": 4,
     },
 }  # fmt: skip
+#: That of examples/, but for one token more in sft.py.
+EXAMPLES = Qwen3MoeConfig(
+    vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    intermediate_size=128, moe_intermediate_size=64, num_experts=8, num_experts_per_tok=2,
+)  # fmt: skip
 #: What the whole model must get of each operation, counted by hand from the configurations above.
 EXPECTED: dict[str, dict[str, int]] = {
     "qwen3_moe": {"rms_norm": 9, "route": 2, "rotary": 2, "attention": 2, "experts": 2, "swiglu": 0},

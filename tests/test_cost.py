@@ -17,6 +17,8 @@ from moefx.tiny import tiny_config
 
 from .families import FAMILIES, build
 
+pytestmark = pytest.mark.usefixtures("remembered_captures")
+
 
 def report_of(name, **changes):
     model = build(name, **changes)

@@ -13,12 +13,9 @@ import torch
 from spawn import run_script
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
+from .families import EXAMPLES
+
 ROOT = Path(__file__).parent.parent
-#: That of the examples, but for one token more in sft.py.
-CONFIG = Qwen3MoeConfig(
-    vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-    intermediate_size=128, moe_intermediate_size=64, num_experts=8, num_experts_per_tok=2,
-)  # fmt: skip
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
 
 
@@ -63,7 +60,7 @@ def printed(name, folder, *args, ranks=1):
 def test_train(tmp_path):
     """The plain loop: one process, and two ranks from whose checkpoint four go on."""
     torch.manual_seed(1)
-    AutoModelForCausalLM.from_config(CONFIG).save_pretrained(tmp_path / "base")
+    AutoModelForCausalLM.from_config(EXAMPLES).save_pretrained(tmp_path / "base")
     one = printed("train", tmp_path, "--model", "base", "--out", "one", "--steps", "4", "--save-every", "2")
     assert [line.split()[0] for line in one] == ["loss", "loss", "eval_loss", "loss", "loss", "eval_loss"]
     options = ("--model", "base", "--out", "many", "--save-every", "2", "--ep-size", "2", "--resume", "--steps")
@@ -108,7 +105,7 @@ def test_sft(tmp_path):
     plain = printed("sft", tmp_path, "--plain", "--out", "plain")
     assert len(plain) == 1 and plain == printed("sft", tmp_path, "--out", "two", ranks=2)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**{**CONFIG.to_diff_dict(), "vocab_size": 257})).eval()
+    model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**{**EXAMPLES.to_diff_dict(), "vocab_size": 257})).eval()
     ids = torch.arange(20).view(1, 20)
     with torch.no_grad():
         logits = [PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / n).eval()(ids).logits for n in ("plain", "two")]

@@ -12,7 +12,7 @@ from .families import EXPECTED, FAMILIES, batch, build
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
-def family(request):
+def family(request, remembered_captures):
     """One optimized model a family; the tests leave it as they found it."""
     model = build(request.param)
     before = {k: v.clone() for k, v in model.state_dict().items()}

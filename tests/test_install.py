@@ -27,12 +27,14 @@ def test_compiled_once_for_all_lengths():
 
 
 def test_compiled_by_inductor():
-    """Code that Inductor made, forward and backward, on lengths that no vector width divides; one code for both layers."""
+    """Code that Inductor made for any length, forward and backward, on lengths that no vector width divides; one code for both
+    layers. (Code for the first length only, as a model gets it at first: examples/quickstart.py, in test_examples.)"""
     torch._dynamo.reset()
     model = moefx.optimize(build("qwen3_moe"), strict=True)
-    for shape in ((2, 9), (3, 13)):
-        result = moefx.verify(model, batch(*shape))
-        assert result.ok, str(result)
+    with torch._dynamo.config.patch(assume_static_by_default=False):
+        for shape in ((2, 9), (3, 13)):
+            result = moefx.verify(model, batch(*shape))
+            assert result.ok, str(result)
     assert len(model._moefx.compiled) == len(list(moefx.report(model).program))
 
 

@@ -16,6 +16,8 @@ import moefx
 
 from .families import FAMILIES, batch, build
 
+pytestmark = pytest.mark.usefixtures("remembered_captures")
+
 
 def optimized(model, **options):
     return moefx.optimize(copy.deepcopy(model), strict=True, **{"compile": False, **options})

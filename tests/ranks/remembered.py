@@ -1,37 +1,50 @@
-"""Graphs that the ranks' server captured before it forked the ranks: a rank that would export the same again takes a copy.
+"""Captured graphs of small models, kept for whoever would export the same again: he takes a copy.
 
-All ranks of all jobs capture the same few small models, which was most of their time. Captures themselves are tested in one
-process (tests/test_families.py and others); a rank still captures what it is called with beyond :func:`prepare`.
+Most of what tests do is to capture the same few models, again and again, and in ranks each of them does. The ranks' server
+(spawn.py) captures before it forks the ranks, what they lack they capture themselves; files of tests in one process ask for it
+by the fixture ``remembered_captures``, those that are about capture itself do not.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
+from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
+#: Entries of a configuration that no forward reads, and that a model from a checkpoint has.
+_ABOUT = {"architectures", "transformers_version", "_name_or_path", "dtype"}
 _made: dict[tuple, Any] = {}
 _prepared: set[str] = set()
 
 
+#: Modules of moefx that call capture_module. By import_module: ``moefx.capture`` is a function, too.
+_CALLERS = [import_module(f"moefx.{name}") for name in ("capture", "head", "install")]
+_real = _CALLERS[0].capture_module
+
+
+def _remembered(module: Any, call: Any, routers: dict[str, Any], name: str) -> Any:
+    key = (_structure(module), call, tuple(routers))
+    if key not in _made:
+        _made[key] = _real(module, call, routers, name)
+    made = _made[key].copy()
+    return replace(made, name=name, module_class=type(module).__name__, captured=made.captured and made.copy())
+
+
 def start() -> None:
     """From now on, captures look here first."""
-    from importlib import import_module
+    for place in _CALLERS:
+        place.capture_module = _remembered  # type: ignore[attr-defined]
 
-    places = [import_module(f"moefx.{name}") for name in ("capture", "head", "install")]  # moefx.capture is a function
-    real = places[0].capture_module
 
-    def remembered(module: Any, call: Any, routers: dict[str, Any], name: str) -> Any:
-        key = (_structure(module), call, tuple(routers))
-        if key not in _made:
-            _made[key] = real(module, call, routers, name)
-        made = _made[key].copy()
-        return replace(made, name=name, module_class=type(module).__name__, captured=made.captured and made.copy())
-
-    for place in places:
-        place.capture_module = remembered  # type: ignore[attr-defined]
+def stop() -> None:
+    for place in _CALLERS:
+        place.capture_module = _real  # type: ignore[attr-defined]
 
 
 def _structure(module: Any) -> tuple:
@@ -40,20 +53,23 @@ def _structure(module: Any) -> tuple:
     from moefx import hf
 
     parts = [(path, name.removeprefix("FSDP"), *rest) for path, _, name, *rest, _ in hf.structure(module)]
-    configs = sorted({m.config.to_json_string(use_diff=False) for m in module.modules() if hasattr(m, "config")})
-    return (repr(parts), *configs)
+    configs = {id(m.config): m.config.to_dict() for m in module.modules() if hasattr(m, "config")}
+    said = sorted(json.dumps({k: v for k, v in c.items() if k not in _ABOUT}, sort_keys=True, default=str) for c in configs.values())
+    return (repr(parts), *said)
 
 
-def prepare(families: set[str], *, all_calls: bool = False) -> None:
-    """Captures models of tests/families.py for a training step, and with ``all_calls`` for what else most tests call them with.
-    No backward: a torch built for CUDA starts threads for it, and who is forked after that may run none."""
+def prepare(names: set[str], *, all_calls: bool = False) -> None:
+    """Captures models for a training step, and with ``all_calls`` for what else most tests call them with: those of
+    tests/families.py, and "examples". No backward: a torch built for CUDA starts threads for it, and who is forked after that
+    may run none."""
     import moefx
-    from tests.families import FAMILIES, batch, build
+    from tests.families import EXAMPLES, FAMILIES, batch, build
 
-    for name in sorted((families & FAMILIES.keys()) - _prepared):
+    for name in sorted((names & {*FAMILIES, "examples"}) - _prepared):
         _prepared.add(name)
         with torch.random.fork_rng(devices=[]), _uncertified():
-            model = moefx.optimize(build(name), compile=False)
+            model = build(name) if name in FAMILIES else AutoModelForCausalLM.from_config(EXAMPLES).train()
+            moefx.optimize(model, compile=False)
             given = batch(2, 7)
             counted = {**given, "num_items_in_batch": 5}
             for kwargs in (counted, {**counted, "output_router_logits": True}) if all_calls else ():
@@ -65,7 +81,7 @@ def prepare(families: set[str], *, all_calls: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def _uncertified():  # noqa: ANN202
+def _uncertified() -> Iterator[None]:
     import moefx
 
     places = (moefx.raising, moefx.passes.rotary)

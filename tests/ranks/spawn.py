@@ -141,9 +141,8 @@ def _serve() -> None:
             job, timeout = pickle.load(requests)
         except EOFError:
             return
-        if job[-1]:
-            remembered.prepare(set(_words(job[4])))
-            gc.freeze()
+        remembered.prepare(set(_words(job[4])) if job[-1] else {"examples"}, all_calls=not job[-1])
+        gc.freeze()
         _reply(replies, _run_ranks(job, timeout, (requests, replies)))
 
 
