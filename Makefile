@@ -21,12 +21,11 @@ lint: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 
-# torch first and alone, so that nothing chooses another build of it; what is imported is compiled then, most is never imported
+# torch is named, so that nothing chooses another build of it; what is imported is compiled then, most is never imported
 $(STAMP): pyproject.toml
 	@echo "making $(VENV) with $(TORCH)"
 	@$(PYTHON) -m venv --clear $(VENV)
-	@$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check numpy "$(TORCH)"
-	@$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -e ".[test]"
+	@$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check numpy "$(TORCH)" -e ".[test]"
 	@touch $@
 
 clean:

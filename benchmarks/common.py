@@ -48,6 +48,11 @@ def drop_gradients(model: nn.Module) -> None:
         p.grad = None
 
 
+def local(t: Any) -> Tensor:
+    """What this rank holds of a tensor that may be spread."""
+    return getattr(t, "_local_tensor", t)
+
+
 def train_step(model: Callable, batch: Mapping[str, Tensor]) -> Tensor:
     """Forward, loss and backward: all of a training step but the optimizer, which is the same for all contenders."""
     loss = model(**batch, use_cache=False).loss
@@ -122,7 +127,7 @@ def measure(
         drop_gradients(model)
         timing.steps_ms.append(time_once(lambda: train_step(run, batch), device))
     if device.type == "cuda":
-        gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        gradients = sum(local(p.grad).nbytes for p in model.parameters() if p.grad is not None)
         timing.peak_gib = (torch.cuda.max_memory_allocated(device) - others - gradients) / 2**30
     drop_gradients(model)
     return timing

@@ -146,7 +146,7 @@ def run(here: Rank) -> None:
     started = time.perf_counter()
     contender = BUILDERS[job.contender](here)
     parameters = sum(p.numel() for p in contender.model.parameters())
-    local = sum(_local(p).nbytes for p in contender.model.parameters())
+    local = sum(common.local(p).nbytes for p in contender.model.parameters())
     here.tell("built", {"seconds": time.perf_counter() - started, "parameters": parameters,
                         "weights_gib": max(here.gather(local)) / 2**30})  # fmt: skip
     order = dict.fromkeys([*job.check, *(r.routing for r in job.rows)])
@@ -160,10 +160,6 @@ def run(here: Rank) -> None:
             measure(here, contender, row, left)
             here.row, left = None, left - 1
     here.tell("finished", contender.finish())
-
-
-def _local(p: Tensor) -> Tensor:
-    return getattr(p, "_local_tensor", p)
 
 
 def _machine(here: Rank) -> dict[str, Any]:
@@ -227,7 +223,7 @@ def exact(here: Rank) -> Contender:
         drawn = dict(transformers(here).model.named_parameters())
         with torch.no_grad():
             for name, p in found.model.named_parameters():
-                _local(p).copy_(_local(drawn.pop(name)))
+                common.local(p).copy_(common.local(drawn.pop(name)))
         del drawn
         common.free(here.device)
     if models.MODELS[job.model].check_attention:

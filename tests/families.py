@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +39,7 @@ EXAMPLES = Qwen3MoeConfig(
     vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
     intermediate_size=128, moe_intermediate_size=64, num_experts=8, num_experts_per_tok=2,
 )  # fmt: skip
+FEW = "fewer experts than ranks"
 #: What the whole model must get of each operation, counted by hand from the configurations above.
 EXPECTED: dict[str, dict[str, int]] = {
     "qwen3_moe": {"rms_norm": 9, "route": 2, "rotary": 2, "attention": 2, "experts": 2, "swiglu": 0},
@@ -63,3 +66,11 @@ def build(family: str, seed: int = 0, **changes: Any) -> Any:
 def batch(rows: int, length: int, seed: int = 0, labels: bool = True) -> dict[str, torch.Tensor]:
     ids = torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(seed))
     return {"input_ids": ids, "labels": ids} if labels else {"input_ids": ids}
+
+
+#: What ranks are to find captured, by the name that stands in a test's arguments: see ranks/remembered.py.
+KNOWN: dict[str, Callable[[], Any]] = {
+    **{name: partial(build, name) for name in FAMILIES},
+    FEW: partial(build, "qwen3_moe", num_experts=2),
+    "examples": lambda: AutoModelForCausalLM.from_config(EXAMPLES).train(),
+}

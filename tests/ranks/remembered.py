@@ -15,12 +15,11 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 #: Entries of a configuration that no forward reads, and that a model from a checkpoint has.
 _ABOUT = {"architectures", "transformers_version", "_name_or_path", "dtype"}
 _made: dict[tuple, Any] = {}
-_prepared: set[str] = set()
+_prepared: dict[str, bool] = {}  #: with all calls?
 
 
 #: Modules of moefx that call capture_module. By import_module: ``moefx.capture`` is a function, too.
@@ -59,17 +58,17 @@ def _structure(module: Any) -> tuple:
 
 
 def prepare(names: set[str], *, all_calls: bool = False) -> None:
-    """Captures models for a training step, and with ``all_calls`` for what else most tests call them with: those of
-    tests/families.py, and "examples". No backward: a torch built for CUDA starts threads for it, and who is forked after that
-    may run none."""
+    """Captures models of tests/families.py for a training step, and with ``all_calls`` for what else most tests call them with.
+    No backward: a torch built for CUDA starts threads for it, and who is forked after that may run none."""
     import moefx
-    from tests.families import EXAMPLES, FAMILIES, batch, build
+    from tests.families import KNOWN, batch
 
-    for name in sorted((names & {*FAMILIES, "examples"}) - _prepared):
-        _prepared.add(name)
+    for name in sorted(names & KNOWN.keys()):
+        if _prepared.get(name, -1) >= all_calls:
+            continue
+        _prepared[name] = all_calls
         with torch.random.fork_rng(devices=[]), _uncertified():
-            model = build(name) if name in FAMILIES else AutoModelForCausalLM.from_config(EXAMPLES).train()
-            moefx.optimize(model, compile=False)
+            model = moefx.optimize(KNOWN[name](), compile=False)
             given = batch(2, 7)
             counted = {**given, "num_items_in_batch": 5}
             for kwargs in (counted, {**counted, "output_router_logits": True}) if all_calls else ():

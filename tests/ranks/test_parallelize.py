@@ -97,13 +97,12 @@ def agrees(rank, world, cases):
     """Runs in each rank; what differs, as sentences. The one process is a part of rank 0, which does all comparing."""
     start()
     import moefx
-    from tests.families import build
+    from tests.families import KNOWN
 
     wrong = []
     for i, (name, ep, replicas, accumulation, aux) in enumerate(cases):
         case = f"{name} ep={ep} dp_replicate={replicas} x{accumulation} aux={aux}"
-        family, few = (QWEN, {"num_experts": 2}) if name == FEW else (name, {})
-        one = some_experts_starve(build(family, **few))
+        one = some_experts_starve(KNOWN[name]())
         model = copy.deepcopy(one)
         z = 0.1 if aux else 0.0
         options = {"compile": False, "strict": True, "router_z_loss": z}
@@ -205,7 +204,7 @@ def gathered(value):
 
 
 QWEN = "qwen3_moe"
-FEW = "fewer experts than ranks"
+FEW = "fewer experts than ranks"  #: of tests/families.py
 
 
 @pytest.mark.parametrize(
@@ -218,4 +217,4 @@ FEW = "fewer experts than ranks"
     ids=["2 ranks", "4 ranks", "8 ranks"],
 )
 def test_one_process_and_many(world, cases):
-    assert [w for wrong in run(agrees, world, cases, timeout=600) for w in wrong] == []
+    assert [w for wrong in run(agrees, world, cases, timeout=600, all_calls=True) for w in wrong] == []
