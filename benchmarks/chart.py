@@ -61,7 +61,7 @@ def panels(record: Mapping[str, Any]) -> list[tuple[str, dict[str, list[Bar]]]]:
              _times(r["who"], r["speedup"].get("hf_fsdp")) + (" r" if r["recompute"] else ""))
             for r in record["rows"] if r["routing"] == routing
         )  # fmt: skip
-        found.append((name + ROUTING[routing], _by_contender(rows)))
+        found.append((name + (ROUTING[routing] or ", real routing"), _by_contender(rows)))
     return found
 
 
@@ -89,7 +89,7 @@ def draw(records: Sequence[Mapping[str, Any]], device: str, path: Path) -> None:
 
     shown = [panel for record in records for panel in panels(record)]
     single = "whole_model" in records[0]
-    figure, axes = plt.subplots(1, len(shown), figsize=(max(6.0, 1.2 + 3.6 * len(shown)), 4.6), squeeze=False)
+    figure, axes = plt.subplots(1, len(shown), figsize=(max(6.0, 1.2 + 3.6 * len(shown)), 4.6), squeeze=False, sharey=not single)
     for axis, (title, contenders) in zip(axes[0], shown):
         batches = sorted({b for rows in contenders.values() for b, _, _ in rows})
         width = 0.8 / len(contenders)
@@ -99,7 +99,8 @@ def draw(records: Sequence[Mapping[str, Any]], device: str, path: Path) -> None:
             axis.bar_label(drawn, [text for _, _, text in rows], fontsize=8, padding=2, fontweight="bold" if who == "moefx" else "normal")
         axis.set_xticks(range(len(batches)), [f"micro-batch {b}" for b in batches])
         axis.set_title(title, fontsize=10)
-        axis.set_ylim(0, 1.1 * max(t / 1e3 for rows in contenders.values() for _, t, _ in rows))
+        top = [contenders] if single else [rows for _, rows in shown]
+        axis.set_ylim(0, 1.1 * max(t / 1e3 for rows in top for some in rows.values() for _, t, _ in some))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel(f"thousand tokens per second{'' if single else ' and GPU'}")
     labels: dict[str, Any] = {}
@@ -109,9 +110,11 @@ def draw(records: Sequence[Mapping[str, Any]], device: str, path: Path) -> None:
     order = [name for name, _ in CONTENDERS.values() if name in labels]
     figure.legend([labels[n] for n in order], order, loc="lower center", ncols=min(len(order), 2 * len(shown)), frameon=False, fontsize=9)
     settings = records[0]["settings"]
+    recomputed = any(text.endswith("r") for _, rows in shown for some in rows.values() for *_, text in some)
     figure.suptitle(
         f"Training on {'one ' if single else ''}{device}: forward + loss + backward\n"
-        f"sequence {settings['seq']}, {settings['dtype']}, whole models {'extrapolated from a few layers' if single else 'as measured'}",
+        f"sequence {settings['seq']}, {settings['dtype']}, whole models {'extrapolated from a few layers' if single else 'as measured'}"
+        + ("\nr: blocks recomputed in the backward, which else needs more memory than there is" if recomputed else ""),
         fontsize=10,
     )
     figure.tight_layout(rect=(0, 0.07 if len(shown) > 1 else 0.11, 1, 1))

@@ -202,7 +202,7 @@ def test_panels_of_several_devices_are_their_routings() -> None:
         "rows": [row("moefx", "real", 3.0, {"hf_fsdp": 3.0}), row("hf_fsdp", "real", 1.0, {"hf_ep": 2.0}, True), row("hf_ep", "balanced", 2.0, {})],
     }  # fmt: skip
     assert chart.panels(record) == [
-        ("Qwen3-30B-A3B", {"hf_fsdp": [(1, 1.0, " r")], "moefx": [(1, 3.0, "3.00×")]}),
+        ("Qwen3-30B-A3B, real routing", {"hf_fsdp": [(1, 1.0, " r")], "moefx": [(1, 3.0, "3.00×")]}),
         ("Qwen3-30B-A3B, balanced routing", {"hf_ep": [(1, 2.0, "")]}),
     ]
     assert chart.device_of(record) == "8x H"
