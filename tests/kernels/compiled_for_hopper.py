@@ -1,7 +1,7 @@
 """Compiles every Triton kernel of moefx for compute capability 9.0, launches none: this needs no GPU.
 
 Triton's interpreter runs kernels as Python, where a variable may change its type within a branch; the compiler refuses that.
-Run by test_compiles.py in a process of its own. Prints a JSON object: kernel -> what the compiler said, null if nothing.
+Run by launched_twice.py; alone it prints a JSON object: kernel -> what the compiler said, null if nothing.
 """
 
 import importlib
@@ -122,9 +122,17 @@ def row_kernels_with_moves(x: torch.Tensor, index: torch.Tensor, weights: torch.
     row_kernels.sum_rows(out, place, x.clone(), rows.Picked(row_weights, place, weights.clone()))
 
 
+def compile_all() -> dict[str, str | None]:
+    """By kernel, what the compiler said; None if nothing. A driver is active."""
+    run = JITFunction.run
+    JITFunction.run = compile_only(run)
+    try:
+        launch_all(torch.bfloat16)
+    finally:
+        JITFunction.run = run
+    return said | {name(f): "no launch of it is in compiled_for_hopper.py" for f in kernels() if name(f) not in said}
+
+
 if __name__ == "__main__":
     driver.set_active(Hopper())
-    JITFunction.run = compile_only(JITFunction.run)
-    launch_all(torch.bfloat16)
-    said |= {name(f): "no launch of it is in compiled_for_hopper.py" for f in kernels() if name(f) not in said}
-    print(json.dumps(said))
+    print(json.dumps(compile_all()))

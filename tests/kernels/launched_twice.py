@@ -1,7 +1,9 @@
-"""Launches every kernel of :mod:`moefx.kernels.launch` twice on a driver that launches nothing: this needs no GPU.
+"""Compiles every Triton kernel for compute capability 9.0 (compiled_for_hopper.py), then launches those of
+:mod:`moefx.kernels.launch` twice, on a driver that launches nothing: this needs no GPU.
 
 The first time Triton binds the arguments, the second time ``Launch`` does: both must hand the same to the compiled kernel. Run by
-test_launch.py in a process of its own. Prints a JSON object: kernel -> whether all its launches were the same.
+test_compiles.py in a process of its own. Prints a JSON object: "compiled", what compiled_for_hopper.py says, and "same", kernel ->
+whether all its launches were the same.
 """
 
 import json
@@ -74,8 +76,9 @@ def nothing(*_: Any) -> None:
 
 if __name__ == "__main__":
     driver.set_active(Hopper())
+    compiled = compiled_for_hopper.compile_all()
     Launch.__call__ = twice  # type: ignore[method-assign]
     compiled_for_hopper.row_kernels_with_moves = nothing
     cross_entropy.cross_entropy_ = fp8_rows.quantize = fp8_rows.dequantize = nothing  # type: ignore[assignment]
     compiled_for_hopper.launch_all(torch.bfloat16)
-    print(json.dumps(same))
+    print(json.dumps({"compiled": compiled, "same": same}))
