@@ -11,6 +11,8 @@ from moefx import ops
 
 from .families import COMMON, batch, build
 
+pytestmark = pytest.mark.usefixtures("remembered_captures")
+
 
 @pytest.fixture(scope="module")
 def model():

@@ -19,6 +19,8 @@ from moefx.timeline import timeline
 
 from .families import build
 
+pytestmark = pytest.mark.usefixtures("remembered_captures")
+
 
 @functools.cache
 def report_of(name: str, overlap: Overlap | None, ep: int = 4, **changes):

@@ -14,6 +14,8 @@ from moefx import exchange, grouped, ops
 
 from .families import FAMILIES, build
 
+pytestmark = pytest.mark.usefixtures("remembered_captures")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def ranks():

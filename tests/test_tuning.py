@@ -14,6 +14,8 @@ from moefx.backends.torch import experts
 
 from .families import batch, build
 
+pytestmark = pytest.mark.usefixtures("remembered_captures")
+
 
 def broken(*args, **kwargs):
     raise ValueError("no such instruction")
