@@ -471,9 +471,7 @@ def record(model: Any, example: Mapping[str, Any] | None) -> Recording:
     if meta is not None:
         given = {k: v.to(meta) if isinstance(v, Tensor) else v for k, v in given.items()}
     given.setdefault("use_cache", False)  # type: ignore[arg-type]
-    count = given.get("num_items_in_batch")
-    if isinstance(count, (int, float)):  # as an installed model hands it on
-        given["num_items_in_batch"] = torch.full((), count, device=meta or recording.device)
+    given = hf.count_as_tensor((), given)
     if "labels" not in given and "input_ids" in given:
         given["labels"] = given["input_ids"]
     try:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import hf
 from .capture import Call, Recording, capture_module, flatten
 from .errors import CaptureError
 from .program import Function, Left, Program
@@ -180,12 +181,9 @@ def watching_head(model: Any) -> Iterator[_Watched]:
 
 def head_call(hidden: Tensor, args: tuple, kwargs: Mapping[str, Any], steps: Steps) -> tuple[list[Tensor], Any]:
     """The tensors and template of a head's call; a number of items becomes a tensor, or each number would be a new graph."""
-    kwargs = dict(kwargs)
+    kwargs = hf.count_as_tensor((hidden,), kwargs)
     if steps:
         kwargs["logits_steps"] = steps
-    count = kwargs.get("num_items_in_batch")
-    if isinstance(count, (int, float)):
-        kwargs["num_items_in_batch"] = torch.tensor(count, device=hidden.device)
     return flatten((hidden, *args), kwargs)
 
 

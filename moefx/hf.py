@@ -7,7 +7,7 @@ import contextlib
 import inspect
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -439,6 +439,16 @@ def reads_layer_index(cls: type) -> bool:
         if not on_cache and getattr(function, "name", "") not in ("__init__", "extra_repr"):
             return True
     return False
+
+
+def count_as_tensor(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """``kwargs`` of a call with ``num_items_in_batch`` as a tensor [], on the device of the call's first tensor. Transformers
+    hands it to every block and to the loss; as a number, another one each step would be another kind of call."""
+    count = kwargs.get("num_items_in_batch")
+    if not isinstance(count, (int, float)):
+        return dict(kwargs)
+    device = next((v.device for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+    return {**kwargs, "num_items_in_batch": torch.full((), count, device=device)}
 
 
 def structure(module: nn.Module) -> tuple:

@@ -406,10 +406,8 @@ def _model_forward(base: type) -> Callable:
 
     def run(self, args, kwargs):
         state: Optimized = self._moefx
-        count = kwargs.get("num_items_in_batch")
-        if isinstance(count, (int, float)) and not state.bypass:
-            # Transformers hands it to every block: as a number, another one each step would be another kind of call
-            kwargs["num_items_in_batch"] = torch.full((), count, device=next(self.parameters()).device)
+        if not state.bypass:
+            kwargs = hf.count_as_tensor(args, kwargs)
         training = kwargs.get("labels") is not None or (self.training and torch.is_grad_enabled())
         if training and kwargs.get("use_cache") is None:
             kwargs["use_cache"] = False  # a training step fills no cache that anybody reads

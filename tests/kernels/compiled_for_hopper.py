@@ -1,18 +1,16 @@
 """Compiles every Triton kernel of moefx for compute capability 9.0, launches none: this needs no GPU.
 
 Triton's interpreter runs kernels as Python, where a variable may change its type within a branch; the compiler refuses that.
-Run by launched_twice.py; alone it prints a JSON object: kernel -> what the compiler said, null if nothing.
+For launched_twice.py.
 """
 
 import importlib
-import json
 import pkgutil
 import warnings
 from collections.abc import Iterator
 
 import torch
 from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 warnings.filterwarnings("ignore")
@@ -131,8 +129,3 @@ def compile_all() -> dict[str, str | None]:
     finally:
         JITFunction.run = run
     return said | {name(f): "no launch of it is in compiled_for_hopper.py" for f in kernels() if name(f) not in said}
-
-
-if __name__ == "__main__":
-    driver.set_active(Hopper())
-    print(json.dumps(compile_all()))

@@ -11,7 +11,6 @@ import warnings
 from typing import Any
 
 import torch
-from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 warnings.filterwarnings("ignore")
@@ -47,9 +46,6 @@ class Utilities:
 
 class Hopper(compiled_for_hopper.Hopper):
     utils, launcher_cls = Utilities(), Launcher
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
 
 
 def alike(a: Any, b: Any) -> bool:

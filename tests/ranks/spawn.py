@@ -49,7 +49,7 @@ def run(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60
         RuntimeError: with the traceback of the rank that failed first (the others usually fail after it, and say less).
         TimeoutError: some rank did not return within ``timeout`` seconds; all were stopped.
     """
-    return _run(fn, world_size, args, timeout, group=True, all_calls=all_calls)
+    return _run(fn, world_size, args, timeout, group=True, known=set(_words(args)), all_calls=all_calls)
 
 
 def run_script(path: Path, args: list[str], world_size: int = 1, *, folder: Path, timeout: float = 300.0) -> str:
@@ -57,11 +57,11 @@ def run_script(path: Path, args: list[str], world_size: int = 1, *, folder: Path
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    _run(_script, world_size, (str(path), args, str(folder), port, "examples"), timeout, group=False, all_calls=True)
+    _run(_script, world_size, (str(path), args, str(folder), port), timeout, group=False, known={"examples"}, all_calls=True)
     return "".join((folder / f".printed-{rank}").read_text() for rank in range(world_size))
 
 
-def _script(rank: int, world_size: int, path: str, args: list[str], folder: str, port: int, known: str) -> None:
+def _script(rank: int, world_size: int, path: str, args: list[str], folder: str, port: int) -> None:
     os.chdir(folder)
     os.dup2(os.open(f".printed-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
     if world_size > 1:
@@ -75,14 +75,23 @@ def _script(rank: int, world_size: int, path: str, args: list[str], folder: str,
             raise RuntimeError(f"{path} ended with exit code {end.code}") from end
 
 
+def _words(args: Any) -> Iterator[str]:
+    """All strings in a test's arguments: among them the families that its ranks will build."""
+    for arg in args.values() if isinstance(args, dict) else args:
+        if isinstance(arg, str):
+            yield arg
+        elif isinstance(arg, (list, tuple, dict)):
+            yield from _words(arg)
+
+
 def _run(
-    fn: Callable[..., Any], world_size: int, args: tuple, timeout: float, *, group: bool, all_calls: bool
+    fn: Callable[..., Any], world_size: int, args: tuple, timeout: float, *, group: bool, known: set[str], all_calls: bool
 ) -> list[Any]:
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
         job = (fn.__code__.co_filename, fn.__qualname__, world_size, folder, args, group)
-        ended = _Server.current().ask(job, timeout, all_calls)
+        ended = _Server.current().ask(job, timeout, known, all_calls)
         if ended not in ("", "late"):
             raise RuntimeError(f"{ended} of {world_size} ended without a word")
         failures = sorted(Path(folder).glob("error-*"), key=lambda p: float(p.read_text().split("\n", 1)[0]))
@@ -114,10 +123,10 @@ class _Server:
         )
         self._read(START, "import what the ranks need")
 
-    def ask(self, job: tuple, timeout: float, all_calls: bool) -> str:
+    def ask(self, job: tuple, timeout: float, known: set[str], all_calls: bool) -> str:
         """What became of them: nothing when all have ended, "late" when some had to be stopped, else which one ended without a word."""
         assert self.process.stdin is not None
-        pickle.dump((job, timeout, all_calls), self.process.stdin)
+        pickle.dump((job, timeout, known, all_calls), self.process.stdin)
         self.process.stdin.flush()
         return self._read(START + timeout, "answer")  # it may have families to prepare first
 
@@ -142,21 +151,12 @@ def _serve() -> None:
     _reply(replies, "ready")
     while True:
         try:
-            job, timeout, all_calls = pickle.load(requests)
+            job, timeout, known, all_calls = pickle.load(requests)
         except EOFError:
             return
-        remembered.prepare(set(_words(job[4])), all_calls=all_calls)
+        remembered.prepare(known, all_calls=all_calls)
         gc.freeze()
         _reply(replies, _run_ranks(job, timeout, (requests, replies)))
-
-
-def _words(args: Any) -> Iterator[str]:
-    """All strings in a test's arguments: among them the families that its ranks will build."""
-    for arg in args.values() if isinstance(args, dict) else args:
-        if isinstance(arg, str):
-            yield arg
-        elif isinstance(arg, (list, tuple, dict)):
-            yield from _words(arg)
 
 
 def _reply(replies: BinaryIO, what: str) -> None:
