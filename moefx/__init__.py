@@ -5,6 +5,7 @@ from .backends import Backend, Kernel, resolve
 from .capture import capture
 from .checkpoint import load_checkpoint, save_checkpoint
 from .clip import clip_grad_norm_
+from .cuda_graph import cuda_graph
 from .errors import CaptureError, ExchangeError, MoefxError, PassError, RankLostError, VerifyError
 from .faults import watch as watch_ranks
 from .graph import insert
@@ -26,7 +27,7 @@ __all__ = [
     "Backend", "CaptureError", "Changes", "ExchangeError", "Function", "Kernel", "Match", "Miss", "MoefxError", "Pass",
     "PassError", "Pattern", "Pipeline", "Plan", "Program", "Raise", "RankLostError", "Report", "ShortfallWarning",
     "Verification", "VerifyError",
-    "capture", "clip_grad_norm_", "count_routes", "expert_load", "explain", "f64", "insert", "load_checkpoint", "load_metrics",
-    "op", "optimize", "parallelize", "passes", "record_routes", "replay_routes", "report", "resolve", "restore", "rewrite",
-    "save_checkpoint", "update_router_bias", "verify", "watch_ranks",
+    "capture", "clip_grad_norm_", "count_routes", "cuda_graph", "expert_load", "explain", "f64", "insert", "load_checkpoint",
+    "load_metrics", "op", "optimize", "parallelize", "passes", "record_routes", "replay_routes", "report", "resolve", "restore",
+    "rewrite", "save_checkpoint", "update_router_bias", "verify", "watch_ranks",
 ]  # fmt: skip

@@ -368,6 +368,7 @@ def _function(module: nn.Module, exported: Any, call: Call, name: str, callers: 
         if node.target is aten._assert_scalar.default or node.target is torch._C._set_grad_enabled:
             continue
         copied[node] = graph.node_copy(node, copied.__getitem__)
+    graph.eliminate_dead_code()  # what computed the assertions
     fake = next(n.meta["val"].fake_mode for n in copied.values() if isinstance(n.meta.get("val"), Tensor))
     graph_module = fx.GraphModule(nn.Module(), graph)
     made = Function(name, type(module).__name__, graph_module, [], parameters, constants, inputs, call, fake,

@@ -117,7 +117,7 @@ def _started(written: Tensor, wait: Callable[[], Any], what: str, host: Tensor, 
             wait()
         except RuntimeError as error:
             raise ExchangeError(_lost(what, Host.read(host), group, error)) from error
-        if written.is_cuda:
+        if written.is_cuda and not torch.cuda.is_current_stream_capturing():  # an event of a graph says nothing of a replay
             event = torch.cuda.Event()
             event.record()
             WATCH.device(lambda: _lost(what, Host.read(host), group), _timeout(group, written.device), event)
@@ -254,7 +254,7 @@ def _dispatch_wait(
         tokens = fp8_rows.decode(tokens, hidden) if encoded else tokens
         first = 0 if not capacity else _group(group).rank() * local  # all-gathered as the router gave them
     counts, place = rows_.by_expert(experts, first, local)
-    rows, row_weights = rows_.spread(tokens, place, int(host[ROWS]), weights, all_placed=not capacity)
+    rows, row_weights = rows_.spread(tokens, place, int(host[ROWS]), weights)
     return rows, row_weights, counts, place, _linked((link.shape[0], hidden), x)
 
 
@@ -445,7 +445,7 @@ def _(grad, link, handle, host, group: str):
 def resend_wait(grad: Tensor, place: Tensor, host: Tensor, rows: int) -> Tensor:
     """The backward of ``combine_start``: each row's gradient is its token's; [R, H] of ``rows`` = R rows, from [N, H]."""
     _arrive(grad)
-    return rows_.spread(grad, place, rows, all_placed=not int(host[transports.CAPACITY]))[0]
+    return rows_.spread(grad, place, rows)[0]
 
 
 @resend_wait.register_fake

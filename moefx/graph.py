@@ -125,28 +125,43 @@ def shape_text(val: Any) -> str:
     return str(val)
 
 
-def code(graph: fx.Graph) -> str:
-    """The graph as readable Python, one call a line, with shapes and the line of the model that each comes from."""
-    lines = []
-    inputs = [n for n in graph.nodes if n.op == "placeholder"]
-    lines.append(f"def forward({', '.join(n.name for n in inputs)}):")
-    for n in inputs:
-        lines.append(f"    # {n.name}: {shape_text(value(n))}")
-    for n in graph.nodes:
-        if n.op == "call_function":
-            arg = ", ".join(
-                [fx.node._format_arg(a) for a in n.args] + [f"{k}={fx.node._format_arg(v)}" for k, v in n.kwargs.items()]
-            )
-            note = origin(n)
-            tail = [shape_text(value(n))]
-            tail += [", ".join(note.sources[-1:])] if note.sources else []
-            tail += [f"kernel {note.kernel}"] if note.kernel else []
-            lines.append(f"    {n.name} = {op_name(n.target)}({arg})  # {'; '.join(tail)}")
-        elif n.op == "get_attr":
-            lines.append(f"    {n.name} = self.{n.target}")
-        elif n.op == "output":
-            lines.append(f"    return {fx.node._format_arg(n.args[0])}")
-    return "\n".join(lines) + "\n"
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """What a graph is at one moment: ``str(listing)`` is its code then, written only when somebody reads it."""
+
+    nodes: tuple[tuple[fx.Node, Any, Any, Any, Any], ...]  #: node, target, args, kwargs, value
+    origins: tuple[Origin | None, ...]  #: None: nobody has asked for it yet
+
+    @classmethod
+    def of(cls, graph: fx.Graph) -> Listing:
+        return cls(
+            tuple((n, n.target, n.args, n.kwargs, n.meta.get("val")) for n in graph.nodes),
+            tuple(n.meta.get("moefx") for n in graph.nodes),
+        )
+
+    def same(self, other: Listing) -> bool:
+        """Has no node been changed in between? Origins do not count; equal values that are other objects count as changes."""
+        return len(self.nodes) == len(other.nodes) and all(
+            x is y for mine, theirs in zip(self.nodes, other.nodes, strict=True) for x, y in zip(mine, theirs, strict=True)
+        )
+
+    def __str__(self) -> str:
+        """Readable Python, one call a line, with shapes and the line of the model that each comes from."""
+        inputs = [(n.name, val) for n, *_, val in self.nodes if n.op == "placeholder"]
+        lines = [f"def forward({', '.join(name for name, _ in inputs)}):"]
+        lines += [f"    # {name}: {shape_text(val)}" for name, val in inputs]
+        for (n, target, args, kwargs, val), note in zip(self.nodes, self.origins, strict=True):
+            if n.op == "call_function":
+                given = [fx.node._format_arg(a) for a in args] + [f"{k}={fx.node._format_arg(v)}" for k, v in kwargs.items()]
+                source = note.sources[-1:] if note is not None else (source_of(n),)
+                tail = [shape_text(val), *filter(None, source)]
+                tail += [f"kernel {note.kernel}"] if note is not None and note.kernel else []
+                lines.append(f"    {n.name} = {op_name(target)}({', '.join(given)})  # {'; '.join(tail)}")
+            elif n.op == "get_attr":
+                lines.append(f"    {n.name} = self.{target}")
+            elif n.op == "output":
+                lines.append(f"    return {fx.node._format_arg(args[0])}")
+        return "\n".join(lines) + "\n"
 
 
 def insert(graph: fx.Graph, before: fx.Node, target: Callable, args: tuple, kwargs: dict | None = None, *, val: Any) -> fx.Node:

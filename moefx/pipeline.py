@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from torch import fx
 
 from .errors import MoefxError, PassError
-from .graph import code, describe, op_name, origin
+from .graph import Listing, describe, op_name, origin
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -120,8 +120,8 @@ class PassReport:
     made: list[Change] = field(default_factory=list)
     missed: list[Change] = field(default_factory=list)
     seconds: float = 0.0
-    before: dict[str, str] = field(default_factory=dict)
-    after: dict[str, str] = field(default_factory=dict)
+    before: dict[str, Listing] = field(default_factory=dict)
+    after: dict[str, Listing] = field(default_factory=dict)
 
     @property
     def code(self) -> str:
@@ -134,11 +134,8 @@ class PassReport:
 
         parts = []
         for name, after in self.after.items():
-            lines = difflib.unified_diff(
-                self.before[name].splitlines(), after.splitlines(), f"{name} before {self.name}",
-                f"{name} after {self.name}", lineterm="", n=1,
-            )  # fmt: skip
-            parts += list(lines)
+            old, new = str(self.before[name]).splitlines(), str(after).splitlines()
+            parts += difflib.unified_diff(old, new, f"{name} before {self.name}", f"{name} after {self.name}", lineterm="", n=1)
         return "\n".join(parts)
 
     @property
@@ -149,7 +146,7 @@ class PassReport:
     def missed_count(self) -> int:
         return sum(c.instances for c in self.missed)
 
-    def add(self, function: Function, done: tuple[Changes, float, str, str]) -> None:
+    def add(self, function: Function, done: tuple[Changes, float, Listing, Listing]) -> None:
         changes, seconds, self.before[function.name], self.after[function.name] = done
         many = len(function.instances)
         self.made += [Change(c.node, c.source, c.what, many, function.name) for c in changes.made]
@@ -161,9 +158,9 @@ class PassReport:
         return "\n".join([head, *(f"  made   {c}" for c in self.made), *(f"  missed {c}" for c in self.missed)])
 
 
-def run_pass(p: Pass, function: Function, plan: Plan) -> tuple[Changes, float, str, str]:
+def run_pass(p: Pass, function: Function, plan: Plan) -> tuple[Changes, float, Listing, Listing]:
     """One pass over one function: the changes, seconds, and the code before and after."""
-    before, started = code(function.graph), time.perf_counter()
+    before, started = Listing.of(function.graph), time.perf_counter()
     try:
         changes = p.run(function, plan)
     except MoefxError:
@@ -172,10 +169,13 @@ def run_pass(p: Pass, function: Function, plan: Plan) -> tuple[Changes, float, s
         raise PassError(f"pass {p.name!r} failed on function {function.name!r}: {type(error).__name__}: {error}") from error
     if not isinstance(changes, Changes):
         raise PassError(f"pass {p.name!r} returned {type(changes).__name__} for {function.name!r}: it must return Changes")
-    check(p.name, function)
-    function.graph.eliminate_dead_code()
-    function.graph_module.recompile()
-    return changes, time.perf_counter() - started, before, code(function.graph)
+    after = Listing.of(function.graph)
+    if not after.same(before):
+        check(p.name, function)
+        function.graph.eliminate_dead_code()
+        function.graph_module.recompile()
+        after = Listing.of(function.graph)
+    return changes, time.perf_counter() - started, before, after
 
 
 def check(name: str, function: Function) -> None:

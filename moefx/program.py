@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from .errors import MoefxError
-from .graph import code
+from .graph import Listing
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Function:
 
     @property
     def code(self) -> str:
-        return code(self.graph)
+        return str(Listing.of(self.graph))
 
     def __str__(self) -> str:
         where = self.instances[0] + (f" ... {self.instances[-1]} ({len(self.instances)})" if len(self.instances) > 1 else "")

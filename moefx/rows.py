@@ -86,29 +86,21 @@ def _entries(place: Tensor, rows: int) -> Tensor:
 # --- from tokens to rows ---------------------------------------------------------------------------------------------
 
 
-def spread(
-    x: Tensor, place: Tensor, rows: int, values: Tensor | None = None, *, all_placed: bool = True
-) -> tuple[Tensor, Tensor]:
+def spread(x: Tensor, place: Tensor, rows: int, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x [T, H] and values [T, K] (both may be strided) -> each token in its rows [rows, H], each value in its row [rows].
 
-    Not ``all_placed``: there are rows that the table does not name; they are zero.
+    Rows that the table does not name (a dispatch with a capacity has such, at the end) hold anything.
     """
     kernels = _fused(x)
     if kernels:
-        new = torch.empty if all_placed else torch.zeros
-        out = new(rows, x.shape[1], dtype=x.dtype, device=x.device)
-        row_values = new(rows if values is not None else 0, dtype=torch.float32, device=x.device)
+        out = torch.empty(rows, x.shape[1], dtype=x.dtype, device=x.device)
+        row_values = torch.empty(rows if values is not None else 0, dtype=torch.float32, device=x.device)
         kernels.spread(x, place, out, values, row_values)
         return out, row_values
     if not place.numel():
         return x.new_zeros(rows, x.shape[1]), x.new_zeros(0 if values is None else rows, dtype=wide(x.dtype))
-    entry = _entries(place, rows)
-    at = entry.clamp_min(0)
-    out, picked = x[at // place.shape[1]], x.new_empty(0, dtype=wide(x.dtype)) if values is None else values.reshape(-1)[at]
-    if not all_placed:
-        out.masked_fill_((entry < 0).unsqueeze(1), 0)
-        picked.masked_fill_((entry < 0)[: picked.shape[0]], 0)
-    return out, picked
+    at = _entries(place, rows).clamp_min(0)
+    return x[at // place.shape[1]], x.new_empty(0, dtype=wide(x.dtype)) if values is None else values.reshape(-1)[at]
 
 
 class Row(NamedTuple):

@@ -64,6 +64,11 @@ def _groups(module: FSDPModule) -> list[Any]:
     return list(many) if many is not None else [one] if one is not None else []
 
 
+def reduces_gradients(model: nn.Module) -> bool:
+    """False within FSDP2's ``set_requires_gradient_sync(False)``."""
+    return all(g.reduce_grads for m in model.modules() if isinstance(m, FSDPModule) for g in _groups(m))
+
+
 def is_unit(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
