@@ -30,6 +30,7 @@ CONTENDERS = {
     "hf_fsdp": ("Transformers, FSDP2", "#999999"),
     "hf_ep": ("Transformers, its own EP", "#E69F00"),
     "moefx": ("moefx", "#009E73"),
+    "moefx_graph": ("moefx, CUDA graph", "#0072B2"),
     "moefx_chunks": ("moefx, two chunks", "#56B4E9"),
     "moefx_no_overlap": ("moefx, no overlap", "#CC79A7"),
 }

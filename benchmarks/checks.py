@@ -72,7 +72,9 @@ def reference(name: str, balanced: bool, model: nn.Module, batch: Mapping[str, T
     return loss, grads, [torch.cat(layer) for layer in zip(*picked)]
 
 
-def check(name: str, balanced: bool, model: nn.Module, other: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+def check(
+    name: str, balanced: bool, model: nn.Module, other: nn.Module, batch: Mapping[str, Tensor], *, graph: bool = False
+) -> dict[str, Any]:
     """moefx and Transformers against fp32 on a batch, and against each other: whose rounding is whose.
 
     Args:
@@ -81,6 +83,7 @@ def check(name: str, balanced: bool, model: nn.Module, other: nn.Module, batch: 
         model: Transformers'.
         other: moefx's, with the same parameters.
         batch: input_ids and labels [B, S].
+        graph: of moefx, a step that is replayed as a CUDA graph.
     """
     import moefx
 
@@ -94,8 +97,9 @@ def check(name: str, balanced: bool, model: nn.Module, other: nn.Module, batch: 
     if MODELS[name].check_attention:
         own.set_attn_implementation(MODELS[name].check_attention)
     for who, run, observed in (("hf", own, routing.observed), ("moefx", other, moefx.record_routes)):
-        with observed(run) as seen:
-            record["loss"][who], found[who] = common.gradients(run, run, batch)
+        with observed(run) as seen:  # a replay writes the choices into the tensors that the recording left there
+            step = common.recorded(run, batch) if graph and run is other else run
+            record["loss"][who], found[who] = common.gradients(run, step, batch)
         far[who] = common.distances(wanted, found[who])
         record[who] = common.spread(far[who])
         # by path, as the reference's are: recorded layer by layer

@@ -24,6 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import moefx
+from moefx.cuda_graph import GraphedStep
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -55,9 +56,21 @@ def local(t: Any) -> Tensor:
 
 def train_step(model: Callable, batch: Mapping[str, Tensor]) -> Tensor:
     """Forward, loss and backward: all of a training step but the optimizer, which is the same for all contenders."""
+    if isinstance(model, GraphedStep):
+        return model(**batch, use_cache=False)
     loss = model(**batch, use_cache=False).loss
     loss.backward()
     return loss.detach()
+
+
+def recorded(model: nn.Module, batch: Mapping[str, Tensor]) -> GraphedStep:
+    """moefx's step as a CUDA graph, which the next call replays."""
+    step = moefx.cuda_graph(model)
+    while not step.replays:
+        drop_gradients(model)
+        train_step(step, batch)
+    drop_gradients(model)
+    return step
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -117,12 +130,20 @@ def warm(model: nn.Module, run: Callable, batch: Mapping[str, Tensor], device: t
 def measure(
     model: nn.Module, run: Callable, batch: Mapping[str, Tensor], device: torch.device, *, warmup: int, steps: int
 ) -> Timing:
-    """Times ``run`` (the model, or the model compiled). Gradients are None before each step, outside the clock."""
-    timing = Timing(warmup_s=warm(model, run, batch, device, warmup))
-    drop_gradients(model)
-    if device.type == "cuda":
+    """Times ``run`` (the model, compiled or recorded). Gradients are None before each step, outside the clock."""
+    graphed = isinstance(run, GraphedStep)
+
+    def from_now_on() -> int:
+        """Bytes of weights and whatever the benchmark itself keeps; the peak is counted from here."""
         torch.cuda.reset_peak_memory_stats(device)
-        others = torch.cuda.memory_allocated(device)  # weights, and whatever the benchmark itself keeps
+        return torch.cuda.memory_allocated(device)
+
+    if device.type == "cuda" and graphed:
+        others = from_now_on()  # a replay allocates nothing: what counts is what it was recorded with
+    timing = Timing(warmup_s=warm(model, run, batch, device, max(warmup, run.warmup + 1) if graphed else warmup))
+    drop_gradients(model)
+    if device.type == "cuda" and not graphed:
+        others = from_now_on()
     for _ in range(steps):
         drop_gradients(model)
         timing.steps_ms.append(time_once(lambda: train_step(run, batch), device))

@@ -36,6 +36,7 @@ from moefx.parallelize import initialize
 CONTENDERS = {
     "hf_fsdp": "Transformers, FSDP2 a layer",
     "moefx": "moefx, ep over all ranks",
+    "moefx_graph": "moefx, steps replayed as CUDA graphs",
     "hf_ep": "Transformers' own expert parallelism",
     "moefx_chunks": "moefx, tokens in two chunks that overlap",
     "moefx_no_overlap": "moefx without the pass overlap",
@@ -152,11 +153,12 @@ def run(here: Rank) -> None:
     order = dict.fromkeys([*job.check, *(r.routing for r in job.rows)])
     left = len(job.rows)
     for name in order:
-        contender.route(name)
         if name in job.check:
+            contender.route(name, job.check_seq)
             check(here, contender, name)
         for row in [r for r in job.rows if r.routing == name]:
             here.row = row
+            contender.route(name, row.mbs * job.seq)
             measure(here, contender, row, left)
             here.row, left = None, left - 1
     here.tell("finished", contender.finish())
@@ -182,9 +184,10 @@ def _machine(here: Rank) -> dict[str, Any]:
 @dataclass
 class Contender:
     model: Any
-    route: Callable[[str], None]  #: from now on, routing by this name
+    route: Callable[[str, int], None]  #: from now on: routing by this name, batches of so many tokens
     observe: Callable[[Any], contextlib.AbstractContextManager]  #: within, a forward's choices of experts by layer
     finish: Callable[[], dict[str, Any]] = dict  #: what is to be said at the end
+    graph: bool = False  #: its steps are replayed as CUDA graphs
 
 
 def _empty(job: Job, dtype: torch.dtype | None = None, experts: str = "grouped_mm") -> nn.Module:
@@ -205,7 +208,7 @@ def transformers(here: Rank, ep_size: int = 1, dtype: torch.dtype | None = None,
     torch.manual_seed(SEED)
     initialize(model)
 
-    def route(name: str) -> None:
+    def route(name: str, tokens: int) -> None:
         for router in routing.routers(model).values():
             vars(router).pop("forward", None)
         if name == "balanced":
@@ -231,8 +234,8 @@ def exact(here: Rank) -> Contender:
     return found
 
 
-def expert_parallel(here: Rank, pipeline: Callable[[], Any] = passes.default) -> Contender:
-    """moefx, as a user calls it."""
+def expert_parallel(here: Rank, pipeline: Callable[[], Any] = passes.default, graph: bool = False) -> Contender:
+    """moefx, as a user calls it. A ``graph`` cannot wait for counts: it has a capacity, that of the batches to come."""
     job = here.job
     why = _refuses_deepep() if job.transport in ("auto", "deepep") else "not asked for"
     if job.transport == "deepep" and why:
@@ -244,17 +247,23 @@ def expert_parallel(here: Rank, pipeline: Callable[[], Any] = passes.default) ->
     options: dict[str, Any] = {"backends": backends, "compile": job.compile}
     torch.manual_seed(SEED)
     first = (*job.check, *(r.routing for r in job.rows))[0]
+    # of the same batch as the first that is run
+    tokens = job.check_seq if job.check else job.rows[0].mbs * job.seq
     model = moefx.parallelize(
-        _empty(job), ep_size=here.ranks, lost_after=0, pipeline=pipeline(), balanced_routing=first == "balanced", **options
-    )
-    now = first
+        _empty(job), ep_size=here.ranks, lost_after=0, pipeline=pipeline(), balanced_routing=first == "balanced",
+        dispatch_capacity=tokens if graph else 0, **options,
+    )  # fmt: skip
+    now = first, tokens if graph else 0
 
-    def route(name: str) -> None:
+    def route(name: str, tokens: int) -> None:
         nonlocal now
-        if name != now:
+        wanted = name, tokens if graph else 0
+        if wanted != now:
             moefx.restore(model)
-            moefx.optimize(model, pipeline=pipeline(), balanced_routing=name == "balanced", **options)
-            now = name
+            moefx.optimize(
+                model, pipeline=pipeline(), balanced_routing=name == "balanced", dispatch_capacity=wanted[1], **options
+            )
+            now = wanted
 
     def finish() -> dict[str, Any]:
         report = moefx.report(model)
@@ -264,7 +273,7 @@ def expert_parallel(here: Rank, pipeline: Callable[[], Any] = passes.default) ->
             "optimize_s": report.seconds,
         }  # fmt: skip
 
-    return Contender(model, route, moefx.record_routes, finish)
+    return Contender(model, route, moefx.record_routes, finish, graph)
 
 
 def _refuses_deepep() -> str | None:
@@ -276,6 +285,7 @@ BUILDERS: dict[str, Callable[[Rank], Contender]] = {
     "hf_fsdp": transformers,
     "hf_ep": lambda here: transformers(here, ep_size=here.ranks),
     "moefx": expert_parallel,
+    "moefx_graph": lambda here: expert_parallel(here, graph=True),
     "moefx_chunks": lambda here: expert_parallel(here, lambda: passes.default().replace("overlap", passes.Overlap(chunks=2))),
     "moefx_no_overlap": lambda here: expert_parallel(here, lambda: passes.default().without("overlap")),
 }
@@ -294,7 +304,7 @@ def check(here: Rank, contender: Contender, name: str) -> None:
     # the reference in fp32 keeps one block's tensors at a time: Mamba's scan in torch alone would fill the device
     began = time.perf_counter()
     with contender.observe(model) as seen, still, recomputed(model, reference):
-        loss = float(common.train_step(model, batch))
+        loss = float(common.train_step(common.recorded(model, batch) if contender.graph else model, batch))
     stepped = time.perf_counter()
     found = {
         "loss": sum(here.gather(loss)) / here.ranks,
@@ -346,15 +356,18 @@ def measure(here: Rank, contender: Contender, row: Row, left: int) -> None:
             here.tell("skipped", {"row": row, "why": "its time was used up"})
             return
         began = time.perf_counter()
-        least = min(LEAST_WARMUP, job.warmup)
-        warming = common.warm(model, model, batch, here.device, least)  # with compilation
+        step: Any = moefx.cuda_graph(model) if contender.graph else model
+        if contender.graph:
+            torch.cuda.reset_peak_memory_stats(here.device)  # a replay allocates nothing: the recording's memory counts
+        least = step.warmup + 1 if contender.graph else min(LEAST_WARMUP, job.warmup)
+        warming = common.warm(model, step, batch, here.device, least)  # with compilation
         common.drop_gradients(model)
-        once = common.time_once(lambda: common.train_step(model, batch), here.device) / 1e3
+        once = common.time_once(lambda: common.train_step(step, batch), here.device) / 1e3
         warmup, steps = ranks_.from_first(plan(job.warmup - least - 1, job.steps, share - (time.perf_counter() - began), once))
         if warmup:
-            warming += common.warm(model, model, batch, here.device, warmup)
+            warming += common.warm(model, step, batch, here.device, warmup)
         here.tell("warm", {"row": row, "seconds": warming, "step_ms": once * 1e3, "steps": steps})
-        mine = timed(model, batch, here.device, steps)
+        mine = timed(model, step, batch, here.device, steps, fresh=not contender.graph)
     found = here.gather(mine)
     per_s = [row.mbs * job.seq / r["median_ms"] * 1e3 for r in found]
     here.tell("row_done", {
@@ -376,17 +389,19 @@ def plan(warmup: int, steps: int, seconds: float, step_s: float) -> tuple[int, i
     return extra, max(min(LEAST_STEPS, steps), min(steps, fit - extra))
 
 
-def timed(model: nn.Module, batch: dict[str, Tensor], device: torch.device, steps: int) -> dict[str, Any]:
-    """Milliseconds of each step, and memory: the most that tensors took (weights and gradients included), that the allocator
-    held, and that the device lacks at the end (communicators and other processes included)."""
+def timed(
+    model: nn.Module, step: Callable, batch: dict[str, Tensor], device: torch.device, steps: int, *, fresh: bool
+) -> dict[str, Any]:
+    """Milliseconds of each step, and memory: the most that tensors took (weights and gradients included; ``fresh``: from here
+    on), that the allocator held, and that the device lacks at the end (communicators and other processes included)."""
     cuda = device.type == "cuda"
     common.drop_gradients(model)
-    if cuda:
+    if cuda and fresh:
         torch.cuda.reset_peak_memory_stats(device)
     took = common.Timing()
     for _ in range(steps):
         common.drop_gradients(model)
-        took.steps_ms.append(common.time_once(lambda: common.train_step(model, batch), device))
+        took.steps_ms.append(common.time_once(lambda: common.train_step(step, batch), device))
     common.drop_gradients(model)
     memory: dict[str, Any] = {"peak_gib": None, "reserved_gib": None, "device_gib": None}
     if cuda:

@@ -104,12 +104,18 @@ class Depth:
             self.record["breakdown"].append({"who": who, "mbs": batch, **found})
             breakdown.show(who, batch, found)
 
-    def check(self, other: nn.Module, batch: int) -> None:
-        args = self.args
-        found = checks.check(args.model, args.routing == "balanced", self.model, other, tokens(args, batch, args.check_seq))
-        self.record["checks"][f"mbs {batch}"] = found
+    def time_graph(self, module: nn.Module, batch: int) -> None:
+        import moefx
+
+        self.time("moefx_graph", module, moefx.cuda_graph(module), batch)
+
+    def check(self, other: nn.Module, batch: int, graph: bool) -> None:
+        args, given = self.args, tokens(self.args, batch, self.args.check_seq)
+        found = checks.check(args.model, args.routing == "balanced", self.model, other, given, graph=graph)
+        name = f"mbs {batch}{', graph' if graph else ''}"
+        self.record["checks"][name] = found
         text = f"{len(found['problems'])} problems" if found["problems"] else "ok"
-        common.say(f"  check, mbs {batch} of {args.check_seq}: {text}; losses {found['loss']}")
+        common.say(f"  check, {name} of {args.check_seq}: {text}; losses {found['loss']}")
 
     def attempt(self, who: str, batch: int, errors: type[Exception], what: Callable, *given: Any, code: bool = True) -> None:
         """``what(*given)``; one of ``errors`` is noted, and the measurements go on."""
@@ -148,8 +154,11 @@ def depth(args: argparse.Namespace, layers: int) -> dict[str, Any]:
     for batch in args.mbs:
         # its code serves every length: dropping it in between would hide that
         here.attempt("moefx", batch, memory, here.time, "moefx", other, other, batch, code=False)
+        if device.type == "cuda":
+            here.attempt("moefx_graph", batch, memory, here.time_graph, other, batch, code=False)
     for batch in args.mbs:
-        here.attempt("check", batch, memory, here.check, other, batch, code=False)
+        for graph in [False, True] if device.type == "cuda" else [False]:
+            here.attempt("check", batch, memory, here.check, other, batch, graph, code=False)
     report = moefx.report(other)
     record["fallbacks"] = [f"{p}: {r}: {n} times" for (p, r), n in report.fallbacks.items()]
     record["kernels"] = {f"{op} by {backend}": many for (op, backend), (many, _) in report.kernels().items()}

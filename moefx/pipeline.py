@@ -132,7 +132,7 @@ class PassReport:
         """What the pass changed, as a unified diff of the functions' code; empty if nothing."""
         import difflib
 
-        parts = []
+        parts: list[str] = []
         for name, after in self.after.items():
             old, new = str(self.before[name]).splitlines(), str(after).splitlines()
             parts += difflib.unified_diff(old, new, f"{name} before {self.name}", f"{name} after {self.name}", lineterm="", n=1)

@@ -1,0 +1,168 @@
+"""Recorded and replayed steps are the steps that they were recorded from: in one process, and over ranks with their collectives."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent.parent
+STEPS = 8  #: of which WARMUP run as ever
+
+
+def batches(count, vocabulary, device, rank=0):
+    """Batches of one shape; the number of items differs, as with gradient accumulation."""
+    made = []
+    for i in range(count):
+        ids = torch.randint(0, vocabulary, (2, 24), generator=torch.Generator().manual_seed(100 * rank + i)).to(device)
+        made.append({"input_ids": ids, "labels": ids, "num_items_in_batch": 40 + i})
+    return made
+
+
+def train(model, step, given, every=1):
+    """Losses, and the weights after: an optimizer's step each ``every`` batches, whose gradients add up."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-3)
+    losses = []
+    for i, batch in enumerate(given):
+        losses.append(float(step(**batch)))
+        if (i + 1) % every == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    return losses, {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().float() for n, p in model.named_parameters()}
+
+
+def plain(model):
+    def step(**batch):
+        loss = model(**batch).loss
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+def differ(found, wanted):
+    """What is not the same, bit for bit: the kernels are, and batches this small leave no sum whose order is open."""
+    wrong = [f"losses {found[0]}, {wanted[0]}"] if found[0] != wanted[0] else []
+    return wrong + [f"{n}: {float((found[1][n] - w).abs().max()):.1e}" for n, w in wanted[1].items() if not torch.equal(found[1][n], w)]
+
+
+@pytest.mark.parametrize(
+    "name, every, compile",
+    [("qwen3_moe", 1, False), ("qwen3_moe", 2, True), ("deepseek_v3", 2, False), ("gpt_oss", 1, False), ("olmoe", 3, False)],
+)
+def test_replayed_steps_train_as_others_do(name, every, compile):
+    import moefx
+    from tests.families import build
+
+    results = []
+    for graph in (False, True):
+        model = moefx.optimize(build(name).to("cuda", torch.bfloat16), compile=compile)
+        step = moefx.cuda_graph(model) if graph else plain(model)
+        results.append(train(model, step, batches(STEPS, model.config.vocab_size, "cuda"), every))
+        if graph:
+            assert (step.eager, step.replays) == (step.warmup, STEPS - step.warmup)
+    assert differ(*results) == []
+
+
+def test_other_kinds_of_batches_run_as_ever_and_counts_go_on():
+    import moefx
+    from tests.families import build
+
+    model = moefx.optimize(build("qwen3_moe").to("cuda", torch.bfloat16), compile=False)
+    moefx.count_routes(model)
+    step, tokens = moefx.cuda_graph(model), 0
+    for batch in batches(6, model.config.vocab_size, "cuda"):
+        step(**batch)
+        step(**{n: t[:, :9] if n != "num_items_in_batch" else t for n, t in batch.items()})
+        tokens += 2 * 24 + 2 * 9
+        model.zero_grad()
+    assert (step.replays, len(step.recorded)) == (3, 1) and step.eager == 3 + 6
+    assert {int(n.sum()) for n in moefx.expert_load(model).values()} == {tokens * model.config.num_experts_per_tok}
+
+
+def test_what_would_be_silently_wrong_is_an_error():
+    import moefx
+    from tests.families import build
+
+    model = moefx.optimize(build("qwen3_moe").to("cuda", torch.bfloat16), compile=False)
+    step = moefx.cuda_graph(model)
+    for batch in batches(5, model.config.vocab_size, "cuda"):
+        step(**batch)
+    model.lm_head.weight.data = model.lm_head.weight.data.clone()
+    with pytest.raises(moefx.MoefxError, match="parameters lie elsewhere in memory"):
+        step(**batch)
+
+    class Waits(torch.nn.Module):
+        def forward(self, x):
+            return x * float(x.sum() > -1e30)
+
+    model = moefx.restore(model)
+    model.model.norm = torch.nn.Sequential(model.model.norm, Waits())
+    step = moefx.cuda_graph(moefx.optimize(model, compile=False))
+    with pytest.raises(moefx.MoefxError, match="cannot be recorded as a CUDA graph"):
+        for _ in range(5):
+            step(**batch)
+
+
+def job() -> None:
+    """One of two ranks: trains twice, the second time with recorded steps, and compares."""
+    import torch.distributed as dist
+
+    sys.path.insert(0, str(ROOT))
+    import moefx
+    from moefx.backends import deepep
+    from tests.families import build
+
+    rank = int(sys.argv[1])
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    torch.zeros(1, device=device)
+    address = f"tcp://127.0.0.1:{sys.argv[2]}"
+    dist.init_process_group("cpu:gloo,cuda:nccl", init_method=address, rank=rank, world_size=2)
+    names = ["triton", "torch", "reference"]
+    usable = torch.cuda.device_count() > 1 and deepep.available() is None
+    for backends in [names] + [["deepep", *names]] * usable:
+        results = []
+        for graph in (False, True):
+            options = {"ep_size": 2, "dispatch_capacity": 48, "backends": backends, "compile": False}
+            model = moefx.parallelize(build("qwen3_moe").to(device, torch.bfloat16), **options)
+            step = moefx.cuda_graph(model) if graph else plain(model)
+            given = batches(STEPS, model.config.vocab_size, device, rank)
+            results.append(train(model, step, given, every=2))
+        wrong = differ(*results)
+        print(f"{backends[0]}: {wrong or 'ok'}", flush=True)
+        assert not wrong
+        assert step.replays == STEPS - step.warmup
+        model.set_requires_gradient_sync(False)
+        with pytest.raises(moefx.MoefxError, match="set_requires_gradient_sync"):
+            step(**given[0])
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2 and (not torch.cuda.is_available() or torch.cuda.nccl.version() < (2, 30)),
+    reason="needs two GPUs, or NCCL 2.30 for two ranks on one",
+)
+def test_over_ranks():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = {**os.environ, "NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, __file__]
+    ranks = [subprocess.Popen([*command, str(r), port], stdout=-1, stderr=subprocess.STDOUT, text=True, env=env) for r in (0, 1)]
+    try:
+        said = [p.communicate(timeout=170)[0] for p in ranks]
+    finally:
+        for p in ranks:
+            p.kill()
+    assert [p.returncode for p in ranks] == [0, 0], "\n".join(said)[-4000:]
+
+
+if __name__ == "__main__":
+    job()
