@@ -493,7 +493,8 @@ def _combine(
     gave. Each rank adds up its rows of a token in float32 (float64 for float64) and rounds once to the rows' dtype, to send
     it; the token's rank adds up the ranks' in float32 and rounds once. In 16 bits that is one rounding more than a sum in one
     place, so ``|y - exact| <= u * (sum over ranks |part|) + u * |y|`` with u = 2**-8 (bfloat16); in float32 it is float32's
-    rounding of a sum in another order. Kept for the backward: where each row went, and no row.
+    rounding of a sum in another order. Kept for the backward: where each row went, and no row. Rows that ``place`` does not
+    name (a capacity leaves such) get a gradient that means nothing, as they do.
     """
     back, link = combine_start(rows, index, place, handle, host, link, group=group)
     return combine_wait(back, link, index, handle, host, group=group)
