@@ -8,22 +8,30 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton's interpreter, slow but exact: read when Triton is imported
 
-from moefx.compiling import revision  # noqa: E402
+def pytest_configure(config: pytest.Config) -> None:
+    """Imports what takes long, where tests run: the process that only hands them out to others can do without."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    import torch
 
-# tests compile operations by themselves, without moefx's cache key: code of another version's shapes must not be found
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir(), f"moefx-tests-{os.getuid()}-{revision()[:12]}"))
-torch.set_num_threads(1)
-sys.path.append(str(Path(__file__).parent / "ranks"))  # under pytest's importlib mode no test folder is on the path
-logging.getLogger("transformers").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # Triton's interpreter, slow but exact: read when Triton is imported
+
+    from moefx.compiling import revision
+
+    # tests compile operations by themselves, without moefx's cache key: code of another version's shapes must not be found
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir(), f"moefx-tests-{os.getuid()}-{revision()[:12]}"))
+    torch.set_num_threads(1)
+    sys.path.append(str(Path(__file__).parent / "ranks"))  # under pytest's importlib mode no test folder is on the path
+    logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 

@@ -1,11 +1,12 @@
-"""Ranks that are killed, for test_faults: ``python faults_job.py FOLDER PORT``.
+"""Ranks that are killed, for test_faults: ``faults_job.py FOLDER PORT``, a script that the ranks' server (spawn.py) runs.
 
-What each rank prints goes into FOLDER/<scenario>-<rank>, rank 0's exit code into FOLDER/<scenario>-code. Imports once and forks the
-ranks of each scenario: they die, so no pool can serve them.
+What each rank prints goes into FOLDER/<scenario>-<rank>, rank 0's exit code into FOLDER/<scenario>-code. The ranks of each scenario
+are forked here, since they die.
 """
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import logging
@@ -20,8 +21,6 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-
-import remembered  # noqa: E402
 
 import moefx  # noqa: E402
 from moefx import faults  # noqa: E402
@@ -132,19 +131,30 @@ def rank_of(scenario, rank: int, folder: Path, port: int) -> None:
     dist.destroy_process_group()
 
 
+def as_a_process(function, *args) -> None:
+    """Ends as a process ends whose program is the function, not as a fork of the test's."""
+    code = 1
+    try:
+        function(*args)
+        code = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 def main() -> None:
     folder, port = Path(sys.argv[1]), int(sys.argv[2])
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    remembered.start()
-    remembered.prepare({"qwen3_moe"})
     for i, scenario in enumerate(SCENARIOS):
         ranks = []
         for rank in range(world_of(scenario)):
             pid = os.fork()
             if pid == 0:
-                rank_of(scenario, rank, folder, port + i)
-                sys.exit()  # runs what is to run at exit; an exception above prints itself and ends with 1
+                as_a_process(rank_of, scenario, rank, folder, port + i)
             ranks.append(pid)
         _, status = os.waitpid(ranks[0], 0)
         (folder / f"{scenario.__name__}-code").write_text(str(os.waitstatus_to_exitcode(status)))

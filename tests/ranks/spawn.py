@@ -169,6 +169,8 @@ def _warm_up() -> None:
     sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
     import torch
 
+    import moefx.trainer  # noqa: F401 (with peft, datasets and more)
+
     torch.set_num_threads(1)
     remembered.start()
     remembered.prepare({"qwen3_moe"}, all_calls=True)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from spawn import run_script
 
 JOB = Path(__file__).parent / "faults_job.py"
 
@@ -22,8 +20,7 @@ def said(tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    done = subprocess.run([sys.executable, JOB, folder, str(port)], capture_output=True, text=True, timeout=400, env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"})  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    run_script(JOB, [str(folder), str(port)], folder=folder, timeout=400)
 
     def of(scenario, rank):
         return (folder / f"{scenario}-{rank}").read_text()
