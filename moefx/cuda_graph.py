@@ -81,6 +81,13 @@ class GraphedStep:
         self.replays += 1
         return found.replay(batch)
 
+    def close(self) -> None:
+        """Frees the graphs and their memory. Over ranks, call it before ``destroy_process_group``: a live graph keeps NCCL's
+        communicators, and ranks were seen to wait there for ever."""
+        for found in self.recorded.values():
+            found.graph.reset()
+        self.recorded.clear()
+
     def _kind(self, batch: Mapping[str, Any]) -> tuple:
         """What a recorded step depends on, besides the numbers in its tensors."""
         parts = [(n, (v.shape, v.dtype, v.device) if isinstance(v, Tensor) else v) for n, v in sorted(batch.items())]
@@ -156,6 +163,7 @@ def cuda_graph(model: Any, *, warmup: int = WARMUP, most: int = 1) -> GraphedSte
         for batch in batches:
             loss = step(**batch)  # instead of model(**batch).loss and loss.backward()
             optimizer.step(); optimizer.zero_grad()
+        step.close()  # over ranks, before destroy_process_group
 
     A kind is: the shapes and dtypes of the batch, training or evaluation, which parameters are frozen. Its first ``warmup``
     steps run as ever, the next one is recorded. Kinds beyond the ``most`` that are recorded run as ever too (``step.replays``

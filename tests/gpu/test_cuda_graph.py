@@ -141,6 +141,7 @@ def job() -> None:
         model.set_requires_gradient_sync(False)
         with pytest.raises(moefx.MoefxError, match="set_requires_gradient_sync"):
             step(**given[0])
+        step.close()
     dist.barrier()
     dist.destroy_process_group()
 
