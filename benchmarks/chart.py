@@ -94,8 +94,9 @@ def draw(records: Sequence[Mapping[str, Any]], device: str, path: Path) -> None:
     for axis, (title, contenders) in zip(axes[0], shown):
         batches = sorted({b for rows in contenders.values() for b, _, _ in rows})
         width = 0.8 / len(contenders)
-        for i, (who, rows) in enumerate(contenders.items()):
-            at = [batches.index(b) + (i - (len(contenders) - 1) / 2) * width for b, _, _ in rows]
+        there = {b: [who for who, rows in contenders.items() if b in {r[0] for r in rows}] for b in batches}
+        for who, rows in contenders.items():
+            at = [batches.index(b) + (there[b].index(who) - (len(there[b]) - 1) / 2) * width for b, _, _ in rows]
             drawn = axis.bar(at, [t / 1e3 for _, t, _ in rows], width * 0.94, color=CONTENDERS[who][1], label=CONTENDERS[who][0])
             axis.bar_label(drawn, [text for _, _, text in rows], fontsize=8, padding=2, fontweight="bold" if who == "moefx" else "normal")
         axis.set_xticks(range(len(batches)), [f"micro-batch {b}" for b in batches])
