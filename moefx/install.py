@@ -336,7 +336,7 @@ def _class(base: type, make: Callable[[type], Callable]) -> type:
     forward = functools.wraps(base.forward)(make(base))  # type: ignore[attr-defined]
     names = {"forward": forward, "__module__": base.__module__, "__qualname__": base.__qualname__, "_moefx_base": base}
     if issubclass(base, PreTrainedModel):
-        names["save_pretrained"] = functools.wraps(base.save_pretrained)(_save_pretrained(base))
+        names["save_pretrained"] = functools.wraps(base.save_pretrained)(_save_pretrained(base))  # type: ignore[attr-defined]
     return type(base.__name__, (base,), names)
 
 

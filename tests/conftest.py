@@ -14,6 +14,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Imports what takes long, where tests run: the process that only hands them out to others can do without."""
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         return
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, here and in what tests start: they share the cores
     import torch
 
     if not torch.cuda.is_available():
