@@ -109,6 +109,7 @@ class Pipeline:
         for function in program.functions.values():
             for p, report in zip(self.passes, reports, strict=True):
                 report.add(function, run_pass(p, function, plan))
+            function.graph_module.recompile()
         return reports
 
 
@@ -159,7 +160,7 @@ class PassReport:
 
 
 def run_pass(p: Pass, function: Function, plan: Plan) -> tuple[Changes, float, Listing, Listing]:
-    """One pass over one function: the changes, seconds, and the code before and after."""
+    """One pass over one function: the changes, seconds, and the code before and after. Its module is not compiled again."""
     before, started = Listing.of(function.graph), time.perf_counter()
     try:
         changes = p.run(function, plan)
@@ -173,7 +174,6 @@ def run_pass(p: Pass, function: Function, plan: Plan) -> tuple[Changes, float, L
     if not after.same(before):
         check(p.name, function)
         function.graph.eliminate_dead_code()
-        function.graph_module.recompile()
         after = Listing.of(function.graph)
     return changes, time.perf_counter() - started, before, after
 

@@ -13,6 +13,7 @@ import pytest
 def pytest_configure(config: pytest.Config) -> None:
     """Imports what takes long, where tests run: the process that only hands them out to others can do without."""
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        os.environ["MOEFX_TESTS_RANKS"] = str(Path(tempfile.mkdtemp(prefix="moefx-ranks-"), "socket"))  # one server for all: spawn.py
         return
     os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, here and in what tests start: they share the cores
     import torch

@@ -59,6 +59,7 @@ def run(passes, function, inputs, parameters=(), **close):
     changes = Changes()
     for p in (Canonicalize(), *passes):
         changes = run_pass(p, f, plan)[0]
+    f.graph_module.recompile()
     inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
     wanted = module(*inputs)
     found = f.graph_module(*[dict(module.named_parameters())[n] for n in f.parameters], *f.constants, *inputs)

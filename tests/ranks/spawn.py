@@ -9,18 +9,18 @@
 
 Ranks are forked from a server that has imported torch, Transformers and moefx and has optimized two models: a new rank would
 spend 15 seconds on that, a forked one none. Each job has processes of its own, so nothing of one reaches the next: no process
-group, no global, no hung rank. The server is started with the first job of a pytest process and ends with it.
+group, no global, no hung rank. The server is started with the first job; the processes of one pytest share it (they find its
+socket by ``ADDRESS``, which tests/conftest.py sets), and it ends with the last of them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import importlib.util
 import os
-import pickle
 import runpy
-import select
 import signal
 import socket
 import subprocess
@@ -30,14 +30,17 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from multiprocessing.connection import Client, Connection, wait
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import remembered
 
 ROOT = Path(__file__).parent.parent.parent
 #: Seconds for the server's imports, on a machine that does much else.
 START = 300.0
+#: The environment's name for the path of the server's socket.
+ADDRESS = "MOEFX_TESTS_RANKS"
 
 
 def run(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0, all_calls: bool = False) -> list[Any]:
@@ -104,64 +107,91 @@ def _run(
 
 
 class _Server:
-    """This file as a process of its own, spoken to through its standard input and output."""
+    """The connection to this file as a process of its own, which it starts if nobody has."""
 
     _one: _Server | None = None
 
     @classmethod
     def current(cls) -> _Server:
-        if cls._one is None or cls._one.process.poll() is not None:
+        if cls._one is None:
             cls._one = cls()
         return cls._one
 
     def __init__(self) -> None:
+        path = Path(os.environ.setdefault(ADDRESS, str(Path(tempfile.mkdtemp(prefix="moefx-ranks-"), "socket"))))
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                self.connection = Client(str(path))
+            except OSError:  # there is none yet, or it has ended
+                path.unlink(missing_ok=True)
+                self.connection = self._start(path)
+        self._read(START, "import what the ranks need")
+
+    @staticmethod
+    def _start(path: Path) -> Connection:
         # one thread, so that it may fork; no GPU, for a process that has seen one may not
         one = {n: "1" for n in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
         environment = {**os.environ, **one, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
-        self.process = subprocess.Popen(
-            [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        self._read(START, "import what the ranks need")
+        process = subprocess.Popen([sys.executable, __file__, str(path)], env=environment, stdin=subprocess.DEVNULL)
+        while process.poll() is None:
+            with contextlib.suppress(OSError):
+                return Client(str(path))
+            time.sleep(0.05)
+        raise RuntimeError(f"the ranks' server ended at once (exit code {process.returncode})")
 
     def ask(self, job: tuple, timeout: float, known: set[str], all_calls: bool) -> str:
         """What became of them: nothing when all have ended, "late" when some had to be stopped, else which one ended without a word."""
-        assert self.process.stdin is not None
-        pickle.dump((job, timeout, known, all_calls), self.process.stdin)
-        self.process.stdin.flush()
+        self.connection.send((job, timeout, known, all_calls))
         return self._read(START + timeout, "answer")  # it may have families to prepare first
 
     def _read(self, seconds: float, what: str) -> Any:
-        assert self.process.stdout is not None
-        if select.select([self.process.stdout], [], [], seconds)[0]:
-            with contextlib.suppress(EOFError):
-                return pickle.load(self.process.stdout)
-        self.process.kill()
-        raise RuntimeError(f"the ranks' server did not {what} within {seconds:.0f} s (exit code {self.process.wait()})")
+        with contextlib.suppress(EOFError, ConnectionError):
+            if self.connection.poll(seconds):
+                return self.connection.recv()
+        type(self)._one = None
+        raise RuntimeError(f"the ranks' server did not {what} within {seconds:.0f} s, or it ended")
 
 
 # --- in the server ---------------------------------------------------------------------------------------------------
 
 
-def _serve() -> None:
-    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(2, 1)  # what ranks print belongs to the test's captured output, not to the protocol
-    _warm_up()
-    gc.freeze()  # pages that the collector does not touch stay shared with the ranks
-    _reply(replies, "ready")
-    while True:
+def _serve(path: str) -> None:
+    os.dup2(2, 1)  # what ranks print belongs to the test's captured output
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(path)
+        door.listen()
+        _warm_up()
+        gc.freeze()  # pages that the collector does not touch stay shared with the ranks
+        clients: list[Any] = []
+        while True:
+            for ready in wait([door, *clients], timeout=1.0):
+                if ready is door:
+                    clients.append(Connection(door.accept()[0].detach()))
+                    clients[-1].send("ready")
+                    continue
+                try:
+                    job, timeout, known, all_calls = ready.recv()
+                except (EOFError, ConnectionError):
+                    clients.remove(ready)
+                    if not clients:
+                        return
+                else:
+                    remembered.prepare(known, all_calls=all_calls)
+                    gc.freeze()
+                    _in_a_process(lambda: ready.send(_run_ranks(job, timeout, [door, *clients])))  # noqa: B023
+            with contextlib.suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+
+
+def _in_a_process(do: Callable[[], None]) -> None:
+    """One that follows the ranks of a job, while the server hears of others."""
+    if os.fork() == 0:
         try:
-            job, timeout, known, all_calls = pickle.load(requests)
-        except EOFError:
-            return
-        remembered.prepare(known, all_calls=all_calls)
-        gc.freeze()
-        _reply(replies, _run_ranks(job, timeout, (requests, replies)))
-
-
-def _reply(replies: BinaryIO, what: str) -> None:
-    pickle.dump(what, replies)
-    replies.flush()
+            do()
+        finally:
+            os._exit(0)
 
 
 def _warm_up() -> None:
@@ -176,7 +206,7 @@ def _warm_up() -> None:
     remembered.prepare({"qwen3_moe"}, all_calls=True)
 
 
-def _run_ranks(job: tuple, timeout: float, inherited: tuple[BinaryIO, ...]) -> str:
+def _run_ranks(job: tuple, timeout: float, inherited: list[Any]) -> str:
     ranks: dict[int, int] = {}
     for rank in range(job[2]):
         pid = os.fork()
@@ -206,7 +236,7 @@ def _run_ranks(job: tuple, timeout: float, inherited: tuple[BinaryIO, ...]) -> s
 
 
 def _rank(
-    rank: int, inherited: tuple[BinaryIO, ...], file: str, name: str, world_size: int, folder: str, args: tuple, group: bool
+    rank: int, inherited: list[Any], file: str, name: str, world_size: int, folder: str, args: tuple, group: bool
 ) -> None:
     code = 1
     try:
@@ -242,4 +272,4 @@ def _rank(
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(sys.argv[1])
