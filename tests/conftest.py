@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -28,6 +29,11 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     sys.path.append(str(Path(__file__).parent / "ranks"))  # under pytest's importlib mode no test folder is on the path
     logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if "MOEFX_TESTS_RANKS" in os.environ and not hasattr(config, "workerinput"):
+        shutil.rmtree(Path(os.environ["MOEFX_TESTS_RANKS"]).parent, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
