@@ -22,36 +22,16 @@ import common
 SECONDS, GIB, LONGER, MICROSECONDS = 15.0, 3.0, 1.10, 50.0
 
 
-def empty_model(layers: int) -> Any:
+def child(layers: int) -> None:
+    """In a process of its own: one capture, so that nothing is warm and the peak is this one's."""
     import torch
     from models import config
     from transformers import AutoModelForCausalLM
 
+    import moefx
+
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config("qwen3_30b", layers), dtype=torch.bfloat16)
-
-
-def growth(rounds: int = 6) -> dict[str, Any]:
-    """Processor time of 48 and 96 layers by turns in one warm process, the least of each: what 48 more layers cost. Of fresh
-    processes one may take half as long again as the next, which is more than what is asked here."""
-    import moefx
-
-    models = {layers: empty_model(layers) for layers in (48, 96)}
-    plan, least = moefx.Plan(moefx.backends.resolve(None)), dict.fromkeys(models, float("inf"))
-    for _ in range(rounds):
-        for layers, model in models.items():
-            began = time.process_time()
-            moefx.rewrite(moefx.capture(model), plan, moefx.passes.default(), model)
-            least[layers] = min(least[layers], time.process_time() - began)
-    common.say(f"warm, cpu: {least[48]:.2f} s for 48 layers, {least[96]:.2f} for 96")
-    return {"cpu_s_48": least[48], "cpu_s_96": least[96], "rounds": rounds}
-
-
-def child(layers: int) -> None:
-    """In a process of its own: one capture, so that nothing is warm and the peak is this one's."""
-    import moefx
-
-    model = empty_model(layers)
+        model = AutoModelForCausalLM.from_config(config("qwen3_30b", layers), dtype=torch.bfloat16)
     plan = moefx.Plan(moefx.backends.resolve(None))
     wall, cpu = time.perf_counter(), time.process_time()
     program = moefx.capture(model)
@@ -165,9 +145,7 @@ def main() -> int:
 
     seconds, seconds96 = median(shallow, "seconds"), median(deep, "seconds")
     gib, gib96 = median(shallow, "peak_gib"), median(deep, "peak_gib")
-    grown = growth()
-    fresh = min(r["cpu_s"] for r in shallow)
-    longer = 1 + (grown["cpu_s_96"] - grown["cpu_s_48"]) / fresh
+    longer = seconds96 / seconds
     us = overhead["microseconds"]
     rows = [
         ("48 layers, seconds", f"{seconds:.2f}", f"< {SECONDS:.0f}"),
@@ -197,7 +175,6 @@ def main() -> int:
             "peak_gib_48": gib,
             "peak_gib_96": gib96,
         },  # fmt: skip
-        "growth": grown,
         "call": overhead,
         "runs": [*shallow, *deep],
         "problems": problems,
