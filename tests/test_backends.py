@@ -374,13 +374,14 @@ def _block(kernels):
     return block
 
 
-def test_compiles_whole_for_any_number_of_tokens():
-    """Forward and backward without a graph break; the second length runs the first one's graph. (By Inductor: test_install.)"""
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_whole_for_any_number_of_tokens(backend):
+    """Forward and backward without a graph break; the second length runs the first one's graph."""
     torch._dynamo.reset()
     names = (ops.rms_norm, ops.attention, ops.experts, ops.linear_cross_entropy)
     reference = _block(names)
     compiled = torch.compile(
-        _block([torch_backend.BACKEND.kernels[n].fn for n in names]), fullgraph=True, dynamic=True, backend="aot_eager"
+        _block([torch_backend.BACKEND.kernels[n].fn for n in names]), fullgraph=True, dynamic=True, backend=backend
     )
     shapes = (H,), (E, 2 * INNER, H), (E, H, INNER), (E, H), (33, H)
     weights = [(_random(*s, seed=10 + i) / 2).requires_grad_() for i, s in enumerate(shapes)]

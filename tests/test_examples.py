@@ -35,12 +35,15 @@ def test_train_ep(tmp_path):
 
 
 def test_quickstart(tmp_path):
-    """Started as a shell starts it; its ranks, as torchrun does."""
-    command = [sys.executable, "examples/quickstart.py", "--steps", "32", "--out", str(tmp_path)]
+    assert "as it should be" in started("examples/quickstart.py", "--steps", "32", "--out", str(tmp_path))
+
+
+def started(*command):
+    """What it prints, started as a shell starts it."""
     env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, env=env)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=400, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "as it should be" in done.stdout
+    return done.stdout
 
 
 def printed(name, folder, *args, ranks=1):
@@ -82,10 +85,13 @@ def test_trainer(tmp_path):
 
 
 def test_accelerate(tmp_path):
-    """Two ranks, and one process."""
+    """Two ranks that ``accelerate launch`` starts, and one process."""
     one = printed("accelerate_loop", tmp_path, "--steps", "3")
     assert len(one) == 3
-    assert one == printed("accelerate_loop", tmp_path, "--steps", "3", ranks=2)
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    address = ["--dynamo_backend", "no", "--main_process_ip", "127.0.0.1", "--main_process_port", "0"]
+    two = started(*launch, *address, "examples/accelerate_loop.py", "--steps", "3")
+    assert one == [line for line in two.splitlines() if line.startswith("loss")]
 
 
 def test_sft(tmp_path):

