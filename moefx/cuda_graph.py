@@ -82,8 +82,8 @@ class GraphedStep:
         return found.replay(batch)
 
     def close(self) -> None:
-        """Frees the graphs and their memory. Over ranks, call it before ``destroy_process_group``: a live graph keeps NCCL's
-        communicators, and ranks were seen to wait there for ever."""
+        """Frees the graphs and their memory. Over ranks, call it before ``destroy_process_group``: two ranks with a live
+        graph over NCCL were seen not to end."""
         for found in self.recorded.values():
             found.graph.reset()
         self.recorded.clear()
