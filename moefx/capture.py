@@ -417,10 +417,8 @@ class Recording:
 
     def call(self, path: str) -> tuple[tuple, dict] | None:
         """What the module was called with; of a part of a block that was not run, what the equal part was called with."""
-        for block, other in self.like.items():
-            if path.startswith(f"{block}."):
-                return self.calls.get(other + path[len(block) :])
-        return self.calls.get(path)
+        block = next((up for up in _above(path) if up in self.like), None)
+        return self.calls.get(path if block is None else self.like[block] + path[len(block) :])
 
 
 def default_example(model: nn.Module, batch: int, sequence: int) -> dict[str, Tensor]:
@@ -552,7 +550,7 @@ def sites(model: Any, recording: Recording, left: list[Left]) -> list[Site]:
 
 def site_of(path: str, module: nn.Module, recording: Recording, routers: dict, left: list[Left]) -> Site | None:
     args, kwargs = recording.call(path) or ((), {})
-    inner = {p.removeprefix(f"{path}."): m for p, m in routers.items() if p.startswith(f"{path}.") and recording.call(p)}
+    inner = {p: m for p, m in module.named_modules() if p and (at := f"{path}.{p}") in routers and recording.call(at)}
     try:
         tensors, template = flatten(args, kwargs)
         structure = recording.structures.get(path) or hf.structure(module)

@@ -93,6 +93,7 @@ class _Watcher(threading.Thread):
         self.lost_after, self.interval = lost_after, min(1.0, lost_after / 10)
         self.cause: str | None = None
         self.known, self.failed, self.ended = threading.Event(), threading.Event(), threading.Event()
+        self.kept: Any = None  #: in rank 0, once there is a cause: the store, which goes with its last reference
         self.seen: dict[int, tuple[int, float]] = {}  #: beats of a rank, and when it had that many first
         self.store.set(f"{_KEY}/who/{self.rank}", f"{socket.gethostname()}, process {os.getpid()}")
         self._beat()
@@ -107,6 +108,7 @@ class _Watcher(threading.Thread):
                 self._read_cause()
                 for rank in self._lost():
                     silence = f"no sign of life for {self._silence(rank):.0f} s"
+                    self._needs_no_more(rank)
                     self._write_cause(f"rank {rank} is lost: {silence} ({self._who(rank)})")
                 answered = time.monotonic()
             except RuntimeError:  # the store is the first rank's, or torchrun's on its machine
@@ -151,6 +153,12 @@ class _Watcher(threading.Thread):
     def _read_cause(self) -> None:
         if self.store.check([f"{_KEY}/cause"]):
             self._know(self.store.get(f"{_KEY}/cause").decode())
+            self._needs_no_more(self.rank)
+
+    def _needs_no_more(self, rank: int) -> None:
+        """It knows the cause, is lost or has ended: of the store it reads nothing any more. Several may say so of one rank."""
+        if self.store.add(f"{_KEY}/done/{rank}", 1) == 1:
+            self.store.add(f"{_KEY}/done", 1)
 
     def _write_cause(self, text: str) -> None:
         """The first to write it wins: what others see are mostly consequences."""
@@ -159,6 +167,8 @@ class _Watcher(threading.Thread):
         self._read_cause()
 
     def _know(self, text: str) -> None:
+        if self.rank == 0 and self.group_is_there():
+            self.kept = _get_default_store()  # whatever destroys the group on the way out
         self.cause = text
         self.known.set()
 
@@ -181,20 +191,31 @@ class _Watcher(threading.Thread):
             text = str(error).strip().split("\n")[0]
             self._write_cause(f"rank {self.rank} failed: {type(error).__name__}: {text} ({self._who(self.rank)})")
 
+    def wait_for_readers(self) -> None:
+        """Rank 0 ends after the others have read the cause, which is in a store of its own: else they only see that go."""
+        until = time.monotonic() + _GRACE / 2
+        with contextlib.suppress(RuntimeError):
+            while self.store.add(f"{_KEY}/done", 0) < self.world and time.monotonic() < until:
+                time.sleep(0.05)
+
     def leave(self) -> None:
         """Tells the others that this rank ends as it should."""
         if not self.known.is_set() and not self.ended.is_set():
             self.ended.set()
             with contextlib.suppress(RuntimeError):
                 self.store.add(f"{_KEY}/beats/{self.rank}", _LEFT)
+                self._needs_no_more(self.rank)
 
 
 _watcher: _Watcher | None = None
 
 
 def _leave() -> None:
-    if _watcher is not None:
-        _watcher.leave()
+    if _watcher is None:
+        return
+    if _watcher.rank == 0 and _watcher.known.is_set():
+        _watcher.wait_for_readers()
+    _watcher.leave()
 
 
 def _on_uncaught(before: Callable) -> Callable:

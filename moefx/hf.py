@@ -363,9 +363,10 @@ def restore(model: PreTrainedModel, before: tuple[str | None, str | None]) -> No
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The decoder blocks by path: outermost ``GradientCheckpointingLayer``s, else the children of the longest ModuleList."""
     found: dict[str, nn.Module] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, GradientCheckpointingLayer) and not any(path.startswith(f"{f}.") for f in found):
-            found[path] = module
+    last = None
+    for path, module in model.named_modules():  # what a block holds comes right after it
+        if isinstance(module, GradientCheckpointingLayer) and not (last is not None and path.startswith(f"{last}.")):
+            found[path], last = module, path
     if not found:
         lists = [(p, m) for p, m in model.named_modules() if isinstance(m, nn.ModuleList)]
         if lists:

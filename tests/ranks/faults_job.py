@@ -27,7 +27,7 @@ from moefx import faults  # noqa: E402
 from tests.families import batch, build  # noqa: E402
 
 WORLD = 2
-MANY = 4  #: ranks of the scenario with more than one other
+MANY = 4  #: ranks of the scenarios with more than one other
 
 
 def die() -> None:
@@ -107,11 +107,19 @@ def stuck(rank: int, folder: Path) -> None:
     dist.all_reduce(torch.ones(1))
 
 
-SCENARIOS = (killed_in_a_forward, killed_in_a_step, killed_in_a_checkpoint, killed_in_save_pretrained, not_a_number, stuck)
+def first_rank_fails(rank: int, folder: Path) -> None:
+    """The cause is in a store that ends with rank 0."""
+    dist.all_reduce(torch.ones(1))
+    if rank == 0:
+        raise ValueError("the tokenizer's 12 and the model's 10 tokens disagree")
+    dist.all_reduce(torch.ones(1))
+
+
+SCENARIOS = (killed_in_a_forward, killed_in_a_step, killed_in_a_checkpoint, killed_in_save_pretrained, not_a_number, stuck, first_rank_fails)
 
 
 def world_of(scenario) -> int:
-    return MANY if scenario is killed_in_a_forward else WORLD
+    return MANY if scenario in (killed_in_a_forward, first_rank_fails) else WORLD
 
 
 def rank_of(scenario, rank: int, folder: Path, port: int) -> None:
@@ -120,14 +128,18 @@ def rank_of(scenario, rank: int, folder: Path, port: int) -> None:
     os.dup2(out, 2)
     torch.set_num_threads(1)
     # where moefx's own exception is waited for, a slow machine has the time to raise it
-    faults._GRACE = 10 if scenario is killed_in_a_forward else 2
+    faults._GRACE = 10 if scenario in (killed_in_a_forward, first_rank_fails) else 2
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_of(scenario), timeout=timedelta(seconds=60)
     )
     moefx.watch_ranks(4.0)
-    scenario(rank, folder)
-    dist.barrier()
+    try:
+        scenario(rank, folder)
+        dist.barrier()
+    except moefx.RankLostError:
+        dist.destroy_process_group()  # as programs do on the way out: the others still read the cause
+        raise
     dist.destroy_process_group()
 
 

@@ -68,6 +68,14 @@ def test_numbers_that_are_not_finite(said):
     assert f"moefx: rank 1 failed: {reason}" in other
 
 
+def test_first_rank_fails(said):
+    """The store goes with rank 0, but not before the three others have read there why."""
+    _, of, code = said
+    assert code("first_rank_fails") == 1
+    for rank in (1, 2, 3):
+        assert "rank 0 failed: ValueError: the tokenizer's 12 and the model's 10 tokens disagree" in of("first_rank_fails", rank), rank
+
+
 def test_stuck(said):
     """No connection is closed, as with NCCL: the process is ended, and shows where it was."""
     _, of, code = said
