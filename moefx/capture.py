@@ -190,6 +190,8 @@ class _Entry(nn.Module):
         try:
             args, kwargs = self.template.fill(tensors)
             out = self.block(*args, **kwargs)
+        except RuntimeError as error:  # of one that depends on data torch.export would print the graph so far, a screen or ten
+            raise CaptureError(f"torch.export: {_first_sentence(error)}") from error
         finally:
             for h in hooks:
                 h.remove()

@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import os
 import platform
 import sys
 import warnings
@@ -255,9 +256,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             args.run(args)
+        sys.stdout.flush()
     except MoefxError as error:
         print(f"moefx: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # who reads it has seen enough: `moefx inspect ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes there, at exit
     return 0
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -53,6 +55,22 @@ def test_models(capsys):
     assert main(["models", "olmoe", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row["raised"]["rms_norm"] == [9, 9] and row["raised"]["route"] == [2, 2] and row["notes"] == []
+
+
+def test_experts_that_look_at_values_are_left_and_nothing_else_is_said(capsys):
+    """torch.export prints the whole graph of a block that branches on data."""
+    assert main(["models", "dbrx", "--json"]) == 0
+    said = capsys.readouterr()
+    (row,) = json.loads(said.out)
+    assert row["raised"]["attention"] == [2, 2] and any("data-dependent" in n for n in row["notes"])
+    assert said.err == ""
+
+
+def test_a_reader_that_has_seen_enough(tmp_path):
+    """``moefx doctor --json | head -1``: no traceback."""
+    command = f"{sys.executable} -m moefx.cli doctor --json | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(
