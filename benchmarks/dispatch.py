@@ -102,7 +102,7 @@ def measure(shape: str, transport: str, capacity: bool, device: torch.device, si
         made["d"] = send(x, index, weights, **where)
 
     def forward_combine() -> None:
-        each, _, _, *way = made["d"]
+        each, _, _, *way, _ = made["d"]
         made["y"] = exchange.combine(each, index, *way, num_experts=experts, group=group)
 
     def both() -> None:
@@ -115,7 +115,7 @@ def measure(shape: str, transport: str, capacity: bool, device: torch.device, si
 
     grad = torch.randn(tokens, h, device=device, generator=g).bfloat16()
     # the experts only weight their rows: the sums are known
-    each, row_weights, _, *way = send(x, index, weights, **where)
+    each, row_weights, _, *way, _ = send(x, index, weights, **where)
     made["y"] = exchange.combine((each * row_weights.unsqueeze(1)).to(each.dtype), index, *way, num_experts=experts, group=group)
     to_x, to_weights = torch.autograd.grad(made["y"], (x, weights), grad)
     right = x.float() * weights.sum(1, keepdim=True)

@@ -1,6 +1,6 @@
 """Dispatch and combine: tokens travel to the ranks that own their experts, their results back. Operations with gradients.
 
-    rows, row_weights, counts, *way = dispatch(x, index, weights)
+    rows, row_weights, counts, *way, tokens = dispatch(x, index, weights)
     y = combine(grouped_mlp(rows, counts, ..., row_weights=row_weights), index, *way)
 
 A token goes once to each rank that has one of its experts, and one row comes back from each: the experts' rows of a token on
@@ -243,18 +243,12 @@ def _dispatch_wait(
     """
     _arrive(tokens)
     hidden, top_k, local, first = x.shape[1], experts.shape[1], num_experts // _group(group).size(), 0
-    if not tokens.shape[0]:
-        tokens = tokens.new_empty(0, hidden)
-    elif not experts.shape[0]:  # a row holds its experts and weights too
-        encoded = int(host[transports.FP8])
-        size = fp8_rows.width(hidden, x.dtype) if encoded else hidden
-        tokens, weights, experts = transports.unpack(
-            tokens, (size, x.dtype), (top_k, weights.dtype), (top_k, torch.int32)
-        )
-        tokens = fp8_rows.decode(tokens, hidden) if encoded else tokens
+    if tokens.shape[0] and not experts.shape[0]:  # a row holds its experts and weights too
+        size = fp8_rows.width(hidden, x.dtype) if int(host[transports.FP8]) else hidden
+        _, weights, experts = transports.unpack(tokens, (size, x.dtype), (top_k, weights.dtype), (top_k, torch.int32))
         first = 0 if not capacity else _group(group).rank() * local  # all-gathered as the router gave them
     counts, place = rows_.by_expert(experts, first, local)
-    rows, row_weights = rows_.spread(tokens, place, int(host[ROWS]), weights)
+    rows, row_weights = rows_.spread(rows_.arrived(tokens, hidden, host), place, int(host[ROWS]), weights)
     return rows, row_weights, counts, place, _linked((link.shape[0], hidden), x)
 
 
@@ -364,7 +358,7 @@ def dispatch_by(transport: str) -> Callable:
         where = {"num_experts": num_experts, "group": group, "capacity": capacity}
         *sent, link, link_weights = dispatch_start(x, index, weights, **where, wire=wire, transport=transport)
         *arrived, back = dispatch_wait(x, *sent, link, link_weights, **where)
-        return *arrived, sent[3], sent[4], back
+        return *arrived, sent[3], sent[4], back, sent[0]
 
     dispatch.transport = transport  # type: ignore[attr-defined]
     return dispatch
@@ -372,13 +366,14 @@ def dispatch_by(transport: str) -> Callable:
 
 def _dispatch(
     x: Tensor, index: Tensor, weights: Tensor, *, num_experts: int, group: str, capacity: int = 0, wire: str = ""
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sends x [T, H] to the ranks of experts index [T, K] (int64), with weights [T, K]; expert e lives on rank e // (E / ep).
 
     Returns rows [R, H], expert by expert, within an expert by source rank, then token; row_weights [R], the router's weights
     of these rows in float32 (float64 for float64), differentiable, for ``grouped_mlp``; counts [E / ep] int64; and for
     ``combine``: place [N, K] int32, the row of each (token, k) that this rank received, -1 for none; handle (bytes); host (of
-    the CPU); link (S rows, without memory). ``group`` is the name of the ep process group; all its ranks call.
+    the CPU); link (S rows, without memory). The last result is what the rows were spread from, as it arrived: for
+    ``grouped_mlp``, which may keep it instead of the rows. ``group`` is the name of the ep process group; all its ranks call.
 
     ``capacity``, the most tokens that a rank ever has: buffers are made for the worst case, and neither is anything agreed nor
     does the host wait. R is then ``ep * capacity * min(K, E / ep)``; rows after the last of ``counts`` mean nothing.
@@ -503,7 +498,7 @@ def _combine(
 _LIBRARY = torch.library.Library("moefx", "FRAGMENT")
 _LIBRARY.define(
     "dispatch(Tensor x, Tensor index, Tensor weights, *, int num_experts, str group, int capacity=0, "
-    "str wire='') -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "str wire='') -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
     "combine(Tensor rows, Tensor index, Tensor place, Tensor handle, Tensor host, Tensor link, *, int num_experts, "

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
+from .errors import MoefxError
+from .rows import Kept
 from .transports import wide
 
 
@@ -146,10 +148,13 @@ def _activate_backward(
 @torch.library.custom_op("moefx::grouped_mlp_forward", mutates_args=())
 def grouped_mlp_forward(
     rows: Tensor, counts: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
-    row_weights: Tensor | None, activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool,
-    grad_scale: float,
+    row_weights: Tensor | None, tokens: Tensor | None, place: Tensor | None, host: Tensor | None, activation: str,
+    alpha: float, limit: float, transposed: bool, interleaved: bool, grad_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The experts' output [R, H] and what the backward needs besides the inputs: the pre-activations [R, 2I or I]."""
+    """The experts' output [R, H] and what the backward needs besides the inputs: the pre-activations [R, 2I or I].
+
+    tokens, place and host are not read: they are kept for the backward, instead of the rows, where they are given.
+    """
     offsets = counts.cumsum(0).to(torch.int32)
     biased = up_bias is not None or down_bias is not None
     expert = _experts_of_rows(counts, rows.shape[0]) if biased else counts
@@ -163,16 +168,17 @@ def grouped_mlp_forward(
 
 
 @grouped_mlp_forward.register_fake
-def _(rows, counts, up, up_bias, down, down_bias, row_weights, activation, alpha, limit, transposed, interleaved, grad_scale):
+def _(rows, counts, up, up_bias, down, down_bias, row_weights, tokens, place, host, activation, alpha, limit, transposed,
+      interleaved, grad_scale):  # fmt: skip
     out = up.new_empty(rows.shape[0], _matrices(down, transposed).shape[2])
     return out, up.new_empty(rows.shape[0], _matrices(up, transposed).shape[2])
 
 
 @torch.library.custom_op("moefx::grouped_mlp_backward", mutates_args=())
 def grouped_mlp_backward(
-    grad: Tensor, h: Tensor, rows: Tensor, counts: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor,
-    down_bias: Tensor | None, row_weights: Tensor | None, activation: str, alpha: float, limit: float, transposed: bool,
-    interleaved: bool, grad_scale: float,
+    grad: Tensor, h: Tensor, rows: Tensor | None, tokens: Tensor | None, place: Tensor | None, host: Tensor | None,
+    counts: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, row_weights: Tensor | None,
+    activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool, grad_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of rows, up, up_bias, down, down_bias, row_weights (empty where there is none); the activation is computed
     again. A row's weight gets <its activation, its gradient times ``down``> + <bias, gradient>: no output is needed."""
@@ -180,15 +186,16 @@ def grouped_mlp_backward(
     to_a = _grouped_gemm(grad, _matrices(down, transposed).transpose(1, 2), offsets)
     to_h, a, to_weights = _activate_backward(h, to_a, row_weights, activation, alpha, limit, interleaved)
     to_down = _grouped_outer(a, grad, offsets) if transposed else _grouped_outer(grad, a, offsets)
-    x = rows.to(up.dtype)
+    kept, matrices = Kept(rows, tokens, place, host), _matrices(up, transposed)
+    x = kept.again(h.shape[0], matrices.shape[1]).to(up.dtype)
     to_up = _grouped_outer(x, to_h, offsets) if transposed else _grouped_outer(to_h, x, offsets)
-    to_rows = _grouped_gemm(to_h, _matrices(up, transposed).transpose(1, 2), offsets).to(rows.dtype)
+    to_rows = _grouped_gemm(to_h, matrices.transpose(1, 2), offsets).to(kept.dtype)
     to_up_bias = _sum_by_expert(to_h, counts) if up_bias is not None else h.new_empty(0)
     to_down_bias = h.new_empty(0)
     if down_bias is not None:
         to_down_bias = _sum_by_expert(grad, counts, row_weights)
         if row_weights is not None:
-            to_weights += (grad.to(wide(grad.dtype)) * down_bias[_experts_of_rows(counts, rows.shape[0])]).sum(1)
+            to_weights += (grad.to(wide(grad.dtype)) * down_bias[_experts_of_rows(counts, h.shape[0])]).sum(1)
     if grad_scale != 1.0:
         for g in (to_up, to_up_bias, to_down, to_down_bias):
             g.mul_(grad_scale)
@@ -202,28 +209,32 @@ def _sum_by_expert(grad: Tensor, counts: Tensor, row_weights: Tensor | None = No
 
 
 @grouped_mlp_backward.register_fake
-def _(grad, h, rows, counts, up, up_bias, down, down_bias, row_weights, activation, alpha, limit, transposed, interleaved,
-      grad_scale):  # fmt: skip
+def _(grad, h, rows, tokens, place, host, counts, up, up_bias, down, down_bias, row_weights, activation, alpha, limit,
+      transposed, interleaved, grad_scale):  # fmt: skip
     def like(t: Tensor | None) -> Tensor:
         return h.new_empty(0) if t is None else torch.empty_like(t)
 
-    return like(rows), like(up), like(up_bias), like(down), like(down_bias), like(row_weights)
+    to_rows = h.new_empty(h.shape[0], _matrices(up, transposed).shape[1], dtype=Kept(rows, tokens).dtype)
+    return to_rows, like(up), like(up_bias), like(down), like(down_bias), like(row_weights)
 
 
 def _save_mlp(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # else autograd would write zeros for h's
-    rows, counts, up, up_bias, down, down_bias, row_weights, *ctx.options = inputs
-    ctx.save_for_backward(output[1], rows, counts, up, up_bias, down, down_bias, row_weights)
+    rows, counts, up, up_bias, down, down_bias, row_weights, *way = inputs
+    ctx.options = way[3:]
+    ctx.save_for_backward(
+        output[1], *Kept.least(rows, *way[:3]), counts, up, up_bias, down, down_bias, row_weights
+    )
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward_mlp(ctx, grad: Tensor | None, _):
     saved = ctx.saved_tensors
     if grad is None:
-        return (None,) * (7 + len(ctx.options))
-    found = torch.ops.moefx.grouped_mlp_backward(grad.contiguous(), *saved, *ctx.options)
-    to_rows, *rest = (None if t is None else g for t, g in zip((saved[1], *saved[3:]), found))
-    return to_rows, None, *rest, *[None] * len(ctx.options)
+        return (None,) * (10 + len(ctx.options))
+    to_rows, *found = torch.ops.moefx.grouped_mlp_backward(grad.contiguous(), *saved, *ctx.options)
+    rest = (None if t is None else g for t, g in zip(saved[6:], found))
+    return to_rows, None, *rest, *[None] * (3 + len(ctx.options))
 
 
 grouped_mlp_forward.register_autograd(_backward_mlp, setup_context=_save_mlp)
@@ -244,6 +255,7 @@ def _grouped_mlp(
     interleaved: bool = False,
     grad_scale: float = 1.0,
     row_weights: Tensor | None = None,
+    arrived: list[Tensor] | None = None,
 ) -> Tensor:
     """This rank's experts on their rows: rows [R, H] expert by expert, counts [e] int64 -> [R, H] in the weights' dtype.
 
@@ -253,17 +265,28 @@ def _grouped_mlp(
     ``grad_scale`` multiplies the gradients of the weights and biases only, not of row_weights. Every parameter gets a
     gradient, zeros where no row came. Rows after the last of ``counts``, and their weights, may hold anything: what they give
     means nothing, and no gradient of a parameter has any of it.
+
+    ``arrived``: tokens, place and host that ``dispatch`` gave with these rows. The backward then keeps them instead of the
+    rows, which it makes again: a token has a row for each of its experts here, and a capacity's worst case is mostly rows.
     """
     return torch.ops.moefx.grouped_mlp_forward(
-        rows, counts, up, up_bias, down, down_bias, row_weights, activation, alpha, limit, transposed, interleaved, grad_scale
-    )[0]
+        rows, counts, up, up_bias, down, down_bias, row_weights, *parts_of(arrived), activation, alpha, limit, transposed,
+        interleaved, grad_scale,
+    )[0]  # fmt: skip
+
+
+def parts_of(arrived: list[Tensor] | None) -> list[Tensor | None]:
+    """tokens, place, host; None where there are none."""
+    if arrived is not None and len(arrived) != 3:
+        raise MoefxError(f"arrived has {len(arrived)} tensors, not 3: pass [tokens, place, host] as dispatch gave them")
+    return [None, None, None] if arrived is None else list(arrived)
 
 
 _LIBRARY = torch.library.Library("moefx", "FRAGMENT")
 _LIBRARY.define(
     "grouped_mlp(Tensor rows, Tensor counts, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, *, str activation, "
     "float alpha=0.0, float limit=0.0, bool transposed=False, bool interleaved=False, float grad_scale=1.0, "
-    "Tensor? row_weights=None) -> Tensor"
+    "Tensor? row_weights=None, Tensor[]? arrived=None) -> Tensor"
 )
 _LIBRARY.impl("grouped_mlp", _grouped_mlp, "CompositeImplicitAutograd")
 #: See :func:`_grouped_mlp`.

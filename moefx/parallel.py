@@ -173,7 +173,9 @@ def experts_over_ranks(x: Tensor, index: Tensor, weights: Tensor, module: nn.Mod
     up: Any = getattr(module, layout.up)
     where = {"num_experts": up.shape[0], "group": up.device_mesh.get_group().group_name}
     local = [p.to_local() if isinstance(p, DTensor) else p for p in layout.weights(module)]
-    rows, row_weights, counts, *way = exchange.dispatch(x, index, weights, **where)
+    rows, row_weights, counts, *way, tokens = exchange.dispatch(x, index, weights, **where)
+    place, _, host, _ = way
     options = {**layout.options, "grad_scale": 1.0 / up.device_mesh.size(), "row_weights": row_weights}
+    options["arrived"] = [tokens, place, host]
     rows = grouped.grouped_mlp(rows, counts, *local, **options)
     return exchange.combine(rows, index, *way, **where).to(x.dtype)

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .transports import wide
+from . import fp8_rows
+from .transports import FP8, unpack, wide
 
 
 def _fused(x: Tensor) -> Any:
@@ -101,6 +102,39 @@ def spread(x: Tensor, place: Tensor, rows: int, values: Tensor | None = None) ->
         return x.new_zeros(rows, x.shape[1]), x.new_zeros(0 if values is None else rows, dtype=wide(x.dtype))
     at = _entries(place, rows).clamp_min(0)
     return x[at // place.shape[1]], x.new_empty(0, dtype=wide(x.dtype)) if values is None else values.reshape(-1)[at]
+
+
+def arrived(tokens: Tensor, hidden: int, host: Tensor) -> Tensor:
+    """The tokens [N, H] of H = ``hidden`` numbers in what a transport brought, as :class:`moefx.transports.Dispatched` says."""
+    if not tokens.shape[0]:
+        return tokens.new_empty(0, hidden)
+    if int(host[FP8]):
+        return fp8_rows.decode(unpack(tokens, (fp8_rows.width(hidden, tokens.dtype), tokens.dtype))[0], hidden)
+    return tokens if tokens.shape[1] == hidden else unpack(tokens, (hidden, tokens.dtype))[0]
+
+
+class Kept(NamedTuple):
+    """What a backward keeps to have rows [R, H] again: the rows, or what they were spread from, which is less."""
+
+    rows: Tensor | None
+    tokens: Tensor | None = None  #: as they arrived
+    place: Tensor | None = None
+    host: Tensor | None = None
+
+    @staticmethod
+    def least(rows: Tensor, tokens: Tensor | None, place: Tensor | None, host: Tensor | None) -> Kept:
+        return Kept(rows) if tokens is None else Kept(None, tokens, place, host)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tokens.dtype if self.rows is None else self.rows.dtype  # type: ignore[union-attr]
+
+    def again(self, many: int, hidden: int) -> Tensor:
+        """[R, H] of R = ``many`` and H = ``hidden``."""
+        if self.rows is not None:
+            return self.rows
+        assert self.tokens is not None and self.place is not None and self.host is not None
+        return spread(arrived(self.tokens, hidden, self.host), self.place, many)[0]
 
 
 class Row(NamedTuple):

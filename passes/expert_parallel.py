@@ -20,7 +20,7 @@ class ExpertParallel:
     """``experts(x, index, weights, ...)`` becomes
 
         rows, row_weights, counts, ... = dispatch(x, index, weights)  # each token once to each rank that has an expert of it
-        rows = grouped_mlp(rows, counts, local weights, row_weights)  # E / ep experts; their rows weighted
+        rows = grouped_mlp(rows, counts, local weights, row_weights)  # E / ep experts; their rows weighted, and not kept
         y = combine(rows, ...)                                        # sum per token and rank, back, sum over ranks
 
     Numerics: a row's weight multiplies its activation instead of its result (see ``grouped_mlp``), without a rounding more; in
@@ -66,11 +66,12 @@ class ExpertParallel:
             return new
 
         sent = call(exchange.dispatch, (given["x"], given["index"], given["weights"]), limited)
-        items = [self._item(graph, node, sent, i) for i in range(7)]
-        rows, row_weights, counts, *way = items
+        items = [self._item(graph, node, sent, i) for i in range(8)]
+        rows, row_weights, counts, *way, tokens = items
+        place, _, host, _ = way
         options = {k: given[k] for k in ("activation", "alpha", "limit", "transposed", "interleaved")}
         weights = tuple(local.get(w) for w in _WEIGHTS)
-        options |= {"grad_scale": plan.experts_gradient_scale, "row_weights": row_weights}
+        options |= {"grad_scale": plan.experts_gradient_scale, "row_weights": row_weights, "arrived": [tokens, place, host]}
         done = call(grouped.grouped_mlp, (rows, counts, *weights), options)
         back = call(exchange.combine, (done, given["index"], *way), where)
         if value(back).dtype != value(node).dtype:

@@ -185,11 +185,11 @@ class _Chunks:
             waits.append(self._call(exchange.dispatch_wait, (x[i], *sent[i]), arrives, self.dispatch))
             waits[-1].meta["share"] = Fraction(1, many)
             rows, row_weights, counts, place, room = self._items(waits[-1])
-            weighted = self.experts.kwargs.get("row_weights") is not None
-            options = {**self.experts.kwargs, "row_weights": row_weights} if weighted else self.experts.kwargs
+            handle, host = sent[i][3:5]
+            own = {"row_weights": row_weights, "arrived": [sent[i][0], place, host]}
+            options = {k: own[k] if k in own and v is not None else v for k, v in self.experts.kwargs.items()}
             done = self._call(self.experts.target, (rows, counts, *self.experts.args[2:]), options, self.experts)
             self._stands_for(done, self.experts, many)
-            handle, host = sent[i][3:5]
             start = self._call(
                 exchange.combine_start, (done, index[i], place, handle, host, room), back_where, self.combine
             )

@@ -347,6 +347,6 @@ def calls(op, device):
         ],
         torch.ops.moefx.grouped_mlp.default: [("te_grouped_mlp", (
             leaf(6, 96, dtype=half), torch.tensor([4, 0, 2], device=device), leaf(3, 32, 96, dtype=half), None, leaf(3, 96, 16, dtype=half),
-            None, leaf(6, seed=4), "swiglu", 0.0, 0.0, False, False, 1.0,
+            None, leaf(6, seed=4), None, None, None, "swiglu", 0.0, 0.0, False, False, 1.0,
         ))],
     }[op]  # fmt: skip

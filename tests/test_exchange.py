@@ -33,7 +33,7 @@ def group():
 @pytest.mark.parametrize("tokens", [0, 1, 7])
 def test_rows_arrive_by_expert_in_the_order_of_the_tokens(group, tokens):
     x, index, weights = _random(tokens, H), _index(tokens), _random(tokens, K, seed=1)
-    rows, row_weights, counts, *way = exchange.dispatch(x, index, weights, **group)
+    rows, row_weights, counts, *way, _ = exchange.dispatch(x, index, weights, **group)
     order = [(t, e) for e in range(E) for t in range(tokens) if e in index[t]]
     assert torch.equal(rows, x[[t for t, _ in order]])
     assert counts.tolist() == [sum(e == expert for _, expert in order) for e in range(E)]
@@ -46,14 +46,14 @@ def test_rows_arrive_by_expert_in_the_order_of_the_tokens(group, tokens):
 @pytest.mark.parametrize("tokens", [0, 1, 7])
 def test_combine_adds_up_the_rows_of_each_token(group, tokens):
     x, index, weights = _random(tokens, H), _index(tokens), _random(tokens, K, seed=1)
-    rows, row_weights, _, *way = exchange.dispatch(x, index, weights, **group)
+    rows, row_weights, _, *way, _ = exchange.dispatch(x, index, weights, **group)
     y = exchange.combine(rows * row_weights.unsqueeze(1), index, *way, **group)
     torch.testing.assert_close(y, x * weights.sum(dim=1, keepdim=True))
 
 
 def test_combine_adds_in_float32_and_returns_the_dtype_of_the_rows(group):
     x, index = _random(7, H).bfloat16(), _index(7)
-    rows, row_weights, counts, *way = exchange.dispatch(x, index, torch.ones(7, K), **group)
+    rows, row_weights, counts, *way, _ = exchange.dispatch(x, index, torch.ones(7, K), **group)
     rows = rows * (torch.arange(E).repeat_interleave(counts) + 1).to(rows.dtype).unsqueeze(1)
     y = exchange.combine(rows, index, *way, **group)
     assert row_weights.dtype == torch.float32 and y.dtype == torch.bfloat16
@@ -65,7 +65,7 @@ def test_gradients_of_rows_and_weights(group):
     index = _index(5)
 
     def there_and_back(x, weights):
-        rows, row_weights, _, *way = exchange.dispatch(x, index, weights, **group)
+        rows, row_weights, _, *way, _ = exchange.dispatch(x, index, weights, **group)
         return exchange.combine(rows.square() * row_weights.unsqueeze(1), index, *way, **group)
 
     inputs = _random(5, 3).requires_grad_(), _random(5, K, seed=1).requires_grad_()
@@ -74,7 +74,7 @@ def test_gradients_of_rows_and_weights(group):
 
 def test_an_exchange_is_differentiated_once(group):
     index, x, weights = _index(5), _random(5, 3).requires_grad_(), _random(5, K, seed=1).requires_grad_()
-    rows, row_weights, _, *way = exchange.dispatch(x, index, weights, **group)
+    rows, row_weights, _, *way, _ = exchange.dispatch(x, index, weights, **group)
     y = exchange.combine(rows.square() * row_weights.unsqueeze(1), index, *way, **group)
     with pytest.raises(moefx.MoefxError, match="moefx::resend_start belongs to a backward, and cannot be differentiated again"):
         torch.autograd.grad(y.square().sum(), x, create_graph=True)
@@ -87,7 +87,7 @@ def test_no_gradient_is_added_to_one_that_is_still_arriving(group, capacity):
     Combine may be in another graph; a link that it read would get zeros from there, added in place while rows arrive.
     """
     x, index, weights = _random(7, H).requires_grad_(), _index(7), _random(7, K, seed=1).requires_grad_()
-    rows, row_weights, *way = exchange.dispatch(x, index, weights, **group, capacity=capacity)
+    rows, row_weights, *way, _ = exchange.dispatch(x, index, weights, **group, capacity=capacity)
     assert rows.requires_grad and row_weights.requires_grad and not any(t.requires_grad for t in way)
     with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
         fake = exchange.dispatch(x, index, weights, **group, capacity=capacity)
@@ -98,7 +98,7 @@ def test_no_gradient_is_added_to_one_that_is_still_arriving(group, capacity):
 def test_combine_keeps_no_rows_for_the_backward(group, capacity):
     """Where rows went is kept, 4 bytes for each (token, k); no row of H numbers, and so not the experts' results."""
     x, index, weights = _random(7, 64).requires_grad_(), _index(7), _random(7, K, seed=1)
-    rows, _, _, *way = exchange.dispatch(x, index, weights, **group, capacity=capacity)
+    rows, _, _, *way, _ = exchange.dispatch(x, index, weights, **group, capacity=capacity)
     each = rows * 2.0
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -120,8 +120,9 @@ def test_compiled_experts_over_the_group_are_the_experts_operation(group, backen
     up, down = (w.float().requires_grad_() for w in weights)
 
     def over_ranks(x, index, scores):
-        rows, row_weights, counts, *way = exchange.dispatch(x, index, scores, **group, capacity=capacity)
-        rows = grouped.grouped_mlp(rows * 1.0, counts, up, None, down, None, activation="swiglu", row_weights=row_weights)
+        rows, row_weights, counts, *way, tokens = exchange.dispatch(x, index, scores, **group, capacity=capacity)
+        options = {"activation": "swiglu", "row_weights": row_weights, "arrived": [tokens, way[0], way[2]]}
+        rows = grouped.grouped_mlp(rows * 1.0, counts, up, None, down, None, **options)
         return exchange.combine(rows, index, *way, **group)
 
     compiled = torch.compile(over_ranks, fullgraph=True, dynamic=True, backend=backend)
@@ -147,7 +148,7 @@ def test_shapes_for_64_ranks():
         with FakeTensorMode(shape_env=ShapeEnv()):
             x, index = torch.randn(5, H, dtype=torch.bfloat16, requires_grad=True), torch.zeros(5, K, dtype=torch.int64)
             weights = torch.rand(5, K, requires_grad=True)
-            rows, row_weights, counts, *way = exchange.dispatch(x, index, weights, **group)
+            rows, row_weights, counts, *way, _ = exchange.dispatch(x, index, weights, **group)
             y = exchange.combine((rows * row_weights.unsqueeze(1)).to(rows.dtype), index, *way, **group)
             to_x, to_weights = torch.autograd.grad(y.sum(), (x, weights))
         assert isinstance(rows.shape[0], torch.SymInt) and rows.shape[1] == H and counts.shape == (2,)

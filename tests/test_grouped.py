@@ -4,8 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moefx import grouped
+from moefx import grouped, transports
 from moefx.activations import ACTIVATIONS
+from moefx.errors import MoefxError
+
+from . import grouped_checks
 
 H, INNER = 8, 6
 #: Rows per expert: uneven; some experts without any; all on one; none at all; one row.
@@ -180,6 +183,18 @@ def test_rows_after_the_last_mean_nothing(bias):
         assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("case", grouped_checks.CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_grouped_mlp_makes_its_rows_again(case, dtype):
+    grouped_checks.check_rows_are_made_again(grouped.grouped_mlp, *case, dtype, "cpu")
+
+
+def test_grouped_mlp_wants_all_that_arrived():
+    given = _mlp_inputs([2, 1], bias=False, transposed=False, gated=True, dtype=torch.float32)
+    with pytest.raises(MoefxError, match=r"arrived has 2 tensors, not 3: pass \[tokens, place, host\]"):
+        grouped.grouped_mlp(given[0], torch.tensor([2, 1]), *given[1:], activation="swiglu", arrived=[given[0], given[0]])
+
+
 def test_grouped_mlp_passes_gradcheck_and_opcheck():
     counts = torch.tensor([2, 0, 1, 2])
     inputs = _mlp_inputs(counts.tolist(), bias=True, transposed=False, gated=True, dtype=torch.float64)
@@ -192,8 +207,9 @@ def test_grouped_mlp_passes_gradcheck_and_opcheck():
 
     assert torch.autograd.gradcheck(mlp, (*inputs, row_weights), fast_mode=True)
     for weights in (None, row_weights):
-        plain = (rows, counts, up, None, down, None, weights, "swiglu", 0.0, 0.0, False, False, 1.0)
-        torch.library.opcheck(torch.ops.moefx.grouped_mlp_forward.default, plain)
+        for arrived in ([None] * 3, [rows.detach(), torch.arange(5, dtype=torch.int32).view(5, 1), transports.make_host({}, 1)]):
+            plain = (rows, counts, up, None, down, None, weights, *arrived, "swiglu", 0.0, 0.0, False, False, 1.0)
+            torch.library.opcheck(torch.ops.moefx.grouped_mlp_forward.default, plain)
 
 
 def test_grad_scale_multiplies_the_gradients_of_the_weights_only():

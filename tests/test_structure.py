@@ -50,6 +50,12 @@ def test_64_ranks(name):
         assert ops.experts not in found
         for op in (exchange.dispatch, grouped.grouped_mlp, exchange.combine):
             assert found.count(op) == many, (function.name, op)
+        for node in function.graph.nodes:
+            if node.meta.get("semantic", node.target) is grouped.grouped_mlp:  # it keeps what arrived, and no row
+                tokens, place, host = node.kwargs["arrived"]
+                start, wait = tokens.args[0], place.args[0]
+                assert start.target is exchange.dispatch_start and wait.target is exchange.dispatch_wait
+                assert wait.args[1] is tokens and host.args == (start, 4) and node.args[0].args == (wait, 0)
     moefx.restore(model)
     assert not any(isinstance(p, DTensor) for p in model.parameters())
 

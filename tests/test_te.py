@@ -136,6 +136,15 @@ def test_experts(monkeypatch):
     assert "rows of whole 16 bytes, this hidden size is 20" in refusal(ops.experts, *odd, activation="swiglu")
     mlp = [(BF16, 9, 64), (torch.int64, 8), *given[3:]]
     assert refusal(grouped.grouped_mlp, *mlp, activation="swiglu") is None
+    spare = node(grouped.grouped_mlp, *mlp, activation="swiglu")
+    with spare.graph.inserting_before(spare.args[0].next):
+        rows = spare.graph.call_function(aten.clone.default, (spare.args[0],))  # as a dispatch's
+    rows.meta["val"], rows.kwargs = spare.args[0].meta["val"], {"capacity": 20}
+    with spare.graph.inserting_before(spare):
+        item = spare.graph.call_function(aten.alias.default, (rows,))
+    item.meta["val"], spare.args = rows.meta["val"], (item, *spare.args[1:])
+    said = te.BACKEND.kernels[grouped.grouped_mlp].refuses(spare)
+    assert said == "GroupedLinear's groups are all of its rows, with dispatch_capacity=20 rows are left over"
     old = te_standin.Extension("old")
     old.get_cublasLt_version = lambda: 130_100
     kernels.extension.cache_clear()

@@ -267,11 +267,13 @@ def grouped_mlp(
     interleaved: bool = False,
     grad_scale: float = 1.0,
     row_weights: Tensor | None = None,
+    arrived: list[Tensor] | None = None,
 ) -> Tensor:
     """The kernel of ``moefx.grouped_mlp``."""
     return te_grouped.te_grouped_mlp(
-        rows, counts, up, up_bias, down, down_bias, row_weights, activation, alpha, limit, transposed, interleaved, grad_scale
-    )[0]
+        rows, counts, up, up_bias, down, down_bias, row_weights, *grouped.parts_of(arrived), activation, alpha, limit,
+        transposed, interleaved, grad_scale,
+    )[0]  # fmt: skip
 
 
 def _refuses_grouped_mlp(node: fx.Node) -> str | None:
@@ -279,6 +281,9 @@ def _refuses_grouped_mlp(node: fx.Node) -> str | None:
     problem = _refuses_device(given["rows"], given["up"])
     if problem:
         return problem
+    capacity = next((n.kwargs.get("capacity") for n in given["rows"].all_input_nodes), 0)  # of the dispatch
+    if capacity:
+        return f"GroupedLinear's groups are all of its rows, with dispatch_capacity={capacity} rows are left over"
     for name in ("up", "down"):
         if dtype_of(given[name]) not in _HALVES:
             return f"GroupedLinear's grouped GEMM takes bf16 or fp16, {name} is {dtype_of(given[name])}"

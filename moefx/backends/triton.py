@@ -68,10 +68,11 @@ def grouped_mlp_by(gemm: str) -> Callable[..., Tensor]:
         interleaved: bool = False,
         grad_scale: float = 1.0,
         row_weights: Tensor | None = None,
+        arrived: list[Tensor] | None = None,
     ) -> Tensor:
         return fused_grouped_mlp(
-            rows, counts, up, up_bias, down, down_bias, row_weights, activation, alpha, limit, transposed, interleaved,
-            grad_scale, gemm,
+            rows, counts, up, up_bias, down, down_bias, row_weights, *grouped.parts_of(arrived), activation, alpha, limit,
+            transposed, interleaved, grad_scale, gemm,
         )[0]  # fmt: skip
 
     return grouped_mlp

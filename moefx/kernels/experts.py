@@ -13,7 +13,7 @@ shared cores of an EPYC).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..grouped import _matrices
 from ..opaque import FIRST_INPUT, opaque
+from ..rows import Kept
 from . import grouped_gemm
 
 #: The activations that :mod:`moefx.kernels.expert_activation` has kernels for.
@@ -40,12 +41,12 @@ def _gate(activation: str, alpha: float, limit: float, interleaved: bool) -> Any
 
 
 def _gradients(
-    to_out: Tensor, h: Tensor, rows: Tensor, bounds: Tensor, weights: Weights, gate: Any, transposed: bool, gemm: str,
-    needs: Sequence[bool], row_weights: Tensor | None = None, order: Tensor | None = None,
+    to_out: Tensor, h: Tensor, rows: Callable[[], Tensor], bounds: Tensor, weights: Weights, gate: Any, transposed: bool,
+    gemm: str, needs: Sequence[bool], row_weights: Tensor | None = None, order: Tensor | None = None,
 ) -> tuple[Tensor | None, list[Tensor | None], Tensor | None]:  # fmt: skip
-    """Gradients of rows [R, H], of the four ``weights`` and of ``row_weights`` [R] (with ``order`` [R], the flat positions of
-    the rows: [T, K]), from to_out [R, H]: that of the weighted rows, not yet multiplied by ``row_weights``. That of
-    ``row_weights`` lacks the part of down's bias. ``needs``: of rows and of the four; the rest is None."""
+    """Gradients of ``rows()`` [R, H], of the four ``weights`` and of ``row_weights`` [R] (with ``order`` [R], the flat
+    positions of the rows: [T, K]), from to_out [R, H]: that of the weighted rows, not yet multiplied by ``row_weights``.
+    That of ``row_weights`` lacks the part of down's bias. ``needs``: of rows and of the four; the rest is None."""
     from . import expert_activation as act
 
     up, up_bias, down, down_bias = weights
@@ -66,7 +67,7 @@ def _gradients(
         found[3] = act.segment_sum(to_out, offsets, down_bias.dtype, row_weights, order)
     del weighted
     if needs[1]:
-        found[0] = outer(rows.to(up.dtype), to_h)
+        found[0] = outer(rows().to(up.dtype), to_h)
     if needs[2]:
         assert up_bias is not None
         found[1] = act.segment_sum(to_h, offsets, up_bias.dtype)
@@ -120,10 +121,9 @@ def fused_experts_backward(
     top_k = index.shape[1]
     gate = _gate(activation, alpha, limit, interleaved)
     grad = grad.to(up.dtype)
-    rows = expand(x.to(up.dtype), inverse, top_k) if needs[1] else h
     to_rows, found, to_weights = _gradients(
-        expand(grad, inverse, top_k), h, rows, bounds, (up, up_bias, down, down_bias), gate, transposed, gemm, needs, weights,
-        order,
+        expand(grad, inverse, top_k), h, lambda: expand(x.to(up.dtype), inverse, top_k), bounds,
+        (up, up_bias, down, down_bias), gate, transposed, gemm, needs, weights, order,
     )  # fmt: skip
     assert to_weights is not None
     if down_bias is not None:  # what a row's weight multiplies has the bias in it
@@ -173,10 +173,11 @@ def _bounds(counts: Tensor) -> Tensor:
 @opaque("fused_grouped_mlp")
 def _fused_grouped_mlp(
     rows: Tensor, counts: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
-    row_weights: Tensor | None, activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool,
-    grad_scale: float, gemm: str,
+    row_weights: Tensor | None, tokens: Tensor | None, place: Tensor | None, host: Tensor | None, activation: str,
+    alpha: float, limit: float, transposed: bool, interleaved: bool, grad_scale: float, gemm: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The experts' output [R, H] in the weights' dtype, and the pre-activations h [R, 2I or I] for the backward."""
+    """The experts' output [R, H] in the weights' dtype, and the pre-activations h [R, 2I or I] for the backward, which keeps
+    tokens, place and host instead of the rows where they are given."""
     from . import expert_activation as act
 
     bounds = _bounds(counts)
@@ -189,25 +190,28 @@ def _fused_grouped_mlp(
 
 
 @_fused_grouped_mlp.register_fake
-def _(rows, counts, up, up_bias, down, down_bias, row_weights, activation, alpha, limit, transposed, interleaved, grad_scale,
-      gemm):  # fmt: skip
+def _(rows, counts, up, up_bias, down, down_bias, row_weights, tokens, place, host, activation, alpha, limit, transposed,
+      interleaved, grad_scale, gemm):  # fmt: skip
     wide, out = _matrices(up, transposed).shape[2], _matrices(down, transposed).shape[2]
     return up.new_empty(rows.shape[0], out), up.new_empty(rows.shape[0], wide)
 
 
 @opaque("fused_grouped_mlp_backward", once=True)
 def fused_grouped_mlp_backward(
-    grad: Tensor, h: Tensor, rows: Tensor, counts: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor,
-    down_bias: Tensor | None, row_weights: Tensor | None, activation: str, alpha: float, limit: float, transposed: bool,
-    interleaved: bool, grad_scale: float, gemm: str, needs: list[bool],
+    grad: Tensor, h: Tensor, rows: Tensor | None, tokens: Tensor | None, place: Tensor | None, host: Tensor | None,
+    counts: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, row_weights: Tensor | None,
+    activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool, grad_scale: float, gemm: str,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of rows, up, up_bias, down, down_bias, row_weights; ``needs`` says of which, the others are empty."""
     from . import expert_activation as act
 
     gate, bounds = _gate(activation, alpha, limit, interleaved), _bounds(counts)
+    kept, hidden = Kept(rows, tokens, place, host), _matrices(up, transposed).shape[1]
     to_rows, found, to_weights = _gradients(
-        grad, h, rows, bounds, (up, up_bias, down, down_bias), gate, transposed, gemm, needs, row_weights
-    )
+        grad, h, lambda: kept.again(h.shape[0], hidden), bounds, (up, up_bias, down, down_bias), gate, transposed, gemm, needs,
+        row_weights,
+    )  # fmt: skip
     for t in found:
         if t is not None and grad_scale != 1.0:
             t.mul_(grad_scale)
@@ -218,21 +222,23 @@ def fused_grouped_mlp_backward(
         if down_bias is not None:  # what a row's weight multiplies has the bias in it
             act.add_dot_(to_weights, grad, down_bias, bounds[1:])
         to_weights = to_weights.to(row_weights.dtype)
-    to_rows = None if to_rows is None else to_rows.to(rows.dtype)
+    to_rows = None if to_rows is None else to_rows.to(kept.dtype)
     return tuple(_or_empty([to_rows, *found, to_weights], h))  # type: ignore[return-value]
 
 
 @fused_grouped_mlp_backward.register_fake
-def _(grad, h, rows, counts, up, up_bias, down, down_bias, row_weights, activation, alpha, limit, transposed, interleaved,
-      grad_scale, gemm, needs):  # fmt: skip
-    given = zip((rows, up, up_bias, down, down_bias, row_weights), needs)
+def _(grad, h, rows, tokens, place, host, counts, up, up_bias, down, down_bias, row_weights, activation, alpha, limit,
+      transposed, interleaved, grad_scale, gemm, needs):  # fmt: skip
+    to_rows = h.new_empty(h.shape[0], _matrices(up, transposed).shape[1], dtype=Kept(rows, tokens).dtype)
+    given = zip((to_rows, up, up_bias, down, down_bias, row_weights), needs)
     return tuple(torch.empty_like(t) if need else h.new_empty(0) for t, need in given)
 
 
 def _save_mlp(ctx, inputs, keyword_only_inputs, output) -> None:
     ctx.set_materialize_grads(False)
-    rows, counts, up, up_bias, down, down_bias, row_weights, *ctx.options = inputs
-    ctx.save_for_backward(output[1], rows, counts, up, up_bias, down, down_bias, row_weights)
+    rows, counts, up, up_bias, down, down_bias, row_weights, *way = inputs
+    ctx.options = way[3:]
+    ctx.save_for_backward(output[1], *Kept.least(rows, *way[:3]), counts, up, up_bias, down, down_bias, row_weights)
     ctx.mark_non_differentiable(output[1])
 
 
@@ -243,7 +249,7 @@ def _backward_mlp(ctx, grad: Tensor | None, _: Tensor | None):
     needs = [asked[0], *asked[2:7]]
     found = torch.ops.moefx.fused_grouped_mlp_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options, needs)
     to_rows, *rest = [t if need else None for t, need in zip(found, needs)]
-    return to_rows, None, *rest, *[None] * len(ctx.options)
+    return to_rows, None, *rest, *[None] * (3 + len(ctx.options))
 
 
 _fused_grouped_mlp.register_autograd(_backward_mlp, setup_context=_save_mlp)

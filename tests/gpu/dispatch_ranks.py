@@ -117,8 +117,9 @@ def transports() -> dict[str, dict[str, Any]]:
 
 
 def spread(transport: str, how: dict, options: dict, x: Tensor, index: Tensor, weights: Tensor, *parameters: Tensor) -> Tensor:
-    rows, row_weights, counts, *way = exchange.dispatch_by(transport)(x, index, weights, **how)
-    rows = grouped.grouped_mlp(rows, counts, *parameters, **options, row_weights=row_weights)
+    rows, row_weights, counts, *way, tokens = exchange.dispatch_by(transport)(x, index, weights, **how)
+    arrived = [tokens, way[0], way[2]]
+    rows = grouped.grouped_mlp(rows, counts, *parameters, **options, row_weights=row_weights, arrived=arrived)
     return exchange.combine(rows, index, *way, num_experts=how["num_experts"], group=how["group"])
 
 

@@ -8,6 +8,7 @@ from moefx import ops
 from moefx.backends import builtin, te
 from moefx.kernels.te import attention, available, grouped, linear
 
+from .. import grouped_checks
 from .. import te_checks as checks
 
 CUDA = "cuda"
@@ -79,6 +80,13 @@ def test_grouped_mlp(name, counts):
     if found < grouped.CUBLASLT:
         pytest.skip(f"GroupedLinear's grouped GEMM needs cuBLASLt {grouped.CUBLASLT}, this is {found}")
     checks.check_grouped_mlp(name, counts, torch.bfloat16, CUDA, grad_scale=0.5)
+
+
+@pytest.mark.parametrize("case", [c for c in grouped_checks.CASES if not c[2]], ids=str)  # with spare rows it is refused
+def test_grouped_mlp_makes_its_rows_again(case):
+    if grouped.cublaslt() < grouped.CUBLASLT:
+        pytest.skip(f"GroupedLinear's grouped GEMM needs cuBLASLt {grouped.CUBLASLT}, this is {grouped.cublaslt()}")
+    grouped_checks.check_rows_are_made_again(te.grouped_mlp, *case, torch.bfloat16, CUDA)
 
 
 def test_grouped_mlp_is_refused_below_its_cublaslt():

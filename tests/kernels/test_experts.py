@@ -14,6 +14,8 @@ from moefx.backends import triton as backend  # noqa: E402
 from moefx.errors import MoefxError  # noqa: E402
 from moefx.kernels import experts  # noqa: E402
 
+from .. import grouped_checks  # noqa: E402
+
 EXPERTS, GROUPED_MLP = (backend.BACKEND.kernels[op].fn for op in (ops.experts, grouped.grouped_mlp))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: Of the largest value. bf16: the pre-activations, the activations and the rows are rounded once each, 8 bits apiece.
@@ -242,6 +244,12 @@ def test_a_ranks_experts_are_differentiated_once():
         torch.autograd.grad(rank_experts(*given, counts).square().sum(), leaves, create_graph=True)
 
 
+@pytest.mark.parametrize("case", grouped_checks.CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_ranks_experts_make_their_rows_again(case, dtype):
+    grouped_checks.check_rows_are_made_again(GROUPED_MLP, *case, dtype, DEVICE)
+
+
 @pytest.mark.parametrize("name", ["fused_experts", "fused_grouped_mlp"])
 def test_fakes_are_the_operations_shapes_and_dtypes(name):
     """torch's own check of schema, fake and dynamic shapes; how the gradient is registered is not custom_op's way."""
@@ -250,7 +258,9 @@ def test_fakes_are_the_operations_shapes_and_dtypes(name):
     options = "swiglu", 0.0, 0.0, False, False
     given = {
         "fused_experts": (x, index, scores, up, None, down, None, *options, "torch"),
-        "fused_grouped_mlp": (rows, counts, up, None, down, None, scores[:5, 0].contiguous(), *options, 1.0, "torch"),
+        "fused_grouped_mlp": (
+            rows, counts, up, None, down, None, scores[:5, 0].contiguous(), None, None, None, *options, 1.0, "torch",
+        ),
     }[name]
     given = [t.clone().requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in given]
     checks = "test_schema", "test_faketensor", "test_aot_dispatch_dynamic"

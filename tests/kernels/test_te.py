@@ -8,8 +8,8 @@ from moefx.backends import te
 from moefx.errors import MoefxError
 from moefx.kernels.te import attention
 
+from .. import grouped_checks, te_standin
 from .. import te_checks as checks
-from .. import te_standin
 
 CPU = "cpu"
 
@@ -60,6 +60,11 @@ def test_permutation(tokens, top_k):
 @pytest.mark.parametrize("counts", ([3, 0, 5, 1], [0, 0, 0], [0, 7]))
 def test_grouped_mlp(name, counts):
     checks.check_grouped_mlp(name, counts, torch.float32, CPU, grad_scale=0.5)
+
+
+@pytest.mark.parametrize("case", [c for c in grouped_checks.CASES if not c[2]], ids=str)  # with spare rows it is refused
+def test_grouped_mlp_makes_its_rows_again(case):
+    grouped_checks.check_rows_are_made_again(te.grouped_mlp, *case, torch.float32, CPU)
 
 
 def test_attention_that_would_not_run_fused_says_what_transformer_engine_says():

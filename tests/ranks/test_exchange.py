@@ -55,8 +55,9 @@ def _experts(dtype=torch.float64):
 
 def _over_ranks(x, index, weights, up, up_bias, down, down_bias, *, group, grad_scale=1.0, capacity=0, by="", wire=""):
     send = exchange.dispatch_by(by)
-    rows, row_weights, counts, *way = send(x, index, weights, num_experts=E, group=group, capacity=capacity, wire=wire)
+    rows, row_weights, counts, *way, tokens = send(x, index, weights, num_experts=E, group=group, capacity=capacity, wire=wire)
     options = {"activation": "swiglu", "grad_scale": grad_scale, "row_weights": row_weights}
+    options["arrived"] = [tokens, way[0], way[2]]
     rows = grouped.grouped_mlp(rows, counts, up, up_bias, down, down_bias, **options)
     return exchange.combine(rows, index, *way, num_experts=E, group=group)
 
@@ -128,7 +129,7 @@ def _hangs(rank):
         try:
             with exchange.layer("model.layers.7"):
                 if rank == 0 or late == "combine":
-                    rows, _, _, *way = exchange.dispatch(x, index, weights, num_experts=E, group=group)
+                    rows, _, _, *way, _ = exchange.dispatch(x, index, weights, num_experts=E, group=group)
                 if rank == 0:
                     exchange.combine(rows, index, *way, num_experts=E, group=group)
         except moefx.ExchangeError as error:
@@ -144,7 +145,7 @@ def on_rank(rank, world_size):
     for case in CASES:
         x, index, _ = _tokens(case, rank)
         share = torch.full(index.shape, 1 / index.shape[1], dtype=x.dtype)
-        rows, row_weights, counts, *way = exchange.dispatch(x, index, share, num_experts=E, group=group)
+        rows, row_weights, counts, *way, _ = exchange.dispatch(x, index, share, num_experts=E, group=group)
         back = exchange.combine(rows * row_weights.unsqueeze(1), index, *way, num_experts=E, group=group)
         found[case, "sent"] = rows, counts, back
         found[case, "capacity"] = _forward_backward(_over_ranks, case, rank, rank, world_size, group, capacity=9)

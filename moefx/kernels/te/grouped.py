@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...grouped import _activate, _activate_backward, _matrices, _sum_by_expert, _times
+from ...rows import Kept
 from ...transports import wide
 from . import extension
 
@@ -75,10 +76,11 @@ def _project(x: Tensor, weight: Tensor, groups: Groups, transposed: bool) -> Ten
 @torch.library.custom_op("moefx::te_grouped_mlp", mutates_args=())
 def te_grouped_mlp(
     rows: Tensor, counts: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
-    row_weights: Tensor | None, activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool,
-    grad_scale: float,
+    row_weights: Tensor | None, tokens: Tensor | None, place: Tensor | None, host: Tensor | None, activation: str,
+    alpha: float, limit: float, transposed: bool, interleaved: bool, grad_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As ``moefx.grouped_mlp``; and the pre-activations [R, 2I or I] for the backward."""
+    """As ``moefx.grouped_mlp``; and the pre-activations [R, 2I or I] for the backward, which keeps tokens, place and host
+    instead of the rows where they are given."""
     groups = Groups(counts)
     h = _project(rows.to(up.dtype), up, groups, transposed)
     h = h if up_bias is None else h + _of_rows(up_bias, counts, len(h))
@@ -93,25 +95,27 @@ def _of_rows(bias: Tensor, counts: Tensor, rows: int) -> Tensor:
 
 
 @te_grouped_mlp.register_fake
-def _(rows, counts, up, up_bias, down, down_bias, row_weights, activation, alpha, limit, transposed, interleaved, grad_scale):
+def _(rows, counts, up, up_bias, down, down_bias, row_weights, tokens, place, host, activation, alpha, limit, transposed,
+      interleaved, grad_scale):  # fmt: skip
     high, out = _matrices(up, transposed).shape[2], _matrices(down, transposed).shape[2]
     return up.new_empty(rows.shape[0], out), up.new_empty(rows.shape[0], high)
 
 
 @torch.library.custom_op("moefx::te_grouped_mlp_backward", mutates_args=())
 def te_grouped_mlp_backward(
-    grad: Tensor, h: Tensor, rows: Tensor, counts: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor,
-    down_bias: Tensor | None, row_weights: Tensor | None, activation: str, alpha: float, limit: float, transposed: bool,
-    interleaved: bool, grad_scale: float,
+    grad: Tensor, h: Tensor, rows: Tensor | None, tokens: Tensor | None, place: Tensor | None, host: Tensor | None,
+    counts: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, row_weights: Tensor | None,
+    activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool, grad_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of rows, up, up_bias, down, down_bias, row_weights (empty where there is none)."""
     groups, grad = Groups(counts), grad.contiguous()
     to_a = gemm(grad, down, groups, by_columns=not transposed)
     to_h, a, to_weights = _activate_backward(h, to_a, row_weights, activation, alpha, limit, interleaved)
-    x = rows.to(up.dtype).contiguous()
+    kept = Kept(rows, tokens, place, host)
+    x = kept.again(h.shape[0], _matrices(up, transposed).shape[1]).to(up.dtype).contiguous()
     to_down = outer(a, grad, groups) if transposed else outer(grad, a, groups)
     to_up = outer(x, to_h, groups) if transposed else outer(to_h, x, groups)
-    to_rows = gemm(to_h, up, groups, by_columns=not transposed).to(rows.dtype)
+    to_rows = gemm(to_h, up, groups, by_columns=not transposed).to(kept.dtype)
     to_up_bias = _sum_by_expert(to_h, counts) if up_bias is not None else h.new_empty(0)
     to_down_bias = h.new_empty(0)
     if down_bias is not None:
@@ -125,28 +129,30 @@ def te_grouped_mlp_backward(
 
 
 @te_grouped_mlp_backward.register_fake
-def _(grad, h, rows, counts, up, up_bias, down, down_bias, row_weights, activation, alpha, limit, transposed, interleaved,
-      grad_scale):  # fmt: skip
+def _(grad, h, rows, tokens, place, host, counts, up, up_bias, down, down_bias, row_weights, activation, alpha, limit,
+      transposed, interleaved, grad_scale):  # fmt: skip
     def like(t: Tensor | None) -> Tensor:
         return h.new_empty(0) if t is None else t.new_empty(t.shape)
 
-    return like(rows), like(up), like(up_bias), like(down), like(down_bias), like(row_weights)
+    to_rows = h.new_empty(h.shape[0], _matrices(up, transposed).shape[1], dtype=Kept(rows, tokens).dtype)
+    return to_rows, like(up), like(up_bias), like(down), like(down_bias), like(row_weights)
 
 
 def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
-    rows, counts, up, up_bias, down, down_bias, row_weights, *ctx.options = inputs
-    ctx.save_for_backward(output[1], rows, counts, up, up_bias, down, down_bias, row_weights)
+    rows, counts, up, up_bias, down, down_bias, row_weights, *way = inputs
+    ctx.options = way[3:]
+    ctx.save_for_backward(output[1], *Kept.least(rows, *way[:3]), counts, up, up_bias, down, down_bias, row_weights)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, grad: Tensor | None, _: Tensor | None):
     saved = ctx.saved_tensors
     if grad is None:
-        return (None,) * (7 + len(ctx.options))
-    found = torch.ops.moefx.te_grouped_mlp_backward(grad, *saved, *ctx.options)
-    to_rows, *rest = (None if t is None else g for t, g in zip((saved[1], *saved[3:]), found))
-    return to_rows, None, *rest, *[None] * len(ctx.options)
+        return (None,) * (10 + len(ctx.options))
+    to_rows, *found = torch.ops.moefx.te_grouped_mlp_backward(grad, *saved, *ctx.options)
+    rest = (None if t is None else g for t, g in zip(saved[6:], found))
+    return to_rows, None, *rest, *[None] * (3 + len(ctx.options))
 
 
 te_grouped_mlp.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,54 @@
+"""What each kernel of ``moefx.grouped_mlp`` has to do, for tests with and without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from moefx import fp8_rows, rows, transports
+
+EXPERTS, TOP_K, HIDDEN, INNER = 4, 2, 256, 64
+
+
+def _random(*shape: int, seed: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    made = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return made.to(device, dtype) / shape[-1] ** 0.5
+
+
+def check_rows_are_made_again(kernel: Callable, tokens: int, wire: str, spare: int, dtype: torch.dtype, device: str) -> None:
+    """With what arrived a backward keeps that instead of the rows, and finds the same, to the last bit. ``wire``: as tokens
+    travelled; "packed": beside others' numbers. ``spare``: rows of a capacity that nobody got."""
+    x = _random(tokens, HIDDEN, seed=0, dtype=dtype, device=device)
+    experts = torch.rand(tokens, EXPERTS + 2, generator=torch.Generator().manual_seed(1)).topk(TOP_K).indices.to(device)
+    counts, place = rows.by_expert(experts.int(), 1, EXPERTS)  # of the others' experts, 0 and 5, no row is here
+    came = {"": lambda: x, "packed": lambda: torch.cat([x, x[:, :8]], dim=1), "fp8": lambda: fp8_rows.encode(x)}[wire]()
+    host = transports.make_host({transports.FP8: wire == "fp8"}, 1)
+    arrived = rows.arrived(came, HIDDEN, host)
+    many = int(counts.sum()) + spare
+    given, row_weights = rows.spread(arrived, place, many, _random(tokens, TOP_K, seed=2, dtype=torch.float32, device=device))
+    weights = [
+        _random(EXPERTS, *shape, seed=i, dtype=dtype, device=device)
+        for i, shape in enumerate([(2 * INNER, HIDDEN), (2 * INNER,), (HIDDEN, INNER), (HIDDEN,)])
+    ]
+    leaves = [t.requires_grad_() for t in (given, row_weights, *weights)]
+    named = int(counts.sum())
+
+    def run(**options) -> tuple[list[torch.Tensor], set[int]]:
+        kept: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            y = kernel(leaves[0], counts, *leaves[2:], activation="swiglu", row_weights=leaves[1], **options)
+        to_rows, to_row_weights, *found = torch.autograd.grad(y[:named].square().sum() if named else y.sum() * 0, leaves)
+        return [y[:named], to_rows[:named], to_row_weights[:named], *found], {t.data_ptr() for t in kept if t.numel()}
+
+    wanted, kept = run()
+    assert not named or given.data_ptr() in kept
+    found, kept = run(arrived=[came, place, host])
+    assert given.data_ptr() not in kept or not many
+    assert not tokens or came.data_ptr() in kept
+    for f, w in zip(found, wanted, strict=True):
+        assert f.dtype == w.dtype and torch.equal(f, w)
+
+
+#: tokens, wire, spare rows
+CASES = ((0, "", 0), (1, "", 0), (13, "", 0), (13, "", 9), (13, "packed", 0), (13, "packed", 9), (13, "fp8", 0), (0, "packed", 5))
