@@ -225,7 +225,7 @@ def host(device: torch.device, sizes: tuple[int, int, int, int], ep: int = 8, st
     weights, grad, send = weights.requires_grad_(), torch.randn_like(x), exchange.dispatch_by("loop_back")
 
     def combine(sent: tuple) -> Tensor:
-        return exchange.combine(sent[0], index, *sent[3:], **where)
+        return exchange.combine(sent[0], index, *sent[3:7], **where)
 
     def both() -> tuple[tuple, tuple]:
         sent = send(x, index, weights, **where)
