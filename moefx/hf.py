@@ -463,7 +463,7 @@ def structure(module: nn.Module) -> tuple:
         ignored = set() if reads_layer_index(type(m)) else INDEX_NAMES  # type: ignore[arg-type]
         simple = {
             k: v for k, v in vars(m).items()
-            if not k.startswith("_") and k != "training" and k not in ignored
+            if not k.startswith("_") and k not in ("training", "gradient_checkpointing") and k not in ignored
             and isinstance(v, (int, float, str, bool, tuple, type(None)))
         }  # fmt: skip
         functions = {k: getattr(v, "__qualname__", type(v).__name__) for k, v in vars(m).items() if callable(v)}

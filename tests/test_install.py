@@ -87,3 +87,15 @@ def test_ddp_of_an_optimized_model(tmp_path):
         assert "moefx.experts" in str(moefx.explain(model, "model.layers.0.mlp"))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_blocks_of_which_some_are_checkpointed_share_their_graph():
+    """As Transformers' ``every_n_layers`` leaves them, before optimize and after it."""
+    model = build("qwen3_moe")
+    model.gradient_checkpointing_enable()
+    model.model.layers[1].gradient_checkpointing = False
+    moefx.optimize(model, compile=False)
+    assert len(moefx.report(model).program["Qwen3MoeDecoderLayer"].instances) == 2
+    assert moefx.verify(model, batch(2, 9)).ok
+    model.model.layers[1].gradient_checkpointing, model.model.layers[0].gradient_checkpointing = True, False
+    assert moefx.verify(model, batch(2, 9)).ok
