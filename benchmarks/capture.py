@@ -127,7 +127,7 @@ def call_overhead(calls: int, rounds: int = 9) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeat", type=int, default=3, help="captures per depth, each in a fresh process")
+    parser.add_argument("--repeat", type=int, default=7, help="captures per depth, each in a fresh process")
     parser.add_argument("--calls", type=int, default=2000)
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
