@@ -210,7 +210,7 @@ def spread(values: Mapping[str, float]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def simulated_ep(ep_size: int, device: torch.device | str) -> Iterator[dict[str, Any]]:
+def simulated_ep(ep_size: int, device: torch.device | str, backends: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
     """Within: this process plays one of ``ep_size`` ranks; yields the options for ``moefx.optimize``.
 
     It holds its share of the experts and computes as many rows as it sends; rows that would travel are copied instead. Its
@@ -228,7 +228,7 @@ def simulated_ep(ep_size: int, device: torch.device | str) -> Iterator[dict[str,
         loop = Backend("loop_back", {exchange.dispatch: Kernel(exchange.dispatch_by("loop_back"), why="simulated")})
         mesh = init_device_mesh(torch.device(device).type, (ep_size,), mesh_dim_names=("ep",))
         usable = [name for name, b in moefx.backends.builtin().items() if b.available() is None and name != "deepep"]
-        yield {"mesh": mesh, "backends": (loop, *usable)}
+        yield {"mesh": mesh, "backends": (loop, *(backends or usable))}
     finally:
         dist.destroy_process_group()
 

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 def depth(args: argparse.Namespace, layers: int) -> dict[str, Any]:
     """Steps at one number of layers, and what their exchanges would take."""
     device = torch.device(args.device)
-    with common.simulated_ep(args.simulate_ep, device) as options:
+    with common.simulated_ep(args.simulate_ep, device, args.backends) as options:
         model: Any = models.build(args.model, layers, getattr(torch, args.dtype), device).train()
         moefx.optimize(model, balanced_routing=args.routing == "balanced", compile=args.compile, **options)
         common.fill_experts(model)

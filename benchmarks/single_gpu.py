@@ -3,6 +3,7 @@ one process.
 
     python benchmarks/single_gpu.py                                       # Qwen3-30B-A3B's widths, 2 and 6 layers
     python benchmarks/single_gpu.py --model gpt_oss_20b --peers hf,hf_compile
+    python benchmarks/single_gpu.py --backends torch                      # no kernels but PyTorch's
     python benchmarks/single_gpu.py --model tiny --device cpu --seq 64    # does it run?
 
 bf16, random weights and tokens. Each row is checked in the same run: moefx's loss and every gradient against
@@ -29,6 +30,8 @@ import torch
 from models import MODELS, build
 from torch import Tensor, nn
 
+from moefx import backends
+
 PEERS = ("hf", "hf_compile", "nemo")
 #: Relative L2 distance allowed to the logits of a peer that is another implementation: those of other weights are 1.4 apart.
 LOGITS = 0.05
@@ -45,6 +48,8 @@ def arguments() -> argparse.Namespace:
                         "balanced: experts in turn; zipf: router weights that give a Zipf(1) load")  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--backends", help="moefx's, in order of preference, as triton,torch (default: moefx's own order); the "
+                        "reference comes last in any case")  # fmt: skip
     parser.add_argument("--attention", help="Transformers' attention implementation (default: the model's, in models.py)")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
@@ -63,12 +68,18 @@ def arguments() -> argparse.Namespace:
     unknown = set(args.peers) - set(PEERS)
     if unknown:
         parser.error(f"no peer is named {sorted(unknown)[0]!r}; there are {', '.join(PEERS)}")
+    args.backends = args.backends.split(",") if args.backends else None
+    unknown = set(args.backends or ()) - set(backends.builtin())
+    if unknown:
+        parser.error(f"no backend is named {sorted(unknown)[0]!r}; there are {', '.join(backends.builtin())}")
     model = MODELS[args.model]
     args.layers = args.layers or list(model.depths)
     args.check_seq = min(args.seq, args.check_seq or model.check_seq or args.seq)
     args.attention = args.attention or model.attention
     gpu = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") and torch.cuda.is_available() else "cpu"
     suffix = "" if args.routing == "real" else f"-{args.routing}"
+    if args.backends:
+        suffix = f"-{'-'.join(args.backends)}{suffix}"
     kind = f"simulated_ep{args.simulate_ep}" if args.simulate_ep else "single_gpu"
     args.name = args.name or f"{kind}-{args.model.replace('_', '-')}{suffix}-{common.slug(gpu)}"
     if args.min_speedup is None:
@@ -150,7 +161,7 @@ def depth(args: argparse.Namespace, layers: int) -> dict[str, Any]:
 
     for batch in args.mbs:
         here.attempt("hf", batch, memory, here.time, "hf", model, model, batch)
-    other = moefx.optimize(optimized, balanced_routing=balanced, compile=args.compile)
+    other = moefx.optimize(optimized, balanced_routing=balanced, compile=args.compile, backends=args.backends)
     for batch in args.mbs:
         # its code serves every length: dropping it in between would hide that
         here.attempt("moefx", batch, memory, here.time, "moefx", other, other, batch, code=False)
