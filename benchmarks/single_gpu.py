@@ -128,7 +128,7 @@ class Depth:
         text = f"{len(found['problems'])} problems" if found["problems"] else "ok"
         common.say(f"  check, {name} of {args.check_seq}: {text}; losses {found['loss']}")
 
-    def attempt(self, who: str, batch: int, errors: type[Exception], what: Callable, *given: Any, code: bool = True) -> None:
+    def attempt(self, who: str, batch: int, errors: Any, what: Callable, *given: Any, code: bool = True) -> None:
         """``what(*given)``; one of ``errors`` is noted, and the measurements go on."""
         try:
             what(*given)
@@ -158,18 +158,19 @@ def depth(args: argparse.Namespace, layers: int) -> dict[str, Any]:
     if balanced:
         routing.balance(model)
     here, memory = Depth(args, layers, model, record), torch.OutOfMemoryError
+    failures = memory, moefx.MoefxError  # noted among the problems; what is measured besides stands
 
     for batch in args.mbs:
         here.attempt("hf", batch, memory, here.time, "hf", model, model, batch)
     other = moefx.optimize(optimized, balanced_routing=balanced, compile=args.compile, backends=args.backends)
     for batch in args.mbs:
         # its code serves every length: dropping it in between would hide that
-        here.attempt("moefx", batch, memory, here.time, "moefx", other, other, batch, code=False)
+        here.attempt("moefx", batch, failures, here.time, "moefx", other, other, batch, code=False)
         if device.type == "cuda":
-            here.attempt("moefx_graph", batch, memory, here.time_graph, other, batch, code=False)
+            here.attempt("moefx_graph", batch, failures, here.time_graph, other, batch, code=False)
     for batch in args.mbs:
         for graph in [False, True] if device.type == "cuda" else [False]:
-            here.attempt("check", batch, memory, here.check, other, batch, graph, code=False)
+            here.attempt("check", batch, failures, here.check, other, batch, graph, code=False)
     report = moefx.report(other)
     record["fallbacks"] = [f"{p}: {r}: {n} times" for (p, r), n in report.fallbacks.items()]
     record["kernels"] = {f"{op} by {backend}": many for (op, backend), (many, _) in report.kernels().items()}

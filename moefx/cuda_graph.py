@@ -68,7 +68,8 @@ class GraphedStep:
 
     def __call__(self, **batch: Any) -> Tensor:
         """The loss [], detached; gradients are in the parameters' ``.grad``."""
-        batch = hf.count_as_tensor((), batch)
+        # contiguous, as the recording's own: compiled code tells strides apart, and could not compile while it is recorded
+        batch = {n: v.contiguous() if isinstance(v, Tensor) else v for n, v in hf.count_as_tensor((), batch).items()}
         kind = self._kind(batch)
         found = self.recorded.get(kind)
         if found is None:

@@ -85,6 +85,18 @@ def test_other_kinds_of_batches_run_as_ever_and_counts_go_on():
     assert {int(n.sum()) for n in moefx.expert_load(model).values()} == {tokens * model.config.num_experts_per_tok}
 
 
+def test_slices_of_longer_batches_are_recorded():
+    """Their strides are not those of the memory that is recorded: code that was compiled for them does not serve it."""
+    import moefx
+    from tests.families import build
+
+    model = moefx.optimize(build("qwen3_moe").to("cuda", torch.bfloat16))
+    step = moefx.cuda_graph(model)
+    for batch in batches(5, model.config.vocab_size, "cuda"):
+        step(**{n: t[:, :17] if n != "num_items_in_batch" else t for n, t in batch.items()})
+    assert (step.eager, step.replays) == (step.warmup, 2)
+
+
 def test_what_would_be_silently_wrong_is_an_error():
     import moefx
     from tests.families import build
