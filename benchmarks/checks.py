@@ -23,6 +23,9 @@ FARTHER = 1.5  #: moefx's distance from fp32 over that of Transformers in bf16
 FLOOR = {torch.bfloat16: 2**-8, torch.float32: 1e-4}
 
 
+_COMPARED = ("hf against fp32", "moefx against fp32", "moefx against hf", "control against fp32", "control against hf")
+
+
 def flipped(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[float]:
     """Per layer, the share of tokens that visit other experts: bf16 ties and near ties go either way."""
     return [float((x.sort(-1).values != y.sort(-1).values).any(-1).float().mean()) for x, y in zip(a, b, strict=True)]
@@ -92,29 +95,48 @@ def check(
         "sequences": list(batch["input_ids"].shape), "loss": {"fp32": loss}, "flipped": {},
     }  # fmt: skip
     far: dict[str, dict[str, float]] = {}
-    chosen, found = {}, {}
-    own = common.twin(model)
-    if MODELS[name].check_attention:
-        own.set_attn_implementation(MODELS[name].check_attention)
-    for who, run, observed in (("hf", own, routing.observed), ("moefx", other, moefx.record_routes)):
+    chosen, found, gaps = {}, {}, {}
+    tokens, sizes = batch["input_ids"].numel(), {n: p.numel() for n, p in model.named_parameters()}
+
+    def measure(who: str, run: nn.Module, observed: Any, graph: bool = False) -> None:
         with observed(run) as seen:  # a replay writes the choices into the tensors that the recording left there
-            step = common.recorded(run, batch) if graph and run is other else run
+            step = common.recorded(run, batch) if graph else run
             record["loss"][who], found[who] = common.gradients(run, step, batch)
-        far[who] = common.distances(wanted, found[who])
+        far[who], gaps[who] = common.distances(wanted, found[who]), abs(record["loss"][who] - loss) / abs(loss)
         record[who] = common.spread(far[who])
         # by path, as the reference's are: recorded layer by layer
         chosen[who] = list(seen.values())
         record["flipped"][f"{who} against fp32"] = flipped(picked, chosen[who])
-    record["flipped"]["moefx against hf"] = flipped(chosen["hf"], chosen["moefx"])
-    apart = common.distances(found["hf"], found["moefx"])
-    record["moefx against hf"] = common.spread(apart)
-    tokens = batch["input_ids"].numel()
-    sizes = {n: p.numel() for n, p in model.named_parameters()}
-    gaps = {n: abs(record["loss"][n] - loss) / abs(loss) for n in ("hf", "moefx")}
-    record |= judge(far["hf"], far["moefx"], apart, gaps["hf"], gaps["moefx"], sizes=sizes, tokens=tokens, dtype=model.dtype,
-                    share=max(record["flipped"]["moefx against fp32"]))  # fmt: skip
+
+    def judged(who: str) -> dict[str, Any]:
+        apart = common.distances(found["hf"], found[who])
+        record["flipped"][f"{who} against hf"] = flipped(chosen["hf"], chosen[who])
+        record[f"{who} against hf"] = common.spread(apart)
+        return judge(far["hf"], far[who], apart, gaps["hf"], gaps[who], sizes=sizes, tokens=tokens, dtype=model.dtype,
+                     share=max(record["flipped"][f"{who} against fp32"]))  # fmt: skip
+
+    own = common.twin(model)
+    if MODELS[name].check_attention:
+        own.set_attn_implementation(MODELS[name].check_attention)
+    measure("hf", own, routing.observed)
+    measure("moefx", other, moefx.record_routes, graph)
+    record |= judged("moefx")
+    if record["problems"]:  # they stand, but what does the rule say of Transformers against itself?
+        measure("control", one_rounding_off(own), routing.observed)
+        record["control_problems"] = judged("control")["problems"]
     record["loss_gap"] = gaps
     return record
+
+
+def one_rounding_off(model: nn.Module) -> nn.Module:
+    """The model with one number in 64 of its embeddings moved to a neighbour: what it computes differs from what the model does
+    by roundings, and by what follows from them, such as other experts for near-tied tokens."""
+    off = common.twin(model)
+    table = off.get_input_embeddings()
+    moved = table.weight.detach().clone()
+    moved.view(-1)[::64] *= 1 + torch.finfo(moved.dtype).eps
+    table.weight = nn.Parameter(moved)
+    return off
 
 
 def judge(
@@ -168,10 +190,10 @@ def show(depths: Sequence[Mapping[str, Any]]) -> None:
     rows = []
     for d in depths:
         for name, c in d["checks"].items():
-            for who in ("hf against fp32", "moefx against fp32", "moefx against hf"):
+            for who in (w for w in _COMPARED if w in c["flipped"]):
                 found = c[who] if who in c else c[who.split()[0]]
                 gap = c["loss_gap"].get(who.split()[0]) if who.endswith("fp32") else None
-                gap = abs(c["loss"]["moefx"] - c["loss"]["hf"]) / abs(c["loss"]["hf"]) if gap is None else gap
+                gap = abs(c["loss"][who.split()[0]] - c["loss"]["hf"]) / abs(c["loss"]["hf"]) if gap is None else gap
                 share = statistics.fmean(c["flipped"][who])
                 rows.append((d["layers"], name, who, f"{gap:.1e}", f"{found['max']:.1e}", f"{found['mean']:.1e}",
                              found["worst"].removeprefix("model."), f"{share:.2%}"))  # fmt: skip

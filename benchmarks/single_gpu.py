@@ -126,6 +126,8 @@ class Depth:
         name = f"mbs {batch}{', graph' if graph else ''}"
         self.record["checks"][name] = found
         text = f"{len(found['problems'])} problems" if found["problems"] else "ok"
+        if found["problems"]:
+            text += f" (Transformers one rounding off: {len(found['control_problems'])})"
         common.say(f"  check, {name} of {args.check_seq}: {text}; losses {found['loss']}")
 
     def attempt(self, who: str, batch: int, errors: Any, what: Callable, *given: Any, code: bool = True) -> None:

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import breakdown  # noqa: E402
 import chart  # noqa: E402
 import checks  # noqa: E402
+import common  # noqa: E402
 import contenders  # noqa: E402
 import dispatch  # noqa: E402
 import extrapolate  # noqa: E402
@@ -25,6 +26,8 @@ import overlap_trace  # noqa: E402
 import routing  # noqa: E402
 import simulate_ep  # noqa: E402
 import sketch  # noqa: E402
+
+import moefx  # noqa: E402
 
 
 @pytest.mark.parametrize("name", ["qwen3_30b", "gpt_oss_20b", "nemotron_nano"])
@@ -254,6 +257,21 @@ def test_judge_knows_wrong_gradients_from_rounded_ones() -> None:
     assert problem == "grad b: 6.00e-02 from Transformers', 5.00e-02 allowed"
     (problem,) = checks.judge(hf, hf, hf, 1e-5, 0.01, **given)["problems"]
     assert problem.startswith("loss: ")
+
+
+def test_a_wrong_model_is_found_where_transformers_against_itself_is_right() -> None:
+    model = models.build("tiny", 1, torch.bfloat16, torch.device("cpu")).train()
+    other = moefx.optimize(common.twin(model), balanced_routing=True, compile=False)
+    routing.balance(model)
+    batch = models.tokens("tiny", 1, 64, "cpu")
+    right = checks.check("tiny", True, model, other, batch)
+    assert right["problems"] == [] and "control_problems" not in right
+    other.model.norm.variance_epsilon = 1.0
+    moefx.restore(other)  # what was optimized has the old number
+    moefx.optimize(other, balanced_routing=True, compile=False)
+    wrong = checks.check("tiny", True, model, other, batch)
+    assert any(p.startswith("grad lm_head.weight: ") for p in wrong["problems"]) and wrong["control_problems"] == []
+    assert 0 < wrong["control against hf"]["max"] < 0.1
 
 
 def test_steps_fit_into_the_time() -> None:
