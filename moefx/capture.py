@@ -23,6 +23,7 @@ from . import hf, sharded
 from .errors import CaptureError, MoefxError
 from .functional import functionalize
 from .graph import aten
+from .lengths import refuse_limits, refusing_questions
 from .program import Function, Left, Program
 
 # --- calls -----------------------------------------------------------------------------------------------------------
@@ -277,7 +278,8 @@ def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module],
     try:
         with (
             warnings.catch_warnings(), _quiet(), _without_checkpointing(module), sharded.as_one_process(module),
-            hf.emitting() as callers, hf.windowed(call.template.window), _refusing_autograd_functions(), torch.enable_grad(),
+            hf.emitting() as callers, hf.windowed(call.template.window), _refusing_autograd_functions(),
+            refusing_questions(), torch.enable_grad(),
             torch._dynamo.config.patch(fake_tensor_cache_enabled=False),  # with symbolic sizes it costs more than it saves
             torch.autocast(call.device.type if call.device.type != "meta" else "cpu", enabled=False),
         ):  # fmt: skip
@@ -308,7 +310,9 @@ def _export(entry: _Entry, tensors: list[Tensor], call: Call) -> Any:
         return export(lambda n: named.get(n, Dim.DYNAMIC))
     except torch._dynamo.exc.UserError:
         # named sizes must satisfy every guard for all numbers; torch 2.11 writes guards, always true, that it cannot prove so
-        return export(lambda n: Dim.DYNAMIC)
+        exported = export(lambda n: Dim.DYNAMIC)
+        refuse_limits(exported)
+        return exported
 
 
 def _first_sentence(error: BaseException) -> str:
@@ -611,16 +615,26 @@ def capture(model: Any, example: Mapping[str, Any] | None = None) -> Program:
     Raises:
         MoefxError: the model is dense, quantized or on two devices, or rejects the example.
     """
-    from .head import capture_head
-
     hf.check(model)
     if getattr(model, "_moefx", None) is not None:
         raise MoefxError(
             f"{type(model).__name__} is already optimized: read moefx.report(model).program, or moefx.restore(model) first"
         )
-    with hf.implementations(model):
+    program = Program(type(model).__name__, {}, [])
+    try:
+        _fill(program, model, example)
+    except hf.OwnAttention as error:
+        path = next(p for p, m in model.named_modules() if m is error.module)
+        program.left.append(Left(path, type(error.module).__name__, str(error)))
+        program.own_attention = True
+        _fill(program, model, example)
+    return program
+
+
+def _fill(program: Program, model: Any, example: Mapping[str, Any] | None) -> None:
+    from .head import capture_head
+
+    with hf.implementations(model, not program.own_attention):
         recording = record(model, example)
-        program = Program(type(model).__name__, {}, [])
         capture_sites(model, recording, program)
         capture_head(model, recording, program)
-    return program

@@ -80,6 +80,14 @@ def _looking_for_packing(look: Callable) -> Iterator[None]:
         masking_utils.find_packed_sequence_indices = before
 
 
+class OwnAttention(CaptureError):
+    """Attention of the model's own kind: what it gives Transformers' interface is not all that it says."""
+
+    def __init__(self, reason: str, module: nn.Module):
+        super().__init__(reason)
+        self.module = module
+
+
 def is_emitting() -> bool:
     return _emitting.get() is not None
 
@@ -220,9 +228,10 @@ def attention_forward(
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if callers is not None and callers.lenient and causal and query.shape[2] != key.shape[2]:
         # DeepSeek-V4 appends compressed keys: with a boolean mask, or none, they would be seen by the wrong queries
-        raise CaptureError(
-            f"{type(module).__name__} attends {query.shape[2]} queries to {key.shape[2]} keys: who may see which only the "
-            "model's own attention knows; train it without moefx"
+        raise OwnAttention(
+            f"it attends {query.shape[2]} queries to {key.shape[2]} keys: who may see which only the model's own attention "
+            "knows",
+            module,
         )
     if callers is not None and not (unknown and callers.lenient):
         if unknown:
@@ -316,10 +325,10 @@ ExpertsInterface.register("moefx", experts_forward)
 
 
 @contextmanager
-def implementations(model: PreTrainedModel) -> Iterator[None]:
+def implementations(model: PreTrainedModel, attention: bool = True) -> Iterator[None]:
     """Within: the model calls moefx for its experts and attention; what it called before comes back afterwards."""
     before = previous(model)
-    use(model)
+    use(model, attention)
     try:
         yield
     finally:
@@ -330,18 +339,20 @@ def previous(model: PreTrainedModel) -> tuple[str | None, str | None]:
     return model.config._attn_implementation, model.config._experts_implementation
 
 
-def use(model: PreTrainedModel) -> None:
-    attention, experts = previous(model)
+def use(model: PreTrainedModel, attention: bool = True) -> None:
+    """Makes the model call moefx for its experts, and for its attention if ``attention``."""
+    attention_before, experts = previous(model)
     for module in model.modules():
         if is_experts(module):
             module.__dict__.setdefault("_moefx_previous", experts)
             with contextlib.suppress(CaptureError):  # said again, with its reason, where the module is called
                 experts_layout(module)  # found on numbers: not while tracing
         elif hasattr(module, "is_causal"):
-            module.__dict__.setdefault("_moefx_previous", attention)
+            module.__dict__.setdefault("_moefx_previous", attention_before)
         elif adapters.is_wrapper(module) and not hasattr(type(module), "_moefx_base"):
             module.__class__ = adapters.adapting(type(module), is_emitting)  # type: ignore[arg-type]
-    model.set_attn_implementation("moefx")
+    if attention:
+        model.set_attn_implementation("moefx")
     model.set_experts_implementation("moefx")
 
 

@@ -438,7 +438,7 @@ def _after_forward(model: Any, args: Any, out: Any) -> None:
 
 def install(model: Any, state: Optimized) -> None:
     """Makes every instance of every function run it. Nothing else of the model changes: same names, same parameters."""
-    hf.use(model)
+    hf.use(model, not state.program.own_attention)
     routers, routing = hf.routers(model), Routing()
     by_path: dict[str, list[Function]] = {}
     for function in state.program:

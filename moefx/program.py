@@ -109,6 +109,7 @@ class Program:
     model_class: str
     functions: dict[str, Function]
     left: list[Left]
+    own_attention: bool = False  #: the model keeps its attention: it is none that moefx.attention could say
 
     def __getitem__(self, name: str) -> Function:
         if name not in self.functions:

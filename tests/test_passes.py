@@ -523,6 +523,27 @@ def test_capture_refuses_a_baked_length_and_data_dependent_python():
         captured(lambda x: x * 2 if x.sum() > 0 else x, [torch.randn(3, 17, 4)])
 
 
+@pytest.mark.parametrize(
+    "asks, question",
+    [
+        (lambda x: x * 2 if x.shape[1] > 8 else x, r"n > 8, for lengths, .*test_passes.py:\d+\): here it is so"),
+        (lambda x: x * 2 if x.shape[1] == 1 else x, r"Eq\(n, 1\), .*: here it is not so"),
+        (lambda x: x * 2 if x.shape[1] % 2 else x, r"Mod\(n, 2\)"),
+        (lambda x: x * 2 if x.shape[0] * x.shape[1] < 4096 else x, r"m\*n < 4096|n\*m < 4096"),
+    ],
+)
+def test_capture_refuses_python_that_asks_for_a_length(asks, question):
+    with pytest.raises(moefx.CaptureError, match=question):
+        captured(asks, [torch.randn(3, 17, 4)])
+
+
+def test_capture_takes_python_whose_question_has_one_answer():
+    def asks(x, y):
+        return x + y if x.shape[1] == y.shape[1] and x.shape[1] > 0 else x
+
+    captured(asks, [torch.randn(3, 17, 4), torch.randn(3, 17, 4)])
+
+
 def test_capture_refuses_floats_from_no_grad():
     def hidden(x):
         with torch.no_grad():
