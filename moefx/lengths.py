@@ -43,9 +43,10 @@ def depends(question: Any) -> bool:
 def _question(asked: torch.SymBool) -> Any:
     """The comparison, with one symbol for one size: an example has no two different sizes that are equal, so those that are
     equal there are one size, although export has a symbol for each tensor's until it has seen all."""
-    expression, env = asked.node.expr, asked.node.shape_env
+    expression = getattr(asked.node, "expr", None)  # a constant has none
     if not isinstance(expression, sympy.Basic):
         return expression
+    env = asked.node.shape_env
     here = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
     symbols = sorted(expression.free_symbols, key=str)
     sizes = dict.fromkeys(here.get(s, s) for s in symbols)
