@@ -340,7 +340,7 @@ def test_kept_counts_what_autograd_keeps() -> None:
 def test_simulated_rank_has_its_share_and_says_that_it_is_a_model(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     args = argparse.Namespace(
         model="tiny", layers=[1], seq=32, mbs=[1], dtype="float32", device="cpu", routing="balanced", warmup=1, steps=2,
-        simulate_ep=4, exchange_gb_per_s=1e-3, compile=False, name="simulated",
+        simulate_ep=4, exchange_gb_per_s=1e-3, compile=False, backends=None, name="simulated",
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(simulate_ep.common, "RESULTS", tmp_path)
