@@ -21,8 +21,7 @@ from transformers import AutoModelForCausalLM
 FARTHER = 1.5  #: moefx's distance from fp32 over that of Transformers in bf16
 #: A distance that rounding the result alone can make (bf16: half a unit in the last place): below it nothing is wrong.
 FLOOR = {torch.bfloat16: 2**-8, torch.float32: 1e-4}
-
-
+#: What the table shows, as far as it was compared: the control only where there are problems.
 _COMPARED = ("hf against fp32", "moefx against fp32", "moefx against hf", "control against fp32", "control against hf")
 
 

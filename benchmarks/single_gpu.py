@@ -30,7 +30,7 @@ import torch
 from models import MODELS, build
 from torch import Tensor, nn
 
-from moefx import backends
+import moefx
 
 PEERS = ("hf", "hf_compile", "nemo")
 #: Relative L2 distance allowed to the logits of a peer that is another implementation: those of other weights are 1.4 apart.
@@ -69,9 +69,10 @@ def arguments() -> argparse.Namespace:
     if unknown:
         parser.error(f"no peer is named {sorted(unknown)[0]!r}; there are {', '.join(PEERS)}")
     args.backends = args.backends.split(",") if args.backends else None
-    unknown = set(args.backends or ()) - set(backends.builtin())
-    if unknown:
-        parser.error(f"no backend is named {sorted(unknown)[0]!r}; there are {', '.join(backends.builtin())}")
+    try:
+        moefx.backends.resolve(args.backends)
+    except moefx.MoefxError as error:
+        parser.error(str(error))
     model = MODELS[args.model]
     args.layers = args.layers or list(model.depths)
     args.check_seq = min(args.seq, args.check_seq or model.check_seq or args.seq)
@@ -116,8 +117,6 @@ class Depth:
             breakdown.show(who, batch, found)
 
     def time_graph(self, module: nn.Module, batch: int) -> None:
-        import moefx
-
         self.time("moefx_graph", module, moefx.cuda_graph(module), batch)
 
     def check(self, other: nn.Module, batch: int, graph: bool) -> None:
@@ -144,8 +143,6 @@ class Depth:
 
 def depth(args: argparse.Namespace, layers: int) -> dict[str, Any]:
     """All contenders at one number of layers."""
-    import moefx
-
     device = torch.device(args.device)
     model = build(args.model, layers, getattr(torch, args.dtype), device, attention=args.attention).train()
     gib = sum(p.nbytes for p in model.parameters()) / 2**30
