@@ -1,5 +1,6 @@
-"""Causal flash attention with a sliding window and sinks, on the flash kernels that torch brings (or that an implementation
-registered with ``torch.nn.attention.activate_flash_attention_impl`` gives instead: FA3, FA4).
+"""Causal flash attention with a sliding window and sinks, on the kernels that torch brings: cuDNN's without a window, where
+SDPA would take them too, else flash attention's (or an implementation's that was registered with
+``torch.nn.attention.activate_flash_attention_impl``: FA3, FA4).
 
 A sink is one more logit of the softmax, without a value. So the output is flash attention's times the share of the probability
 that the keys have, sigmoid(lse - sink). And flash attention's backward, given that output and the log of the whole sum instead
@@ -9,12 +10,32 @@ nothing else of the forward but ``sum(grad * out)``.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
+from torch.nn import attention as torch_attention
 
 from ..opaque import opaque
 
 aten = torch.ops.aten
+
+
+@functools.cache
+def _is_hopper_or_newer(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def _by_cudnn(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> bool:
+    """Whether cuDNN takes these [B, A, S, D]. torch's binding has no window, and its backward no fixed order of sums. Both
+    kernels keep the same logarithms, so a backward may run on the one that did not make them."""
+    if window is not None and window < q.shape[2] or not _is_hopper_or_newer(q.device):
+        return False
+    chosen = getattr(torch_attention, "current_flash_attention_impl", lambda: None)()
+    if chosen is not None or torch.are_deterministic_algorithms_enabled():
+        return False
+    given = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, q.shape[1] != k.shape[1])
+    return torch.backends.cuda.can_use_cudnn_attention(given)
 
 
 def _window(window: int | None) -> dict[str, int | None]:
@@ -28,10 +49,14 @@ def flash_attention(
 ) -> tuple[Tensor, Tensor]:
     """q [B, A, S, D], k and v [B, A/n, S, D] in 16 bits, sinks [A] -> out [B, S, A, D] and the logarithm [B, A, S] (fp32) of
     each query's sum of exponentials, the sink's included."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    out, lse, *_ = aten._flash_attention_forward(
-        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, True, False, scale=scale, **_window(window)
-    )
+    if _by_cudnn(q, k, v, window):
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)
+        out, lse = out.transpose(1, 2), lse.view(q.shape[:3])
+    else:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out, lse, *_ = aten._flash_attention_forward(
+            q, k, v, None, None, q.shape[1], k.shape[1], 0.0, True, False, scale=scale, **_window(window)
+        )
     if sinks is not None:
         sink = sinks.float()[:, None]
         out *= torch.sigmoid(lse - sink).transpose(1, 2).unsqueeze(-1)
@@ -50,12 +75,19 @@ def flash_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, laid out like them."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    lengths = q.shape[2], k.shape[2]
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
-    found = aten._flash_attention_backward(
-        grad, q, k, v, out, lse, None, None, q.shape[1], k.shape[1], 0.0, True, state, state[0], scale=scale, **_window(window)
-    )
-    like_q, like_k, like_v = (_laid_out_like(t.transpose(1, 2), like.transpose(1, 2)) for t, like in zip(found, (q, k, v)))
+    if _by_cudnn(q, k, v, window):
+        found = aten._scaled_dot_product_cudnn_attention_backward(
+            grad.transpose(1, 2), q, k, v, out.transpose(1, 2), lse, *state, None, None, None, *lengths, 0.0, True, scale=scale
+        )
+    else:
+        by_length = [t.transpose(1, 2) for t in (q, k, v)]
+        found = aten._flash_attention_backward(
+            grad, *by_length, out, lse, None, None, *lengths, 0.0, True, state, state[0], scale=scale, **_window(window)
+        )
+        found = [t.transpose(1, 2) for t in found]
+    like_q, like_k, like_v = (_laid_out_like(t, like) for t, like in zip(found, (q, k, v)))
     return like_q, like_k, like_v
 
 

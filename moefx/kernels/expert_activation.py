@@ -91,22 +91,63 @@ def _expert_of(row, offsets, experts, EXPERTS: tl.constexpr):
 
 
 @triton.jit
-def _load(h, bias, row, column, there, size, expert, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr):
-    """Gate and up, or twice the only pre-activation, with their biases, in fp32."""
+def _pairs(first, row, size, rows, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Of gates and ups that alternate: the positions in a row [2 * BLOCK], and which of [ROWS, 2 * BLOCK] there are."""
+    column = first * 2 + tl.arange(0, 2 * BLOCK)
+    return column, (row < rows)[:, None] & (column < size * 2)[None, :]
+
+
+@triton.jit
+def _load(
+    h, bias, first, row, size, rows, expert, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gate and up [ROWS, BLOCK], or twice the only pre-activation, with their biases, in fp32.
+
+    Those that alternate are read as they lie and parted in registers: to step over every other number would ask memory for
+    each one alone.
+    """
     width = size * 2 if GATED else size
-    first = column * 2 if INTERLEAVED else column
-    second = first if not GATED else (first + 1 if INTERLEAVED else first + size)
     start = row.to(tl.int64)[:, None] * width
-    gate = tl.load(h + start + first[None, :], mask=there, other=0.0).to(tl.float32)
-    up = gate if not GATED else tl.load(h + start + second[None, :], mask=there, other=0.0).to(tl.float32)
     if BIASED:
         of = expert.to(tl.int64)[:, None] * width
-        gate += tl.load(bias + of + first[None, :], mask=there, other=0.0).to(tl.float32)
+    if INTERLEAVED:
+        column, there = _pairs(first, row, size, rows, ROWS, BLOCK)
+        both = tl.load(h + start + column[None, :], mask=there, other=0.0).to(tl.float32)
+        if BIASED:
+            both += tl.load(bias + of + column[None, :], mask=there, other=0.0).to(tl.float32)
+        gate, up = tl.split(tl.reshape(both, (ROWS, BLOCK, 2)))
+    else:
+        column = first + tl.arange(0, BLOCK)
+        there = (row < rows)[:, None] & (column < size)[None, :]
+        gate = tl.load(h + start + column[None, :], mask=there, other=0.0).to(tl.float32)
+        if BIASED:
+            gate += tl.load(bias + of + column[None, :], mask=there, other=0.0).to(tl.float32)
+        up = gate
         if GATED:
-            up += tl.load(bias + of + second[None, :], mask=there, other=0.0).to(tl.float32)
-        else:
-            up = gate
-    return gate, up, start + first[None, :], start + second[None, :]
+            up = tl.load(h + start + size + column[None, :], mask=there, other=0.0).to(tl.float32)
+            if BIASED:
+                up += tl.load(bias + of + size + column[None, :], mask=there, other=0.0).to(tl.float32)
+    return gate, up
+
+
+@triton.jit
+def _store(
+    to_h, to_gate, to_up, first, row, size, rows, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of gate and up [ROWS, BLOCK] where :func:`_load` found them."""
+    start = row.to(tl.int64)[:, None] * (size * 2 if GATED else size)
+    if INTERLEAVED:
+        column, there = _pairs(first, row, size, rows, ROWS, BLOCK)
+        both = tl.reshape(tl.join(to_gate, to_up), (ROWS, 2 * BLOCK))
+        tl.store(to_h + start + column[None, :], both.to(to_h.dtype.element_ty), mask=there)
+    else:
+        column = first + tl.arange(0, BLOCK)
+        there = (row < rows)[:, None] & (column < size)[None, :]
+        tl.store(to_h + start + column[None, :], to_gate.to(to_h.dtype.element_ty), mask=there)
+        if GATED:
+            tl.store(to_h + start + size + column[None, :], to_up.to(to_h.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -117,16 +158,17 @@ def _forward(
 ):  # fmt: skip
     rows = tl.load(offsets + experts - 1)  # what comes after the last expert's rows means nothing
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = (row < rows)[:, None] & (column < size)[None, :]
+    first = tl.program_id(1) * BLOCK
     expert = _expert_of(row, offsets, experts, EXPERTS) if BIASED else row
-    gate, up, _, _ = _load(h, bias, row, column, there, size, expert, GATED, INTERLEAVED, BIASED)
+    gate, up = _load(h, bias, first, row, size, rows, expert, GATED, INTERLEAVED, BIASED, ROWS, BLOCK)
     if GATED:
         value, _, _ = _gate(gate, up, ALPHA, LIMIT, KIND)
     else:
         value, _ = _act(gate, KIND)
     if WEIGHTED:
         value *= tl.load(weights + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+    column = first + tl.arange(0, BLOCK)
+    there = (row < rows)[:, None] & (column < size)[None, :]
     tl.store(a + row.to(tl.int64)[:, None] * size + column[None, :], value.to(a.dtype.element_ty), mask=there)
 
 
@@ -146,7 +188,7 @@ def _backward(
     for first in range(0, size, BLOCK):
         column = first + tl.arange(0, BLOCK)
         there = (row < rows)[:, None] & (column < size)[None, :]
-        gate, up, at_gate, at_up = _load(h, bias, row, column, there, size, expert, GATED, INTERLEAVED, BIASED)
+        gate, up = _load(h, bias, first, row, size, rows, expert, GATED, INTERLEAVED, BIASED, ROWS, BLOCK)
         here = row.to(tl.int64)[:, None] * size + column[None, :]
         grad = tl.load(to_a + here, mask=there, other=0.0).to(tl.float32)
         if GATED:
@@ -158,9 +200,7 @@ def _backward(
             total += tl.sum(tl.where(there, grad * value, 0.0), axis=1)
             value, grad = value * weight, grad * weight
         tl.store(weighted + here, value.to(weighted.dtype.element_ty), mask=there)
-        tl.store(to_h + at_gate, (grad * by_gate).to(to_h.dtype.element_ty), mask=there)
-        if GATED:
-            tl.store(to_h + at_up, (grad * by_up).to(to_h.dtype.element_ty), mask=there)
+        _store(to_h, grad * by_gate, grad * by_up, first, row, size, rows, GATED, INTERLEAVED, ROWS, BLOCK)
     if WEIGHTED:
         tl.store(to_weights + flat, total, mask=row < rows)
 
@@ -288,15 +328,17 @@ def add_dot_(out: Tensor, x: Tensor, bias: Tensor, offsets: Tensor) -> None:
 
 @triton.jit
 def _segment_sum(
-    x, weights, order, offsets, out, width, WEIGHTED: tl.constexpr, ORDERED: tl.constexpr, ROWS: tl.constexpr,
+    x, weights, order, offsets, out, width, experts, parts, WEIGHTED: tl.constexpr, ORDERED: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Of one expert's rows every ``parts``-th tile: out [parts, experts, width]."""
     expert = tl.program_id(0)
+    part = tl.program_id(2)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     start = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
     end = tl.load(offsets + expert)
     total = tl.zeros((BLOCK,), tl.float32)
-    for first in range(start, end, ROWS):
+    for first in range(start + part * ROWS, end, parts * ROWS):
         row = first + tl.arange(0, ROWS)
         there = (row < end)[:, None] & (column < width)[None, :]
         value = tl.load(x + row.to(tl.int64)[:, None] * width + column[None, :], mask=there, other=0.0).to(tl.float32)
@@ -304,13 +346,15 @@ def _segment_sum(
             flat = tl.load(order + row, mask=row < end, other=0) if ORDERED else row
             value *= tl.load(weights + flat, mask=row < end, other=0.0).to(tl.float32)[:, None]
         total += tl.sum(value, axis=0)
-    tl.store(out + expert * width + column, total.to(out.dtype.element_ty), mask=column < width)
+    at = out + (part * experts + expert) * width + column
+    tl.store(at, total.to(out.dtype.element_ty), mask=column < width)
 
 
 @functools.lru_cache(KEPT)
-def _launch_sum(width: int, weighted: bool, ordered: bool) -> Launch:
+def _launch_sum(width: int, experts: int, parts: int, weighted: bool, ordered: bool) -> Launch:
     block = min(128, triton.next_power_of_2(width))
-    return Launch(_segment_sum, width, WEIGHTED=weighted, ORDERED=ordered, ROWS=32, BLOCK=block, num_warps=4)
+    constants = {"WEIGHTED": weighted, "ORDERED": ordered, "ROWS": 32, "BLOCK": block, "num_warps": 4}
+    return Launch(_segment_sum, width, experts, parts, **constants)
 
 
 def segment_sum(
@@ -318,13 +362,15 @@ def segment_sum(
 ) -> Tensor:
     """x [R, n] -> [E, n]: the (weighted) sum of each expert's rows, in fp32 and one fixed order. For gradients of biases.
 
-    weights and order are those of :func:`backward`.
+    weights and order are those of :func:`backward`. Experts with many rows (on average) are summed in up to 8 parts at once.
     """
-    width = x.shape[1]
-    out = x.new_empty(len(offsets), width, dtype=dtype)
-    launch = _launch_sum(width, weights is not None, order is not None)
+    rows, width = x.shape
+    experts = len(offsets)
+    parts = max(1, min(8, rows // (experts * 128)))
+    out = x.new_empty(parts, experts, width, dtype=dtype if parts == 1 else torch.float32)
+    launch = _launch_sum(width, experts, parts, weights is not None, order is not None)
     launch(
-        (len(offsets), cdiv(width, launch.constants["BLOCK"]), 1), x, x if weights is None else weights.contiguous(),
+        (experts, cdiv(width, launch.constants["BLOCK"]), parts), x, x if weights is None else weights.contiguous(),
         offsets if order is None else order, offsets, out,
     )  # fmt: skip
-    return out
+    return out[0] if parts == 1 else out.sum(0).to(dtype)

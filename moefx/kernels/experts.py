@@ -90,11 +90,11 @@ def _fused_experts(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y [T, H] in x's dtype; then, for the backward, h [T*K, 2I or I], order and inverse [T*K], bounds [E + 1] (int32)."""
     from . import expert_activation as act
-    from .permute import expand, reduce, sort_by_expert
+    from .permute import reduce, sort_by_expert
 
     top_k = index.shape[1]
     order, inverse, bounds = sort_by_expert(index, up.shape[0])
-    h = grouped_gemm.rows(gemm, expand(x.to(up.dtype), inverse, top_k), _matrices(up, transposed), bounds)
+    h = grouped_gemm.of_tokens(gemm, x.to(up.dtype), order, inverse, top_k, _matrices(up, transposed), bounds)
     a = act.forward(h, up_bias, bounds[1:], _gate(activation, alpha, limit, interleaved))
     rows = grouped_gemm.rows(gemm, a, _matrices(down, transposed), bounds)
     del a

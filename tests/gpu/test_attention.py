@@ -27,7 +27,9 @@ def run(fn, given, **options):
 
 @pytest.mark.parametrize("sinks", [True, False])
 @pytest.mark.parametrize("window", [None, 16, 1, 1000])
-@pytest.mark.parametrize("batch,heads,shared,length,size", [(2, 8, 2, 67, 64), (1, 4, 4, 200, 128), (1, 8, 1, 1, 64)])
+@pytest.mark.parametrize("batch,heads,shared,length,size", [
+    (2, 8, 2, 67, 64), (1, 4, 4, 200, 128), (1, 8, 1, 1, 64), (2, 16, 2, 1024, 64),
+])  # fmt: skip
 def test_window_and_sinks(batch, heads, shared, length, size, window, sinks):
     given = inputs(batch, heads, shared, length, size, sinks)
     options = {"scale": size**-0.5, "window": window}
@@ -39,3 +41,17 @@ def test_window_and_sinks(batch, heads, shared, length, size, window, sinks):
         size_of = max(float(w.abs().max()), 0.1)  # a window of one key: query and key have no gradient
         far, allowed = (float((t.float() - w).abs().max()) / size_of for t in (f, r))
         assert far <= max(2 * allowed, 2e-2), f"{name}: {far:.1e} from float32, the operation in bf16 {allowed:.1e}"
+
+
+def test_deterministic_algorithms_take_flash_attention():
+    """cuDNN's backward adds in no fixed order: the same bits twice, close to what it gives."""
+    given = inputs(2, 8, 2, 300, 64, sinks=True)
+    options = {"scale": 0.125, "window": None}
+    plain = run(backend.attention, given, **options)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (run(backend.attention, given, **options) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for f, s, p in zip(first, second, plain, strict=True):
+        assert torch.equal(f, s) and float((f - p).abs().max()) <= 2e-2 * float(p.abs().max())

@@ -112,6 +112,24 @@ def test_many_blocks_of_the_counting_sort():
     assert bounds[0] == 0 and torch.equal(bounds[1:], torch.bincount(flat, minlength=300).cumsum(0))
 
 
+@pytest.mark.parametrize("counts", [[1500, 0, 37, 7], [0, 0, 0, 2000]], ids=str)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_sums_of_experts_with_many_rows(weighted, counts):
+    """In several parts; in the rows' order, whatever the weights' is."""
+    from moefx.kernels.expert_activation import segment_sum
+
+    g = torch.Generator().manual_seed(4)
+    rows = sum(counts)
+    x, weights, order = torch.randn(rows, 70, generator=g), torch.randn(rows // 4, 4, generator=g), torch.randperm(rows, generator=g)
+    offsets = torch.tensor(counts).cumsum(0)
+    scaled = x.double() * (weights.flatten()[order].double().unsqueeze(1) if weighted else 1)
+    wanted = torch.stack([part.sum(0) for part in scaled.split(counts)])
+    given = (weights.to(DEVICE), order.int().to(DEVICE)) if weighted else ()
+    found, again = (segment_sum(x.to(DEVICE), offsets.int().to(DEVICE), torch.float32, *given) for _ in range(2))
+    assert torch.equal(found, again) and found.shape == wanted.shape
+    assert float((found.cpu() - wanted).abs().max()) <= 2e-5 * float(wanted.abs().max())
+
+
 def test_frozen_experts_get_no_gradient():
     given = [None if t is None else t.to(DEVICE, torch.float32 if t.dtype.is_floating_point else t.dtype) for t in make(6, biased=True)]
     wanted = run(EXPERTS, given, torch.float32, {"activation": "swiglu"}, DEVICE)

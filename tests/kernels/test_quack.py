@@ -1,0 +1,45 @@
+"""The experts around QuACK's grouped GEMM against the operation's own body in float64, on a Hopper GPU with quack-kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from moefx import grouped, ops  # noqa: E402
+from moefx.backends import quack as backend  # noqa: E402
+
+from .. import grouped_checks  # noqa: E402
+from .test_experts import compare, make, run  # noqa: E402
+
+problem = backend.BACKEND.available() if torch.cuda.is_available() else "no CUDA device"
+pytestmark = pytest.mark.skipif(problem is not None, reason=str(problem))
+EXPERTS, GROUPED_MLP = (backend.BACKEND.kernels[op].fn for op in (ops.experts, grouped.grouped_mlp))
+
+
+@pytest.mark.parametrize("tokens,experts,top_k,routing", [
+    (1, 5, 1, "random"), (1, 8, 8, "random"), (33, 3, 2, "skewed"), (50, 17, 4, "random"), (0, 4, 2, "random"), (700, 6, 2, "skewed"),
+])  # fmt: skip
+@pytest.mark.parametrize("options", [
+    {"activation": "swiglu"},
+    {"activation": "oai_swiglu", "alpha": 1.7, "limit": 0.6, "transposed": True, "interleaved": True},
+    {"activation": "relu2"},
+], ids=lambda o: o["activation"])  # fmt: skip
+@pytest.mark.parametrize("hidden,size", [(24, 40), (2048, 256)])  # below and above what the tiles change at
+def test_routings(tokens, experts, top_k, routing, options, hidden, size):
+    layout = {"transposed": options.get("transposed", False), "biased": "transposed" in options}
+    given = make(tokens, experts, top_k, hidden, size, activation=options["activation"], dtype=torch.bfloat16, routing=routing, **layout)
+    wanted = run(ops.BODIES[ops.experts], given, torch.float64, options, "cuda")
+    compare(run(EXPERTS, given, torch.bfloat16, options, "cuda"), {k: t.cpu() for k, t in wanted.items()}, torch.bfloat16)
+
+
+@pytest.mark.parametrize("case", grouped_checks.CASES, ids=str)
+def test_a_ranks_experts_make_their_rows_again(case):
+    grouped_checks.check_rows_are_made_again(GROUPED_MLP, *case, torch.bfloat16, "cuda")
+
+
+def test_two_runs_are_bitwise_equal():
+    given = make(200, experts=3, hidden=128, size=64, routing="skewed", dtype=torch.bfloat16)
+    first, second = (run(EXPERTS, given, torch.bfloat16, {"activation": "swiglu"}, "cuda") for _ in range(2))
+    assert all(torch.equal(first[k], second[k]) for k in first)
