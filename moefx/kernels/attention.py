@@ -79,8 +79,8 @@ def flash_attention_backward(
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
     if _by_cudnn(q, k, v, window):
         found = aten._scaled_dot_product_cudnn_attention_backward(
-            grad.transpose(1, 2), q, k, v, out.transpose(1, 2), lse.unsqueeze(-1), *state, None, None, None, *lengths, 0.0, True,
-            scale=scale,
+            grad.transpose(1, 2), q, k, v, out.transpose(1, 2), lse.unsqueeze(-1), *state, None, None, None, *lengths, 0.0,
+            True, scale=scale,
         )  # fmt: skip
     else:
         by_length = [t.transpose(1, 2) for t in (q, k, v)]
