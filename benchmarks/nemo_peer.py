@@ -10,6 +10,7 @@ logits. Nothing of it is changed.
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -53,10 +54,10 @@ def from_transformers(model: Any, balanced: bool = False) -> Nemo:
     Raises:
         RuntimeError: it is another version, or has no class here for the model.
     """
-    import nemo_automodel
-
-    if nemo_automodel.__version__ != VERSION:
-        raise RuntimeError(f"nemo-automodel is {nemo_automodel.__version__}, this peer is written for {VERSION}")
+    # not nemo_automodel.__version__: within a git checkout that has the checkout's commit in it
+    found = importlib.metadata.version("nemo-automodel")
+    if found != VERSION:
+        raise RuntimeError(f"nemo-automodel is {found}, this peer is written for {VERSION}")
     if model.config.model_type != "qwen3_moe":
         raise RuntimeError(f"the nemo peer knows qwen3_moe, not {model.config.model_type}")
     from nemo_automodel.components.models.common import BackendConfig

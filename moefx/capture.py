@@ -8,7 +8,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -482,7 +482,7 @@ def record(model: Any, example: Mapping[str, Any] | None) -> Recording:
     try:
         with (
             torch.no_grad(), hf.emitting(lenient=True), hf.unpacked_on_meta(), sharded.as_one_process(model, meta),
-            watching_head(model) as head, _once(model, recording),
+            hf.without_packages() if meta is not None else nullcontext(), watching_head(model) as head, _once(model, recording),
         ):  # fmt: skip
             model(**given)
     except CaptureError:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
+from transformers.integrations import hub_kernels
 from transformers.integrations.moe import ExpertsInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -62,6 +63,18 @@ def unpacked_on_meta() -> Iterator[None]:
     look = masking_utils.find_packed_sequence_indices
     with _looking_for_packing(lambda position_ids: None if position_ids.is_meta else look(position_ids)):
         yield
+
+
+@contextmanager
+def without_packages() -> Iterator[None]:
+    """Within: what Transformers takes from other packages where they are installed (Mamba's scan, causal convolutions) is its
+    own PyTorch code, as in an export: their kernels read memory, which there is none of on the meta device."""
+    before = hub_kernels.is_torchdynamo_exporting
+    hub_kernels.is_torchdynamo_exporting = lambda: True
+    try:
+        yield
+    finally:
+        hub_kernels.is_torchdynamo_exporting = before
 
 
 def unpacked() -> AbstractContextManager[None]:

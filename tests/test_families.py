@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 import torch
+from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 
 import moefx
 from moefx import hf
@@ -179,3 +183,21 @@ def test_skewed_routing(name):
             if getattr(m, "e_score_correction_bias", None) is not None:
                 m.e_score_correction_bias[2] = 1
     check(model, batch(2, 9))
+
+
+def test_packages_kernels_are_not_run_where_there_is_no_memory(monkeypatch):
+    """What is spread over ranks is recorded on meta, where Mamba's own package would read memory."""
+    package = types.ModuleType("moefx_stand_in")
+
+    def scan(x):
+        raise ValueError("Pointer argument cannot be accessed")
+
+    package.scan = scan
+    monkeypatch.setitem(sys.modules, "moefx_stand_in", package)
+    taken = use_kernel_func_from_hub_with_fallback("scan", "moefx_stand_in")(lambda x: x + 1)
+    with pytest.raises(ValueError, match="Pointer"):
+        taken(1)
+    with hf.without_packages():
+        assert taken(1) == 2
+    with pytest.raises(ValueError, match="Pointer"):
+        taken(1)

@@ -57,11 +57,12 @@ def flash_attention(
         out, lse, *_ = aten._flash_attention_forward(
             q, k, v, None, None, q.shape[1], k.shape[1], 0.0, True, False, scale=scale, **_window(window)
         )
+    out, lse = out.contiguous(), lse.contiguous()
     if sinks is not None:
-        sink = sinks.float()[:, None]
-        out *= torch.sigmoid(lse - sink).transpose(1, 2).unsqueeze(-1)
-        lse = torch.logaddexp(lse, sink)
-    return out.contiguous(), lse.contiguous()
+        from .sinks import join_
+
+        join_(out, lse, sinks)
+    return out, lse
 
 
 @flash_attention.register_fake
@@ -78,10 +79,12 @@ def flash_attention_backward(
     lengths = q.shape[2], k.shape[2]
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
     if _by_cudnn(q, k, v, window):
+        # torch keeps the plans that cuDNN makes by the layouts of q, k and v alone, SDPA's too: a plan for an output that lies
+        # otherwise than q would be used, silently, for the next one that lies as q does
+        to_out, out = (_laid_out_like(t.transpose(1, 2), q) for t in (grad, out))
         found = aten._scaled_dot_product_cudnn_attention_backward(
-            grad.transpose(1, 2), q, k, v, out.transpose(1, 2), lse.unsqueeze(-1), *state, None, None, None, *lengths, 0.0,
-            True, scale=scale,
-        )  # fmt: skip
+            to_out, q, k, v, out, lse.unsqueeze(-1), *state, None, None, None, *lengths, 0.0, True, scale=scale
+        )
     else:
         by_length = [t.transpose(1, 2) for t in (q, k, v)]
         found = aten._flash_attention_backward(
@@ -93,7 +96,7 @@ def flash_attention_backward(
 
 
 def _laid_out_like(t: Tensor, like: Tensor) -> Tensor:
-    """``t`` with the strides that ``torch.empty_like`` gives: what the fake promised."""
+    """``t`` with the strides that ``torch.empty_like(like)`` has."""
     promised = torch.empty_like(like)
     return t if t.stride() == promised.stride() else promised.copy_(t)
 
