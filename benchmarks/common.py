@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import clocks
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +29,8 @@ from moefx.cuda_graph import GraphedStep
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
+#: Packages that are in a record where they are installed.
+OPTIONAL = ("transformer-engine", "quack-kernels", "nemo-automodel", "mamba-ssm", "causal-conv1d", "deep-ep")
 _START = time.perf_counter()
 
 
@@ -88,6 +91,7 @@ class Timing:
     steps_ms: list[float] = field(default_factory=list)
     warmup_s: float = 0.0
     peak_gib: float | None = None  #: above weights and gradients; None where the device does not tell
+    clock: dict[str, float] | None = None  #: of the device in the timed steps: clocks.Readings.summary
 
     @property
     def median_ms(self) -> float:
@@ -140,13 +144,16 @@ def measure(
 
     if device.type == "cuda" and graphed:
         others = from_now_on()  # a replay allocates nothing: what counts is what it was recorded with
-    timing = Timing(warmup_s=warm(model, run, batch, device, max(warmup, run.warmup + 1) if graphed else warmup))
-    drop_gradients(model)
-    if device.type == "cuda" and not graphed:
-        others = from_now_on()
-    for _ in range(steps):
+    with clocks.reading(device) as clock:
+        timing = Timing(warmup_s=warm(model, run, batch, device, max(warmup, run.warmup + 1) if graphed else warmup))
         drop_gradients(model)
-        timing.steps_ms.append(time_once(lambda: train_step(run, batch), device))
+        if device.type == "cuda" and not graphed:
+            others = from_now_on()
+        clock.since_now()
+        for _ in range(steps):
+            drop_gradients(model)
+            timing.steps_ms.append(time_once(lambda: train_step(run, batch), device))
+        timing.clock = clock.summary()
     if device.type == "cuda":
         gradients = sum(local(p.grad).nbytes for p in model.parameters() if p.grad is not None)
         timing.peak_gib = (torch.cuda.max_memory_allocated(device) - others - gradients) / 2**30
@@ -288,7 +295,8 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
-        "versions": {p: _version(p) for p in ("moefx", "torch", "transformers", "triton")},
+        "versions": {p: _version(p) for p in ("moefx", "torch", "transformers", "triton")}
+        | {p: v for p in OPTIONAL if (v := _version(p)) is not None},
     }
     if device.type == "cuda":
         p = torch.cuda.get_device_properties(device)

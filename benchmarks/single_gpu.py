@@ -294,13 +294,14 @@ def show(args: argparse.Namespace, record: dict[str, Any]) -> None:
     for d in record["depths"]:
         for r in sorted(d["rows"], key=lambda r: r["mbs"]):
             peak = "" if r["peak_gib"] is None else f"{r['peak_gib']:.2f}"
+            clock = "" if r["clock"] is None else f"{r['clock']['sm_mhz']:.0f} {r['clock']['watts']:.0f}"
             rows.append((d["layers"], r["mbs"], r["who"], f"{r['median_ms']:.2f}", f"{r['tokens_per_s']:.0f}", peak,
-                         _times(r), f"{r['roofline']['share']:.0%}"))  # fmt: skip
+                         _times(r), f"{r['roofline']['share']:.0%}", clock))  # fmt: skip
     whole = sorted(record["whole_model"], key=lambda r: r["mbs"])
     for r in whole:
         layers = f"{r['layers']} (extrapolated)"
-        rows.append((layers, r["mbs"], r["who"], f"{r['ms']:.2f}", f"{r['tokens_per_s']:.0f}", "", _times(r), ""))
-    columns = ("layers", "mbs", "who", "ms", "tokens/s", "peak GiB", "times HF", "roofline")
+        rows.append((layers, r["mbs"], r["who"], f"{r['ms']:.2f}", f"{r['tokens_per_s']:.0f}", "", _times(r), "", ""))
+    columns = ("layers", "mbs", "who", "ms", "tokens/s", "peak GiB", "times HF", "roofline", "MHz, W")
     title = f"{args.model}, sequence {args.seq}, {args.dtype}, {args.routing} routing: forward + loss + backward"
     common.show(title, columns, rows)
     checks.show(record["depths"])

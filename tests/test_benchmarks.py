@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import os
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
@@ -15,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import breakdown  # noqa: E402
 import chart  # noqa: E402
 import checks  # noqa: E402
+import clocks  # noqa: E402
 import common  # noqa: E402
 import contenders  # noqa: E402
 import dispatch  # noqa: E402
@@ -392,6 +395,29 @@ def test_on_a_cpu_an_operation_that_waits_hides_nothing() -> None:
     picture = overlap_trace.svg(found, "a <title>")
     ElementTree.fromstring(picture)
     assert picture.count("<rect") == 1 + 5 + 4 and "a &lt;title&gt;" in picture and "thread 9" in picture
+
+
+def test_the_clock_is_read_while_steps_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\necho "$@" > "$0.asked"\necho "[N/A], [N/A]"\nwhile :; do echo "1755, 690.5"; sleep 0.01; done\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: argparse.Namespace(uuid="12-34"))
+    with clocks.reading(torch.device("cuda")) as readings:
+        while len(readings.found) < 3:
+            time.sleep(0.01)
+        readings.found.insert(0, (345.0, 80.0))
+        readings.since_now()
+        while not readings.found:
+            time.sleep(0.01)
+    summary = readings.summary()
+    assert summary is not None and summary == {"sm_mhz": 1755.0, "watts": 690.5, "readings": len(readings.found)}
+    assert "-i GPU-12-34" in Path(f"{program}.asked").read_text()
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    for device in ("cuda", "cpu"):
+        with clocks.reading(torch.device(device)) as readings:
+            pass
+        assert readings.summary() is None
 
 
 def test_determinism(monkeypatch: pytest.MonkeyPatch) -> None:

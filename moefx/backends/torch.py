@@ -51,6 +51,8 @@ def attention(
     dropout: float = 0.0,
 ) -> Tensor:
     if mask is None and is_causal and (sinks is not None or window is not None) and flashes(q, v, dropout) is None:
+        # head by head within a position, as the output lies: else each of its gradients is copied, outside of Inductor's reach
+        q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
         return flash_attention(q, k, v, sinks, scale, window)[0]
     if mask is None and is_causal and window is not None and q.shape[2] > window:
         distance = torch.arange(q.shape[2], device=q.device)[:, None] - torch.arange(k.shape[2], device=q.device)
