@@ -98,7 +98,7 @@ def draw(records: Sequence[Mapping[str, Any]], device: str, path: Path) -> None:
         for who, rows in contenders.items():
             at = [batches.index(b) + (there[b].index(who) - (len(there[b]) - 1) / 2) * width for b, _, _ in rows]
             drawn = axis.bar(at, [t / 1e3 for _, t, _ in rows], width * 0.94, color=CONTENDERS[who][1], label=CONTENDERS[who][0])
-            axis.bar_label(drawn, [text for _, _, text in rows], fontsize=8, padding=2, fontweight="bold" if who == "moefx" else "normal")
+            axis.bar_label(drawn, [text for _, _, text in rows], fontsize=7, padding=2, fontweight="bold" if who == "moefx" else "normal")
         axis.set_xticks(range(len(batches)), [f"micro-batch {b}" for b in batches])
         axis.set_title(title, fontsize=10)
         top = [contenders] if single else [rows for _, rows in shown]
