@@ -7,6 +7,7 @@ import itertools
 import logging
 import sys
 import warnings
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -31,19 +32,24 @@ from .program import Function, Left, Program
 
 @dataclass(frozen=True)
 class Template:
-    """A call's arguments with its tensors taken out: nested tuples of ("t", position), constants, and ("window", n) for a mask
-    that says nothing but a causal sliding window of n."""
+    """A call's arguments with its tensors taken out: nested tuples of ("t", position), constants, ("window", n) for a mask
+    that says nothing but a causal sliding window of n, and ("written", (class, name)) for a dictionary that takes results."""
 
     args: Any
     kwargs: Any
 
-    def fill(self, tensors: tuple | list) -> tuple[tuple, dict]:
+    def fill(self, tensors: tuple | list, written: dict[str, dict] | None = None) -> tuple[tuple, dict]:
+        """The arguments; what they leave in dictionaries for others goes to ``written``, by the argument's name."""
+
         def make(x: Any) -> Any:
             kind, what = x
             if kind == "window":  # the attention says it instead: see hf.windowed
                 return None
             if kind == "t":
                 return tensors[what]
+            if kind == "written":
+                cls, name = what
+                return _written_only(cls, name, {} if written is None else written.setdefault(name, {}))
             if kind == "dict":
                 return {k: make(v) for k, v in what}
             return tuple(map(make, what)) if kind == "tuple" else [make(v) for v in what] if kind == "list" else what
@@ -67,8 +73,26 @@ class Template:
         return found.pop() if found else None
 
 
+def _written_only(cls: type, name: str, into: dict) -> Any:
+    """An instance of the dictionary ``cls`` that takes what is put in and refuses to be looked into: a graph captured with it
+    holds whatever is in there."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise CaptureError(f"it reads its argument {name}, a {cls.__name__}: neither tensor nor constant")
+
+    def put(_: Any, key: Any, value: Any) -> None:
+        into[key] = value
+
+    methods: dict[str, Any] = {n: refuse for n in dir(cls) if callable(getattr(cls, n)) and n not in vars(object)}
+    methods |= {"__eq__": refuse, "__hash__": refuse, "__getattr__": refuse, "__setitem__": put, "_moefx_base": cls}
+    return object.__new__(type(cls.__name__, (cls,), methods))
+
+
 def flatten(args: tuple, kwargs: dict) -> tuple[list[Tensor], Template]:
-    """Separates tensors from constants; raises CaptureError for an argument that is neither (a cache, say)."""
+    """Separates tensors from constants; raises CaptureError for an argument that is neither (a cache, say).
+
+    In a ``UserDict`` Gemma 4 hands keys and values from layer to layer: what a module leaves there is part of its results.
+    """
     tensors: list[Tensor] = []
 
     def take(x: Any, name: str) -> Any:
@@ -83,6 +107,8 @@ def flatten(args: tuple, kwargs: dict) -> tuple[list[Tensor], Template]:
             return (type(x).__name__, tuple(take(v, f"{name}[{i}]") for i, v in enumerate(x)))
         if type(x) is dict:
             return ("dict", tuple((k, take(v, f"{name}[{k!r}]")) for k, v in x.items()))
+        if isinstance(x, UserDict) and "[" not in name:
+            return ("written", (vars(type(x)).get("_moefx_base", type(x)), name))
         raise CaptureError(f"its argument {name} is a {type(x).__name__}, neither tensor nor constant")
 
     a = ("tuple", tuple(take(v, f"number {i}") for i, v in enumerate(args)))
@@ -105,6 +131,7 @@ class Call:
     training: bool
     outputs: Any = None  #: template of what the module returns
     routers: tuple[tuple[str, Any], ...] = ()  #: path inside the block, template of what it returned
+    written: tuple[tuple[str, Any], ...] = ()  #: argument, template of what the module leaves in this dictionary
 
     @staticmethod
     def of(tensors: list[Tensor], template: Template, training: bool) -> Call:
@@ -188,16 +215,22 @@ class _Entry(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         seen: dict[int, Any] = {}
         hooks = [m.register_forward_hook(lambda m, _, out: seen.__setitem__(id(m), out)) for m in self.routers]
+        written: dict[str, dict] = {}
         try:
-            args, kwargs = self.template.fill(tensors)
+            args, kwargs = self.template.fill(tensors, written)
+            _, before = flatten(args, kwargs)
             out = self.block(*args, **kwargs)
         except RuntimeError as error:  # of one that depends on data torch.export would print the graph so far, a screen or ten
             raise CaptureError(f"torch.export: {_first_sentence(error)}") from error
         finally:
             for h in hooks:
                 h.remove()
-        flat, template = flatten((out, *(seen[id(m)] for m in self.routers)), {})
-        self.outputs(template.args[1])
+        after, template = flatten(args, kwargs)
+        if template != before or any(a is not b for a, b in zip(after, tensors, strict=True)):
+            raise CaptureError("it writes into a dictionary or list that it is given")
+        left = tuple(tuple(w.items()) for w in written.values())
+        flat, template = flatten((out, left, *(seen[id(m)] for m in self.routers)), {})
+        self.outputs((tuple(written), template.args[1]))
         return tuple(flat)
 
 
@@ -292,8 +325,9 @@ def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module],
         raise
     except Exception as error:
         raise CaptureError(f"torch.export: {_first_sentence(error)}") from error
-    outputs, *of_routers = returned[-1]
-    call = replace(call, outputs=outputs, routers=tuple(zip(routers, of_routers, strict=True)))
+    names, (outputs, left, *of_routers) = returned[-1]
+    written = tuple((name, what) for name, what in zip(names, left[1], strict=True) if what[1])
+    call = replace(call, outputs=outputs, routers=tuple(zip(routers, of_routers, strict=True)), written=written)
     return _function(module, exported, call, name, callers)
 
 

@@ -134,6 +134,10 @@ class Site:
                 router = module.get_submodule(path)
                 for hook in router._forward_hooks.values():
                     hook(router, (), _fill(template, out))
+        for name, template in call.written:
+            dictionary = kwargs[name] if name in kwargs else args[int(name.removeprefix("number "))]
+            for key, value in _fill(template, out):
+                dictionary[key] = value
         return out[call.outputs[1]] if call.outputs[0] == "t" else _fill(call.outputs, out)
 
     def run(self, module: nn.Module, function: Function, tensors: list[Tensor]) -> Any:

@@ -194,7 +194,8 @@ class Pattern:
         for inner in nodes:
             if inner in outputs or inner.target in VIEWS:
                 continue
-            outside = [u for u in inner.users if u not in covered]
+            # what the function returns of it (a router's scores, for who asks) is computed as before, beside the operation
+            outside = [u for u in inner.users if u not in covered and u.op != "output"]
             if outside:
                 return Miss(
                     reason=f"the intermediate value {describe(inner)} is also read outside, by {describe(outside[0])}",

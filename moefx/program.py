@@ -45,8 +45,8 @@ class Function:
     """One captured graph and the places of the model that it serves.
 
     ``graph_module`` is stateless: its placeholders are ``parameters`` (names relative to an instance), then ``constants``,
-    then the tensor ``inputs`` of the call. It returns a flat tuple: the block's tensors, then what ``routers`` returned, then
-    what ``routes`` says.
+    then the tensor ``inputs`` of the call. It returns a flat tuple: the block's tensors, then those that it leaves in a
+    dictionary that it is given, then what ``routers`` returned, then what ``routes`` says.
     """
 
     name: str

@@ -11,7 +11,7 @@ from torch import fx
 
 from moefx import ops
 from moefx.certify import certify
-from moefx.graph import aten, describe, inherit, insert, is_call, value
+from moefx.graph import VIEWS, aten, describe, inherit, insert, is_call, value
 from moefx.match import Match, Pattern, f64
 from moefx.pipeline import Changes
 from moefx.raising import replace_outputs
@@ -111,12 +111,13 @@ class RaiseRotary:
         kwargs = {"layout": layout, "unsqueeze_dim": unsqueeze_dim}
         graph, outputs = function.graph, tuple(m.outputs[0] for m in found)
         order = {n: i for i, n in enumerate(graph.nodes)}
+        before, early = outputs[0], []
         if order[k] > order[outputs[0]]:
-            if any(order[u] < order[k] for u in outputs[0].users):
+            early = [u for u in outputs[0].users if order[u] < order[k]]
+            # views of the query may wait for the key (Gemma 4)
+            if any(u.target not in VIEWS or any(order[r] < order[k] for r in u.users) for u in early):
                 return f"the rotated query is read before the key {describe(k)} is computed"
             before = k.next
-        else:
-            before = outputs[0]
         nodes = [n for m in found for n in m.nodes]
         near = [t for m in found for t in _tables(m) if is_call(t, aten.unsqueeze.default)]
         region = tuple(n for n in graph.nodes if n in {*nodes, *near})
@@ -126,5 +127,7 @@ class RaiseRotary:
         new = insert(graph, before, ops.rotary, args, kwargs, val=tuple(value(o) for o in outputs))
         inherit(new, region, self.name)
         replace_outputs(graph, new, outputs, self.name)
+        for view in early:
+            view.args[0].append(view)
         changes.did(new, f"moefx.rotary ({layout}) for {len(region)} nodes, {how}")
         return None

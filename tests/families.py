@@ -27,6 +27,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "glm4_moe": {**_DEEPSEEK, "n_group": 1, "topk_group": 1, "head_dim": 16, "use_qk_norm": True},
     "gpt_oss": {"intermediate_size": 32, "num_local_experts": 8, "head_dim": 16, "sliding_window": 8},
+    "gemma4_text": {  # the last layer of each kind leaves its keys and values to others
+        "intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 8, "top_k_experts": 2, "enable_moe_block": True,
+        "head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True, "sliding_window": 8,
+        "hidden_size_per_layer_input": 0, "num_hidden_layers": 3, "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
     "nemotron_h": {
         "intermediate_size": 96, "moe_intermediate_size": 32, "n_routed_experts": 8, "n_group": 1, "topk_group": 1,
         "head_dim": 16, "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2, "chunk_size": 8,
@@ -48,6 +54,8 @@ EXPECTED: dict[str, dict[str, int]] = {
     "deepseek_v3": {"rms_norm": 13, "route": 2, "rotary": 3, "attention": 3, "experts": 2, "swiglu": 3},
     "glm4_moe": {"rms_norm": 13, "route": 2, "rotary": 3, "attention": 3, "experts": 2, "swiglu": 3},
     "gpt_oss": {"rms_norm": 5, "route": 2, "rotary": 2, "attention": 2, "experts": 2, "swiglu": 0},
+    # a layer: seven norms around its parts, the router's, and those of queries, keys and values
+    "gemma4_text": {"rms_norm": 34, "route": 3, "rotary": 3, "attention": 3, "experts": 3, "swiglu": 0},
     "nemotron_h": {"rms_norm": 5, "route": 2, "rotary": 0, "attention": 1, "experts": 2, "swiglu": 0},
 }
 

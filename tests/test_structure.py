@@ -25,7 +25,7 @@ def ranks():
 
 
 #: How each family's configuration calls the number of experts.
-COUNT = {"qwen3_moe": "num_experts", "olmoe": "num_experts", "mixtral": "num_local_experts", "gpt_oss": "num_local_experts"}
+COUNT = dict.fromkeys(("qwen3_moe", "olmoe", "gemma4_text"), "num_experts") | dict.fromkeys(("mixtral", "gpt_oss"), "num_local_experts")
 
 
 def on_meta(name: str, experts: int):
