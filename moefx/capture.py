@@ -8,7 +8,7 @@ import logging
 import sys
 import warnings
 from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -134,11 +134,13 @@ class Call:
     written: tuple[tuple[str, Any], ...] = ()  #: argument, template of what the module leaves in this dictionary
 
     @staticmethod
-    def of(tensors: list[Tensor], template: Template, training: bool) -> Call:
+    def of(tensors: list[Tensor], template: Template, training: bool, known: Set[int] = frozenset()) -> Call:
+        """``known``: sizes of the module. A leading size of the first tensor, after two, that is one of these is no length: the
+        streams of hyper-connections [B, S, streams, H]."""
         if not tensors:
             raise CaptureError("it is called without tensors")
         lead = tensors[0].shape[:-1] if tensors[0].dim() > 1 else tensors[0].shape
-        names = "abcdefg"[: len(lead)]
+        first = [x if i < 2 or int(n) not in known else int(n) for i, (x, n) in enumerate(zip("abcdefg", lead))]
 
         def name(t: Tensor, i: int) -> int | str:
             n = int(t.shape[i])
@@ -146,15 +148,15 @@ class Call:
             feature = t.dim() in (2, 3) and i == t.dim() - 1 and t.dtype.is_floating_point
             if n == 1 or feature:
                 return n
-            same = [x for x, size in zip(names, lead, strict=True) if size == n]
+            same = [x for x, size in zip(first, lead, strict=True) if size == n and isinstance(x, str)]
             if same:
                 return same[0] if i == 0 else same[-1]  # batch before sequence, where they are equal
             return "ab" if len(lead) == 2 and n == lead[0] * lead[1] else n
 
-        first = (*names, *map(int, tensors[0].shape[len(lead) :]))
         rest = (tuple(name(t, i) for i in range(t.dim())) for t in tensors[1:])
         return Call(
-            template, tuple(t.dtype for t in tensors), tensors[0].device, (first, *rest), training
+            template, tuple(t.dtype for t in tensors), tensors[0].device,
+            ((*first, *map(int, tensors[0].shape[len(lead) :])), *rest), training,
         )  # fmt: skip
 
     def covers(self, tensors: list[Tensor], template: Template, training: bool) -> bool:
@@ -594,7 +596,7 @@ def site_of(path: str, module: nn.Module, recording: Recording, routers: dict, l
     try:
         tensors, template = flatten(args, kwargs)
         structure = recording.structures.get(path) or hf.structure(module)
-        call = replace(Call.of(tensors, template, module.training), device=recording.device)
+        call = replace(Call.of(tensors, template, module.training, sizes_of(module)), device=recording.device)
         return Site(path, module, call, structure, inner)
     except CaptureError as error:
         left.append(Left(path, type(module).__name__, str(error)))

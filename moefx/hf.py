@@ -147,9 +147,16 @@ def is_experts(module: nn.Module) -> bool:
 
 def experts_layout(module: nn.Module) -> ExpertsLayout:
     """Reads a module's flags; raises CaptureError with the reason where ``moefx.experts`` cannot say what it computes."""
-    if "_moefx_layout" not in module.__dict__:
-        module.__dict__["_moefx_layout"] = _experts_layout(module)
-    return module.__dict__["_moefx_layout"]
+    if "_moefx_layout" not in module.__dict__:  # before it is exported, when numbers can be looked at
+        try:
+            found: ExpertsLayout | CaptureError = _experts_layout(module)
+        except CaptureError as error:
+            found = error
+        module.__dict__["_moefx_layout"] = found
+    found = module.__dict__["_moefx_layout"]
+    if isinstance(found, CaptureError):
+        raise found
+    return found
 
 
 def _experts_layout(module: nn.Module) -> ExpertsLayout:
@@ -168,11 +175,15 @@ def _experts_layout(module: nn.Module) -> ExpertsLayout:
 
 
 def _activation(module: nn.Module, interleaved: bool) -> tuple[str, float, float]:
-    """Which activation the module applies, found by running it in fp64 over six decades of magnitudes."""
+    """Which activation the module applies, found by running it in fp64 over six decades of magnitudes; in fp32, if it computes
+    in fp32 whatever it is given."""
     generator = torch.Generator().manual_seed(0)
     magnitude = 10 ** (torch.rand(64, 64, generator=generator, dtype=torch.float64) * 6 - 3)
     h = torch.where(torch.rand(64, 64, generator=generator) < 0.5, -magnitude, magnitude)
     wanted = module._apply_gate(h) if module.has_gate else module.act_fn(h)  # type: ignore[operator]
+    near = 1e-12
+    if torch.equal(wanted, wanted.float().double()):
+        h, wanted, near = h.float(), wanted.float(), 1e-5
     numbers = sorted({float(v) for k, v in vars(module).items() if type(v) is float and not k.startswith("_")} | {0.0})
     for name, candidate in ACTIVATIONS.items():
         if candidate.gated != bool(module.has_gate):
@@ -180,7 +191,7 @@ def _activation(module: nn.Module, interleaved: bool) -> tuple[str, float, float
         for alpha in numbers:
             for limit in numbers:
                 found = candidate.forward(h, alpha, limit, interleaved)
-                if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-12, atol=1e-14):
+                if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=near, atol=1e-14):
                     return name, alpha, limit
     kind = "_apply_gate" if module.has_gate else "act_fn"
     raise CaptureError(
@@ -270,14 +281,14 @@ def attention_forward(
     own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if module.__dict__.get("_moefx_previous") != "eager" and s_aux is None and softcap is None or own is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **given)
-    return own(module, query, key, value, _additive(attention_mask, query, key), **given)
+    return own(module, query, key, value, _additive(attention_mask, query, key, causal), **given)
 
 
-def _additive(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+def _additive(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> Tensor | None:
     """The mask as eager attention of Transformers wants it: added to the scores; causal where SDPA would take it as said."""
     queries, keys = query.shape[2], key.shape[2]
     if mask is None:
-        if queries == 1:
+        if queries == 1 or not causal:
             return None
         mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)[None, None]
     if mask.dtype != torch.bool:
@@ -429,7 +440,21 @@ def is_recurrent(module: nn.Module) -> bool:
 def is_norm(module: nn.Module) -> bool:
     """A plain RMSNorm module, by its class's name (the gated ones of recurrent mixers are another operation)."""
     name = type(module).__name__
-    return "RMSNorm" in name and "Gated" not in name
+    return "RMSNorm" in name and "Gated" not in name and not _gives_a_factor(module)
+
+
+_FACTORS: dict[type, bool] = {}
+
+
+def _gives_a_factor(module: nn.Module) -> bool:
+    """HY-V4's has no weight and gives one number a token, for something else to be multiplied by: no norm."""
+    cls = type(module)
+    if cls not in _FACTORS:
+        _FACTORS[cls] = False
+        if next(module.parameters(), None) is None:
+            with torch.no_grad(), contextlib.suppress(Exception):  # one that knows its size takes no other: a norm
+                _FACTORS[cls] = module(torch.ones(1, 8)).shape == (1, 1)
+    return _FACTORS[cls]
 
 
 def requested() -> set[str]:

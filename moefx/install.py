@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from . import aux_loss, checkpoint, exchange, faults, hf, ops, sharded
 from .adapters import unwrap
-from .capture import Call, capture_module, flatten, foreign_hooks
+from .capture import Call, capture_module, flatten, foreign_hooks, sizes_of
 from .compiling import compiled
 from .errors import CaptureError, MoefxError
 from .head import LazyLogits, capture_head_call, head_call, split_logits
@@ -217,7 +217,7 @@ class Site:
                     return function
             if len(self.functions) >= MAX_VARIANTS:
                 raise CaptureError(f"it was captured for {MAX_VARIANTS} kinds of calls already")
-            function = self.capture(module, Call.of(tensors, template, module.training))
+            function = self.capture(module, Call.of(tensors, template, module.training, sizes_of(module)))
         except CaptureError as error:
             self.state.report.fell_back(self.path, str(error))
             return None

@@ -45,6 +45,7 @@ _ON = ("enable_moe_block", "is_moe")
 _OWN: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 1, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "dots3_note_text": {"head_dim": 32},
+    "gemma4_text": {"pad_token_id": 0},  # stands in the text where images are
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
 }
 

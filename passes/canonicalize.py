@@ -100,6 +100,9 @@ class Canonicalize:
             inherit(target, [node], self.name)
             _replace(node, target)
             return True
+        if is_call(node, aten.square.default):  # which torch computes as a power
+            node.target, node.args = aten.pow.Tensor_Scalar, (x, 2)
+            return True
         if is_call(node, aten.chunk.default):
             dim, size = arguments(node)["dim"], value(x).shape[arguments(node)["dim"]]
             node.target, node.args, node.kwargs = aten.split.Tensor, (x, -(-size // node.args[1]), dim), {}

@@ -175,3 +175,17 @@ def test_attention_over_more_keys_than_queries_stays_the_models():
         assert moefx.verify(model, batch(b, s)).ok
     moefx.restore(model)
     assert model.config._attn_implementation == "eager"
+
+
+def test_attention_that_is_not_causal_stays_so_where_python_runs_it():
+    """Inkling 2 attends over the states of earlier blocks, by the model's own eager attention."""
+    from transformers import AutoModelForCausalLM
+
+    from moefx.tiny import tiny_config
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config("inkling2_text"))
+    plain = model(**batch(2, 9)).logits
+    moefx.optimize(model, compile=False)
+    assert moefx.verify(model, batch(2, 9)).ok  # whose original is run by Python
+    torch.testing.assert_close(model(**batch(2, 9)).logits, plain)

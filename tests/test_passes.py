@@ -114,14 +114,19 @@ def norm_gemma4_weightless(x):
     return (h * torch.pow(h.pow(2).mean(-1, keepdim=True) + 1e-5, -0.5)).type_as(x)
 
 
+def norm_inkling2_weightless(x):
+    h = x.float()
+    return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "function, options",
     [(norm, {}), (norm_after, {"cast_first": False}), (norm_zero_centred, {"offset": 1.0}), (norm_nemotron, {"cast_first": False}),
-     (norm_gemma4, {"cast_first": False}), (norm_gemma4_weightless, {})],
+     (norm_gemma4, {"cast_first": False}), (norm_gemma4_weightless, {}), (norm_inkling2_weightless, {})],
 )  # fmt: skip
 def test_rms_norm(dtype, function, options):
-    weights = [] if function is norm_gemma4_weightless else [nn.Parameter(torch.randn(16).to(dtype))]
+    weights = [] if "weightless" in function.__name__ else [nn.Parameter(torch.randn(16).to(dtype))]
     f, changes = run([RaiseRMSNorm()], function, [torch.randn(3, 17, 16).to(dtype)], weights)
     (node,) = calls(f, ops.rms_norm)
     assert node.args[2] == 1e-5 and len(changes.made) == 1 and changes.missed == []
