@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import difflib
 import importlib.metadata
 import importlib.util
@@ -13,7 +14,7 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from . import backends, hf, parallel, passes
 from .capture import capture
 from .errors import MoefxError
-from .optimize import rewrite
+from .optimize import optimize, rewrite
+from .optimize import report as report_of
 from .report import Report
 from .show import render
 from .tiny import tiny_config
+from .verify import against
 
 
 def read_config(model: str, tiny: bool) -> PreTrainedConfig:
@@ -127,15 +130,43 @@ def _parameters(config: PreTrainedConfig) -> int:
         return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
 
 
-def family_row(family: str) -> dict[str, Any]:
+#: Batch and sequence of the batches that a family is verified with.
+VERIFIED = ((1, 1), (2, 13), (1, 70))
+
+
+def verified(plain: Any, model: Any) -> str:
+    """What was compared of a training step of ``model`` with one of the untouched model; the worst, if it differs."""
+    found = []
+    for shape in VERIFIED:
+        ids = torch.randint(1, model.config.get_text_config().vocab_size, shape, generator=torch.Generator().manual_seed(0))
+        found.append(against(plain, model, {"input_ids": ids, "labels": ids}))
+    wrong = [f.worst for f in found if not f.ok]
+    if wrong:
+        return f"WRONG: {wrong[0].name}, {wrong[0].relative:.1e}"
+    return f"verified: {len(found[0].rows)} tensors"
+
+
+def family_row(family: str, verify: bool = False) -> dict[str, Any]:
     """What is captured and raised of a family's small configuration; the reasons for all that is not."""
     row: dict[str, Any] = {"family": family, "captured": 0, "raised": {}, "notes": []}
     try:
         config = tiny_config(family)
-        report = inspect(config, 1, "cpu" if _parameters(config) < FITS else "meta")
+        fits = _parameters(config) < FITS
+        if verify and fits:
+            torch.manual_seed(0)
+            plain = AutoModelForCausalLM.from_config(config).train()
+            model = optimize(copy.deepcopy(plain), compile=False)
+            _describe(report_of(model), row)
+            row["verified"] = verified(plain, model)
+        else:
+            _describe(inspect(config, 1, "cpu" if fits else "meta"), row)
     except Exception as error:  # one family must not hide the others
         name = "" if isinstance(error, MoefxError) else f"{type(error).__name__}: "
-        return {**row, "notes": [f"{name}{error}".splitlines()[0]]}
+        row["notes"].append(f"{name}{error}".splitlines()[0])
+    return row
+
+
+def _describe(report: Report, row: dict[str, Any]) -> None:
     for f in report.program:
         for op, n in f.expects.items():
             made, promised = row["raised"].get(op, (0, 0))
@@ -146,21 +177,28 @@ def family_row(family: str) -> dict[str, Any]:
     short = report.shortfall()
     left = [f"{x.module}: {x.reason}" for x in report.left if not any(x.reason in s for s in short)]
     row["notes"] = list(dict.fromkeys([*short, *left]))
-    return row
 
 
 def run_models(args: argparse.Namespace) -> None:
     families = [known_type(f) for f in args.families] or moe_families()
-    rows = [family_row(f) for f in tqdm(families, file=sys.stderr, disable=None)]
+    rows = [family_row(f, args.verify) for f in tqdm(families, file=sys.stderr, disable=None)]
+    wrong = [r["family"] for r in rows if r.get("verified", "").startswith("WRONG")]
     if args.json:
         print(json.dumps(rows, indent=1))
-        return
+    else:
+        _show_families(rows, args)
+    if wrong:
+        raise MoefxError(f"the optimized model is not the untouched one: {', '.join(wrong)}")
+
+
+def _show_families(rows: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> None:
     table = Table(
         "family", "captured", "raised of promised", "what is not, and why", title="small configurations of each family",
         title_justify="left", show_lines=True,
     )  # fmt: skip
     for r in rows:
         raised = "\n".join(f"{op} {made}/{promised}" for op, (made, promised) in r["raised"].items())
+        raised += f"\n{r['verified']}" if "verified" in r else ""
         table.add_row(r["family"], str(r["captured"]), raised, "\n".join(shortened(n, args.width) for n in r["notes"]))
     print(render(table), end="")
 
@@ -244,6 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.set_defaults(run=run_inspect)
     p = commands.add_parser("models", help="the families of Transformers: what was captured and raised of each")
     p.add_argument("families", nargs="*", metavar="FAMILY")
+    p.add_argument("--verify", action="store_true", help="compare a training step with the untouched model's")
     p.add_argument("--width", type=int, default=160, metavar="N", help="letters of each reason (--json has all)")
     p.set_defaults(run=run_models)
     p = commands.add_parser("doctor", help="what is usable here, and why the rest is not")

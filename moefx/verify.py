@@ -110,6 +110,18 @@ def verify(model: Any, batch: Mapping[str, Any], *, tolerance: float | None = No
         for n, p in model.named_parameters():
             p.grad = kept.get(n)
     new = {n: g.to_local() if isinstance(g, DTensor) else g for n, g in new.items()}
+    return _compared(wanted_out, wanted, new_out, new, tolerance)
+
+
+def against(original: Any, model: Any, batch: Mapping[str, Any], *, tolerance: float | None = None) -> Verification:
+    """As :func:`verify`, in one process, with a model that nothing was done to as the original: the same weights, twice."""
+    return _compared(*_run(original, batch), *_run(model, batch), tolerance)
+
+
+def _compared(
+    wanted_out: Mapping[str, Tensor], wanted: Mapping[str, Tensor | None], new_out: Mapping[str, Tensor],
+    new: Mapping[str, Tensor | None], tolerance: float | None,
+) -> Verification:  # fmt: skip
     rows = [compare(k, wanted_out[k], new_out[k], tolerance) for k in wanted_out]
     largest = max((float(g.abs().max()) for g in wanted.values() if g is not None and g.numel()), default=0.0)
     rows += [compare(f"grad {n}", wanted[n], new[n], tolerance, largest) for n in new]

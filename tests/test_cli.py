@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from moefx import backends, ops
 from moefx.backends import deepep, te_ep
 from moefx.cli import cuda_lacks, main
 
@@ -54,6 +55,20 @@ def test_models(capsys):
     assert main(["models", "olmoe", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row["raised"]["rms_norm"] == [9, 9] and row["raised"]["route"] == [2, 2] and row["notes"] == []
+
+
+def test_models_are_verified(capsys, monkeypatch):
+    assert main(["models", "olmoe", "--verify"]) == 0
+    assert "verified: " in capsys.readouterr().out
+    real = ops.rms_norm
+
+    def off(x, weight, eps, **options):
+        return real(x, weight, eps, **options) * 1.01
+
+    monkeypatch.setitem(backends.builtin()["torch"].kernels, ops.rms_norm, backends.Kernel(off))
+    assert main(["models", "olmoe", "--verify"]) == 1
+    said = capsys.readouterr()
+    assert "WRONG: " in said.out and said.err.endswith("the optimized model is not the untouched one: olmoe\n")
 
 
 def test_experts_that_look_at_values_are_left_and_nothing_else_is_said(capsys):
