@@ -16,6 +16,7 @@ from moefx.pipeline import Changes
 class FuseNormRotary:
     """``rotary(norm(q).transpose(1, 2), norm(k).transpose(1, 2), cos, sin)`` becomes a ``norm_rotary`` of q and one of k.
 
+    So does ``rotary(norm(q), norm(k), cos, sin, unsqueeze_dim=2)`` (Gemma 4), whose results are views of these.
     Bitwise: the operation's body is the same norm and the same rotation.
     """
 
@@ -25,12 +26,9 @@ class FuseNormRotary:
         changes = Changes()
         for rotary in [n for n in function.graph.nodes if is_call(n, ops.rotary)]:
             given = arguments(rotary)
-            norms = [self._norm(given[name]) for name in ("q", "k")]
+            norms = [self._norm(given[name], given["unsqueeze_dim"]) for name in ("q", "k")]
             if not all(norms):
                 continue  # nothing is normalised here
-            if given["unsqueeze_dim"] != 1:
-                changes.miss(rotary, f"its tables are unsqueezed at {given['unsqueeze_dim']}: heads must be dimension 1")
-                continue
             late = [n for n in norms if arguments(n)["weight"] is not None and arguments(n)["weight"].op != "placeholder"]
             if late:
                 changes.miss(rotary, f"the weight of {describe(late[0])} is computed")
@@ -42,19 +40,23 @@ class FuseNormRotary:
         return changes
 
     @staticmethod
-    def _norm(x: fx.Node) -> fx.Node | None:
-        """The norm over [B, S, A, D] of which ``x`` is the heads [B, A, S, D]."""
-        if not is_call(x, aten.transpose.int) or sorted(x.args[1:]) != [1, 2]:
+    def _norm(x: fx.Node, heads: int) -> fx.Node | None:
+        """The norm over [B, S, A, D] that ``x`` is, or of which it is the heads [B, A, S, D]."""
+        if heads == 1 and (not is_call(x, aten.transpose.int) or sorted(x.args[1:]) != [1, 2]):
             return None
-        norm = x.args[0]
+        norm = x.args[0] if heads == 1 else x
         return norm if is_call(norm, ops.rms_norm) and value(norm).dim() == 4 else None  # type: ignore[return-value]
 
     def _fuse(self, graph: fx.Graph, rotary: fx.Node, i: int, norm: fx.Node, tables: dict) -> None:
         given = arguments(norm)
         options = {"cast_first": given["cast_first"], "offset": given["offset"], "layout": tables["layout"]}
         args = (given["x"], given["weight"], tables["cos"], tables["sin"], given["eps"])
-        new = insert(graph, rotary, ops.norm_rotary, args, options, val=value(rotary)[i])
+        val, heads = value(rotary)[i], tables["unsqueeze_dim"]
+        new = insert(graph, rotary, ops.norm_rotary, args, options, val=val if heads == 1 else val.transpose(1, 2))
         inherit(new, [norm, rotary], self.name)
+        if heads != 1:
+            new = insert(graph, rotary, aten.transpose.int, (new, 1, 2), val=val)
+            inherit(new, [norm, rotary], self.name)
         old = getitems(rotary).get(i)
         if old is not None:
             old.replace_all_uses_with(new)

@@ -449,6 +449,38 @@ def test_norm_rotary(computed):
         assert len(calls(f, ops.norm_rotary)) == 2 and calls(f, ops.rotary) == calls(f, ops.rms_norm) == []
 
 
+@pytest.mark.parametrize("keys_first", [False, True])
+def test_norm_rotary_of_heads_that_follow_positions(keys_first):
+    """Gemma 4 rotates before it transposes, and reads the query, transposed, before there is a key."""
+
+    def heads(weight, x, cos, sin):
+        parts = x.view(*x.shape[:2], 4, 16).chunk(2, dim=2)
+        cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+
+        def turn(t):
+            t = norm(weight, t)
+            return (t * cos + torch.cat((-t[..., 8:], t[..., :8]), dim=-1) * sin).transpose(1, 2)
+
+        first, second = (turn(part) for part in (reversed(parts) if keys_first else parts))
+        return first @ second.transpose(2, 3), first, second
+
+    angle = torch.randn(3, 17, 16)
+    inputs = [torch.randn(3, 17, 64), angle.cos(), angle.sin()]
+    f, changes = run([RaiseRMSNorm(), RaiseRotary(), FuseNormRotary()], heads, inputs, [nn.Parameter(torch.randn(16))])
+    assert len(calls(f, ops.norm_rotary)) == 2 and calls(f, ops.rotary) == calls(f, ops.rms_norm) == []
+    assert changes.missed == []
+
+
+def test_a_router_whose_scores_are_returned():
+    def route(logits):
+        scores = F.softmax(logits, dim=-1, dtype=torch.float32)
+        weights, index = torch.topk(scores, k=2, dim=-1)
+        return scores, weights / weights.sum(dim=-1, keepdim=True), index
+
+    f, changes = run([RaiseRoute()], route, [torch.randn(17, 8)])
+    assert len(calls(f, ops.route)) == 1 and changes.missed == []
+
+
 def test_norm_rotary_leaves_rotations_of_other_things_alone():
     angle = torch.randn(3, 17, 16)
     inputs = [torch.randn(3, 17, 64), angle.cos(), angle.sin()]
