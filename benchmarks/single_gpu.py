@@ -33,6 +33,8 @@ from torch import Tensor, nn
 import moefx
 
 PEERS = ("hf", "hf_compile", "nemo")
+#: Passes of moefx that are not in its default pipeline.
+OPT_IN: dict[str, Callable[[], moefx.Pass]] = {"linear_to_fp32": moefx.passes.LinearToFP32, "fp8": moefx.passes.FP8}
 #: Relative L2 distance allowed to the logits of a peer that is another implementation: those of other weights are 1.4 apart.
 LOGITS = 0.05
 
@@ -50,6 +52,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--backends", help="moefx's, in order of preference, as triton,torch (default: moefx's own order); the "
                         "reference comes last in any case")  # fmt: skip
+    parser.add_argument("--passes", default="", help=f"opt-in passes of moefx besides, of {', '.join(OPT_IN)}")
     parser.add_argument("--attention", help="Transformers' attention implementation (default: the model's, in models.py)")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
@@ -69,6 +72,10 @@ def arguments() -> argparse.Namespace:
     if unknown:
         parser.error(f"no peer is named {sorted(unknown)[0]!r}; there are {', '.join(PEERS)}")
     args.backends = args.backends.split(",") if args.backends else None
+    args.passes = [p for p in args.passes.split(",") if p]
+    unknown = set(args.passes) - set(OPT_IN)
+    if unknown:
+        parser.error(f"no opt-in pass is named {sorted(unknown)[0]!r}; there are {', '.join(OPT_IN)}")
     try:
         moefx.backends.resolve(args.backends)
     except moefx.MoefxError as error:
@@ -79,8 +86,8 @@ def arguments() -> argparse.Namespace:
     args.attention = args.attention or model.attention
     gpu = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") and torch.cuda.is_available() else "cpu"
     suffix = "" if args.routing == "real" else f"-{args.routing}"
-    if args.backends:
-        suffix = f"-{'-'.join(args.backends)}{suffix}"
+    if args.backends or args.passes:
+        suffix = f"-{'-'.join([*(args.backends or []), *args.passes])}{suffix}"
     kind = f"simulated_ep{args.simulate_ep}" if args.simulate_ep else "single_gpu"
     args.name = args.name or f"{kind}-{args.model.replace('_', '-')}{suffix}-{common.slug(gpu)}"
     if args.min_speedup is None:
@@ -161,7 +168,12 @@ def depth(args: argparse.Namespace, layers: int) -> dict[str, Any]:
 
     for batch in args.mbs:
         here.attempt("hf", batch, memory, here.time, "hf", model, model, batch)
-    other = moefx.optimize(optimized, balanced_routing=balanced, compile=args.compile, backends=args.backends)
+    pipeline = moefx.passes.default()
+    for name in args.passes:
+        pipeline = pipeline.before("lower", OPT_IN[name]())
+    other = moefx.optimize(
+        optimized, balanced_routing=balanced, compile=args.compile, backends=args.backends, pipeline=pipeline
+    )
     for batch in args.mbs:
         # its code serves every length: dropping it in between would hide that
         here.attempt("moefx", batch, failures, here.time, "moefx", other, other, batch, code=False)

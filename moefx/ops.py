@@ -278,6 +278,12 @@ def norm_rotary(
     return _rotate(heads, cos.unsqueeze(1), sin.unsqueeze(1), layout)
 
 
+@op("linear_to_fp32(Tensor x, Tensor weight) -> Tensor")
+def linear_to_fp32(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., H] times weight [E, H], in 16 bits -> [..., E] in fp32, where products of 16-bit numbers are exact."""
+    return F.linear(x.float(), weight.float())
+
+
 @op("swiglu(Tensor gate, Tensor up) -> Tensor")
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) * up`` (arXiv 2002.05202), elementwise."""

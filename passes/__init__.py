@@ -6,6 +6,7 @@ from .canonicalize import Canonicalize
 from .expert_parallel import ExpertParallel
 from .fp8 import FP8
 from .linear_cross_entropy import RaiseLinearCrossEntropy
+from .linear_to_fp32 import LinearToFP32
 from .lower import Lower
 from .norm_rotary import FuseNormRotary
 from .overlap import Overlap
@@ -17,9 +18,9 @@ from .routes import Routes
 from .swiglu import RaiseSwiGLU
 
 __all__ = [
-    "Canonicalize", "Change", "Changes", "ExpertParallel", "FP8", "FuseNormRotary", "FuseResidualRMSNorm", "Lower", "Overlap",
-    "Pass", "Pipeline", "RaiseLinearCrossEntropy", "RaiseRMSNorm", "RaiseRotary", "RaiseRoute", "RaiseSwiGLU", "Routes",
-    "default",
+    "Canonicalize", "Change", "Changes", "ExpertParallel", "FP8", "FuseNormRotary", "FuseResidualRMSNorm", "LinearToFP32",
+    "Lower", "Overlap", "Pass", "Pipeline", "RaiseLinearCrossEntropy", "RaiseRMSNorm", "RaiseRotary", "RaiseRoute",
+    "RaiseSwiGLU", "Routes", "default",
 ]  # fmt: skip
 
 

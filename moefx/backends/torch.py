@@ -14,6 +14,7 @@ from ..activations import ACTIVATIONS
 from ..chunked import linear_cross_entropy
 from ..graph import arguments, dtype_of, value
 from ..kernels.attention import flash_attention
+from ..kernels.linear_to_fp32 import linear_to_fp32
 from . import Backend, Kernel
 
 # --- norms -----------------------------------------------------------------------------------------------------------
@@ -87,6 +88,19 @@ def _refuses_attention(node: fx.Node) -> str | None:
             return f"scaled_dot_product_attention has no sinks, and {problem}"
     if given["softcap"]:
         return f"scaled_dot_product_attention has no softcap, this attention has {given['softcap']}"
+    return None
+
+
+# --- linear layers ---------------------------------------------------------------------------------------------------
+
+
+def _refuses_linear_to_fp32(node: fx.Node) -> str | None:
+    given = arguments(node)
+    x, weight = value(given["x"]), value(given["weight"])
+    if x.device.type != "cuda":
+        return f"torch.mm gives float32 of 16 bits on CUDA devices only, these are on {x.device.type}"
+    if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
+        return f"two bfloat16 numbers have an exact product in float32, these are {x.dtype} and {weight.dtype}"
     return None
 
 
@@ -205,6 +219,7 @@ BACKEND = Backend(
             rms_norm, _refuses_rms_norm, "F.rms_norm: in 16 bits one rounding fewer than the model where it casts first"
         ),
         ops.attention: Kernel(attention, _refuses_attention, "SDPA; flash attention with window or sinks"),
+        ops.linear_to_fp32: Kernel(linear_to_fp32, _refuses_linear_to_fp32, "bf16 tensor cores, float32 sums"),
         ops.experts: Kernel(experts, refuses_experts, "grouped GEMM, one sort, no atomics"),
         ops.linear_cross_entropy: Kernel(linear_cross_entropy, why="chunked: never all logits"),
         exchange.dispatch: Kernel(exchange.dispatch, why="all-to-all"),
