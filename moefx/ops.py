@@ -280,7 +280,7 @@ def norm_rotary(
 
 @op("linear_to_fp32(Tensor x, Tensor weight) -> Tensor")
 def linear_to_fp32(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., H] times weight [E, H], in 16 bits -> [..., E] in fp32, where products of 16-bit numbers are exact."""
+    """x [..., H] in 16 bits times weight [E, H], in 16 bits or fp32 -> [..., E] in fp32."""
     return F.linear(x.float(), weight.float())
 
 

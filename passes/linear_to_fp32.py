@@ -1,4 +1,4 @@
-"""Opt-in: products of 16-bit numbers that a model computes in float32, routers' above all, on tensor cores.
+"""Opt-in: products with 16-bit inputs that a model computes in float32, routers' above all, on tensor cores.
 
     pipeline = moefx.passes.default().before("lower", moefx.passes.LinearToFP32())
     model = moefx.optimize(model, pipeline=pipeline)
@@ -20,12 +20,12 @@ from moefx.pipeline import Changes
 
 @dataclass(frozen=True)
 class LinearToFP32:
-    """``linear(x.float(), weight.float())`` of bfloat16 x and weight becomes ``linear_to_fp32(x, weight)``.
+    """``linear(x.float(), weight)`` of bfloat16 x, and a weight that is float32 or ``weight.float()`` of bfloat16, becomes
+    ``linear_to_fp32(x, weight)``.
 
     DeepSeek-V3 (arXiv 2412.19437), GLM and Nemotron-H route by such logits: on a GPU they are the slowest kind of product, and
-    everything in them is a bfloat16 number. Numerics: the sums of the forward are those of float32 in another order; gradients
-    lose what is 2**-16 of the logits' gradient, before they are rounded to bfloat16. Not in the default pipeline: no GPU has
-    measured it yet.
+    the input has bfloat16 numbers only. Numerics: sums are those of float32 in another order; a gradient that is rounded to
+    bfloat16 lacks 2**-16 of itself before that. Not in the default pipeline: no GPU has measured it yet.
     """
 
     name: ClassVar[str] = "linear_to_fp32"
@@ -36,10 +36,11 @@ class LinearToFP32:
             if not is_call(node, aten.linear.default):
                 continue
             given = arguments(node)
-            casts = given["input"], given["weight"]
-            if given["bias"] is not None or not all(map(self._widens, casts)):
+            x, weight = given["input"], given["weight"]
+            if given["bias"] is not None or not self._widens(x) or dtype_of(weight) != torch.float32:
                 continue
-            args = tuple(cast.args[0] for cast in casts)
+            casts = [n for n in (x, weight) if self._widens(n)]
+            args = tuple(n.args[0] if n in casts else n for n in (x, weight))
             agrees, how = certify((*casts, node), (node,), ops.linear_to_fp32, args, {})
             if not agrees:
                 changes.miss(node, f"it looks like moefx.linear_to_fp32 but {how}")

@@ -99,8 +99,8 @@ def _refuses_linear_to_fp32(node: fx.Node) -> str | None:
     x, weight = value(given["x"]), value(given["weight"])
     if x.device.type != "cuda":
         return f"torch.mm gives float32 of 16 bits on CUDA devices only, these are on {x.device.type}"
-    if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
-        return f"two bfloat16 numbers have an exact product in float32, these are {x.dtype} and {weight.dtype}"
+    if x.dtype != torch.bfloat16 or weight.dtype not in (torch.bfloat16, torch.float32):
+        return f"it multiplies bfloat16 by bfloat16 or float32, these are {x.dtype} and {weight.dtype}"
     return None
 
 

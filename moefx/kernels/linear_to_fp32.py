@@ -1,8 +1,9 @@
-"""``x @ weight.T`` of bfloat16 numbers as a float32 result, on tensor cores: products of two such numbers are exact in float32,
-and are added there. What a cast of both to float32 computes without tensor cores.
+"""``x @ weight.T`` in float32 for bfloat16 x, on tensor cores: products of two bfloat16 numbers are exact in float32, and are
+added there.
 
-The gradient that comes back is float32. It is cut into two bfloat16 numbers, which keep 16 of its 24 bits; the gradients of x
-and of the weight, which are rounded to 8, are products of these.
+A float32 number is cut into bfloat16 parts, 8 bits each: three are all of it (a weight in float32, the gradient that a float32
+weight's gradient is made of), two are 16 bits (where the result is rounded to bfloat16, to 8). cuBLAS emulates float32 so on
+later GPUs (its BF16x9); here one side has one part, so that three products do.
 """
 
 from __future__ import annotations
@@ -13,54 +14,72 @@ from torch import Tensor
 from ..opaque import FIRST_INPUT, opaque
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a [m, k] @ b [k, n] of bfloat16 -> float32."""
+def _mm(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32)
 
 
-@opaque("linear_to_fp32_bf16")
-def _forward(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, H], weight [E, H] -> [T, E] float32."""
-    return _product(x, weight.t())
+@opaque("product_to_fp32", once=True)
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a [m, k] @ b [k, n], bfloat16 -> float32."""
+    return _mm(a, b)
+
+
+@_product.register_fake
+def _(a, b):
+    return a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
+
+
+def parts(t: Tensor, many: int) -> list[Tensor]:
+    """bfloat16 numbers whose sum is ``t`` but for 2**(-8 * many) of it."""
+    found = []
+    for _ in range(many):
+        found.append(t.to(torch.bfloat16))
+        t = t - found[-1]
+    return found
+
+
+@opaque("linear_to_fp32_in_parts")
+def _forward(x: Tensor, weight: Tensor, cut: Tensor) -> Tensor:
+    """x [T, H] times weight [E, H] -> [T, E] float32; ``cut`` [n * E, H] are the weight's parts."""
+    experts = weight.shape[0]
+    return _mm(x, cut.t()).view(x.shape[0], len(cut) // experts, experts).sum(1)
 
 
 @_forward.register_fake
-def _(x, weight):
+def _(x, weight, cut):
     return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
 
 
-@opaque("linear_to_fp32_bf16_backward", once=True)
-def _gradients(grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
-    """grad [T, E] float32 -> gradients of x and of weight, of which ``needs`` says; others are empty."""
-    high = grad.to(torch.bfloat16)
-    both = torch.cat([high, (grad - high.float()).to(torch.bfloat16)], dim=1)  # [T, 2E]
-    to_x, to_weight = x.new_empty(0), x.new_empty(0)
-    if needs[0]:
-        to_x = both @ torch.cat([weight, weight])
-    if needs[1]:
-        high_part, low_part = _product(both.t(), x).chunk(2)
-        to_weight = (high_part + low_part).to(weight.dtype)
-    return to_x, to_weight
-
-
-@_gradients.register_fake
-def _(grad, x, weight, needs):
-    return tuple(torch.empty_like(t) if need else t.new_empty(0) for t, need in zip((x, weight), needs))
-
-
 def _save(ctx, inputs, _, output) -> None:
-    ctx.save_for_backward(*inputs)
+    x, weight, cut = inputs
+    ctx.whole = weight.dtype == torch.float32
+    ctx.save_for_backward(x, cut)
 
 
 def _backward(ctx, grad: Tensor):
-    asked = ctx.needs_input_grad[FIRST_INPUT:]
-    found = torch.ops.moefx.linear_to_fp32_bf16_backward(grad, *ctx.saved_tensors, list(asked))
-    return tuple(t if need else None for t, need in zip(found, asked))
+    """Plain operations but for one product: torch.compile fuses them."""
+    x, cut = ctx.saved_tensors
+    to_x, to_weight, _ = ctx.needs_input_grad[FIRST_INPUT:]
+    experts = grad.shape[1]
+    found = parts(grad, 3 if ctx.whole else 2)
+    first = second = None
+    if to_x:
+        high, low = found[:2]
+        if ctx.whole:  # what the two low parts have in common is beyond 16 bits
+            first = torch.cat([high, low, high], dim=1) @ torch.cat([cut[:experts], cut[: 2 * experts]])
+        else:
+            first = torch.cat([high, low], dim=1) @ torch.cat([cut, cut])
+    if to_weight:
+        second = torch.ops.moefx.product_to_fp32(torch.cat(found, dim=1).t(), x)
+        second = second.view(len(found), experts, x.shape[1]).sum(0)
+        second = second if ctx.whole else second.to(torch.bfloat16)
+    return first, second, None
 
 
 _forward.register_autograd(_backward, setup_context=_save)
 
 
 def linear_to_fp32(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., H] times weight [E, H], both bfloat16 -> [..., E] float32."""
-    return _forward(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
+    """x [..., H] in bfloat16 times weight [E, H] in bfloat16 or float32 -> [..., E] in float32."""
+    cut = torch.cat(parts(weight.detach(), 3)) if weight.dtype == torch.float32 else weight.detach()
+    return _forward(x.reshape(-1, x.shape[-1]), weight, cut).view(*x.shape[:-1], weight.shape[0])
