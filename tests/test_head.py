@@ -21,7 +21,6 @@ def build(name):
     return AutoModelForCausalLM.from_config(config)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # parts of Beam stay Python
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_gradients_and_logits(name, dtype):
@@ -31,9 +30,11 @@ def test_loss_gradients_and_logits(name, dtype):
     assert node.kwargs["softcap" if "cap" in key else "scale"] == (1 / number if key == "logits_scaling" else number)
     ids = torch.randint(0, 200, (2, 11))
     labels = ids.masked_fill(ids % 5 == 0, -100)
-    result = moefx.verify(model, {"input_ids": ids, "labels": labels})
+    # logits may be float32 where all before them is bfloat16: Beam's experts round once more than the model does
+    tolerance = 5e-2 if dtype == torch.bfloat16 else None
+    result = moefx.verify(model, {"input_ids": ids, "labels": labels}, tolerance=tolerance)
     assert result.ok, str(result)
-    assert moefx.verify(model, {"input_ids": ids, "labels": labels, "num_items_in_batch": 17}).ok
+    assert moefx.verify(model, {"input_ids": ids, "labels": labels, "num_items_in_batch": 17}, tolerance=tolerance).ok
     assert not moefx.report(model).fallbacks
     found = model(input_ids=ids, labels=labels)
     assert isinstance(found.logits, LazyLogits) and found.logits.logits is None  # the loss did without
