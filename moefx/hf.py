@@ -248,8 +248,13 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """The "moefx" entry of Transformers' attention interface; query [B, A, S, D] -> [B, S, A, Dv]."""
     callers = _emitting.get()
-    unknown = [k for k in ("position_bias", "cache", "indices", "block_indices") if kwargs.get(k) is not None]
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    indices = kwargs.pop("indices", None)
+    if indices is not None:
+        attention_mask = _only(indices, attention_mask, query, key, causal)
+    unknown = [k for k in ("position_bias", "cache", "block_indices") if kwargs.get(k) is not None]
+    if callers is not None and callers.lenient and "block_indices" in unknown:
+        raise OwnAttention("it attends to blocks of keys that it chose: only the model's own attention knows how", module)
     if callers is not None and callers.lenient and causal and query.shape[2] != key.shape[2]:
         # DeepSeek-V4 appends compressed keys: with a boolean mask, or none, they would be seen by the wrong queries
         raise OwnAttention(
@@ -282,6 +287,21 @@ def attention_forward(
     if module.__dict__.get("_moefx_previous") != "eager" and s_aux is None and softcap is None or own is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **given)
     return own(module, query, key, value, _additive(attention_mask, query, key, causal), **given)
+
+
+def _only(indices: Tensor, mask: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> Tensor:
+    """The mask with no keys but those of ``indices`` [B, S, n], which sparse attention chose (DeepSeek-V3.2, arXiv 2512.02556).
+
+    Its models say so in the mask themselves, but only to the implementations "eager" and "sdpa", by name.
+    """
+    keys = key.shape[2]
+    chosen = torch.zeros(*indices.shape[:2], keys, dtype=torch.bool, device=indices.device).scatter(-1, indices.long(), True)
+    chosen = chosen.unsqueeze(1)
+    if mask is None and causal:
+        mask = torch.ones(query.shape[2], keys, dtype=torch.bool, device=query.device).tril(keys - query.shape[2])
+    if mask is None:
+        return chosen
+    return mask & chosen if mask.dtype == torch.bool else mask.masked_fill(~chosen, torch.finfo(mask.dtype).min)
 
 
 def _additive(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> Tensor | None:
@@ -381,15 +401,31 @@ def use(model: PreTrainedModel, attention: bool = True) -> None:
 
 
 def restore(model: PreTrainedModel, before: tuple[str | None, str | None]) -> None:
-    # not through set_attn_implementation: it checks again that, say, flash attention can be imported
     for module in model.modules():
         module.__dict__.pop("_moefx_previous", None)
         module.__dict__.pop("_moefx_layout", None)
         if adapters.is_wrapper(module):
             module.__class__ = getattr(type(module), "_moefx_base", type(module))
+    _name(model, before)
+
+
+def _name(model: PreTrainedModel, names: tuple[str | None, str | None]) -> None:
+    # not through set_attn_implementation: it checks again that, say, flash attention can be imported
+    for module in model.modules():
         config = getattr(module, "config", None) if isinstance(module, PreTrainedModel) else None
         if config is not None:
-            config._attn_implementation_internal, config._experts_implementation_internal = before
+            config._attn_implementation_internal, config._experts_implementation_internal = names
+
+
+@contextmanager
+def named(model: PreTrainedModel, names: tuple[str | None, str | None]) -> Iterator[None]:
+    """Within: the model's implementations of attention and experts go by these names, which models look at."""
+    before = previous(model)
+    _name(model, names)
+    try:
+        yield
+    finally:
+        _name(model, before)
 
 
 # --- the model's structure -------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from . import hf
 from .adapters import unwrap
 from .errors import MoefxError, VerifyError
 from .install import Optimized, state_of
@@ -136,7 +137,8 @@ def _original(model: nn.Module, state: Optimized) -> Iterator[None]:
         ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", None)
         gather_experts(model)
     try:
-        yield
+        with hf.named(model, state.implementations):
+            yield
     finally:
         state.bypass = False
         for name, parameter in sharded.items():
