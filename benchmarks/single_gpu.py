@@ -76,6 +76,8 @@ def arguments() -> argparse.Namespace:
     unknown = set(args.passes) - set(OPT_IN)
     if unknown:
         parser.error(f"no opt-in pass is named {sorted(unknown)[0]!r}; there are {', '.join(OPT_IN)}")
+    if args.passes and args.simulate_ep:
+        parser.error("--passes has no effect on the model that --simulate-ep times: leave one of them out")
     try:
         moefx.backends.resolve(args.backends)
     except moefx.MoefxError as error:

@@ -294,23 +294,27 @@ def _only(indices: Tensor, mask: Tensor | None, query: Tensor, key: Tensor, caus
 
     Its models say so in the mask themselves, but only to the implementations "eager" and "sdpa", by name.
     """
-    keys = key.shape[2]
-    chosen = torch.zeros(*indices.shape[:2], keys, dtype=torch.bool, device=indices.device).scatter(-1, indices.long(), True)
-    chosen = chosen.unsqueeze(1)
+    none = torch.zeros(*indices.shape[:2], key.shape[2], dtype=torch.bool, device=indices.device)
+    chosen = none.scatter(-1, indices.long(), True).unsqueeze(1)
     if mask is None and causal:
-        mask = torch.ones(query.shape[2], keys, dtype=torch.bool, device=query.device).tril(keys - query.shape[2])
+        mask = _causal(query, key)
     if mask is None:
         return chosen
     return mask & chosen if mask.dtype == torch.bool else mask.masked_fill(~chosen, torch.finfo(mask.dtype).min)
 
 
+def _causal(query: Tensor, key: Tensor) -> Tensor:
+    """[1, 1, S, T]: the last query sees all keys."""
+    queries, keys = query.shape[2], key.shape[2]
+    return torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)[None, None]
+
+
 def _additive(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> Tensor | None:
     """The mask as eager attention of Transformers wants it: added to the scores; causal where SDPA would take it as said."""
-    queries, keys = query.shape[2], key.shape[2]
     if mask is None:
-        if queries == 1 or not causal:
+        if query.shape[2] == 1 or not causal:
             return None
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)[None, None]
+        mask = _causal(query, key)
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
