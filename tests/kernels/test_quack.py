@@ -20,13 +20,14 @@ EXPERTS, GROUPED_MLP = (backend.BACKEND.kernels[op].fn for op in (ops.experts, g
 
 @pytest.mark.parametrize("tokens,experts,top_k,routing", [
     (1, 5, 1, "random"), (1, 8, 8, "random"), (33, 3, 2, "skewed"), (50, 17, 4, "random"), (0, 4, 2, "random"), (700, 6, 2, "skewed"),
+    (1000, 3, 2, "random"),  # many rows an expert: other tiles
 ])  # fmt: skip
 @pytest.mark.parametrize("options", [  # a limit that none reaches: at one, a pre-activation's last bit decides a gradient
     {"activation": "swiglu"},
     {"activation": "oai_swiglu", "alpha": 1.7, "limit": 100.0, "transposed": True, "interleaved": True},
     {"activation": "relu2"},
 ], ids=lambda o: o["activation"])  # fmt: skip
-@pytest.mark.parametrize("hidden,size", [(24, 40), (2048, 256)])  # below and above what the tiles change at
+@pytest.mark.parametrize("hidden,size", [(24, 40), (2048, 256), (384, 320)])  # tiles of 128, 160, 192 columns
 def test_routings(tokens, experts, top_k, routing, options, hidden, size):
     layout = {"transposed": options.get("transposed", False), "biased": "transposed" in options}
     given = make(tokens, experts, top_k, hidden, size, activation=options["activation"], dtype=torch.bfloat16, routing=routing, **layout)
