@@ -6,10 +6,13 @@ scaled in the backward. Nothing waits for the device: the number of labels that 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .kernels.gemm import mm
 from .opaque import opaque
 
 #: Logits of one chunk, in elements: 1 GiB in 16 bits. On an H200 with 16,384 tokens and 151,936 words half of it takes 8 %
@@ -49,9 +52,10 @@ def _losses_and_gradient(
 @opaque("chunked_linear_cross_entropy")
 def _chunked(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, mean: bool, grads: bool,
-    scale: float = 1.0, softcap: float = 0.0,
+    scale: float = 1.0, softcap: float = 0.0, gemm: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss (fp32 scalar) and, if ``grads``, its gradients by hidden [T, H], weight [V, H], bias [V]; else empty tensors."""
+    """Loss (fp32 scalar) and, if ``grads``, its gradients by hidden [T, H], weight [V, H], bias [V]; else empty tensors.
+    ``gemm``: of :mod:`moefx.kernels.gemm`; with a bias torch's."""
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     chunks = max(1, -(-tokens * vocabulary // CHUNK))
     rows = max(1, -(-tokens // chunks))
@@ -76,12 +80,15 @@ def _chunked(
     to_bias = torch.zeros(0 if bias is None else vocabulary, dtype=torch.float32, device=hidden.device)
     for start in range(0, tokens, rows):
         part = slice(start, start + rows)
-        logits = F.linear(hidden[part], weight, bias)
+        if bias is None and gemm != "torch":
+            mm(gemm, hidden[part], weight.T, logits := hidden.new_empty(len(hidden[part]), vocabulary))
+        else:
+            logits = F.linear(hidden[part], weight, bias)
         losses, to_logits = _losses_and_gradient(logits, target[part], share[part], scale, softcap)
         total += (losses * valid[part]).sum()
-        torch.mm(to_logits, weight, out=to_hidden[part])
+        mm(gemm, to_logits, weight, to_hidden[part])
         if to_weight.dtype == weight.dtype:
-            to_weight.addmm_(to_logits.T, hidden[part], beta=1 if start else 0)  # beta 0: what was there is not read
+            mm(gemm, to_logits.T, hidden[part], to_weight, add=start > 0)
         elif not start:
             to_weight.copy_(to_logits.T @ hidden[part])
         else:
@@ -92,7 +99,7 @@ def _chunked(
 
 
 @_chunked.register_fake
-def _(hidden, weight, bias, labels, ignore_index, mean, grads, scale=1.0, softcap=0.0):
+def _(hidden, weight, bias, labels, ignore_index, mean, grads, scale=1.0, softcap=0.0, gemm="torch"):
     empty = hidden.new_empty(0)
     loss = hidden.new_empty((), dtype=torch.float32)
     if not grads:
@@ -111,45 +118,53 @@ def _backward(ctx, grad: Tensor, *_):
     # in fp32: a factor such as 1/3 rounded to 16 bits would bend all gradients the same way
     found = (to_hidden, to_weight, to_bias if ctx.has_bias else None)
     scaled = [None if t is None else (t.float() * grad).to(t.dtype) for t in found]
-    return (*scaled, *[None] * 6)
+    return (*scaled, *[None] * 7)
 
 
 _chunked.register_autograd(_backward, setup_context=_save)
 
 
-def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    *,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    scale: float = 1.0,
-    softcap: float = 0.0,
-) -> Tensor:
-    """The kernel of ``moefx.linear_cross_entropy``; same arguments, same fp32 scalar.
+def linear_cross_entropy_by(gemm: str) -> Callable[..., Tensor]:
+    """The head with its products by ``gemm``, one of :mod:`moefx.kernels.gemm`."""
 
-    torch's own ``F.linear_cross_entropy`` (2.13) takes over where it is as exact and stays in the graph: in fp32, of plain
-    logits, outside of torch.compile, which it would leave. In fp16 the gradients have to be computed after the loss is
-    scaled up, so all logits are built, as the operation itself does.
-    """
-    grads = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
-    if torch.is_autocast_enabled(hidden.device.type):  # opaque to autocast: cast as F.linear would be
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    plain = scale == 1.0 and not softcap and hidden.dtype == torch.float32
-    if hasattr(F, "linear_cross_entropy") and plain and not torch.compiler.is_compiling() and grads:
-        options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)
-        total = F.linear_cross_entropy(
-            hidden, weight, labels, linear_bias=bias, reduction="sum", ignore_index=ignore_index, options=options
-        )
-        if reduction == "sum":
-            return total
-        # divided here: with no label that counts, torch's own mean has NaN gradients where cross_entropy has zeros
-        count = (labels != ignore_index).sum()
-        return torch.where(count > 0, total / count.clamp(min=1), torch.nan)
-    if hidden.dtype == torch.float16 and grads:
-        logits, _ = _scaled(F.linear(hidden, weight, bias), scale, softcap)
-        return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction)
-    return _chunked(hidden, weight, bias, labels, ignore_index, reduction == "mean", grads, scale, softcap)[0]
+    def linear_cross_entropy(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        scale: float = 1.0,
+        softcap: float = 0.0,
+    ) -> Tensor:
+        """The kernel of ``moefx.linear_cross_entropy``; same arguments, same fp32 scalar.
+
+        torch's own ``F.linear_cross_entropy`` (2.13) takes over where it is as exact and stays in the graph: in fp32, of plain
+        logits, outside of torch.compile, which it would leave. In fp16 the gradients have to be computed after the loss is
+        scaled up, so all logits are built, as the operation itself does.
+        """
+        grads = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+        if torch.is_autocast_enabled(hidden.device.type):  # opaque to autocast: cast as F.linear would be
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        plain = scale == 1.0 and not softcap and hidden.dtype == torch.float32
+        if hasattr(F, "linear_cross_entropy") and plain and not torch.compiler.is_compiling() and grads:
+            options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)
+            total = F.linear_cross_entropy(
+                hidden, weight, labels, linear_bias=bias, reduction="sum", ignore_index=ignore_index, options=options
+            )
+            if reduction == "sum":
+                return total
+            # divided here: with no label that counts, torch's own mean has NaN gradients where cross_entropy has zeros
+            count = (labels != ignore_index).sum()
+            return torch.where(count > 0, total / count.clamp(min=1), torch.nan)
+        if hidden.dtype == torch.float16 and grads:
+            logits, _ = _scaled(F.linear(hidden, weight, bias), scale, softcap)
+            return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction)
+        return _chunked(hidden, weight, bias, labels, ignore_index, reduction == "mean", grads, scale, softcap, gemm)[0]
+
+    return linear_cross_entropy
+
+
+linear_cross_entropy = linear_cross_entropy_by("torch")

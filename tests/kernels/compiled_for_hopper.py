@@ -17,7 +17,7 @@ warnings.filterwarnings("ignore")
 
 import moefx.kernels  # noqa: E402
 from moefx import rows  # noqa: E402
-from moefx.kernels import cross_entropy, expert_activation, fp8_rows, heads, permute, router, sinks  # noqa: E402
+from moefx.kernels import cross_entropy, expert_activation, fp8_rows, heads, permute, router, sinks, window_attention  # noqa: E402
 from moefx.kernels import rows as row_kernels  # noqa: E402
 
 
@@ -96,6 +96,9 @@ def launch_all(dtype: torch.dtype) -> None:
     tables = torch.randn(1, tokens, 64), torch.randn(1, tokens, 64)
     each = x.view(1, tokens, 4, 64)
     sinks.join_(each.clone(), torch.randn(1, 4, tokens), x[0, :4])
+    for sink in (x[0, :4], None):
+        out, lse = window_attention.forward(each, each[:, :, :2].contiguous(), each[:, :, 2:].contiguous(), sink, 0.125, 8)
+    window_attention.backward(each, each, each[:, :, :2].contiguous(), each[:, :, 2:].contiguous(), out, lse, 0.125, 8)
     for layout in ("half", "half_table", "interleaved"):
         heads.forward(each, x[0, :64], *tables, 1e-6, 0.0, layout)
         heads.backward(each, each, x[0, :64], *tables, 1e-6, 0.0, layout)

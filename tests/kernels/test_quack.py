@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from moefx import grouped, ops  # noqa: E402
+from moefx import chunked, grouped, ops  # noqa: E402
 from moefx.backends import quack as backend  # noqa: E402
 
 from .. import grouped_checks  # noqa: E402
@@ -15,7 +15,7 @@ from .test_experts import compare, make, run  # noqa: E402
 
 problem = backend.BACKEND.available() if torch.cuda.is_available() else "no CUDA device"
 pytestmark = pytest.mark.skipif(problem is not None, reason=str(problem))
-EXPERTS, GROUPED_MLP = (backend.BACKEND.kernels[op].fn for op in (ops.experts, grouped.grouped_mlp))
+EXPERTS, GROUPED_MLP, HEAD = (backend.BACKEND.kernels[op].fn for op in (ops.experts, grouped.grouped_mlp, ops.linear_cross_entropy))
 
 
 @pytest.mark.parametrize("tokens,experts,top_k,routing", [
@@ -38,6 +38,30 @@ def test_routings(tokens, experts, top_k, routing, options, hidden, size):
 @pytest.mark.parametrize("case", grouped_checks.CASES, ids=str)
 def test_a_ranks_experts_make_their_rows_again(case):
     grouped_checks.check_rows_are_made_again(GROUPED_MLP, *case, torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize("form", [{}, {"reduction": "sum"}, {"scale": 0.5, "softcap": 4.0}], ids=str)
+@pytest.mark.parametrize("tokens,vocabulary,hidden,rows", [
+    (1, 8, 8, 1), (67, 1000, 64, 32), (700, 4104, 2880, 512), (300, 520, 48, 300),
+])  # fmt: skip
+def test_head(tokens, vocabulary, hidden, rows, form, monkeypatch):
+    """Several chunks add to the weight's gradient, the last one is shorter."""
+    monkeypatch.setattr(chunked, "CHUNK", rows * vocabulary)
+    g = torch.Generator(device="cuda").manual_seed(tokens)
+    exact = [torch.randn(n, hidden, generator=g, device="cuda").bfloat16().double().requires_grad_() for n in (tokens, vocabulary)]
+    labels = torch.randint(vocabulary, (tokens,), generator=g, device="cuda").masked_fill(torch.arange(tokens, device="cuda") % 5 == 2, -100)
+    given = [t.detach().bfloat16().requires_grad_() for t in exact]
+    losses = [f(*t, None, labels, **form) for f, t in ((HEAD, given), (ops.BODIES[ops.linear_cross_entropy], exact))]
+    torch.testing.assert_close(losses[0].double(), losses[1], rtol=1e-2, atol=1e-2)
+    for found, wanted in zip(*(torch.autograd.grad(loss, t) for loss, t in zip(losses, (given, exact), strict=True)), strict=True):
+        assert float((found.double() - wanted).norm()) <= 1e-2 * float(wanted.norm())
+
+
+def test_a_hidden_state_that_lies_otherwise_takes_torchs_product():
+    hidden = torch.randn(64, 40, device="cuda").bfloat16()[:, 1:33]
+    weight = torch.randn(80, 32, device="cuda").bfloat16()
+    out = HEAD(hidden, weight.requires_grad_(), None, torch.arange(64, device="cuda"))
+    torch.testing.assert_close(out, ops.BODIES[ops.linear_cross_entropy](hidden, weight, None, torch.arange(64, device="cuda")), rtol=1e-2, atol=1e-2)
 
 
 def test_two_runs_are_bitwise_equal():

@@ -1,0 +1,54 @@
+"""Dense products by name, into memory that is there: "torch" (cuBLAS on CUDA) or "quack" (QuACK, CuTe DSL, on Hopper).
+
+QuACK's tile is the one whose waves over the device's processors compute the fewest numbers. On an H200 at its power limit the
+three products of a head (logits, gradient of the input, of the weight) take 8.6 instead of 9.9 ms for Qwen3-30B-A3B's with
+3,328 tokens, 12.6 instead of 14.0 for GPT-OSS-20B's with 2,560, 12.5 instead of 13.6 for Nemotron 3 Nano's with 4,096.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+#: Rows, columns, ping-pong, blocks that load together along rows and columns; and what a number costs in such a tile.
+_TILES = {
+    (128, 192, True, 2, 1): 1.0,
+    (128, 208, True, 2, 1): 1.0,
+    (128, 160, True, 2, 1): 1.02,
+    (128, 224, False, 2, 1): 1.02,
+    (256, 208, False, 1, 2): 1.05,
+    (256, 128, False, 2, 1): 1.05,
+}
+
+
+@functools.lru_cache
+def _tile(rows: int, columns: int, processors: int) -> tuple[int, int, bool, int, int]:
+    def cost(tile: tuple[int, int, bool, int, int]) -> float:
+        m, n, _, pair_m, pair_n = tile
+        blocks = -(-rows // (m * pair_m)) * -(-columns // (n * pair_n)) * 2
+        return -(-blocks // processors) * m * n * _TILES[tile]
+
+    return min(_TILES, key=cost)
+
+
+def _readable(t: Tensor) -> bool:
+    """Whether TMA reads and writes it: rows or columns contiguous, the next 16 bytes or a multiple further, as is the first."""
+    short, long = sorted(t.stride())
+    return short == 1 and long % 8 == 0 and t.data_ptr() % 16 == 0
+
+
+def mm(gemm: str, a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """out [m, n] = a [m, k] @ b [k, n], or out += it with ``add``; 16 bits for QuACK, which leaves matrices that lie so that it
+    cannot read them to torch."""
+    if gemm == "torch" or not a.numel() or not b.numel() or not all(map(_readable, (a, b, out))):
+        if add:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
+        return
+    from quack.gemm import gemm as product
+
+    m, n, pingpong, *pair = _tile(*out.shape, torch.cuda.get_device_properties(out.device).multi_processor_count)
+    product(a, b.transpose(0, 1), out, out if add else None, None, m, n, *pair, pingpong=pingpong)
