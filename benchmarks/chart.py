@@ -90,7 +90,9 @@ def draw(records: Sequence[Mapping[str, Any]], device: str, path: Path) -> None:
 
     shown = [panel for record in records for panel in panels(record)]
     single = "whole_model" in records[0]
-    figure, axes = plt.subplots(1, len(shown), figsize=(max(6.0, 1.2 + 3.6 * len(shown)), 4.6), squeeze=False, sharey=not single)
+    widths = [max(3, len(contenders)) for _, contenders in shown]  # of equal bars, that labels have room
+    size = max(6.0, 1.2 + 1.2 * sum(widths)), 4.6
+    figure, axes = plt.subplots(1, len(shown), figsize=size, width_ratios=widths, squeeze=False, sharey=not single)
     for axis, (title, contenders) in zip(axes[0], shown):
         batches = sorted({b for rows in contenders.values() for b, _, _ in rows})
         width = 0.8 / len(contenders)

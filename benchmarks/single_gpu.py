@@ -34,7 +34,7 @@ import moefx
 
 PEERS = ("hf", "hf_compile", "nemo")
 #: Passes of moefx that are not in its default pipeline.
-OPT_IN: dict[str, Callable[[], moefx.Pass]] = {"linear_to_fp32": moefx.passes.LinearToFP32, "fp8": moefx.passes.FP8}
+OPT_IN: dict[str, Callable[[], moefx.Pass]] = {"fp8": moefx.passes.FP8}
 #: Relative L2 distance allowed to the logits of a peer that is another implementation: those of other weights are 1.4 apart.
 LOGITS = 0.05
 

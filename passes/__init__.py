@@ -35,6 +35,7 @@ def default() -> Pipeline:
         RaiseLinearCrossEntropy(),
         FuseResidualRMSNorm(),
         FuseNormRotary(),
+        LinearToFP32(),
         Routes(),
         ExpertParallel(),
         Lower(),

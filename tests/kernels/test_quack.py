@@ -49,12 +49,16 @@ def test_head(tokens, vocabulary, hidden, rows, form, monkeypatch):
     monkeypatch.setattr(chunked, "CHUNK", rows * vocabulary)
     g = torch.Generator(device="cuda").manual_seed(tokens)
     exact = [torch.randn(n, hidden, generator=g, device="cuda").bfloat16().double().requires_grad_() for n in (tokens, vocabulary)]
-    labels = torch.randint(vocabulary, (tokens,), generator=g, device="cuda").masked_fill(torch.arange(tokens, device="cuda") % 5 == 2, -100)
+    labels = torch.randint(vocabulary, (tokens,), generator=g, device="cuda")
+    labels[2::5] = -100
     given = [t.detach().bfloat16().requires_grad_() for t in exact]
-    losses = [f(*t, None, labels, **form) for f, t in ((HEAD, given), (ops.BODIES[ops.linear_cross_entropy], exact))]
-    torch.testing.assert_close(losses[0].double(), losses[1], rtol=1e-2, atol=1e-2)
-    for found, wanted in zip(*(torch.autograd.grad(loss, t) for loss, t in zip(losses, (given, exact), strict=True)), strict=True):
-        assert float((found.double() - wanted).norm()) <= 1e-2 * float(wanted.norm())
+    heads = HEAD, chunked.linear_cross_entropy, ops.BODIES[ops.linear_cross_entropy]
+    losses = [f(*t, None, labels, **form) for f, t in zip(heads, (given, given, exact), strict=True)]
+    torch.testing.assert_close(losses[0], losses[2], rtol=1e-2, atol=1e-2)
+    found, by_torch, wanted = (torch.autograd.grad(loss, t) for loss, t in zip(losses, (given, given, exact), strict=True))
+    for f, t, w in zip(found, by_torch, wanted, strict=True):
+        far, allowed = (float((x.double() - w).norm() / w.norm()) for x in (f, t))
+        assert far <= 1.2 * allowed + 1e-3
 
 
 def test_a_hidden_state_that_lies_otherwise_takes_torchs_product():
