@@ -4,6 +4,9 @@
 
 What was measured is kept on disk (``MOEFX_TUNING``, by default ``moefx/tuning.json`` in the user's cache folder) and printed in
 the report. Each rank chooses for itself: kernels of one operation compute the same, whoever chooses which.
+
+With ``MOEFX_TUNE=0`` nothing is timed, so that runs choose alike: what is kept decides, then the table that moefx has for this
+kind of GPU (``moefx/tuned``, made by ``benchmarks/tune_table.py``), then the order of the backends.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -59,21 +63,39 @@ def choose(node: fx.Node, function: Function, candidates: Sequence[Choice], tune
     if node.target not in TUNED or len(candidates) < 2 or device.type == "meta":
         return candidates[0]
     site = _Site(node, function, tune, device)
-    known = _read().get(site.key, {})
+    known = _read(file()).get(site.key, {})
     missing = [c for c in candidates if c.backend.name not in known]
+    if missing and os.environ.get("MOEFX_TUNE") == "0":
+        return _untimed(site, candidates, known)
     for choice in tqdm(missing, f"timing {op_name(node.target)}", leave=False, disable=not missing):
         known[choice.backend.name] = site.measure(choice.kernel.fn, compile)
     if missing:
         _write(site.key, known)
-    works = [c for c in candidates if isinstance(known[c.backend.name], list)]
-    if not works:
+    if not any(isinstance(known[c.backend.name], list) for c in candidates):
         told = "; ".join(f"{c.backend.name}: {known[c.backend.name]}" for c in candidates)
         raise MoefxError(f"no kernel of {op_name(node.target)} runs at {site.sizes} on {device}: {told}")
-    best = min(works, key=lambda c: sum(known[c.backend.name]))
+    return _fastest(candidates, known, f"measured at {site.sizes}")
+
+
+def _untimed(site: _Site, candidates: Sequence[Choice], known: dict[str, Any]) -> Choice:
+    """The choice where nothing may be timed, from what is kept of this site, else from the table for this GPU."""
+    told = f"kept of {site.sizes}"
+    if not known:
+        table = table_of(site.where)
+        known, told = _read(table).get("sites", {}).get(site.row, {}), f"{table.name} at {site.sizes}"
+    there = [c for c in candidates if isinstance(known.get(c.backend.name), list)]
+    if there:
+        return _fastest([c for c in candidates if c.backend.name in known], known, told)
+    first = candidates[0]
+    why = "; ".join(filter(None, (first.why, f"MOEFX_TUNE=0, and nothing is kept of {site.sizes} on {site.where}")))
+    return replace(first, why=why, refusals=candidates[-1].refusals)
+
+
+def _fastest(candidates: Sequence[Choice], known: dict[str, Any], source: str) -> Choice:
+    best = min((c for c in candidates if isinstance(known[c.backend.name], list)), key=lambda c: sum(known[c.backend.name]))
     told = ", ".join(f"{c.backend.name} {_text(known[c.backend.name])}" for c in candidates)
-    refusals = candidates[-1].refusals
-    why = "; ".join(filter(None, (best.why, f"measured at {site.sizes}: {told}")))
-    return replace(best, why=why, refusals=refusals)
+    why = "; ".join(filter(None, (best.why, f"{source}: {told}")))
+    return replace(best, why=why, refusals=candidates[-1].refusals)
 
 
 def _text(found: list[float] | str) -> str:
@@ -94,9 +116,11 @@ class _Site:
 
         given = arguments(node)
         self.given = {k: (shape(value(v)), value(v).dtype) if isinstance(v, fx.Node) else v for k, v in given.items()}
-        where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
+        self.where = name_of(device)
         told = {k: [v[0], str(v[1])] if isinstance(v, tuple) else v for k, v in self.given.items()}
-        self.key = json.dumps([op_name(node.target), told, self.training, where, torch.__version__, revision()[:16]])
+        site = [op_name(node.target), told, self.training]
+        self.row = json.dumps(site)  #: of a table, which is one device's and outlives versions
+        self.key = json.dumps([*site, self.where, *versions()])
 
     def inputs(self) -> dict[str, Any]:
         """Random numbers; experts get as many tokens each, about."""
@@ -186,9 +210,30 @@ def file() -> Path:
     return Path(os.environ.get("MOEFX_TUNING") or cache / "moefx" / "tuning.json")
 
 
-def _read() -> dict[str, dict[str, Any]]:
+def name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
+
+
+def versions() -> list[str]:
+    """What else makes two measurements of one site on one kind of device differ."""
+    return [torch.__version__, revision()[:16]]
+
+
+def table_of(where: str) -> Path:
+    """The table that moefx has for a device; it need not be there."""
+    return Path(__file__).parent / "tuned" / f"{re.sub('[^a-z0-9]+', '-', where.lower()).strip('-')}.json"
+
+
+def rows(where: str) -> dict[str, dict[str, Any]]:
+    """What is kept of this device and these versions, as a table's ``sites``."""
+    wanted = [where, *versions()]
+    kept = ((json.loads(key), found) for key, found in _read(file()).items())
+    return {json.dumps(key[:3]): found for key, found in kept if key[3:] == wanted}
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        found = json.loads(file().read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}  # none yet, or another process is writing: measured again
     return found if isinstance(found, dict) else {}
@@ -200,5 +245,5 @@ def _write(key: str, found: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):  # a home that cannot be written to: measured again next time
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.{os.getpid()}")
-        part.write_text(json.dumps({**_read(), key: found}, indent=1))
+        part.write_text(json.dumps({**_read(path), key: found}, indent=1))
         part.replace(path)

@@ -129,3 +129,28 @@ def test_nothing_is_timed_on_the_meta_device(kept, timed):
         model = build("qwen3_moe")
     moefx.optimize(model, backends=[named("first"), named("second")], compile=False, tune=True)
     assert timed[1] == []
+
+
+def test_without_timing_what_is_kept_decides_then_the_table_then_the_order(kept, timed, tmp_path, monkeypatch):
+    times, seen = timed
+    times |= {"first": [2.0, 2.0], "second": [1.0, 1.0]}
+    backends = [named(n) for n in times]
+    monkeypatch.setattr(tuning, "table_of", lambda where: tmp_path / "table.json")
+    monkeypatch.setenv("MOEFX_TUNE", "0")
+    _, name, why = optimized(*backends, tune=(2, 64))
+    assert name == "first" and not seen and "MOEFX_TUNE=0, and nothing is kept of B=2, S=64 on " in why
+
+    monkeypatch.delenv("MOEFX_TUNE")
+    assert optimized(*backends, tune=(2, 64))[1] == "second" and len(seen) == 2
+    sites = tuning.rows(tuning.name_of(torch.device("cpu")))
+    assert list(sites.values()) == [times] and not tuning.rows("another device")
+    (tmp_path / "table.json").write_text(json.dumps({"sites": {row: times | {"first": [0.1, 0.1]} for row in sites}}))
+
+    monkeypatch.setenv("MOEFX_TUNE", "0")
+    assert optimized(*backends, tune=(2, 64))[1] == "second"  # what was measured here, by these versions
+    kept.unlink()
+    _, name, why = optimized(*backends, tune=(2, 64))
+    assert name == "first" and why.endswith("table.json at B=2, S=64: first 0.10 + 0.10 ms, second 1.00 + 1.00 ms")
+    _, name, why = optimized(*backends, named("third"), tune=(2, 64))
+    assert name == "first" and "third" not in why  # not in the table: not a candidate
+    assert len(seen) == 2 and not kept.exists()
