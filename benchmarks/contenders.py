@@ -23,6 +23,7 @@ import routing
 import sketch
 import torch
 import torch.distributed as dist
+import tunings
 from torch import Tensor, nn
 from transformers.distributed import DistributedConfig
 from transformers.utils.logging import set_verbosity_error as quiet
@@ -151,8 +152,10 @@ def run(here: Rank) -> None:
     here.tell("built", {"seconds": time.perf_counter() - started, "parameters": parameters,
                         "weights_gib": max(here.gather(local)) / 2**30})  # fmt: skip
     order = dict.fromkeys([*job.check, *(r.routing for r in job.rows)])
-    left = len(job.rows)
+    left, kept = len(job.rows), Path(job.folder, "tunings.json")
     for name in order:
+        if tunings.load(kept):
+            here.tell("note", {"triton_tunings": "of the contender before"})
         if name in job.check:
             contender.route(name, job.check_seq)
             check(here, contender, name)
@@ -161,6 +164,8 @@ def run(here: Rank) -> None:
             contender.route(name, row.mbs * job.seq)
             measure(here, contender, row, left)
             here.row, left = None, left - 1
+            if here.rank == 0:
+                tunings.save(kept)
     here.tell("finished", contender.finish())
 
 

@@ -5,8 +5,10 @@ import json
 import os
 import sys
 import time
+import types
 from collections import Counter
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -29,6 +31,7 @@ import overlap_trace  # noqa: E402
 import routing  # noqa: E402
 import simulate_ep  # noqa: E402
 import sketch  # noqa: E402
+import tunings  # noqa: E402
 
 import moefx  # noqa: E402
 
@@ -435,3 +438,26 @@ def test_determinism(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.use_deterministic_algorithms(False)
     (record,) = saved.values()
     assert record["deterministic"]["equal"] == record["deterministic"]["tensors"] > 10 and record["cost"] > 0
+
+
+def test_what_triton_chose_is_handed_to_the_next_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+
+    def kernel(x, n):
+        pass
+
+    def tuned() -> Any:
+        configs = [triton.Config({}, num_warps=n, pre_hook=lambda args: None) for n in (1, 2, 4)]
+        return triton.heuristics({})(triton.autotune(configs, key=["n"])(triton.JITFunction(kernel)))
+
+    module = types.ModuleType("kernels")
+    monkeypatch.setitem(sys.modules, "kernels", module)
+    assert tunings.load(tmp_path / "kept.json") == 0
+    module.first = tuned()
+    module.again = module.first  # imported twice
+    module.first.fn.cache[(16, "torch.bfloat16")] = module.first.fn.configs[2]
+    assert tunings.save(tmp_path / "kept.json") == 1
+    module.first, module.again = tuned(), None
+    assert tunings.load(tmp_path / "kept.json") == 1
+    assert module.first.fn.cache == {(16, "torch.bfloat16"): module.first.fn.configs[2]}
+    assert tunings.load(tmp_path / "kept.json") == 0  # has them
