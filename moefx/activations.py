@@ -101,7 +101,27 @@ def _oai_backward(h: Tensor, grad: Tensor, alpha: float, limit: float, interleav
     return join(to_gate, grad * (low * sigmoid) * (up.abs() <= limit), interleaved)
 
 
-#: By name. Gated: SwiGLU and its clamped forms (DeepSeek-V4; GPT-OSS's "oai", with alpha), GeGLU; ungated: relu2 (Nemotron).
+def _softcapped(h: Tensor, alpha: float, limit: float, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """tanh of the gate by its cap and of up by its own, and the gate's sigmoid, in fp32 at least, as the model has them."""
+    gate, up = split(h.float() if h.dtype.itemsize < 4 else h, interleaved)
+    return torch.tanh(gate / alpha), torch.tanh(up / limit), torch.sigmoid(gate)
+
+
+def _softcapped_forward(h: Tensor, alpha: float, limit: float, interleaved: bool) -> Tensor:
+    if not alpha or not limit:
+        raise ValueError(f"softcapped_swiglu divides by its caps, they are {alpha} and {limit}: give both")
+    low, mid, sigmoid = _softcapped(h, alpha, limit, interleaved)
+    return (low * alpha * sigmoid * (mid * limit)).to(h.dtype)
+
+
+def _softcapped_backward(h: Tensor, grad: Tensor, alpha: float, limit: float, interleaved: bool) -> Tensor:
+    low, mid, sigmoid = _softcapped(h, alpha, limit, interleaved)
+    to_gate = grad * (mid * limit) * sigmoid * (1 - low * low + alpha * low * (1 - sigmoid))
+    return join(to_gate, grad * (alpha * low * sigmoid) * (1 - mid * mid), interleaved).to(h.dtype)
+
+
+#: By name. Gated: SwiGLU and its clamped forms (DeepSeek-V4; GPT-OSS's "oai", with alpha), SwiGLU between the caps alpha of the
+#: gate and limit of up (Inkling 2), GeGLU; ungated: relu2 (Nemotron).
 ACTIVATIONS: dict[str, Activation] = {
     a.name: a
     for a in (
@@ -111,6 +131,7 @@ ACTIVATIONS: dict[str, Activation] = {
         _gated("reglu", F.relu, _relu_derivative),
         Activation("clamped_swiglu", True, _clamped_forward, _clamped_backward),
         Activation("oai_swiglu", True, _oai_forward, _oai_backward),
+        Activation("softcapped_swiglu", True, _softcapped_forward, _softcapped_backward),
         _plain("relu2", lambda x: torch.square(F.relu(x)), lambda grad, x: grad * (2 * F.relu(x))),
         _plain("silu", F.silu, _silu_derivative),
         _plain("gelu", *_gelu("none")),

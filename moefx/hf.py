@@ -184,12 +184,15 @@ def _activation(module: nn.Module, interleaved: bool) -> tuple[str, float, float
     near = 1e-12
     if torch.equal(wanted, wanted.float().double()):
         h, wanted, near = h.float(), wanted.float(), 1e-5
-    numbers = sorted({float(v) for k, v in vars(module).items() if type(v) is float and not k.startswith("_")} | {0.0})
+    parts = [vars(m).items() for m in module.modules()]
+    numbers = sorted({float(v) for part in parts for k, v in part if type(v) is float and not k.startswith("_")} | {0.0})
     for name, candidate in ACTIVATIONS.items():
         if candidate.gated != bool(module.has_gate):
             continue
         for alpha in numbers:
             for limit in numbers:
+                if name == "softcapped_swiglu" and not (alpha and limit):
+                    continue
                 found = candidate.forward(h, alpha, limit, interleaved)
                 if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=near, atol=1e-14):
                     return name, alpha, limit

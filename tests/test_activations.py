@@ -8,10 +8,12 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import _default_apply_gate
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.inkling2.modeling_inkling2 import Inkling2SoftcappedSwiGLU
 
 from moefx.activations import ACTIVATIONS, join, split
 
 ALPHA, LIMIT = 1.702, 1.5
+SOFTCAPPED = Inkling2SoftcappedSwiGLU(SimpleNamespace(mlp_gate_softcap=ALPHA, mlp_up_softcap=LIMIT))
 LIMITED = SimpleNamespace(alpha=ALPHA, limit=LIMIT, act_fn=ACT2FN["silu"])
 
 
@@ -27,6 +29,7 @@ MODELS = {
     "reglu": _gate_with("relu"),
     "clamped_swiglu": lambda h: DeepseekV4Experts._apply_gate(LIMITED, h),
     "oai_swiglu": lambda h: GptOssExperts._apply_gate(LIMITED, h),
+    "softcapped_swiglu": lambda h: SOFTCAPPED(*h.chunk(2, dim=-1)),
     "relu2": ACT2FN["relu2"],
     "silu": ACT2FN["silu"],
     "gelu": ACT2FN["gelu"],

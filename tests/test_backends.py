@@ -233,6 +233,7 @@ LAYOUTS = {
     "gpt_oss": dict(activation="oai_swiglu", alpha=1.702, limit=1.0, transposed=True, interleaved=True),
     "nemotron_h": dict(activation="relu2"),
     "deepseek_v4": dict(activation="clamped_swiglu", limit=1.0),
+    "inkling2": dict(activation="softcapped_swiglu", alpha=2.0, limit=1.0),
 }
 
 

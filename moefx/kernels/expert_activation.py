@@ -69,6 +69,11 @@ def _gate(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr, KIND: tl.constexpr
         slope = s * (1 + ALPHA * low * (1 - s))
         inside = (tl.abs(up) <= LIMIT).to(tl.float32)
         return (mid + 1) * low * s, (mid + 1) * slope * (gate <= LIMIT).to(tl.float32), low * s * inside
+    elif KIND == "softcapped_swiglu":
+        low, mid = 2 * tl.sigmoid(2 * gate / ALPHA) - 1, 2 * tl.sigmoid(2 * up / LIMIT) - 1  # tanh
+        s = tl.sigmoid(gate)
+        f, slope = ALPHA * low * s, s * (1 - low * low + ALPHA * low * (1 - s))
+        return f * mid * LIMIT, slope * mid * LIMIT, f * (1 - mid * mid)
     else:
         if KIND == "swiglu":
             f, slope = _act(gate, "silu")

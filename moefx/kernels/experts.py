@@ -27,7 +27,8 @@ from . import grouped_gemm
 
 #: The activations that :mod:`moefx.kernels.expert_activation` has kernels for.
 KNOWN = frozenset({
-    "swiglu", "geglu_tanh", "geglu", "reglu", "clamped_swiglu", "oai_swiglu", "relu2", "silu", "gelu", "gelu_tanh", "relu",
+    "swiglu", "geglu_tanh", "geglu", "reglu", "clamped_swiglu", "oai_swiglu", "softcapped_swiglu", "relu2", "silu",
+    "gelu", "gelu_tanh", "relu",
 })  # fmt: skip
 
 #: In the operations below: up, up_bias, down, down_bias.
