@@ -11,7 +11,7 @@ see ordinary ``.grad``; what a parameter has when a step begins is moved out of 
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,8 +56,9 @@ class Recorded:
 class GraphedStep:
     """``loss = step(**batch)`` does what ``loss = model(**batch).loss; loss.backward()`` does. See :func:`cuda_graph`."""
 
-    def __init__(self, model: Any, warmup: int, most: int):
+    def __init__(self, model: Any, warmup: int, most: int, forward_backward: Callable[..., Tensor] | None = None):
         self.model, self.warmup, self.most = model, warmup, most
+        self._forward_backward = forward_backward or self._plain
         self.replays = self.eager = 0  #: steps that were replayed, and that ran as ever
         self.recorded: dict[tuple, Recorded] = {}
         self._seen: dict[tuple, int] = {}
@@ -113,11 +114,11 @@ class GraphedStep:
         here = torch.cuda.current_stream()
         self._stream.wait_stream(here)
         with torch.cuda.stream(self._stream):
-            loss = self._forward_backward(batch)
+            loss = self._forward_backward(**batch)
         here.wait_stream(self._stream)
         return loss
 
-    def _forward_backward(self, batch: Mapping[str, Any]) -> Tensor:
+    def _plain(self, **batch: Any) -> Tensor:
         loss = self.model(**batch).loss
         loss.backward()
         return loss.detach()
@@ -134,7 +135,7 @@ class GraphedStep:
         try:
             # thread_local: other threads (NCCL's, moefx's) may ask CUDA meanwhile
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                loss = self._forward_backward({**batch, **inputs})
+                loss = self._forward_backward(**{**batch, **inputs})
             gradients = {p: p.grad for p in self._parameters if p.grad is not None}
         except Exception as error:
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -157,7 +158,9 @@ def _moved(gradient: Tensor, written: Tensor) -> Tensor:
     return gradient.clone() if gradient is written else gradient
 
 
-def cuda_graph(model: Any, *, warmup: int = WARMUP, most: int = 1) -> GraphedStep:
+def cuda_graph(
+    model: Any, *, warmup: int = WARMUP, most: int = 1, forward_backward: Callable[..., Tensor] | None = None
+) -> GraphedStep:
     """Makes a training step that is recorded as a CUDA graph and replayed, for batches that are all of one kind::
 
         step = moefx.cuda_graph(model)
@@ -178,6 +181,8 @@ def cuda_graph(model: Any, *, warmup: int = WARMUP, most: int = 1) -> GraphedSte
             needs a ``dispatch_capacity``, so that nobody waits for counts. All ranks make the step and call it alike.
         warmup: steps of a kind before it is recorded; torch.compile needs some, FSDP2 two.
         most: kinds that are recorded.
+        forward_backward: what a step does, if not ``loss = model(**batch).loss; loss.backward()``: called with the batch, by
+            name, it returns the loss [], detached. What it does in Python is done while a step is recorded, not in a replay.
 
     Raises:
         MoefxError: the model waits for the device in each step (no ``dispatch_capacity``, ``check_numerics``), is on the CPU
@@ -198,4 +203,4 @@ def cuda_graph(model: Any, *, warmup: int = WARMUP, most: int = 1) -> GraphedSte
         raise MoefxError("check_numerics=True waits for the device in each forward, which a CUDA graph cannot: leave it out")
     if warmup < 1 or most < 1:
         raise MoefxError(f"warmup={warmup} and most={most}: both are numbers of 1 or more")
-    return GraphedStep(model, warmup, most)
+    return GraphedStep(model, warmup, most, forward_backward)

@@ -18,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from . import checkpoint, faults, routing, sharded
 from .adapters import unwrap
 from .clip import clip_grad_norm_
+from .cuda_graph import cuda_graph as make_step
 from .errors import MoefxError
 
 #: The folder, inside a checkpoint of the Trainer, with what resuming needs.
@@ -46,6 +47,13 @@ class TrainerMixin:
 
     Args:
         log_router_load: count tokens per expert and log them, one small all-reduce a log; "model": without the layers' own.
+        cuda_graph: replay training steps as a CUDA graph (:func:`moefx.cuda_graph`, which says what that needs): forward, loss
+            and backward of batches that have the shape of the first; others run as ever. ``compute_loss`` and hooks run
+            while a step is recorded, not in a replay. With gradient accumulation over ranks each micro-batch reduces its
+            gradients.
+
+    Raises:
+        MoefxError: with ``cuda_graph``, where ``args`` ask for what a recording cannot have.
     """
 
     model: Any
@@ -54,8 +62,12 @@ class TrainerMixin:
     args: Any
     state: Any
     accelerator: Any
+    _step: Any
 
-    def __init__(self, model: Any = None, args: Any = None, *rest: Any, log_router_load: bool | str = True, **named: Any):
+    def __init__(
+        self, model: Any = None, args: Any = None, *rest: Any, log_router_load: bool | str = True, cuda_graph: bool = False,
+        **named: Any,
+    ):  # fmt: skip
         self._spread = model is not None and not isinstance(model, str) and sharded.is_sharded(model)
         only = getattr(args, "save_only_model", None)
         if self._spread and args is not None:
@@ -63,6 +75,9 @@ class TrainerMixin:
         super().__init__(model, args, *rest, **named)  # type: ignore[call-arg]
         if self._spread and args is not None:
             self.args.save_only_model = only
+        self._replays, self._step = cuda_graph, None
+        if cuda_graph:
+            _can_be_recorded(self.args)
         self._counts = log_router_load
         if log_router_load:
             routing.count_routes(unwrap(self.model))
@@ -71,8 +86,13 @@ class TrainerMixin:
         """As the Trainer's; ``resume_from_checkpoint=True`` takes the last checkpoint that was written to its end."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = _last_complete(Path(self.args.output_dir)) or True  # True: the Trainer says what it wants
-        with faults.named():
-            return super().train(resume_from_checkpoint, *rest, **named)  # type: ignore[misc]
+        try:
+            with faults.named():
+                return super().train(resume_from_checkpoint, *rest, **named)  # type: ignore[misc]
+        finally:
+            if self._step is not None:
+                self._step.close()
+                self._step = None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._counts and "loss" in logs:
@@ -83,11 +103,27 @@ class TrainerMixin:
                 logs |= {f"router/{k}": round(found[k], 4) for k in names}
         super().log(logs, start_time)  # type: ignore[misc]
 
-    def training_step(self, model: Any, *rest: Any, **named: Any) -> Any:
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         inner = unwrap(self.model)
         if hasattr(inner, "_moefx_routing"):
             inner._moefx_routing.step = self.state.global_step + 1  # for the error of check_numerics
-        return super().training_step(model, *rest, **named)  # type: ignore[misc]
+        ordinary: Any = super().training_step  # type: ignore[misc]
+        if not self._replays:
+            return ordinary(model, inputs, num_items_in_batch)
+        if self._step is None or self._step.model is not model:
+
+            def forward_backward(*, num_items_in_batch: Any, accumulated: int, **batch: Any) -> Any:
+                return ordinary(model, batch, num_items_in_batch)
+
+            self._step = make_step(model, forward_backward=forward_backward)
+        batch = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
+        # the loss may be divided by so many: fewer at the end of an epoch, which is another kind of step
+        accumulated = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+        return self._step(**batch, num_items_in_batch=num_items_in_batch, accumulated=accumulated)
+
+    def _defer_fsdp_gradient_reduction(self) -> Any:
+        """Of all micro-batches but an optimizer step's last (Transformers 5.24): a recorded step reduces its own."""
+        return contextlib.nullcontext() if self._replays else super()._defer_fsdp_gradient_reduction()  # type: ignore[misc]
 
     def _clip_grad_norm(self, model: Any) -> Any:
         if not self._spread:
@@ -131,6 +167,17 @@ class TrainerMixin:
 
 class Trainer(TrainerMixin, transformers.Trainer):
     """``transformers.Trainer`` with :class:`TrainerMixin`."""
+
+
+def _can_be_recorded(args: Any) -> None:
+    """Raises MoefxError where training steps with these arguments cannot be replayed."""
+    if args.fp16:
+        raise MoefxError("cuda_graph=True with fp16=True: how far a loss is scaled up would be recorded; train in bf16")
+    if args.torch_empty_cache_steps is not None:
+        raise MoefxError(
+            f"cuda_graph=True with torch_empty_cache_steps={args.torch_empty_cache_steps}: memory cannot be freed while a step "
+            "is recorded, leave it out"
+        )
 
 
 def _last_complete(folder: Path) -> str | None:

@@ -121,6 +121,31 @@ def test_what_would_be_silently_wrong_is_an_error():
             step(**batch)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_trainers_steps(tmp_path, accumulation):
+    pytest.importorskip("accelerate")
+    from transformers import TrainingArguments
+
+    import moefx
+    from moefx.trainer import Trainer
+    from tests.families import build
+
+    results = []
+    for graph in (False, True):
+        torch.manual_seed(0)
+        model = moefx.optimize(build("qwen3_moe").to("cuda", torch.bfloat16), compile=False)
+        rows = [{n: t[0] for n, t in b.items() if n != "num_items_in_batch"} for b in batches(16, model.config.vocab_size, "cpu")]
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=accumulation, learning_rate=1e-3,
+            adam_epsilon=1e-3, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, data_seed=0,
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=rows, cuda_graph=graph)
+        trainer.train()
+        losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
+        results.append((losses, {n: p.detach().float() for n, p in model.named_parameters()}))
+    assert differ(*results) == []
+
+
 def job() -> None:
     """One of two ranks: trains twice, the second time with recorded steps, and compares."""
     import torch.distributed as dist
