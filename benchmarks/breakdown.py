@@ -54,7 +54,7 @@ def by_kind(kernels: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def profile(model: nn.Module, run: Callable, batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:
-    """One step, which must have run before (nothing is compiled within): its kernels, the 20 longest and the sums of kinds.
+    """One step, which must have run before (nothing is compiled within): its kernels, the 60 longest and the sums of kinds.
 
     Times are those of the kernels; where they leave the device idle, the step takes longer than their sum.
     """
@@ -74,7 +74,7 @@ def profile(model: nn.Module, run: Callable, batch: Mapping[str, Tensor], device
         {"kernel": name, "kind": which, "ms": sum(ms), "calls": len(ms), "share": sum(ms) / total}
         for (name, which), ms in merged.items()
     ]
-    top = sorted(rows, key=lambda r: r["ms"], reverse=True)[:20]
+    top = sorted(rows, key=lambda r: r["ms"], reverse=True)[:60]
     return {"ms": total, "launches": len(kernels), "kinds_ms": by_kind(kernels), "top": top}
 
 
@@ -178,6 +178,6 @@ def floors(needed: Mapping[str, Mapping[str, float]], reach: Mapping[str, float]
 
 
 def show(who: str, batch: int, found: Mapping[str, Any]) -> None:
-    rows = [(f"{e['ms']:.2f}", f"{e['share']:.1%}", e["calls"], e["kind"], e["kernel"][:70]) for e in found["top"]]
+    rows = [(f"{e['ms']:.2f}", f"{e['share']:.1%}", e["calls"], e["kind"], e["kernel"][:70]) for e in found["top"][:20]]
     title = f"one step of {who}, mbs {batch}: {found['ms']:.2f} ms in {found['launches']} launches"
     common.show(title, ("ms", "share", "calls", "kind", "kernel"), rows)

@@ -149,13 +149,13 @@ def experts_layout(module: nn.Module) -> ExpertsLayout:
     """Reads a module's flags; raises CaptureError with the reason where ``moefx.experts`` cannot say what it computes."""
     if "_moefx_layout" not in module.__dict__:  # before it is exported, when numbers can be looked at
         try:
-            found: ExpertsLayout | CaptureError = _experts_layout(module)
+            found: ExpertsLayout | str = _experts_layout(module)
         except CaptureError as error:
-            found = error
+            found = str(error)
         module.__dict__["_moefx_layout"] = found
     found = module.__dict__["_moefx_layout"]
-    if isinstance(found, CaptureError):
-        raise found
+    if isinstance(found, str):
+        raise CaptureError(found)
     return found
 
 

@@ -109,7 +109,7 @@ def test_profile_accounts_for_a_step() -> None:
     found = breakdown.profile(model, model, {"input_ids": ids, "labels": ids}, torch.device("cpu"))
     assert found["ms"] == pytest.approx(sum(found["kinds_ms"].values()))
     assert {"dense GEMM", "attention", "head", "glue"} <= set(found["kinds_ms"])
-    assert len(found["top"]) == 20 and found["top"][0]["ms"] >= found["top"][-1]["ms"]
+    assert len(found["top"]) <= 60 and found["top"][0]["ms"] >= found["top"][-1]["ms"]
     assert all(p.grad is None for p in model.parameters())
 
 

@@ -48,14 +48,26 @@ def _put(at, rows, length, row_size, size, value, D: tl.constexpr):
 
 
 @triton.jit
+def _begin(batch, head, length, heads, shared, size):
+    """Where the rows of a head's queries begin, and those of its keys."""
+    return batch * length * heads * size + head * size, batch * length * shared * size + head // (heads // shared) * size
+
+
+@triton.jit
+def _scores(rows, columns, products, window, scale2):
+    """Base-2 logits of queries ``rows`` [n] and keys ``columns`` [m] from ``products`` [n, m], -inf where none is seen."""
+    distance = rows[:, None] - columns[None, :]
+    return tl.where((distance >= 0) & (distance < window), products * scale2, float("-inf"))
+
+
+@triton.jit
 def _forward(q, k, v, sinks, out, lse, length, heads, shared, size, window, scale2,
              SINKS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
     first = tl.program_id(0) * ROWS
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     rows = first + tl.arange(0, ROWS)
-    of_queries = batch * length * heads * size + head * size
-    of_keys = batch * length * shared * size + (head // (heads // shared)) * size
+    of_queries, of_keys = _begin(batch, head, length, heads, shared, size)
     query = _rows(q + of_queries, rows, length, heads * size, size, D)
     if SINKS:
         top = tl.zeros([ROWS], tl.float32) + tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
@@ -69,8 +81,7 @@ def _forward(q, k, v, sinks, out, lse, length, heads, shared, size, window, scal
         columns = start + tl.arange(0, KEYS)
         key = _rows(k + of_keys, columns, length, shared * size, size, D)
         value = _rows(v + of_keys, columns, length, shared * size, size, D)
-        distance = rows[:, None] - columns[None, :]
-        score = tl.where((distance >= 0) & (distance < window), tl.dot(query, tl.trans(key)) * scale2, float("-inf"))
+        score = _scores(rows, columns, tl.dot(query, tl.trans(key)), window, scale2)
         higher = tl.maximum(top, tl.max(score, 1))
         share = tl.exp2(score - higher[:, None])
         bent = tl.exp2(top - higher)
@@ -89,8 +100,7 @@ def _to_queries(grad, q, k, v, out, lse, delta, to_q, length, heads, shared, siz
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     rows = first + tl.arange(0, ROWS)
-    of_queries = batch * length * heads * size + head * size
-    of_keys = batch * length * shared * size + (head // (heads // shared)) * size
+    of_queries, of_keys = _begin(batch, head, length, heads, shared, size)
     of_rows = (batch * heads + head) * length + rows
     query = _rows(q + of_queries, rows, length, heads * size, size, D)
     to_out = _rows(grad + of_queries, rows, length, heads * size, size, D)
@@ -104,8 +114,7 @@ def _to_queries(grad, q, k, v, out, lse, delta, to_q, length, heads, shared, siz
         columns = start + tl.arange(0, KEYS)
         key = _rows(k + of_keys, columns, length, shared * size, size, D)
         value = _rows(v + of_keys, columns, length, shared * size, size, D)
-        distance = rows[:, None] - columns[None, :]
-        score = tl.where((distance >= 0) & (distance < window), tl.dot(query, tl.trans(key)) * scale2, float("-inf"))
+        score = _scores(rows, columns, tl.dot(query, tl.trans(key)), window, scale2)
         share = tl.exp2(score - whole[:, None])
         to_score = share * (tl.dot(to_out, tl.trans(value)) - below[:, None])
         sum_ = tl.dot(to_score.to(key.dtype), key, sum_)
@@ -119,7 +128,7 @@ def _to_keys(grad, q, k, v, lse, delta, to_k, to_v, length, heads, shared, size,
     group = heads // shared
     batch = tl.program_id(2).to(tl.int64)
     columns = first + tl.arange(0, KEYS)
-    of_keys = batch * length * shared * size + tl.program_id(1) * size
+    _, of_keys = _begin(batch, tl.program_id(1) * group, length, heads, shared, size)
     key = _rows(k + of_keys, columns, length, shared * size, size, D)
     value = _rows(v + of_keys, columns, length, shared * size, size, D)
     sum_k = tl.zeros([KEYS, D], tl.float32)
@@ -128,7 +137,7 @@ def _to_keys(grad, q, k, v, lse, delta, to_k, to_v, length, heads, shared, size,
     for i in range(group * blocks):
         head = tl.program_id(1) * group + i // blocks
         rows = first + i % blocks * ROWS + tl.arange(0, ROWS)
-        of_queries = batch * length * heads * size + head * size
+        of_queries, _ = _begin(batch, head, length, heads, shared, size)
         of_rows = (batch * heads + head) * length + rows
         query = _rows(q + of_queries, rows, length, heads * size, size, D)
         to_out = _rows(grad + of_queries, rows, length, heads * size, size, D)
