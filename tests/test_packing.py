@@ -1,0 +1,47 @@
+"""Sequences packed into one row, told apart by position ids that begin anew: each sees itself only, as in Transformers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import moefx
+
+from .families import build
+
+PARTS = (15, 1, 24)
+
+
+def packed():
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 250, (1, sum(PARTS)), generator=g)
+    return {"input_ids": ids, "position_ids": torch.cat([torch.arange(n) for n in PARTS])[None], "labels": ids}
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "gemma4_text"])
+def test_a_packed_row_is_its_sequences(name):
+    model = build(name)
+    plain, given = copy.deepcopy(model), packed()
+    moefx.optimize(model, compile=False)
+    with torch.no_grad():
+        alone = [plain(input_ids=t, use_cache=False).logits for t in given["input_ids"].split(PARTS, dim=1)]
+    out = model(**given)
+    torch.testing.assert_close(out.logits, torch.cat(alone, 1), rtol=1e-4, atol=1e-4)
+    wanted = plain(**given, use_cache=False)  # with a cache Transformers does not look for packing
+    torch.testing.assert_close(out.loss, wanted.loss)
+    out.loss.backward()
+    wanted.loss.backward()
+    for (n, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if q.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5, msg=lambda said, n=n: f"{n}: {said}")
+    assert not moefx.report(model).fallbacks
+
+
+def test_rows_that_are_not_packed_go_on_as_before():
+    model = moefx.optimize(build("qwen3_moe"), compile=False)
+    given = packed()
+    with_positions = model(input_ids=given["input_ids"], position_ids=torch.arange(sum(PARTS))[None]).logits
+    torch.testing.assert_close(with_positions, model(input_ids=given["input_ids"]).logits)
+    assert float((with_positions - model(**given).logits).detach().abs().max()) > 0.1
