@@ -191,11 +191,10 @@ def _activation(module: nn.Module, interleaved: bool) -> tuple[str, float, float
             continue
         for alpha in numbers:
             for limit in numbers:
-                if name == "softcapped_swiglu" and not (alpha and limit):
-                    continue
-                found = candidate.forward(h, alpha, limit, interleaved)
-                if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=near, atol=1e-14):
-                    return name, alpha, limit
+                with contextlib.suppress(ValueError):  # it has no meaning with these numbers
+                    found = candidate.forward(h, alpha, limit, interleaved)
+                    if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=near, atol=1e-14):
+                        return name, alpha, limit
     kind = "_apply_gate" if module.has_gate else "act_fn"
     raise CaptureError(
         f"{type(module).__name__}.{kind} is none of the activations that moefx.experts knows ({', '.join(ACTIVATIONS)})"

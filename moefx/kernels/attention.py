@@ -96,29 +96,35 @@ def flash_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, laid out like them."""
-    lengths = q.shape[2], k.shape[2]
-    state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
-    by_length = [t.transpose(1, 2) for t in (q, k, v)]
     if _by_window(q, k, window):
         from . import window_attention
 
         assert window is not None
-        by_q, by_k, by_v = (t.contiguous() for t in by_length)
+        by_q, by_k, by_v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
         found = [t.transpose(1, 2) for t in window_attention.backward(grad, by_q, by_k, by_v, out, lse, scale, window)]
-    elif _by_cudnn(q, k, v, window):
+    else:
+        found = _torchs_backward(grad, q, k, v, out, lse, scale, window)
+    like_q, like_k, like_v = (_laid_out_like(t, like) for t, like in zip(found, (q, k, v)))
+    return like_q, like_k, like_v
+
+
+def _torchs_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, window: int | None
+) -> list[Tensor]:
+    lengths = q.shape[2], k.shape[2]
+    state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
+    if _by_cudnn(q, k, v, window):
         # torch keeps the plans that cuDNN makes by the layouts of q, k and v alone, SDPA's too: a plan for an output that lies
         # otherwise than q would be used, silently, for the next one that lies as q does
         to_out, out = (_laid_out_like(t.transpose(1, 2), q) for t in (grad, out))
-        found = aten._scaled_dot_product_cudnn_attention_backward(
+        return aten._scaled_dot_product_cudnn_attention_backward(
             to_out, q, k, v, out, lse.unsqueeze(-1), *state, None, None, None, *lengths, 0.0, True, scale=scale
         )
-    else:
-        by_length = aten._flash_attention_backward(
-            grad, *by_length, out, lse, None, None, *lengths, 0.0, True, state, state[0], scale=scale, **_window(window)
-        )
-        found = [t.transpose(1, 2) for t in by_length]
-    like_q, like_k, like_v = (_laid_out_like(t, like) for t, like in zip(found, (q, k, v)))
-    return like_q, like_k, like_v
+    by_length = (t.transpose(1, 2) for t in (q, k, v))
+    found = aten._flash_attention_backward(
+        grad, *by_length, out, lse, None, None, *lengths, 0.0, True, state, state[0], scale=scale, **_window(window)
+    )
+    return [t.transpose(1, 2) for t in found]
 
 
 def _laid_out_like(t: Tensor, like: Tensor) -> Tensor:

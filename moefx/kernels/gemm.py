@@ -1,8 +1,9 @@
 """Dense products by name, into memory that is there: "torch" (cuBLAS on CUDA) or "quack" (QuACK, CuTe DSL, on Hopper).
 
 QuACK's tile is the one whose waves over the device's processors compute the fewest numbers. That is most of what tells its
-tiles apart: of 22 on an H200 at its power limit, in 39 products of layers and heads of Qwen3-30B-A3B, GPT-OSS-20B and
-Nemotron 3 Nano, a number took all but the same time in each.
+tiles apart: of 22 on an H200 at its power limit, in 33 products of layers and heads of Qwen3-30B-A3B, GPT-OSS-20B and
+Nemotron 3 Nano with many tokens, a number took all but the same time in each. Not in 208 columns and ping-pong, which are a
+fifth to a half slower where the second operand lies along its columns.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import functools
 import torch
 from torch import Tensor
 
-#: Rows, columns, ping-pong, blocks that load together along rows and columns; and what a number costs in such a tile.
-_TILES = {
+#: A tile of QuACK's: rows, columns, ping-pong, and the blocks along rows and along columns that load together.
+Tile = tuple[int, int, bool, int, int]
+#: What a number costs in such a tile.
+_TILES: dict[Tile, float] = {
     (128, 192, True, 2, 1): 1.0,
     (128, 160, True, 2, 1): 1.01,
     (128, 224, False, 2, 1): 1.03,
@@ -23,8 +26,8 @@ _TILES = {
 
 
 @functools.lru_cache
-def _tile(rows: int, columns: int, processors: int) -> tuple[int, int, bool, int, int]:
-    def cost(tile: tuple[int, int, bool, int, int]) -> float:
+def _tile(rows: int, columns: int, processors: int) -> Tile:
+    def cost(tile: Tile) -> float:
         m, n, _, pair_m, pair_n = tile
         blocks = -(-rows // (m * pair_m)) * -(-columns // (n * pair_n)) * 2
         return -(-blocks // processors) * m * n * _TILES[tile]
@@ -47,7 +50,13 @@ def mm(gemm: str, a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
         else:
             torch.mm(a, b, out=out)
         return
-    from quack.gemm import gemm as product
+    tile = _tile(*out.shape, torch.cuda.get_device_properties(out.device).multi_processor_count)
+    by_quack(a, b.transpose(0, 1), out, tile, out if add else None)
 
-    m, n, pingpong, *pair = _tile(*out.shape, torch.cuda.get_device_properties(out.device).multi_processor_count)
-    product(a, b.transpose(0, 1), out, out if add else None, None, m, n, *pair, pingpong=pingpong)
+
+def by_quack(a: Tensor, b: Tensor, out: Tensor, tile: Tile, added: Tensor | None = None, **bounds: Tensor) -> None:
+    """QuACK's own call, ``bounds`` of its groups included: b is [n, k], ``added`` joins the product."""
+    from quack.gemm import gemm
+
+    rows, columns, pingpong, *pair = tile
+    gemm(a, b, out, added, None, rows, columns, *pair, pingpong=pingpong, **bounds)

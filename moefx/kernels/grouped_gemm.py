@@ -8,10 +8,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..grouped import _grouped_gemm, _grouped_outer
+from .gemm import Tile, by_quack
 
-#: A tile of QuACK's: rows, columns, ping-pong, and the blocks along rows and along columns that load together.
-Tile = tuple[int, int, bool, int, int]
-#: All tiles here are the choice of 66 (218 with the layouts of the operands) by the 36 products of three models' experts on an
+#: All tiles here are the choice of 54 (218 with the layouts of the operands) by the 36 products of three models' experts on an
 #: H200: Qwen3-30B-A3B, Nemotron 3 Nano and GPT-OSS-20B with 4,096 and 16,384 tokens, 192 to 2,048 rows an expert. The fastest
 #: tile of each product would save 2 % of a model's six.
 _OUTER: Tile = (128, 192, True, 2, 1)
@@ -37,7 +36,7 @@ def rows(gemm: str, x: Tensor, weight: Tensor, bounds: Tensor) -> Tensor:
     """x [R, a] times weight [E, a, b] -> [R, b]; ``gemm`` is "torch" or "quack"."""
     if gemm == "torch" or not x.shape[0]:
         return _grouped_gemm(x, weight, bounds[1:])
-    return _by_quack(x, weight, bounds, x.shape[0])
+    return _rows_by_quack(x, weight, bounds, x.shape[0])
 
 
 def of_tokens(gemm: str, x: Tensor, order: Tensor, inverse: Tensor, top_k: int, weight: Tensor, bounds: Tensor) -> Tensor:
@@ -47,7 +46,7 @@ def of_tokens(gemm: str, x: Tensor, order: Tensor, inverse: Tensor, top_k: int, 
 
     if gemm == "torch" or not x.shape[0]:
         return rows(gemm, expand(x, inverse, top_k), weight, bounds)
-    return _by_quack(x.contiguous(), weight, bounds, len(order), A_idx=order // top_k)
+    return _rows_by_quack(x.contiguous(), weight, bounds, len(order), A_idx=order // top_k)
 
 
 def outer(gemm: str, x: Tensor, y: Tensor, bounds: Tensor) -> Tensor:
@@ -55,21 +54,14 @@ def outer(gemm: str, x: Tensor, y: Tensor, bounds: Tensor) -> Tensor:
     if gemm == "torch" or not x.shape[0]:
         return _grouped_outer(x, y, bounds[1:])
     out = x.new_empty(len(bounds) - 1, x.shape[1], y.shape[1])
-    _quack(x.transpose(0, 1), y.transpose(0, 1), out, _OUTER, cu_seqlens_k=bounds)
+    by_quack(x.transpose(0, 1), y.transpose(0, 1), out, _OUTER, cu_seqlens_k=bounds)
     return out
 
 
-def _by_quack(x: Tensor, weight: Tensor, bounds: Tensor, many: int, **gathered: Tensor) -> Tensor:
+def _rows_by_quack(x: Tensor, weight: Tensor, bounds: Tensor, many: int, **gathered: Tensor) -> Tensor:
     out = x.new_empty(many, weight.shape[2])
     tile = _tile(weight.shape[2])
     if gathered:
         tile = _MANY if many >= MANY * weight.shape[0] else _FEW
-    _quack(x, weight.transpose(1, 2), out, tile, cu_seqlens_m=bounds, **gathered)
+    by_quack(x, weight.transpose(1, 2), out, tile, cu_seqlens_m=bounds, **gathered)
     return out
-
-
-def _quack(a: Tensor, b: Tensor, out: Tensor, tile: Tile, **bounds: Tensor) -> None:
-    from quack.gemm import gemm
-
-    rows, columns, pingpong, *cluster = tile
-    gemm(a, b, out, None, None, rows, columns, *cluster, pingpong=pingpong, **bounds)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .launch import KEPT, Launch, cdiv
 
-_LOG2E = math.log2(math.e)
+_LOG2E = tl.constexpr(math.log2(math.e))
 #: By head size: rows of queries and of keys in a block, warps and stages, of the forward, the queries' gradient and the keys'.
 #: The fastest of 36 on an H200, 64 heads of 64 (8 of keys), 32 of 128 (8), 16 of 256 (4), windows of 128 to 2,048.
 _TILES = {
@@ -54,10 +54,15 @@ def _begin(batch, head, length, heads, shared, size):
 
 
 @triton.jit
-def _scores(rows, columns, products, window, scale2):
-    """Base-2 logits of queries ``rows`` [n] and keys ``columns`` [m] from ``products`` [n, m], -inf where none is seen."""
+def _meet(query, rows, k, v, of_keys, start, length, row_size, size, window, scale2, D: tl.constexpr, KEYS: tl.constexpr):
+    """The block of keys from ``start`` on: keys and values [m, D], and the base-2 logits [n, m] that queries ``rows`` give
+    them, -inf where none is seen."""
+    columns = start + tl.arange(0, KEYS)
+    key = _rows(k + of_keys, columns, length, row_size, size, D)
+    value = _rows(v + of_keys, columns, length, row_size, size, D)
     distance = rows[:, None] - columns[None, :]
-    return tl.where((distance >= 0) & (distance < window), products * scale2, float("-inf"))
+    score = tl.where((distance >= 0) & (distance < window), tl.dot(query, tl.trans(key)) * scale2, float("-inf"))
+    return key, value, score
 
 
 @triton.jit
@@ -70,7 +75,7 @@ def _forward(q, k, v, sinks, out, lse, length, heads, shared, size, window, scal
     of_queries, of_keys = _begin(batch, head, length, heads, shared, size)
     query = _rows(q + of_queries, rows, length, heads * size, size, D)
     if SINKS:
-        top = tl.zeros([ROWS], tl.float32) + tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        top = tl.zeros([ROWS], tl.float32) + tl.load(sinks + head).to(tl.float32) * _LOG2E
         total = tl.full([ROWS], 1.0, tl.float32)
     else:
         top = tl.full([ROWS], -1e30, tl.float32)
@@ -78,10 +83,7 @@ def _forward(q, k, v, sinks, out, lse, length, heads, shared, size, window, scal
     sum_ = tl.zeros([ROWS, D], tl.float32)
     begin = tl.maximum(first - window + 1, 0) // KEYS * KEYS
     for start in range(begin, tl.minimum(first + ROWS, length), KEYS):
-        columns = start + tl.arange(0, KEYS)
-        key = _rows(k + of_keys, columns, length, shared * size, size, D)
-        value = _rows(v + of_keys, columns, length, shared * size, size, D)
-        score = _scores(rows, columns, tl.dot(query, tl.trans(key)), window, scale2)
+        _, value, score = _meet(query, rows, k, v, of_keys, start, length, shared * size, size, window, scale2, D, KEYS)
         higher = tl.maximum(top, tl.max(score, 1))
         share = tl.exp2(score - higher[:, None])
         bent = tl.exp2(top - higher)
@@ -89,7 +91,7 @@ def _forward(q, k, v, sinks, out, lse, length, heads, shared, size, window, scal
         sum_ = tl.dot(share.to(value.dtype), value, sum_ * bent[:, None])
         top = higher
     _put(out + of_queries, rows, length, heads * size, size, sum_ / total[:, None], D)
-    tl.store(lse + (batch * heads + head) * length + rows, (top + tl.log2(total)) / 1.4426950408889634, mask=rows < length)
+    tl.store(lse + (batch * heads + head) * length + rows, (top + tl.log2(total)) / _LOG2E, mask=rows < length)
 
 
 @triton.jit
@@ -107,14 +109,11 @@ def _to_queries(grad, q, k, v, out, lse, delta, to_q, length, heads, shared, siz
     done = _rows(out + of_queries, rows, length, heads * size, size, D)
     below = tl.sum(to_out.to(tl.float32) * done.to(tl.float32), 1)
     tl.store(delta + of_rows, below, mask=rows < length)
-    whole = tl.load(lse + of_rows, mask=rows < length, other=0.0) * 1.4426950408889634
+    whole = tl.load(lse + of_rows, mask=rows < length, other=0.0) * _LOG2E
     sum_ = tl.zeros([ROWS, D], tl.float32)
     begin = tl.maximum(first - window + 1, 0) // KEYS * KEYS
     for start in range(begin, tl.minimum(first + ROWS, length), KEYS):
-        columns = start + tl.arange(0, KEYS)
-        key = _rows(k + of_keys, columns, length, shared * size, size, D)
-        value = _rows(v + of_keys, columns, length, shared * size, size, D)
-        score = _scores(rows, columns, tl.dot(query, tl.trans(key)), window, scale2)
+        key, value, score = _meet(query, rows, k, v, of_keys, start, length, shared * size, size, window, scale2, D, KEYS)
         share = tl.exp2(score - whole[:, None])
         to_score = share * (tl.dot(to_out, tl.trans(value)) - below[:, None])
         sum_ = tl.dot(to_score.to(key.dtype), key, sum_)
@@ -141,7 +140,7 @@ def _to_keys(grad, q, k, v, lse, delta, to_k, to_v, length, heads, shared, size,
         of_rows = (batch * heads + head) * length + rows
         query = _rows(q + of_queries, rows, length, heads * size, size, D)
         to_out = _rows(grad + of_queries, rows, length, heads * size, size, D)
-        whole = tl.load(lse + of_rows, mask=rows < length, other=0.0) * 1.4426950408889634
+        whole = tl.load(lse + of_rows, mask=rows < length, other=0.0) * _LOG2E
         below = tl.load(delta + of_rows, mask=rows < length, other=0.0)
         distance = rows[None, :] - columns[:, None]
         seen = (distance >= 0) & (distance < window) & (rows < length)[None, :]
@@ -166,7 +165,7 @@ def _launch(
     rows, keys, warps, stages = _TILES[next(n for n in _TILES if size <= n)][kernel]
     block = max(16, triton.next_power_of_2(size))
     constants = {"ROWS": rows, "KEYS": keys, "D": block, "num_warps": warps, "num_stages": stages}
-    numbers: list[int | float] = [length, heads, shared, size, window, scale * _LOG2E]
+    numbers: list[int | float] = [length, heads, shared, size, window, scale * _LOG2E.value]
     if sinks is None:
         numbers.append(scale)
     else:
