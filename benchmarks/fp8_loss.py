@@ -1,6 +1,6 @@
 """Does training in FP8 give bf16's loss curve? A small Qwen3-MoE on real text, the same batches, one process.
 
-    python benchmarks/fp8_loss.py [--steps 200] [--recipes current block]
+    python benchmarks/fp8_loss.py [--steps 200] [--recipes current block experts]
 
 Weights are bf16 with a float32 copy in the optimizer (AdamW). Two runs that differ by rounding drift apart, since routing is
 discontinuous: how far is measured by a control, bf16 from weights that are off by one rounding. A recipe passes if its loss, averaged
@@ -26,6 +26,9 @@ import moefx
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from bytes_data import batches  # noqa: E402
+
+
+RECIPES = {"current": FP8("current"), "block": FP8("block"), "experts": FP8(linear=False)}
 
 
 def build(args: argparse.Namespace) -> Any:
@@ -72,7 +75,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seq", type=int, default=256)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--recipes", nargs="+", default=["current", "block"])
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--allowed", type=float, default=0.01, help="relative, of the loss at the end")
     args = parser.parse_args()
     curves: dict[str, list[float]] = {}
@@ -84,7 +87,7 @@ def main() -> int:
             with torch.no_grad():
                 for p in model.parameters():
                     p.mul_(1 + torch.finfo(p.dtype).eps)
-        pipeline = default() if name in ("bf16", "control") else default().before("lower", FP8(name))
+        pipeline = default() if name in ("bf16", "control") else default().before("lower", RECIPES[name])
         try:
             moefx.optimize(model, pipeline=pipeline, compile=False)
             curves[name], step_ms = train(args, model)
@@ -92,10 +95,10 @@ def main() -> int:
             problems.append(f"{name}: {error}")
             continue
         made = 0 if "fp8" not in pipeline.names else moefx.report(model)["fp8"].made_count
-        record[name] = {"losses": curves[name], "step_ms": step_ms, "fp8_layers": made}
-        common.say(f"{name}: loss {curves[name][0]:.4f} -> {curves[name][-1]:.4f}, {step_ms:.1f} ms a step, {made} layers in fp8")
+        record[name] = {"losses": curves[name], "step_ms": step_ms, "fp8_products": made}
+        common.say(f"{name}: loss {curves[name][0]:.4f} -> {curves[name][-1]:.4f}, {step_ms:.1f} ms a step, {made} operations in fp8")
         if pipeline.names != default().names and not made:
-            problems.append(f"{name}: no layer ran in fp8")
+            problems.append(f"{name}: nothing ran in fp8")
         del model
         common.free(torch.device("cuda"))
     tail = max(1, args.steps // 5)

@@ -14,6 +14,7 @@ Transformers', and both against Transformers in fp32 (``checks.py``). Exit code 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +35,9 @@ import moefx
 
 PEERS = ("hf", "hf_compile", "nemo")
 #: Passes of moefx that are not in its default pipeline.
-OPT_IN: dict[str, Callable[[], moefx.Pass]] = {"fp8": moefx.passes.FP8}
+OPT_IN: dict[str, Callable[[], moefx.Pass]] = {
+    "fp8": moefx.passes.FP8, "fp8_experts": functools.partial(moefx.passes.FP8, linear=False),
+}  # fmt: skip
 #: Relative L2 distance allowed to the logits of a peer that is another implementation: those of other weights are 1.4 apart.
 LOGITS = 0.05
 
@@ -130,7 +133,7 @@ class Depth:
 
     def check(self, other: nn.Module, batch: int, graph: bool) -> None:
         args, given = self.args, tokens(self.args, batch, self.args.check_seq)
-        found = checks.check(args.model, args.routing == "balanced", self.model, other, given, graph=graph)
+        found = checks.check(args.model, args.routing == "balanced", self.model, other, given, graph=graph, coarser=bool(args.passes))
         name = f"mbs {batch}{', graph' if graph else ''}"
         self.record["checks"][name] = found
         text = f"{len(found['problems'])} problems" if found["problems"] else "ok"

@@ -1,4 +1,5 @@
-"""Opt-in: runs linear layers in FP8 by a recipe of Transformer Engine. Numerics change; weights stay the model's parameters.
+"""Opt-in: runs linear layers in FP8 by a recipe of Transformer Engine, experts in FP8 by QuACK. Numerics change; weights stay
+the model's parameters.
 
     pipeline = moefx.passes.default().before("lower", moefx.passes.FP8("current"))
     model = moefx.optimize(model, pipeline=pipeline)
@@ -13,8 +14,9 @@ import torch
 from torch import fx
 
 from moefx import ops
+from moefx.backends import quack
 from moefx.errors import MoefxError
-from moefx.graph import VIEWS, arguments, aten, dtype_of, is_call, origin, value
+from moefx.graph import VIEWS, arguments, aten, dtype_of, is_call, op_name, origin, value
 from moefx.grouped import grouped_mlp
 from moefx.kernels import te
 from moefx.kernels.te import linear
@@ -23,47 +25,75 @@ from moefx.pipeline import Changes
 #: Who reads a router's logits, raised or as the model writes it.
 _ROUTERS = (ops.route, ops.route_at, aten.topk.default, aten.softmax.int, aten.sigmoid.default)
 _HALVES = (torch.bfloat16, torch.float16)
+#: What FP8 means for experts.
+_OF_ROWS = "a scale a row and a column of a matrix, E4M3; the weights' gradients by products in bf16"
 
 
 @dataclass(frozen=True)
 class FP8:
-    """``recipe``: "current" (Float8CurrentScaling: a scale a tensor) or "block" (Float8BlockScaling: a scale a block).
+    """``recipe``: "current" (Float8CurrentScaling: a scale a tensor) or "block" (Float8BlockScaling: a scale a block);
+    ``linear`` and ``experts``: which products.
 
     Inputs, weights and gradients of the products are rounded to 8 bits (a relative 2**-4 for E4M3, 2**-3 for E5M2); what is
-    between the products stays as it is. Routers' logits keep their precision. Experts' grouped products are reported as
-    missed: in FP8, Transformer Engine 2.20 runs them one cuBLAS call an expert below cuBLASLt 13.5.
+    between the products stays as it is. Routers' logits and the head keep their precision. Experts' are rounded with a scale
+    for each row and for each column of a matrix, as a current scale, but finer, and their weights' gradients are products in
+    bf16 (torchao's ``rowwise_with_gw_hp``, likewise): Transformer Engine 2.20 runs grouped FP8 one cuBLAS call an expert.
     """
 
     recipe: str = "current"
+    linear: bool = True
+    experts: bool = True
     name: ClassVar[str] = "fp8"
 
     def __post_init__(self) -> None:
         if self.recipe not in linear.RECIPES:
             raise MoefxError(f"there is no fp8 recipe {self.recipe!r}; there are: {', '.join(linear.RECIPES)}")
 
+    def _problems(self) -> dict[bool, str | None]:
+        """Why linear layers (False) and experts (True) stay as they are; raises MoefxError if both that were asked for do."""
+        found: dict[bool, str | None] = {
+            False: te.available() or linear.why_not(self.recipe),
+            True: quack.BACKEND.available() if self.recipe == "current" else "experts have the recipe 'current' only",
+        }
+        asked = {False: self.linear, True: self.experts}
+        if all(found[kind] or not asked[kind] for kind in found):
+            said = "; ".join(dict.fromkeys(why for kind, why in found.items() if asked[kind] and why))
+            raise MoefxError(f"the pass fp8 was asked for, and cannot run: {said or 'linear and experts are False'}")
+        return {kind: found[kind] if asked[kind] else "not asked for" for kind in found}
+
     def run(self, function, plan=None) -> Changes:
-        problem = te.available() or linear.why_not(self.recipe)
-        if problem:
-            raise MoefxError(f"the pass fp8 was asked for, and cannot run: {problem}")
-        changes, recipe = Changes(), linear.RECIPES[self.recipe]
+        changes, problems = Changes(), self._problems()
         for node in function.graph.nodes:
-            if is_call(node, ops.experts, grouped_mlp):
-                changes.miss(node, "experts stay as they are: Transformer Engine's grouped FP8 needs cuBLASLt 13.5")
-            if not is_call(node, aten.linear.default):
+            experts = is_call(node, ops.experts, grouped_mlp)
+            if not experts and not is_call(node, aten.linear.default):
                 continue
-            why = "the head keeps its precision" if function.name == "head" else self._refuses(node)
+            why = problems[experts] or (quack.FP8[node.target].refuses(node) if experts else self._refuses(node, function.name))
             if why:
-                changes.miss(node, why)
-                continue
-            given = arguments(node)
-            node.target = torch.ops.moefx.te_fp8_linear.default
-            node.args, node.kwargs = (given["input"], given["weight"], given["bias"], self.recipe), {}
-            node.meta["moefx"] = replace(origin(node).touched(self.name), kernel="te", why=f"{recipe.title}: {recipe.meaning}")
-            changes.did(node, f"aten.linear -> {recipe.title}, numerics change: {recipe.meaning}")
+                changes.miss(node, f"{op_name(node.target)} keeps its precision: {why}" if experts else why)
+            elif experts:
+                self._of_experts(node, changes)
+            else:
+                self._of_linear(node, changes)
         return changes
 
-    def _refuses(self, node: fx.Node) -> str | None:
+    def _of_experts(self, node: fx.Node, changes: Changes) -> None:
+        kernel, what = quack.FP8[node.target], op_name(node.target)
+        node.meta["moefx"] = replace(origin(node).touched(self.name), kernel="fp8", why=f"{kernel.why}: {_OF_ROWS}")
+        node.meta["semantic"] = node.target
+        node.target = kernel.fn
+        changes.did(node, f"{what} -> QuACK in FP8, numerics change: {_OF_ROWS}")
+
+    def _of_linear(self, node: fx.Node, changes: Changes) -> None:
         given, recipe = arguments(node), linear.RECIPES[self.recipe]
+        node.target = torch.ops.moefx.te_fp8_linear.default
+        node.args, node.kwargs = (given["input"], given["weight"], given["bias"], self.recipe), {}
+        node.meta["moefx"] = replace(origin(node).touched(self.name), kernel="te", why=f"{recipe.title}: {recipe.meaning}")
+        changes.did(node, f"aten.linear -> {recipe.title}, numerics change: {recipe.meaning}")
+
+    def _refuses(self, node: fx.Node, function: str) -> str | None:
+        given, recipe = arguments(node), linear.RECIPES[self.recipe]
+        if function == "head":
+            return "the head keeps its precision"
         x, weight = dtype_of(given["input"]), dtype_of(given["weight"])
         if x not in _HALVES or weight != x:
             return f"an FP8 product wants input and weight in one 16-bit dtype, they are {x} and {weight}"

@@ -301,5 +301,5 @@ def test_a_model_trains_in_fp8_with_its_own_parameters(standin):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     report = moefx.report(model)["fp8"]
     assert report.made_count and abs(float(loss.detach()) - wanted) < 0.05 * wanted
-    assert any("cuBLASLt 13.5" in c.what for c in report.missed)
+    assert any("moefx.experts keeps its precision: the package quack-kernels" in c.what for c in report.missed)
 

@@ -17,13 +17,18 @@ from ..graph import arguments, value
 from . import Backend, Kernel, triton
 
 
-def _refuses(node: fx.Node) -> str | None:
+def _refuses(node: fx.Node, multiple: int = 8) -> str | None:
     given = arguments(node)
     for name in ("up", "down"):
         w = value(given[name])
-        if any(n % 8 for n in w.shape[1:]):
-            return f"QuACK's GEMM wants multiples of 8, {name} has matrices {tuple(w.shape[1:])}"
+        if any(n % multiple for n in w.shape[1:]):
+            return f"QuACK's GEMM wants multiples of {multiple}, {name} has matrices {tuple(w.shape[1:])}"
     return triton.refuses_experts(node)
+
+
+def refuses_fp8(node: fx.Node) -> str | None:
+    """Why the experts of ``node`` cannot run in FP8: :data:`FP8`."""
+    return _refuses(node, 16)
 
 
 #: Columns of cuBLAS's widest tile. A step of GPT-OSS-20B (2,880) spends 85.4 ms in its head with QuACK and 92.6 without, with
@@ -54,6 +59,14 @@ def _available() -> str | None:
         problem = f"its tiles were chosen for compute capability 9.0, this device has {have}"
     return problem
 
+
+#: Not the backend's own: numerics change, and only the pass ``fp8`` puts them in.
+FP8 = {
+    ops.experts: Kernel(triton.experts_by("fp8"), refuses_fp8, "QuACK's grouped GEMM in E4M3, a scale a row and a column"),
+    grouped.grouped_mlp: Kernel(
+        triton.grouped_mlp_by("fp8"), refuses_fp8, "QuACK's grouped GEMM in E4M3, a scale a row and a column"
+    ),
+}
 
 BACKEND = Backend(
     "quack",

@@ -44,15 +44,18 @@ def _gate(activation: str, alpha: float, limit: float, interleaved: bool) -> Any
 def _gradients(
     to_out: Tensor, h: Tensor, rows: Callable[[], Tensor], bounds: Tensor, weights: Weights, gate: Any, transposed: bool,
     gemm: str, needs: Sequence[bool], row_weights: Tensor | None = None, order: Tensor | None = None,
+    by_down: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor | None, list[Tensor | None], Tensor | None]:  # fmt: skip
     """Gradients of ``rows()`` [R, H], of the four ``weights`` and of ``row_weights`` [R] (with ``order`` [R], the flat
     positions of the rows: [T, K]), from to_out [R, H]: that of the weighted rows, not yet multiplied by ``row_weights``.
-    That of ``row_weights`` lacks the part of down's bias. ``needs``: of rows and of the four; the rest is None."""
+    That of ``row_weights`` lacks the part of down's bias. ``needs``: of rows and of the four; the rest is None. ``by_down``:
+    multiplies to_out with matrices [E, H, I] group by group, where tokens are less to round than rows."""
     from . import expert_activation as act
 
     up, up_bias, down, down_bias = weights
     offsets = bounds[1:]
-    to_a = grouped_gemm.rows(gemm, to_out, _matrices(down, transposed).transpose(1, 2), bounds)
+    matrices = _matrices(down, transposed).transpose(1, 2)
+    to_a = by_down(matrices) if by_down else grouped_gemm.rows(gemm, to_out, matrices, bounds)
     to_h, weighted, to_weights = act.backward(h, up_bias, offsets, to_a, gate, row_weights, order)
     del to_a
 
@@ -122,9 +125,13 @@ def fused_experts_backward(
     top_k = index.shape[1]
     gate = _gate(activation, alpha, limit, interleaved)
     grad = grad.to(up.dtype)
+
+    def of_tokens(matrices: Tensor) -> Tensor:
+        return grouped_gemm.of_tokens(gemm, grad, order, inverse, top_k, matrices, bounds)
+
     to_rows, found, to_weights = _gradients(
         expand(grad, inverse, top_k), h, lambda: expand(x.to(up.dtype), inverse, top_k), bounds,
-        (up, up_bias, down, down_bias), gate, transposed, gemm, needs, weights, order,
+        (up, up_bias, down, down_bias), gate, transposed, gemm, needs, weights, order, of_tokens if gemm == "fp8" else None,
     )  # fmt: skip
     assert to_weights is not None
     if down_bias is not None:  # what a row's weight multiplies has the bias in it

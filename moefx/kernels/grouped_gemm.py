@@ -1,6 +1,7 @@
 """Grouped GEMMs by name: rows that lie expert by expert, each group times its own matrix, the bounds read on the device.
 
-``bounds`` [E + 1] int32: expert e has the rows from bounds[e] to bounds[e + 1].
+``bounds`` [E + 1] int32: expert e has the rows from bounds[e] to bounds[e + 1]. Names are "torch"; "quack"; and "fp8", QuACK's
+products of rows in 8 bits (:mod:`fp8_grouped`) while those that give the weights' gradients stay QuACK's in 16.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..grouped import _grouped_gemm, _grouped_outer
+from . import fp8_grouped
 from .gemm import Tile, by_quack
 
 #: All tiles here are the choice of 54 (218 with the layouts of the operands) by the 36 products of three models' experts on an
@@ -33,9 +35,11 @@ def _tile(columns: int) -> Tile:
 
 
 def rows(gemm: str, x: Tensor, weight: Tensor, bounds: Tensor) -> Tensor:
-    """x [R, a] times weight [E, a, b] -> [R, b]; ``gemm`` is "torch" or "quack"."""
+    """x [R, a] times weight [E, a, b] -> [R, b]."""
     if gemm == "torch" or not x.shape[0]:
         return _grouped_gemm(x, weight, bounds[1:])
+    if gemm == "fp8":
+        return fp8_grouped.rows(x, weight, bounds)
     return _rows_by_quack(x, weight, bounds, x.shape[0])
 
 
@@ -46,12 +50,14 @@ def of_tokens(gemm: str, x: Tensor, order: Tensor, inverse: Tensor, top_k: int, 
 
     if gemm == "torch" or not x.shape[0]:
         return rows(gemm, expand(x, inverse, top_k), weight, bounds)
+    if gemm == "fp8":
+        return fp8_grouped.of_tokens(x, inverse, top_k, weight, bounds)
     return _rows_by_quack(x.contiguous(), weight, bounds, len(order), A_idx=order // top_k)
 
 
 def outer(gemm: str, x: Tensor, y: Tensor, bounds: Tensor) -> Tensor:
-    """x [R, a], y [R, b] -> [E, a, b], x.T @ y of each group, zeros for an empty one; ``gemm`` as above."""
-    if gemm == "torch" or not x.shape[0]:
+    """x [R, a], y [R, b] -> [E, a, b], x.T @ y of each group, zeros for an empty one."""
+    if gemm == "torch" or not x.is_cuda or not x.shape[0]:
         return _grouped_outer(x, y, bounds[1:])
     out = x.new_empty(len(bounds) - 1, x.shape[1], y.shape[1])
     by_quack(x.transpose(0, 1), y.transpose(0, 1), out, _OUTER, cu_seqlens_k=bounds)

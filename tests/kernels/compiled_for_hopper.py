@@ -17,7 +17,17 @@ warnings.filterwarnings("ignore")
 
 import moefx.kernels  # noqa: E402
 from moefx import rows  # noqa: E402
-from moefx.kernels import cross_entropy, expert_activation, fp8_rows, heads, permute, router, sinks, window_attention  # noqa: E402
+from moefx.kernels import (  # noqa: E402
+    cross_entropy,
+    expert_activation,
+    fp8_quantize,
+    fp8_rows,
+    heads,
+    permute,
+    router,
+    sinks,
+    window_attention,
+)  # fmt: skip
 from moefx.kernels import rows as row_kernels  # noqa: E402
 
 
@@ -90,6 +100,10 @@ def launch_all(dtype: torch.dtype) -> None:
     q, scales = torch.empty(tokens, width, dtype=torch.float8_e4m3fn), torch.empty(tokens, width // 128)
     fp8_rows.quantize(x, q, scales)
     fp8_rows.dequantize(q, scales, dtype)
+    fp8_quantize.rows(x)
+    fp8_quantize.rows(x, flat, k)
+    for w in (many.view(4, tokens, width), many.view(4, tokens, width).transpose(1, 2)):
+        fp8_quantize.matrices(w)
 
     cross_entropy.cross_entropy_(x.clone(), index[:, 0].contiguous(), weights[:, 0].contiguous(), 0.5, 30.0)
 

@@ -1,0 +1,93 @@
+"""Rounding to e4m3 with one scale for all that a product sums: a row, or a column of an expert's matrix. One kernel each."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import KEPT, Launch, cdiv
+
+
+@triton.jit
+def _rows(x, inverse, q, scales, width, TOP_K: tl.constexpr, SPREAD: tl.constexpr, BLOCK: tl.constexpr):
+    """One row, read twice (the second time from the cache), and written once, or to the K rows of its token."""
+    row = tl.program_id(0).to(tl.int64)
+    largest = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, width, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        value = tl.load(x + row * width + column, mask=column < width, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(value))
+    most = tl.maximum(tl.max(largest, axis=0), 1e-30)
+    for first in range(0, width, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        value = tl.load(x + row * width + column, mask=column < width, other=0.0).to(tl.float32)
+        rounded = (value * (448.0 / most)).to(tl.float8e4nv)
+        for k in tl.static_range(TOP_K):
+            to = tl.load(inverse + row * TOP_K + k).to(tl.int64) if SPREAD else row
+            tl.store(q + to * width + column, rounded, mask=column < width)
+    for k in tl.static_range(TOP_K):
+        to = tl.load(inverse + row * TOP_K + k).to(tl.int64) if SPREAD else row
+        tl.store(scales + to, most / 448.0)
+
+
+@triton.jit
+def _matrices(w, q, scales, deep, columns, by_expert, by_depth, by_column, DEPTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """w [E, deep, columns], as its strides say -> q [E, columns, deep], with a scale for each column of each expert."""
+    expert = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    here = w + expert * by_expert + column.to(tl.int64)[:, None] * by_column
+    there = (column < columns)[:, None]
+    largest = tl.zeros((COLUMNS, DEPTH), tl.float32)
+    for first in range(0, deep, DEPTH):
+        depth = first + tl.arange(0, DEPTH)
+        value = tl.load(here + depth.to(tl.int64)[None, :] * by_depth, mask=there & (depth < deep)[None, :], other=0.0)
+        largest = tl.maximum(largest, tl.abs(value.to(tl.float32)))
+    most = tl.maximum(tl.max(largest, axis=1), 1e-30)
+    row = expert * columns + column
+    tl.store(scales + row, most / 448.0, mask=column < columns)
+    for first in range(0, deep, DEPTH):
+        depth = first + tl.arange(0, DEPTH)
+        inside = there & (depth < deep)[None, :]
+        value = tl.load(here + depth.to(tl.int64)[None, :] * by_depth, mask=inside, other=0.0).to(tl.float32)
+        rounded = (value * (448.0 / most)[:, None]).to(tl.float8e4nv)
+        tl.store(q + row[:, None] * deep + depth[None, :], rounded, mask=inside)
+
+
+@functools.lru_cache(KEPT)
+def _launch_rows(width: int, top_k: int, spread: bool) -> Launch:
+    block = min(4096, triton.next_power_of_2(width))
+    return Launch(_rows, width, TOP_K=top_k, SPREAD=spread, BLOCK=block, num_warps=4 if block <= 2048 else 8)
+
+
+def rows(x: Tensor, inverse: Tensor | None = None, top_k: int = 1) -> tuple[Tensor, Tensor]:
+    """x [R, n] -> e4m3 [R, n], scales [R] fp32; with inverse [R * K] (:func:`permute.sort_by_expert`) each row in the K rows
+    that it names."""
+    many, width = x.shape
+    q = torch.empty(many * top_k, width, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(many * top_k, dtype=torch.float32, device=x.device)
+    if q.numel():
+        x = x.contiguous()
+        _launch_rows(width, top_k, inverse is not None)((many, 1, 1), x, scales if inverse is None else inverse, q, scales)
+    return q, scales
+
+
+@functools.lru_cache(KEPT)
+def _launch_matrices(deep: int, columns: int, strides: tuple[int, int, int]) -> Launch:
+    # read along what is contiguous: whole lines of it, of the other as many as registers take
+    shape = {"DEPTH": 256, "COLUMNS": 16} if strides[1] == 1 else {"DEPTH": 64, "COLUMNS": 64}
+    return Launch(_matrices, deep, columns, *strides, num_warps=4, **shape)
+
+
+def matrices(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [E, a, b], any strides -> its matrices the other way around, e4m3 [E, b, a] contiguous, scales [E, b] fp32."""
+    experts, deep, columns = weight.shape
+    q = torch.empty(experts, columns, deep, dtype=torch.float8_e4m3fn, device=weight.device)
+    scales = torch.empty(experts, columns, dtype=torch.float32, device=weight.device)
+    if q.numel():
+        launch = _launch_matrices(deep, columns, weight.stride())
+        launch((cdiv(columns, launch.constants["COLUMNS"]), experts, 1), weight, q, scales)
+    return q, scales
