@@ -27,7 +27,6 @@ import moefx
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from bytes_data import batches  # noqa: E402
 
-
 RECIPES = {"current": FP8("current"), "block": FP8("block"), "experts": FP8(linear=False)}
 
 
