@@ -31,13 +31,13 @@ _OF_ROWS = "a scale a row and a column of a matrix, E4M3; the weights' gradients
 
 @dataclass(frozen=True)
 class FP8:
-    """``recipe``: "current" (Float8CurrentScaling: a scale a tensor) or "block" (Float8BlockScaling: a scale a block);
-    ``linear`` and ``experts``: which products.
+    """``recipe`` of linear layers: "current" (Float8CurrentScaling: a scale a tensor) or "block" (Float8BlockScaling: a scale a
+    block); ``linear`` and ``experts``: which products.
 
     Inputs, weights and gradients of the products are rounded to 8 bits (a relative 2**-4 for E4M3, 2**-3 for E5M2); what is
-    between the products stays as it is. Routers' logits and the head keep their precision. Experts' are rounded with a scale
-    for each row and for each column of a matrix, as a current scale, but finer, and their weights' gradients are products in
-    bf16 (torchao's ``rowwise_with_gw_hp``, likewise): Transformer Engine 2.20 runs grouped FP8 one cuBLAS call an expert.
+    between the products stays as it is. Routers' logits and the head keep their precision. Experts have no recipe: theirs are
+    rounded with a scale for each row and for each column of a matrix, and their weights' gradients are products in bf16, as
+    torchao's ``rowwise_with_gw_hp`` has it. Transformer Engine 2.20 runs grouped FP8 one cuBLAS call an expert.
     """
 
     recipe: str = "current"
@@ -50,14 +50,11 @@ class FP8:
             raise MoefxError(f"there is no fp8 recipe {self.recipe!r}; there are: {', '.join(linear.RECIPES)}")
 
     def _problems(self) -> dict[bool, str | None]:
-        """Why linear layers (False) and experts (True) stay as they are; raises MoefxError if both that were asked for do."""
-        found: dict[bool, str | None] = {
-            False: te.available() or linear.why_not(self.recipe),
-            True: quack.BACKEND.available() if self.recipe == "current" else "experts have the recipe 'current' only",
-        }
+        """Why linear layers (False) and experts (True) stay as they are; raises MoefxError if all that were asked for do."""
+        found = {False: te.available() or linear.why_not(self.recipe), True: quack.BACKEND.available()}
         asked = {False: self.linear, True: self.experts}
+        said = "; ".join(dict.fromkeys(why for kind, why in found.items() if asked[kind] and why))
         if all(found[kind] or not asked[kind] for kind in found):
-            said = "; ".join(dict.fromkeys(why for kind, why in found.items() if asked[kind] and why))
             raise MoefxError(f"the pass fp8 was asked for, and cannot run: {said or 'linear and experts are False'}")
         return {kind: found[kind] if asked[kind] else "not asked for" for kind in found}
 

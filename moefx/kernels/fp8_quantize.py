@@ -22,10 +22,11 @@ def _rows(x, inverse, q, scales, width, TOP_K: tl.constexpr, SPREAD: tl.constexp
         value = tl.load(x + row * width + column, mask=column < width, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(value))
     most = tl.maximum(tl.max(largest, axis=0), 1e-30)
+    times = tl.div_rn(448.0, most)  # as torch divides: so are the numbers the same everywhere
     for first in range(0, width, BLOCK):
         column = first + tl.arange(0, BLOCK)
         value = tl.load(x + row * width + column, mask=column < width, other=0.0).to(tl.float32)
-        rounded = (value * (448.0 / most)).to(tl.float8e4nv)
+        rounded = (value * times).to(tl.float8e4nv)
         for k in tl.static_range(TOP_K):
             to = tl.load(inverse + row * TOP_K + k).to(tl.int64) if SPREAD else row
             tl.store(q + to * width + column, rounded, mask=column < width)
@@ -35,26 +36,29 @@ def _rows(x, inverse, q, scales, width, TOP_K: tl.constexpr, SPREAD: tl.constexp
 
 
 @triton.jit
-def _matrices(w, q, scales, deep, columns, by_expert, by_depth, by_column, DEPTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """w [E, deep, columns], as its strides say -> q [E, columns, deep], with a scale for each column of each expert."""
-    expert = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    here = w + expert * by_expert + column.to(tl.int64)[:, None] * by_column
-    there = (column < columns)[:, None]
-    largest = tl.zeros((COLUMNS, DEPTH), tl.float32)
-    for first in range(0, deep, DEPTH):
-        depth = first + tl.arange(0, DEPTH)
-        value = tl.load(here + depth.to(tl.int64)[None, :] * by_depth, mask=there & (depth < deep)[None, :], other=0.0)
-        largest = tl.maximum(largest, tl.abs(value.to(tl.float32)))
-    most = tl.maximum(tl.max(largest, axis=1), 1e-30)
-    row = expert * columns + column
-    tl.store(scales + row, most / 448.0, mask=column < columns)
-    for first in range(0, deep, DEPTH):
-        depth = first + tl.arange(0, DEPTH)
-        inside = there & (depth < deep)[None, :]
-        value = tl.load(here + depth.to(tl.int64)[None, :] * by_depth, mask=inside, other=0.0).to(tl.float32)
-        rounded = (value * (448.0 / most)[:, None]).to(tl.float8e4nv)
-        tl.store(q + row[:, None] * deep + depth[None, :], rounded, mask=inside)
+def _columns(w, q, scales, deep, columns, by_expert, by_depth, items, DEPTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """w [E, deep, columns], columns contiguous -> q [E, columns, deep], with a scale for each column of each expert. Read
+    twice; there are so few programs that the second time it comes from the cache."""
+    blocks = tl.cdiv(columns, COLUMNS)
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        expert = (item // blocks).to(tl.int64)
+        column = (item % blocks) * COLUMNS + tl.arange(0, COLUMNS)
+        here, there = w + expert * by_expert + column[None, :], (column < columns)[None, :]
+        largest = tl.zeros((DEPTH, COLUMNS), tl.float32)
+        for first in range(0, deep, DEPTH):
+            depth = first + tl.arange(0, DEPTH)
+            value = tl.load(here + depth.to(tl.int64)[:, None] * by_depth, mask=there & (depth < deep)[:, None], other=0.0)
+            largest = tl.maximum(largest, tl.abs(value.to(tl.float32)))
+        most = tl.maximum(tl.max(largest, axis=0), 1e-30)
+        row = expert * columns + column
+        tl.store(scales + row, most / 448.0, mask=column < columns)
+        times = tl.div_rn(tl.full((COLUMNS,), 448.0, tl.float32), most)[None, :]
+        for first in range(0, deep, DEPTH):
+            depth = first + tl.arange(0, DEPTH)
+            inside = there & (depth < deep)[:, None]
+            value = tl.load(here + depth.to(tl.int64)[:, None] * by_depth, mask=inside, other=0.0).to(tl.float32)
+            rounded = tl.trans((value * times).to(tl.float8e4nv))
+            tl.store(q + row[:, None] * deep + depth[None, :], rounded, mask=tl.trans(inside))
 
 
 @functools.lru_cache(KEPT)
@@ -76,18 +80,26 @@ def rows(x: Tensor, inverse: Tensor | None = None, top_k: int = 1) -> tuple[Tens
 
 
 @functools.lru_cache(KEPT)
-def _launch_matrices(deep: int, columns: int, strides: tuple[int, int, int]) -> Launch:
-    # read along what is contiguous: whole lines of it, of the other as many as registers take
-    shape = {"DEPTH": 256, "COLUMNS": 16} if strides[1] == 1 else {"DEPTH": 64, "COLUMNS": 64}
-    return Launch(_matrices, deep, columns, *strides, num_warps=4, **shape)
+def _launch_columns(deep: int, columns: int, by_expert: int, by_depth: int, experts: int, programs: int) -> tuple[int, Launch]:
+    """How many programs, and the launch."""
+    wide = 32 if experts * cdiv(columns, 32) >= programs else 16
+    items = experts * cdiv(columns, wide)
+    constants = {"DEPTH": 256, "COLUMNS": wide, "num_warps": 8}
+    return min(items, programs), Launch(_columns, deep, columns, by_expert, by_depth, items, **constants)
 
 
 def matrices(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight [E, a, b], any strides -> its matrices the other way around, e4m3 [E, b, a] contiguous, scales [E, b] fp32."""
     experts, deep, columns = weight.shape
+    other = weight.transpose(1, 2)
+    if other.is_contiguous():
+        q, scales = rows(other.reshape(-1, deep))
+        return q.view(other.shape), scales.view(experts, columns)
+    weight = weight.contiguous()
     q = torch.empty(experts, columns, deep, dtype=torch.float8_e4m3fn, device=weight.device)
     scales = torch.empty(experts, columns, dtype=torch.float32, device=weight.device)
     if q.numel():
-        launch = _launch_matrices(deep, columns, weight.stride())
-        launch((cdiv(columns, launch.constants["COLUMNS"]), experts, 1), weight, q, scales)
+        processors = torch.cuda.get_device_properties(weight.device).multi_processor_count if weight.is_cuda else 1
+        programs, launch = _launch_columns(deep, columns, weight.stride(0), weight.stride(1), experts, 2 * processors)
+        launch((programs, 1, 1), weight, q, scales)
     return q, scales

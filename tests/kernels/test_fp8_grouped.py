@@ -39,11 +39,9 @@ def distance(found, wanted):
 
 
 def same_numbers(q, wanted):
-    """Triton's interpreter does not carry where it rounds to e4m3: it makes 1.0 of 1.99. On a GPU, neighbours: scales' last bits."""
+    """Triton's interpreter does not carry where it rounds to e4m3: it makes 1.0 of 1.99."""
     assert q.dtype == wanted.dtype and q.shape == wanted.shape
-    if CUDA:
-        torch.testing.assert_close(q.float().cpu(), wanted.float(), rtol=1 / 7, atol=2**-9)
-        assert float((q.float().cpu() != wanted.float()).float().mean()) < 0.01
+    assert not CUDA or torch.equal(q.float().cpu(), wanted.float())
 
 
 @pytest.mark.parametrize("rows,width", [(1, 16), (5, 200), (3, 4100)])
@@ -68,7 +66,7 @@ def test_tokens_are_rounded_once_for_all_their_rows():
 
 
 @pytest.mark.parametrize("transposed", [True, False])
-@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 40, 72), (2, 300, 70)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 40, 72), (2, 300, 70), (40, 272, 16)], ids=str)
 def test_matrices_are_rounded_with_a_scale_a_column(shape, transposed):
     weight = numbers(*shape, seed=1)
     given = weight.transpose(1, 2).contiguous().transpose(1, 2) if transposed else weight
@@ -95,7 +93,7 @@ def test_products_are_those_of_the_rounded_numbers(counts, deep, columns, transp
     wanted = torch.cat([part @ right[e].T for e, part in enumerate(left.split(counts))])
     assert found.dtype == BF16
     for f, w, x_ in zip(found, wanted, x, strict=True):  # each row by itself: their sizes differ by 12 orders
-        assert distance(f, w) < (0.02 if CUDA else 2**-8) if x_.any() else not f.any()
+        assert distance(f, w) < 2**-8 if x_.any() else not f.any()
 
 
 @products
@@ -164,14 +162,11 @@ def test_a_models_experts_train_in_fp8(usable):
     assert 0 < abs(float(loss.detach()) - wanted) < 0.02 * wanted
 
 
-def test_what_keeps_experts_from_fp8_is_said(usable, monkeypatch):
+def test_what_keeps_experts_from_fp8_is_said(usable):
     model = build("qwen3_moe", hidden_size=32, moe_intermediate_size=40).to(DEVICE, BF16)
     moefx.optimize(model, pipeline=default().before("lower", FP8(linear=False)), compile=False, backends=["torch"])
     missed = {c.what for c in moefx.report(model)["fp8"].missed}
-    assert "moefx.experts keeps its precision: QuACK's GEMM wants multiples of 16, up has matrices (80, 32)" not in missed
     assert "moefx.experts keeps its precision: QuACK's GEMM wants multiples of 16, down has matrices (32, 40)" in missed
     moefx.restore(model)
-    with pytest.raises(moefx.MoefxError, match="the pass fp8 was asked for, and cannot run: experts have the recipe 'current' only"):
-        moefx.optimize(model, pipeline=default().before("lower", FP8("block", linear=False)), compile=False)
     with pytest.raises(moefx.MoefxError, match="cannot run: linear and experts are False"):
         moefx.optimize(model, pipeline=default().before("lower", FP8(linear=False, experts=False)), compile=False)
