@@ -33,7 +33,8 @@ from .program import Function, Left, Program
 @dataclass(frozen=True)
 class Template:
     """A call's arguments with its tensors taken out: nested tuples of ("t", position), constants, ("window", n) for a mask
-    that says nothing but a causal sliding window of n, and ("written", (class, name)) for a dictionary that takes results."""
+    that says nothing but a causal sliding window of n, ("packed", (n, position)) for one that says besides where packed
+    sequences begin, which is then the tensor, and ("written", (class, name)) for a dictionary that takes results."""
 
     args: Any
     kwargs: Any
@@ -47,6 +48,8 @@ class Template:
                 return None
             if kind == "t":
                 return tensors[what]
+            if kind == "packed":
+                return hf.packed_mask(tensors[what[1]], what[0])
             if kind == "written":
                 cls, name = what
                 return _written_only(cls, name, {} if written is None else written.setdefault(name, {}))
@@ -98,6 +101,10 @@ def flatten(args: tuple, kwargs: dict) -> tuple[list[Tensor], Template]:
     def take(x: Any, name: str) -> Any:
         if isinstance(x, Tensor) and hf.window_of(x) is not None:
             return ("window", hf.window_of(x))
+        packed = hf.packed_of(x) if isinstance(x, Tensor) else None
+        if packed is not None:
+            tensors.append(packed[0])
+            return ("packed", (packed[1], len(tensors) - 1))
         if isinstance(x, Tensor):
             tensors.append(x)
             return ("t", len(tensors) - 1)

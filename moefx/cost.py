@@ -179,7 +179,8 @@ def _experts(given: dict[str, Any], sizes: Sizes) -> tuple[Any, Any, Any]:
 
 
 def _attention(given: dict[str, Any], sizes: Sizes) -> tuple[Any, Any, Any]:
-    """Pairs of positions that see each other: the triangle, a sliding window's band (its mask says the same), or all."""
+    """Pairs of positions that see each other: the triangle (packed sequences: at most), a sliding window's band (its mask says
+    the same), or all."""
     q, v = value(given["q"]), value(given["v"])
     same = q.shape[3] == v.shape[3]
     widths = 2 * sizes.role("D") if same else sizes.role("D") + sizes.size(v.shape[3])
@@ -188,7 +189,7 @@ def _attention(given: dict[str, Any], sizes: Sizes) -> tuple[Any, Any, Any]:
     if window is not None:
         near = sympy.Min(length, window)
         pairs = near * (near + 1) / 2 + (length - near) * near
-    elif given["is_causal"] and given["mask"] is None:
+    elif given["is_causal"] and (given["mask"] is None or value(given["mask"]).dtype == torch.int32):
         pairs = length * (length + 1) / 2
     return 2 * sizes.size(q.shape[0]) * sizes.role("A") * pairs * widths, sympy.Integer(0), None
 

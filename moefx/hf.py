@@ -268,8 +268,10 @@ def attention_forward(
         if unknown:
             raise CaptureError(f"{type(module).__name__} passes {unknown[0]} to attention: moefx.attention has no such input")
         callers.append(("attention", module))
-        known = _known_window.get()
-        if attention_mask is None and known is not None:
+        known, packed = _known_window.get(), None if attention_mask is None else packed_of(attention_mask)
+        if packed is not None and causal and query.shape[2] == key.shape[2]:
+            attention_mask, sliding_window = packed  # together they say everything, as boolean masks do
+        elif attention_mask is None and known is not None:
             if sliding_window not in (None, known):
                 raise CaptureError(f"{type(module).__name__} has a sliding window of {sliding_window}, its mask one of {known}")
             sliding_window = known
@@ -341,6 +343,20 @@ def window_of(mask: Tensor) -> int | None:
     return getattr(mask, "_moefx_window", None)
 
 
+def packed_of(mask: Tensor) -> tuple[Tensor, int | None] | None:
+    """Of a mask that says nothing but causal attention within packed sequences: where each position's sequence begins [B, S]
+    (int32), and the sliding window."""
+    return getattr(mask, "_moefx_packed", None)
+
+
+def packed_mask(starts: Tensor, window: int | None) -> Tensor:
+    """The mask that says so, boolean [B, 1, S, S]. In a graph it is dead code where nobody but attention reads it."""
+    length = starts.shape[1]
+    mask = ops.visible(length, length, window, starts, starts.device)
+    mask._moefx_packed = starts, window  # type: ignore[attr-defined]
+    return mask
+
+
 def attention_mask(
     *,
     mask_function: Callable = masking_utils.causal_mask_function,
@@ -348,25 +364,46 @@ def attention_mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The "moefx" entry of Transformers' mask interface: SDPA's boolean mask, which notes if it is only a sliding window."""
+    """The "moefx" entry of Transformers' mask interface: SDPA's boolean mask, which notes if it is only a sliding window, or
+    only that of packed sequences."""
+    said = _said(mask_function)
+    sliding, packed = said.pop(_SLIDING, None), said.pop(_PACKED, None)
     plain = (
-        local_size is not None and allow_is_causal_skip and kwargs["q_length"] == kwargs["kv_length"]
-        and _is_sliding_window(mask_function)
+        said.keys() == {_CAUSAL} and (sliding is None) == (local_size is None) and kwargs["q_length"] == kwargs["kv_length"]
+        and (sliding or packed) and (packed or allow_is_causal_skip)
         and (kwargs.get("attention_mask") is None or bool(kwargs["attention_mask"].all()))
     )  # fmt: skip
     # a sequence shorter than its window needs no mask, but would be another kind of call than a longer one
     skip = allow_is_causal_skip and not plain
     mask = sdpa_mask(mask_function=mask_function, local_size=local_size, allow_is_causal_skip=skip, **kwargs)
     if plain and mask is not None:
-        mask._moefx_window = local_size  # type: ignore[attr-defined]
+        if packed:
+            mask._moefx_packed = _starts(packed["packed_sequence_mask"]), local_size  # type: ignore[attr-defined]
+        else:
+            mask._moefx_window = local_size  # type: ignore[attr-defined]
     return mask
 
 
-def _is_sliding_window(mask_function: Callable) -> bool:
-    """Is it Transformers' causal sliding window, and nothing else: no packing, no chunks, no second mask?"""
-    parts = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions", ())
-    names = sorted(getattr(f, "__qualname__", "") for f in parts)
-    return names == ["causal_mask_function", "sliding_window_overlay.<locals>.inner_mask"]
+_CAUSAL = "causal_mask_function"
+_SLIDING = "sliding_window_overlay.<locals>.inner_mask"
+_PACKED = "packed_sequence_mask_function.<locals>.inner_mask"
+
+
+def _said(mask_function: Callable) -> dict[str, dict[str, Any]]:
+    """What Transformers' mask says: the names of the functions that it joins by "and", and what each knows."""
+    name, known = mask_function.__qualname__, dict(inspect.getclosurevars(mask_function).nonlocals)
+    if name == "and_masks.<locals>.and_mask":
+        return {n: what for part in known["mask_functions"] for n, what in _said(part).items()}
+    if name == "remap_positions_for_packed_sequence.<locals>.inner_mask":
+        return _said(known["mask_function"])  # of positions that begin anew, which differ within a sequence as those of the row
+    return {name: known}
+
+
+def _starts(sequence: Tensor) -> Tensor:
+    """The number [B, S] of each position's sequence, ascending -> where that sequence begins [B, S] (int32)."""
+    position = torch.arange(sequence.shape[1], device=sequence.device)
+    begins = torch.diff(sequence, prepend=sequence[:, :1] - 1) != 0
+    return torch.where(begins, position, 0).cummax(1).values.to(torch.int32)
 
 
 AttentionInterface.register("moefx", attention_forward)

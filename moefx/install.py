@@ -307,6 +307,9 @@ def _key(value: Any, tensors: list[Tensor]) -> tuple:
     for v in value:
         if isinstance(v, Tensor) and hf.window_of(v) is not None:
             parts.append(("window", hf.window_of(v)))
+        elif isinstance(v, Tensor) and (packed := hf.packed_of(v)) is not None:
+            tensors.append(packed[0])
+            parts.append(("packed", packed[1], packed[0].shape, packed[0].device))
         elif isinstance(v, Tensor):
             tensors.append(v)
             parts.append((v.shape, v.dtype, v.device))

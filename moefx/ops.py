@@ -290,6 +290,14 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def visible(queries: int, keys: int, window: int | None, starts: Tensor | None, device: torch.device) -> Tensor:
+    """The boolean mask of causal attention that ``window`` and ``starts`` [B, S] say: [S, T], or [B, 1, S, T] with starts."""
+    key = torch.arange(keys, device=device)
+    distance = torch.arange(queries, device=device)[:, None] - key
+    seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    return seen if starts is None else seen & (key >= starts[:, None, :, None])
+
+
 @op(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, *, float scale, bool is_causal, "
     "int? window=None, float softcap=0.0, float dropout=0.0) -> Tensor"
@@ -310,7 +318,8 @@ def attention(
     """Scaled dot-product attention with grouped key/value heads: q [B, A, S, D], k and v [B, A/n, S, D]; [B, S, A, Dv].
 
     ``mask`` [B or 1, 1, S, S] is boolean (True: attend) or added to the scores, and then says everything; without one,
-    ``is_causal`` and ``window`` (how many positions back, itself included) say who sees whom. ``sinks`` [A]: one more
+    ``is_causal`` and ``window`` (how many positions back, itself included) say who sees whom. ``mask`` [B, S] in int32 says
+    besides where each query's sequence begins in a packed row: it sees no key before. ``sinks`` [A]: one more
     logit per head that takes probability and gives no value (GPT-OSS). ``softcap`` c: ``c * tanh(score / c)``. The softmax
     runs in fp32, or with sinks in the scores' dtype after subtracting the maximum, as the models do.
     """
@@ -320,9 +329,8 @@ def attention(
     scores = torch.matmul(q, k.transpose(2, 3)) * scale
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
-    if mask is None and is_causal:
-        distance = torch.arange(q.shape[2], device=q.device)[:, None] - torch.arange(k.shape[2], device=q.device)
-        mask = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    if is_causal and (mask is None or mask.dtype == torch.int32):
+        mask = visible(q.shape[2], k.shape[2], window, mask, q.device)
     boolean = mask is not None and mask.dtype == torch.bool
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if boolean else scores + mask

@@ -37,6 +37,22 @@ def test_a_packed_row_is_its_sequences(name):
         if q.grad is not None:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5, msg=lambda said, n=n: f"{n}: {said}")
     assert not moefx.report(model).fallbacks
+    functions = moefx.report(model).program.functions.values()
+    called = {n for f in functions for n in f.graph.nodes if n.meta.get("semantic", n.target) is moefx.ops.attention}
+    masks = {None if n.args[3] is None else n.args[3].meta["val"] for n in called}
+    # where sequences begin, and no mask of all pairs anywhere
+    assert {None if m is None else (m.dtype, m.dim()) for m in masks} == {None, (torch.int32, 2)}
+    assert not [n for f in functions for n in f.graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor) and v.dtype == torch.bool and v.dim() == 4]
+
+
+def test_a_mask_that_says_more_than_packing_stays_one():
+    """Padding besides: as before, a boolean mask of all pairs."""
+    model = build("qwen3_moe")
+    plain, given = copy.deepcopy(model), packed() | {"attention_mask": (torch.arange(sum(PARTS)) < sum(PARTS) - 2)[None].long()}
+    moefx.optimize(model, compile=False)
+    kept = given["attention_mask"].bool()
+    found, wanted = (m(**given, use_cache=False).logits[kept] for m in (model, plain))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_rows_that_are_not_packed_go_on_as_before():

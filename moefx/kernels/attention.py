@@ -1,6 +1,8 @@
-"""Causal flash attention with a sliding window and sinks. A short window has kernels of moefx's own (``window_attention.py``);
-else they are torch's: cuDNN's without a window, where SDPA would take them too, otherwise flash attention's. An implementation
-that was registered with ``torch.nn.attention.activate_flash_attention_impl`` (FA3, FA4) gets all.
+"""Causal flash attention with a sliding window, sinks and packed sequences.
+
+A short window and packed sequences have kernels of moefx's own (``window_attention.py``); else torch's: cuDNN's without
+a window, where SDPA would take them too, otherwise flash attention's. An implementation that was registered with
+``torch.nn.attention.activate_flash_attention_impl`` (FA3, FA4) gets all but packed sequences.
 
 A sink is one more logit of the softmax, without a value. So the output is flash attention's times the share of the probability
 that the keys have, sigmoid(lse - sink). And flash attention's backward, given that output and the log of the whole sum instead
@@ -34,9 +36,11 @@ def _another_is_registered() -> bool:
     return getattr(torch_attention, "current_flash_attention_impl", lambda: None)() is not None
 
 
-def _by_window(q: Tensor, k: Tensor, window: int | None) -> bool:
-    """Whether moefx's own kernels are faster for these [B, A, S, D]. All kernels here keep the same logarithms, so a backward
-    may run on one that did not make them."""
+def _by_window(q: Tensor, k: Tensor, window: int | None, starts: Tensor | None) -> bool:
+    """Whether moefx's own kernels run these [B, A, S, D]: they are faster, or the only ones that know of packed sequences. All
+    kernels here keep the same logarithms, so a backward may run on one that did not make them."""
+    if starts is not None:
+        return True
     longest = next((keys for size, keys in SHORT.items() if q.shape[3] <= size), 0)
     short = window is not None and window <= longest and window < q.shape[2] == k.shape[2]
     return short and _is_hopper_or_newer(q.device) and not _another_is_registered()
@@ -59,16 +63,15 @@ def _window(window: int | None) -> dict[str, int | None]:
 
 @opaque("flash_attention")
 def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int | None, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """q [B, A, S, D], k and v [B, A/n, S, D] in 16 bits, sinks [A] -> out [B, S, A, D] and the logarithm [B, A, S] (fp32) of
-    each query's sum of exponentials, the sink's included."""
-    if _by_window(q, k, window):
+    """q [B, A, S, D], k and v [B, A/n, S, D] in 16 bits, sinks [A], starts [B, S] (int32): the first key that each query may
+    see -> out [B, S, A, D] and the logarithm [B, A, S] (fp32) of each query's sum of exponentials, the sink's included."""
+    if _by_window(q, k, window, starts):
         from . import window_attention
 
-        assert window is not None
         q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
-        return window_attention.forward(q, k, v, sinks, scale, window)
+        return window_attention.forward(q, k, v, sinks, scale, window or q.shape[1], starts)
     if _by_cudnn(q, k, v, window):
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)
         out, lse = out.transpose(1, 2), lse.view(q.shape[:3])
@@ -86,22 +89,23 @@ def flash_attention(
 
 
 @flash_attention.register_fake
-def _(q, k, v, sinks, scale, window):
+def _(q, k, v, sinks, scale, window, starts=None):
     batch, heads, length, size = q.shape
     return q.new_empty(batch, length, heads, size), q.new_empty(batch, heads, length, dtype=torch.float32)
 
 
 @opaque("flash_attention_backward", once=True)
 def flash_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, window: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, window: int | None,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v, laid out like them."""
-    if _by_window(q, k, window):
+    if _by_window(q, k, window, starts):
         from . import window_attention
 
-        assert window is not None
         by_q, by_k, by_v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
-        found = [t.transpose(1, 2) for t in window_attention.backward(grad, by_q, by_k, by_v, out, lse, scale, window)]
+        by_length = window_attention.backward(grad, by_q, by_k, by_v, out, lse, scale, window or q.shape[2], starts)
+        found = [t.transpose(1, 2) for t in by_length]
     else:
         found = _torchs_backward(grad, q, k, v, out, lse, scale, window)
     like_q, like_k, like_v = (_laid_out_like(t, like) for t, like in zip(found, (q, k, v)))
@@ -134,25 +138,27 @@ def _laid_out_like(t: Tensor, like: Tensor) -> Tensor:
 
 
 @flash_attention_backward.register_fake
-def _(grad, q, k, v, out, lse, scale, window):
+def _(grad, q, k, v, out, lse, scale, window, starts=None):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _save(ctx, inputs, _, output) -> None:
-    q, k, v, sinks, ctx.scale, ctx.window = inputs
-    ctx.save_for_backward(q, k, v, sinks, *output)
+    q, k, v, sinks, ctx.scale, ctx.window, *starts = inputs
+    ctx.many = len(inputs)
+    ctx.save_for_backward(q, k, v, sinks, *output, *(starts or [None]))
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, grad: Tensor, _: Tensor):
-    q, k, v, sinks, out, lse = ctx.saved_tensors
+    q, k, v, sinks, out, lse, starts = ctx.saved_tensors
     grad = grad.contiguous()
-    found = flash_attention_backward(grad, q, k, v, out, lse, ctx.scale, ctx.window)
+    found = flash_attention_backward(grad, q, k, v, out, lse, ctx.scale, ctx.window, starts)
+    nothing = [None] * (ctx.many - 4)
     if sinks is None:
-        return *found, None, None, None
+        return *found, None, *nothing
     # a sink has no value, so what it takes it takes from sum(grad * out)
     taken = torch.exp(sinks.float()[:, None] - lse) * (grad.float() * out.float()).sum(-1).transpose(1, 2)
-    return *found, -taken.sum((0, 2)).to(sinks.dtype), None, None
+    return *found, -taken.sum((0, 2)).to(sinks.dtype), *nothing
 
 
 flash_attention.register_autograd(_backward, setup_context=_save)

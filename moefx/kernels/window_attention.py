@@ -1,4 +1,5 @@
-"""Causal attention where a query sees the last ``window`` keys, itself included: forward and backward for short windows.
+"""Causal attention where a query sees the last ``window`` keys, itself included, but none before its sequence begins: forward
+and backward for short windows and for packed sequences.
 
 Flash attention's recipe (arXiv 2205.14135, 2307.08691) with what a short window allows. A block of queries meets two or three
 blocks of keys. In the backward a program takes a block of keys and the few queries that see it, of all heads that share the
@@ -6,7 +7,8 @@ keys: their gradients are summed in registers, in one order, where torch's kerne
 later. A sink is where the softmax begins: a logit without a value.
 
 All tensors are contiguous: q, out and their gradients [B, S, A, D], k, v and theirs [B, S, C, D] where A / C heads share one
-of keys, sinks [A], lse and delta [B, A, S] (fp32).
+of keys, sinks [A], lse and delta [B, A, S] (fp32). Of packed sequences ``starts`` and ``ends`` [B, S] (int32), ascending in a
+row, are the first and the last position of each position's sequence.
 """
 
 from __future__ import annotations
@@ -54,20 +56,29 @@ def _begin(batch, head, length, heads, shared, size):
 
 
 @triton.jit
-def _meet(query, rows, k, v, of_keys, start, length, row_size, size, window, scale2, D: tl.constexpr, KEYS: tl.constexpr):
+def _first_keys(rows, starts, batch, length, window, PACKED: tl.constexpr):
+    """The first key that each query sees [n]."""
+    first = tl.maximum(rows - window + 1, 0)
+    if PACKED:
+        first = tl.maximum(first, tl.load(starts + batch * length + rows, mask=rows < length, other=0))
+    return first
+
+
+@triton.jit
+def _meet(query, rows, seen, k, v, of_keys, start, length, row_size, size, scale2, D: tl.constexpr, KEYS: tl.constexpr):
     """The block of keys from ``start`` on: keys and values [m, D], and the base-2 logits [n, m] that queries ``rows`` give
-    them, -inf where none is seen."""
+    them, -inf before the first that each has ``seen`` and after itself."""
     columns = start + tl.arange(0, KEYS)
     key = _rows(k + of_keys, columns, length, row_size, size, D)
     value = _rows(v + of_keys, columns, length, row_size, size, D)
-    distance = rows[:, None] - columns[None, :]
-    score = tl.where((distance >= 0) & (distance < window), tl.dot(query, tl.trans(key)) * scale2, float("-inf"))
+    there = (columns[None, :] <= rows[:, None]) & (columns[None, :] >= seen[:, None])
+    score = tl.where(there, tl.dot(query, tl.trans(key)) * scale2, float("-inf"))
     return key, value, score
 
 
 @triton.jit
-def _forward(q, k, v, sinks, out, lse, length, heads, shared, size, window, scale2,
-             SINKS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
+def _forward(q, k, v, sinks, starts, out, lse, length, heads, shared, size, window, scale2,
+             SINKS: tl.constexpr, PACKED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
     first = tl.program_id(0) * ROWS
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
@@ -81,9 +92,10 @@ def _forward(q, k, v, sinks, out, lse, length, heads, shared, size, window, scal
         top = tl.full([ROWS], -1e30, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
     sum_ = tl.zeros([ROWS, D], tl.float32)
-    begin = tl.maximum(first - window + 1, 0) // KEYS * KEYS
+    seen = _first_keys(rows, starts, batch, length, window, PACKED)
+    begin = _first_keys(first, starts, batch, length, window, PACKED) // KEYS * KEYS
     for start in range(begin, tl.minimum(first + ROWS, length), KEYS):
-        _, value, score = _meet(query, rows, k, v, of_keys, start, length, shared * size, size, window, scale2, D, KEYS)
+        _, value, score = _meet(query, rows, seen, k, v, of_keys, start, length, shared * size, size, scale2, D, KEYS)
         higher = tl.maximum(top, tl.max(score, 1))
         share = tl.exp2(score - higher[:, None])
         bent = tl.exp2(top - higher)
@@ -95,8 +107,8 @@ def _forward(q, k, v, sinks, out, lse, length, heads, shared, size, window, scal
 
 
 @triton.jit
-def _to_queries(grad, q, k, v, out, lse, delta, to_q, length, heads, shared, size, window, scale2, scale,
-                D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
+def _to_queries(grad, q, k, v, out, lse, starts, delta, to_q, length, heads, shared, size, window, scale2, scale,
+                PACKED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
     """Also delta, sum(grad * out) of each query, for :func:`_to_keys`."""
     first = tl.program_id(0) * ROWS
     head = tl.program_id(1)
@@ -111,9 +123,10 @@ def _to_queries(grad, q, k, v, out, lse, delta, to_q, length, heads, shared, siz
     tl.store(delta + of_rows, below, mask=rows < length)
     whole = tl.load(lse + of_rows, mask=rows < length, other=0.0) * _LOG2E
     sum_ = tl.zeros([ROWS, D], tl.float32)
-    begin = tl.maximum(first - window + 1, 0) // KEYS * KEYS
+    seen = _first_keys(rows, starts, batch, length, window, PACKED)
+    begin = _first_keys(first, starts, batch, length, window, PACKED) // KEYS * KEYS
     for start in range(begin, tl.minimum(first + ROWS, length), KEYS):
-        key, value, score = _meet(query, rows, k, v, of_keys, start, length, shared * size, size, window, scale2, D, KEYS)
+        key, value, score = _meet(query, rows, seen, k, v, of_keys, start, length, shared * size, size, scale2, D, KEYS)
         share = tl.exp2(score - whole[:, None])
         to_score = share * (tl.dot(to_out, tl.trans(value)) - below[:, None])
         sum_ = tl.dot(to_score.to(key.dtype), key, sum_)
@@ -121,8 +134,17 @@ def _to_queries(grad, q, k, v, out, lse, delta, to_q, length, heads, shared, siz
 
 
 @triton.jit
-def _to_keys(grad, q, k, v, lse, delta, to_k, to_v, length, heads, shared, size, window, scale2, scale,
-             D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
+def _last_queries(columns, ends, batch, length, window, PACKED: tl.constexpr):
+    """The last query that sees each key [m]."""
+    last = tl.minimum(columns + window, length) - 1
+    if PACKED:
+        last = tl.minimum(last, tl.load(ends + batch * length + columns, mask=columns < length, other=0))
+    return last
+
+
+@triton.jit
+def _to_keys(grad, q, k, v, lse, delta, ends, to_k, to_v, length, heads, shared, size, window, scale2, scale,
+             PACKED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
     first = tl.program_id(0) * KEYS
     group = heads // shared
     batch = tl.program_id(2).to(tl.int64)
@@ -132,7 +154,8 @@ def _to_keys(grad, q, k, v, lse, delta, to_k, to_v, length, heads, shared, size,
     value = _rows(v + of_keys, columns, length, shared * size, size, D)
     sum_k = tl.zeros([KEYS, D], tl.float32)
     sum_v = tl.zeros([KEYS, D], tl.float32)
-    blocks = tl.cdiv(tl.minimum(KEYS + window - 1, length - first), ROWS)
+    last = _last_queries(columns, ends, batch, length, window, PACKED)
+    blocks = tl.cdiv(tl.max(last, 0) + 1 - first, ROWS)
     for i in range(group * blocks):
         head = tl.program_id(1) * group + i // blocks
         rows = first + i % blocks * ROWS + tl.arange(0, ROWS)
@@ -142,8 +165,7 @@ def _to_keys(grad, q, k, v, lse, delta, to_k, to_v, length, heads, shared, size,
         to_out = _rows(grad + of_queries, rows, length, heads * size, size, D)
         whole = tl.load(lse + of_rows, mask=rows < length, other=0.0) * _LOG2E
         below = tl.load(delta + of_rows, mask=rows < length, other=0.0)
-        distance = rows[None, :] - columns[:, None]
-        seen = (distance >= 0) & (distance < window) & (rows < length)[None, :]
+        seen = (rows[None, :] >= columns[:, None]) & (rows[None, :] <= last[:, None])
         score = tl.where(seen, tl.dot(key, tl.trans(query)) * scale2, float("-inf"))
         share = tl.exp2(score - whole[None, :])
         sum_v = tl.dot(share.to(to_out.dtype), to_out, sum_v)
@@ -158,13 +180,13 @@ _KERNELS = {"forward": _forward, "to_queries": _to_queries, "to_keys": _to_keys}
 
 @functools.lru_cache(KEPT)
 def _launch(
-    kernel: str, batch: int, length: int, heads: int, shared: int, size: int, window: int, scale: float,
+    kernel: str, batch: int, length: int, heads: int, shared: int, size: int, window: int, scale: float, packed: bool,
     sinks: bool | None = None,
 ) -> Callable[..., None]:  # fmt: skip
     """``kernel`` over its grid; to be called with tensors."""
     rows, keys, warps, stages = _TILES[next(n for n in _TILES if size <= n)][kernel]
     block = max(16, triton.next_power_of_2(size))
-    constants = {"ROWS": rows, "KEYS": keys, "D": block, "num_warps": warps, "num_stages": stages}
+    constants = {"PACKED": packed, "ROWS": rows, "KEYS": keys, "D": block, "num_warps": warps, "num_stages": stages}
     numbers: list[int | float] = [length, heads, shared, size, window, scale * _LOG2E.value]
     if sinks is None:
         numbers.append(scale)
@@ -174,23 +196,30 @@ def _launch(
     return functools.partial(Launch(_KERNELS[kernel], *numbers, **constants), grid)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """out [B, S, A, D], and lse [B, A, S]: the logarithm of each query's sum of exponentials, its sink's included."""
     batch, length, heads, size = q.shape
     out, lse = torch.empty_like(q), q.new_empty(batch, heads, length, dtype=torch.float32)
     if out.numel():
-        run = _launch("forward", *q.shape[:3], k.shape[2], size, window, scale, sinks is not None)
-        run(q, k, v, q if sinks is None else sinks.contiguous(), out, lse)
+        run = _launch("forward", *q.shape[:3], k.shape[2], size, window, scale, starts is not None, sinks is not None)
+        run(q, k, v, q if sinks is None else sinks.contiguous(), q if starts is None else starts.contiguous(), out, lse)
     return out, lse
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, window: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, window: int,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v from that of out."""
     to_q, to_k, to_v, delta = (torch.empty_like(t) for t in (q, k, v, lse))
     if out.numel():
-        sizes = (*q.shape[:3], k.shape[2], q.shape[3], window, scale)
-        _launch("to_queries", *sizes)(grad, q, k, v, out, lse, delta, to_q)
-        _launch("to_keys", *sizes)(grad, q, k, v, lse, delta, to_k, to_v)
+        begin, end = q, q
+        if starts is not None:
+            begin = starts.contiguous()
+            end = torch.searchsorted(begin, begin, right=True, out_int32=True) - 1
+        sizes = (*q.shape[:3], k.shape[2], q.shape[3], window, scale, starts is not None)
+        _launch("to_queries", *sizes)(grad, q, k, v, out, lse, begin, delta, to_q)
+        _launch("to_keys", *sizes)(grad, q, k, v, lse, delta, end, to_k, to_v)
     return to_q, to_k, to_v

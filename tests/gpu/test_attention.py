@@ -1,4 +1,4 @@
-"""Flash attention with a sliding window and sinks against the operation's own body in float32."""
+"""Flash attention with a sliding window, sinks and packed sequences against the operation's own body in float32."""
 
 import pytest
 import torch
@@ -7,19 +7,19 @@ from moefx import ops
 from moefx.backends import torch as backend
 
 
-def inputs(batch, heads, shared, length, size, sinks):
+def inputs(batch, heads, shared, length, size, sinks, of_values=None):
     g = torch.Generator(device="cuda").manual_seed(0)
 
     def normal(*shape):
         return torch.randn(shape, generator=g, device="cuda").bfloat16().requires_grad_()
 
-    q, k, v = normal(batch, heads, length, size), normal(batch, shared, length, size), normal(batch, shared, length, size)
+    q, k, v = normal(batch, heads, length, size), normal(batch, shared, length, size), normal(batch, shared, length, of_values or size)
     return [q, k, v, normal(heads) if sinks else None]
 
 
-def run(fn, given, **options):
+def run(fn, given, mask=None, **options):
     q, k, v, sinks = given
-    out = fn(q, k, v, None, sinks, is_causal=True, **options)
+    out = fn(q, k, v, mask, sinks, is_causal=True, **options)
     weight = torch.linspace(-1, 1, out.shape[-1], device="cuda").to(out.dtype)
     leaves = [t for t in given if t is not None]
     return [out, *torch.autograd.grad((out * weight).sum(), leaves)]
@@ -31,12 +31,24 @@ def run(fn, given, **options):
     (2, 8, 2, 67, 64), (1, 4, 4, 200, 128), (1, 8, 1, 1, 64), (2, 16, 2, 1024, 64),
 ])  # fmt: skip
 def test_window_and_sinks(batch, heads, shared, length, size, window, sinks):
-    given = inputs(batch, heads, shared, length, size, sinks)
-    options = {"scale": size**-0.5, "window": window}
-    found = run(backend.attention, given, **options)
+    compare(inputs(batch, heads, shared, length, size, sinks), {"scale": size**-0.5, "window": window})
+
+
+@pytest.mark.parametrize("sinks", [True, False])
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("heads,shared,size,of_values", [(8, 2, 64, None), (4, 4, 192, 128), (4, 2, 256, None)])
+def test_packed_sequences(heads, shared, size, of_values, window, sinks):
+    """Their kernels take no mask of all pairs, and values may be shorter than keys (multi-head latent attention)."""
+    rows = [[1, 300, 99], [64, 64, 272]]
+    starts = torch.tensor([[start for n, start in zip(row, (0, *torch.tensor(row).cumsum(0).tolist())) for _ in range(n)] for row in rows])
+    compare(inputs(2, heads, shared, 400, size, sinks, of_values), {"scale": size**-0.5, "window": window}, starts.int().cuda())
+
+
+def compare(given, options, mask=None):
+    found = run(backend.attention, given, mask, **options)
     exact = [None if t is None else t.detach().float().requires_grad_() for t in given]
-    wanted = run(ops.BODIES[ops.attention], exact, **options)
-    rounded = run(ops.BODIES[ops.attention], given, **options)
+    wanted = run(ops.BODIES[ops.attention], exact, mask, **options)
+    rounded = run(ops.BODIES[ops.attention], given, mask, **options)
     for name, f, w, r in zip(("out", "q", "k", "v", "sinks"), found, wanted, rounded, strict=False):
         size_of = max(float(w.abs().max()), 0.1)  # a window of one key: query and key have no gradient
         far, allowed = (float((t.float() - w).abs().max()) / size_of for t in (f, r))

@@ -1,4 +1,4 @@
-"""Attention with a short window against the operation's own body in float64."""
+"""Attention with a short window, or in packed sequences, against the operation's own body in float64."""
 
 from __future__ import annotations
 
@@ -23,20 +23,19 @@ def inputs(batch, heads, shared, length, size, dtype, seed=0):
     return [torch.randn(shape, generator=g).to(DEVICE, dtype) for shape in shapes]
 
 
-def found(q, k, v, sinks, grad, scale, window):
-    out, lse = kernels.forward(q, k, v, sinks, scale, window)
-    return [out, lse, *kernels.backward(grad, q, k, v, out, lse, scale, window)]
+def found(q, k, v, sinks, grad, scale, window, starts=None):
+    out, lse = kernels.forward(q, k, v, sinks, scale, window, starts)
+    return [out, lse, *kernels.backward(grad, q, k, v, out, lse, scale, window, starts)]
 
 
-def exact(q, k, v, sinks, grad, scale, window):
+def exact(q, k, v, sinks, grad, scale, window, starts=None):
     given = [t.double().requires_grad_() for t in (q, k, v)]
     by_head = [t.transpose(1, 2) for t in given]
     to_sinks = None if sinks is None else sinks.double()
-    out = ops.BODIES[ops.attention](*by_head, None, to_sinks, scale=scale, is_causal=True, window=window)
+    out = ops.BODIES[ops.attention](*by_head, starts, to_sinks, scale=scale, is_causal=True, window=window)
     repeats = q.shape[2] // k.shape[2]
     scores = by_head[0] @ by_head[1].repeat_interleave(repeats, 1).transpose(2, 3) * scale
-    distance = torch.arange(q.shape[1], device=DEVICE)[:, None] - torch.arange(q.shape[1], device=DEVICE)
-    scores = scores.masked_fill((distance < 0) | (distance >= window), -torch.inf)
+    scores = scores.masked_fill(~ops.visible(q.shape[1], q.shape[1], window, starts, DEVICE), -torch.inf)
     if sinks is not None:
         scores = torch.cat([scores, sinks.double()[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
     return [out, scores.logsumexp(-1), *torch.autograd.grad((out * grad.double()).sum(), given)]
@@ -56,6 +55,25 @@ def test_sizes(batch, heads, shared, length, size, window, sinks, dtype):
         assert f.shape == w.shape, name
         distance = float((f.double() - w).abs().max()) / max(float(w.abs().max()), 1.0)  # one key alone: q and k get zeros
         assert distance <= FAR[dtype], f"{name}: {distance:.1e}"
+
+
+def beginnings(*rows):
+    """Where each position's sequence begins, for rows of sequences of these lengths."""
+    of_rows = [[start for n, start in zip(row, torch.tensor([0, *row]).cumsum(0).tolist()) for _ in range(n)] for row in rows]
+    return torch.tensor(of_rows, dtype=torch.int32, device=DEVICE)
+
+
+@pytest.mark.parametrize("rows", [[[1]], [[7, 1, 60, 62], [130]], [[1] * 70], [[33, 64, 103], [64, 64, 72]], [[130, 70], [199, 1]]], ids=str)
+@pytest.mark.parametrize("heads,shared,size,window,sinks", [(4, 2, 64, 1000, False), (2, 1, 24, 20, True), (2, 2, 128, 64, False)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_sequences(rows, heads, shared, size, window, sinks, dtype):
+    length = sum(rows[0])
+    q, k, v, sink = inputs(len(rows), heads, shared, length, size, dtype, seed=2)
+    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE, dtype)
+    given = (q, k, v, sink if sinks else None, grad, size**-0.5, window, beginnings(*rows))
+    for name, f, w in zip(("out", "lse", "q", "k", "v"), found(*given), map(Tensor.detach, exact(*given)), strict=True):
+        distance = float((f.double() - w).abs().max()) / max(float(w.abs().max()), 1.0)
+        assert f.shape == w.shape and distance <= FAR[dtype], f"{name}: {distance:.1e}"
 
 
 def test_large_scores_and_sinks_neither_overflow_nor_vanish():
