@@ -51,6 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peers", default="hf,hf_compile", help=f"of {', '.join(PEERS)}; hf always runs, for the check")
     parser.add_argument("--routing", choices=routing.ROUTINGS, default="real", help="real: as the random routers say; "
                         "balanced: experts in turn; zipf: router weights that give a Zipf(1) load")  # fmt: skip
+    parser.add_argument("--packed", type=int, metavar="MEAN", help="rows of packed sequences, of that many tokens on average")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--backends", help="moefx's, in order of preference, as triton,torch (default: moefx's own order); the "
@@ -79,6 +80,8 @@ def arguments() -> argparse.Namespace:
     unknown = set(args.passes) - set(OPT_IN)
     if unknown:
         parser.error(f"no opt-in pass is named {sorted(unknown)[0]!r}; there are {', '.join(OPT_IN)}")
+    if args.packed and "nemo" in args.peers:
+        parser.error("--packed: nemo_peer.py does not tell NeMo where sequences begin; leave nemo out of --peers")
     if args.passes and args.simulate_ep:
         parser.error("--passes has no effect on the model that --simulate-ep times: leave one of them out")
     try:
@@ -91,6 +94,7 @@ def arguments() -> argparse.Namespace:
     args.attention = args.attention or model.attention
     gpu = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") and torch.cuda.is_available() else "cpu"
     suffix = "" if args.routing == "real" else f"-{args.routing}"
+    suffix += f"-packed-{args.packed}" if args.packed else ""
     if args.backends or args.passes:
         suffix = f"-{'-'.join([*(args.backends or []), *args.passes])}{suffix}"
     kind = f"simulated_ep{args.simulate_ep}" if args.simulate_ep else "single_gpu"
@@ -101,7 +105,19 @@ def arguments() -> argparse.Namespace:
 
 
 def tokens(args: argparse.Namespace, batch: int, seq: int | None = None) -> dict[str, Tensor]:
-    return {n: t[:, :seq] for n, t in models.tokens(args.model, batch, args.seq, args.device).items()}
+    given = models.tokens(args.model, batch, args.seq, args.device)
+    if args.packed:
+        given["position_ids"] = positions(batch, args.seq, args.packed).to(args.device)
+    return {n: t[:, :seq] for n, t in given.items()}
+
+
+def positions(batch: int, seq: int, mean: int) -> Tensor:
+    """Position ids [B, S] of packed sequences, whose lengths are drawn from an exponential distribution of that mean."""
+    generator = torch.Generator().manual_seed(0)
+    begins = torch.rand(batch, seq, generator=generator) < 1 / mean
+    begins[:, 0] = True
+    at = torch.arange(seq)
+    return at - torch.where(begins, at, 0).cummax(1).values
 
 
 # --- one depth -------------------------------------------------------------------------------------------------------

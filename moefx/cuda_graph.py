@@ -113,7 +113,7 @@ class GraphedStep:
     def _step(self, batch: Mapping[str, Any]) -> Tensor:
         here = torch.cuda.current_stream()
         self._stream.wait_stream(here)
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), hf.packed():
             loss = self._forward_backward(**batch)
         here.wait_stream(self._stream)
         return loss
@@ -134,7 +134,8 @@ class GraphedStep:
         graph = torch.cuda.CUDAGraph()
         try:
             # thread_local: other threads (NCCL's, moefx's) may ask CUDA meanwhile
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            recording = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+            with recording, hf.packed():
                 loss = self._forward_backward(**{**batch, **inputs})
             gradients = {p: p.grad for p in self._parameters if p.grad is not None}
         except Exception as error:
@@ -172,7 +173,8 @@ def cuda_graph(
     A kind is: the shapes and dtypes of the batch, training or evaluation, which parameters are frozen. Its first ``warmup``
     steps run as ever, the next one is recorded. Kinds beyond the ``most`` that are recorded run as ever too (``step.replays``
     and ``step.eager`` say how many steps did what). A replay runs no Python: hooks in the model see no step of it.
-    ``num_items_in_batch`` may change from step to step.
+    ``num_items_in_batch`` may change from step to step. So may ``position_ids``, which are always taken to be those of packed
+    sequences: to see whether they are, the host would have to wait.
 
     Memory: while steps are replayed, what a step needs at its peak stays reserved; gradients stay allocated, for each kind.
 

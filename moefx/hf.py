@@ -83,6 +83,15 @@ def unpacked() -> AbstractContextManager[None]:
     return _looking_for_packing(lambda position_ids: None)
 
 
+def packed() -> AbstractContextManager[None]:
+    """Within: position ids that a call has are taken to be those of packed sequences, without reading them back to see."""
+
+    def number(position_ids: Tensor) -> Tensor:
+        return (torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
+
+    return _looking_for_packing(number)
+
+
 @contextmanager
 def _looking_for_packing(look: Callable) -> Iterator[None]:
     before = masking_utils.find_packed_sequence_indices

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import moefx
+from moefx import hf
 
 from .families import build
 
@@ -53,6 +54,16 @@ def test_a_mask_that_says_more_than_packing_stays_one():
     kept = given["attention_mask"].bool()
     found, wanted = (m(**given, use_cache=False).logits[kept] for m in (model, plain))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_what_replays_take_for_packed_is_what_is():
+    """A recorded step cannot look whether position ids begin anew: those that do not are one sequence."""
+    model = moefx.optimize(build("qwen3_moe"), compile=False)
+    for positions in (packed()["position_ids"], torch.arange(sum(PARTS))[None], 7 + torch.arange(sum(PARTS)).expand(2, -1)):
+        given = {"input_ids": packed()["input_ids"].expand(len(positions), -1), "position_ids": positions}
+        with hf.packed():
+            found = model(**given).logits
+        torch.testing.assert_close(found, model(**given).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_rows_that_are_not_packed_go_on_as_before():

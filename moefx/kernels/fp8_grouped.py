@@ -49,7 +49,8 @@ def of_tokens(x: Tensor, inverse: Tensor, top_k: int, weight: Tensor, bounds: Te
 def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [..., n] -> e4m3 [..., n], scales [...] float32."""
     largest = x.float().abs().amax(-1).clamp_min(TINY) if x.numel() else x.new_zeros(x.shape[:-1], dtype=torch.float32)
-    return (x.float() * (LARGEST / largest).unsqueeze(-1)).to(torch.float8_e4m3fn), largest / LARGEST
+    times = torch.full_like(largest, LARGEST) / largest  # a number over a tensor is two roundings, as its inverse times that
+    return (x.float() * times.unsqueeze(-1)).to(torch.float8_e4m3fn), largest / LARGEST
 
 
 def _product(q: Tensor, scales: Tensor, weight: Tensor, bounds: Tensor, dtype: torch.dtype) -> Tensor:

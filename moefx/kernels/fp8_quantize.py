@@ -11,6 +11,10 @@ from torch import Tensor
 
 from .launch import KEPT, Launch, cdiv
 
+#: Of :func:`_columns`: its tile, and programs for each of the device's processors.
+_COLUMNS = {"DEPTH": 256, "COLUMNS": 32, "STAGES": 3, "num_warps": 8}
+_PROGRAMS = 2
+
 
 @triton.jit
 def _rows(x, inverse, q, scales, width, TOP_K: tl.constexpr, SPREAD: tl.constexpr, BLOCK: tl.constexpr):
@@ -36,7 +40,9 @@ def _rows(x, inverse, q, scales, width, TOP_K: tl.constexpr, SPREAD: tl.constexp
 
 
 @triton.jit
-def _columns(w, q, scales, deep, columns, by_expert, by_depth, items, DEPTH: tl.constexpr, COLUMNS: tl.constexpr):
+def _columns(
+    w, q, scales, deep, columns, by_expert, by_depth, items, DEPTH: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr
+):  # fmt: skip
     """w [E, deep, columns], columns contiguous -> q [E, columns, deep], with a scale for each column of each expert. Read
     twice; there are so few programs that the second time it comes from the cache."""
     blocks = tl.cdiv(columns, COLUMNS)
@@ -45,7 +51,7 @@ def _columns(w, q, scales, deep, columns, by_expert, by_depth, items, DEPTH: tl.
         column = (item % blocks) * COLUMNS + tl.arange(0, COLUMNS)
         here, there = w + expert * by_expert + column[None, :], (column < columns)[None, :]
         largest = tl.zeros((DEPTH, COLUMNS), tl.float32)
-        for first in range(0, deep, DEPTH):
+        for first in tl.range(0, deep, DEPTH, num_stages=STAGES):
             depth = first + tl.arange(0, DEPTH)
             value = tl.load(here + depth.to(tl.int64)[:, None] * by_depth, mask=there & (depth < deep)[:, None], other=0.0)
             largest = tl.maximum(largest, tl.abs(value.to(tl.float32)))
@@ -53,7 +59,7 @@ def _columns(w, q, scales, deep, columns, by_expert, by_depth, items, DEPTH: tl.
         row = expert * columns + column
         tl.store(scales + row, most / 448.0, mask=column < columns)
         times = tl.div_rn(tl.full((COLUMNS,), 448.0, tl.float32), most)[None, :]
-        for first in range(0, deep, DEPTH):
+        for first in tl.range(0, deep, DEPTH, num_stages=STAGES):
             depth = first + tl.arange(0, DEPTH)
             inside = there & (depth < deep)[:, None]
             value = tl.load(here + depth.to(tl.int64)[:, None] * by_depth, mask=inside, other=0.0).to(tl.float32)
@@ -82,10 +88,8 @@ def rows(x: Tensor, inverse: Tensor | None = None, top_k: int = 1) -> tuple[Tens
 @functools.lru_cache(KEPT)
 def _launch_columns(deep: int, columns: int, by_expert: int, by_depth: int, experts: int, programs: int) -> tuple[int, Launch]:
     """How many programs, and the launch."""
-    wide = 32 if experts * cdiv(columns, 32) >= programs else 16
-    items = experts * cdiv(columns, wide)
-    constants = {"DEPTH": 256, "COLUMNS": wide, "num_warps": 8}
-    return min(items, programs), Launch(_columns, deep, columns, by_expert, by_depth, items, **constants)
+    items = experts * cdiv(columns, _COLUMNS["COLUMNS"])
+    return min(items, programs), Launch(_columns, deep, columns, by_expert, by_depth, items, **_COLUMNS)
 
 
 def matrices(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,6 +104,6 @@ def matrices(weight: Tensor) -> tuple[Tensor, Tensor]:
     scales = torch.empty(experts, columns, dtype=torch.float32, device=weight.device)
     if q.numel():
         processors = torch.cuda.get_device_properties(weight.device).multi_processor_count if weight.is_cuda else 1
-        programs, launch = _launch_columns(deep, columns, weight.stride(0), weight.stride(1), experts, 2 * processors)
+        programs, launch = _launch_columns(deep, columns, weight.stride(0), weight.stride(1), experts, _PROGRAMS * processors)
         launch((programs, 1, 1), weight, q, scales)
     return q, scales

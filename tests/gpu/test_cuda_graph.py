@@ -97,6 +97,22 @@ def test_slices_of_longer_batches_are_recorded():
     assert (step.eager, step.replays) == (step.warmup, 2)
 
 
+def test_packed_sequences_are_others_in_each_replay():
+    import moefx
+    from tests.families import build
+
+    results = []
+    for graph in (False, True):
+        model = moefx.optimize(build("qwen3_moe").to("cuda", torch.bfloat16))
+        step = moefx.cuda_graph(model) if graph else plain(model)
+        given = batches(STEPS, model.config.vocab_size, "cuda")
+        for i, batch in enumerate(given):
+            rows = [[i + 1, 23 - i], [3 * (i % 4 + 1), 10, 14 - 3 * (i % 4 + 1)]]
+            batch["position_ids"] = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows]).cuda()
+        results.append(train(model, step, given))
+    assert step.replays == STEPS - step.warmup and differ(*results) == []
+
+
 def test_what_would_be_silently_wrong_is_an_error():
     import moefx
     from tests.families import build
