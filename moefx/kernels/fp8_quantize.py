@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .launch import KEPT, Launch, cdiv
 
-#: Of :func:`_columns`: its tile, and programs for each of the device's processors.
-_COLUMNS = {"DEPTH": 256, "COLUMNS": 32, "STAGES": 3, "num_warps": 8}
-_PROGRAMS = 2
+#: Of :func:`_columns`: tile and stages, and programs for each processor; of 16 the fastest on an H200 for experts of
+#: Qwen3-30B-A3B, GPT-OSS-20B and Nemotron 3 Nano. It moves 3.8 TB/s, if nothing that it reads again is in the cache.
+_COLUMNS, _PROGRAMS = {"DEPTH": 64, "COLUMNS": 64, "STAGES": 4, "num_warps": 4}, 3
 
 
 @triton.jit
@@ -43,8 +43,7 @@ def _rows(x, inverse, q, scales, width, TOP_K: tl.constexpr, SPREAD: tl.constexp
 def _columns(
     w, q, scales, deep, columns, by_expert, by_depth, items, DEPTH: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr
 ):  # fmt: skip
-    """w [E, deep, columns], columns contiguous -> q [E, columns, deep], with a scale for each column of each expert. Read
-    twice; there are so few programs that the second time it comes from the cache."""
+    """w [E, deep, columns], columns contiguous -> q [E, columns, deep], with a scale for each column of each expert."""
     blocks = tl.cdiv(columns, COLUMNS)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         expert = (item // blocks).to(tl.int64)
@@ -86,10 +85,8 @@ def rows(x: Tensor, inverse: Tensor | None = None, top_k: int = 1) -> tuple[Tens
 
 
 @functools.lru_cache(KEPT)
-def _launch_columns(deep: int, columns: int, by_expert: int, by_depth: int, experts: int, programs: int) -> tuple[int, Launch]:
-    """How many programs, and the launch."""
-    items = experts * cdiv(columns, _COLUMNS["COLUMNS"])
-    return min(items, programs), Launch(_columns, deep, columns, by_expert, by_depth, items, **_COLUMNS)
+def _launch_columns(deep: int, columns: int, by_expert: int, by_depth: int, items: int) -> Launch:
+    return Launch(_columns, deep, columns, by_expert, by_depth, items, **_COLUMNS)
 
 
 def matrices(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,6 +101,7 @@ def matrices(weight: Tensor) -> tuple[Tensor, Tensor]:
     scales = torch.empty(experts, columns, dtype=torch.float32, device=weight.device)
     if q.numel():
         processors = torch.cuda.get_device_properties(weight.device).multi_processor_count if weight.is_cuda else 1
-        programs, launch = _launch_columns(deep, columns, weight.stride(0), weight.stride(1), experts, _PROGRAMS * processors)
-        launch((programs, 1, 1), weight, q, scales)
+        items = experts * cdiv(columns, _COLUMNS["COLUMNS"])
+        launch = _launch_columns(deep, columns, *weight.stride()[:2], items)
+        launch((min(items, _PROGRAMS * processors), 1, 1), weight, q, scales)
     return q, scales
