@@ -6,7 +6,8 @@ What was measured is kept on disk (``MOEFX_TUNING``, by default ``moefx/tuning.j
 the report. Each rank chooses for itself: kernels of one operation compute the same, whoever chooses which.
 
 With ``MOEFX_TUNE=0`` nothing is timed, so that runs choose alike: what is kept decides, then the table that moefx has for this
-kind of GPU (``moefx/tuned``, made by ``benchmarks/tune_table.py``), then the order of the backends.
+kind of GPU (``moefx/tuned``, made by ``benchmarks/tune_table.py``; an H100 is served by the H200's), then the order of the
+backends.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def _untimed(site: _Site, candidates: Sequence[Choice], known: dict[str, Any]) -
     """The choice where nothing may be timed, from what is kept of this site, else from the table for this GPU."""
     told = f"kept of {site.sizes}"
     if not known:
-        table = table_of(site.where)
+        table = next((t for t in map(table_of, (site.where, _same_chip(site.where))) if t.exists()), table_of(site.where))
         known, told = _read(table).get("sites", {}).get(site.row, {}), f"{table.name} at {site.sizes}"
     there = [c for c in candidates if isinstance(known.get(c.backend.name), list)]
     if there:
@@ -222,6 +223,11 @@ def versions() -> list[str]:
 def table_of(where: str) -> Path:
     """The table that moefx has for a device; it need not be there."""
     return Path(__file__).parent / "tuned" / f"{re.sub('[^a-z0-9]+', '-', where.lower()).strip('-')}.json"
+
+
+def _same_chip(where: str) -> str:
+    """The device whose table serves one that has none: an H200 is an H100 with more and faster memory."""
+    return "NVIDIA H200" if re.match(r"NVIDIA (H100|H800|GH200)\b", where) else where
 
 
 def rows(where: str) -> dict[str, dict[str, Any]]:

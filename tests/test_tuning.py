@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -154,3 +155,18 @@ def test_without_timing_what_is_kept_decides_then_the_table_then_the_order(kept,
     _, name, why = optimized(*backends, named("third"), tune=(2, 64))
     assert name == "first" and "third" not in why  # not in the table: not a candidate
     assert len(seen) == 2 and not kept.exists()
+
+
+def test_the_tables_that_moefx_has_are_of_devices_and_sites_that_it_asks_for():
+    tables = sorted((Path(tuning.__file__).parent / "tuned").glob("*.json"))
+    assert [t.name for t in tables] == ["nvidia-h200.json"] and tuning.table_of("NVIDIA H200") == tables[0]
+    sites = json.loads(tables[0].read_text())["sites"]
+    asked = {f"moefx.{op._schema.name.split('::')[1]}" for op in tuning.TUNED}
+    for row, found in sites.items():
+        name, given, training = json.loads(row)
+        assert name in asked and training and given and all(len(times) == 2 for times in found.values()) and len(found) > 1
+
+
+@pytest.mark.parametrize("where, served", [("NVIDIA H100 80GB HBM3", True), ("NVIDIA GH200 480GB", True), ("NVIDIA H20", False), ("NVIDIA A100-SXM4-80GB", False)])
+def test_a_device_with_the_same_chip_is_served_by_its_table(where, served):
+    assert (tuning._same_chip(where) == "NVIDIA H200") is served
