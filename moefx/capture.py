@@ -430,6 +430,7 @@ def promises(module: nn.Module, callers: list[tuple[str, nn.Module]]) -> dict[st
     """How many of each semantic operation the module's own structure promises."""
     inside = {id(m) for m in module.modules()}
     counts = {"rms_norm": sum(hf.is_norm(m) for m in module.modules())}
+    counts["dense_experts"] = sum(hf.is_dense_experts(m) for m in module.modules())
     for kind in ("experts", "attention"):
         counts[kind] = len({id(m) for k, m in callers if k == kind and id(m) in inside})
     return {k: v for k, v in counts.items() if v}

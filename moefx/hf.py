@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
+from transformers.activations import ACT2FN
 from transformers.integrations import hub_kernels
 from transformers.integrations.moe import ExpertsInterface
 from transformers.masking_utils import sdpa_mask
@@ -150,8 +151,19 @@ class ExpertsLayout:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Made by Transformers' ``use_experts_implementation``."""
-    return all(hasattr(module, a) for a in ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate"))
+    """Made by Transformers' ``use_experts_implementation``, or run on every token."""
+    flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
+    return all(hasattr(module, a) for a in flags) or is_dense_experts(module)
+
+
+def is_dense_experts(module: nn.Module) -> bool:
+    """Experts that a model multiplies with all tokens at once (Llama 4): see ``passes/dense_experts.py``. They are given rows
+    and nothing of who chose them, and hold gate_up_proj [E, H, 2I] and down_proj [E, I, H]."""
+    up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+    if not (isinstance(up, Tensor) and isinstance(down, Tensor) and up.dim() == down.dim() == 3 and hasattr(module, "act_fn")):
+        return False
+    fits = up.shape == (down.shape[0], down.shape[2], 2 * down.shape[1])
+    return fits and list(inspect.signature(type(module).forward).parameters) == ["self", "hidden_states"]
 
 
 def experts_layout(module: nn.Module) -> ExpertsLayout:
@@ -170,6 +182,10 @@ def experts_layout(module: nn.Module) -> ExpertsLayout:
 
 def _experts_layout(module: nn.Module) -> ExpertsLayout:
     name = type(module).__name__
+    if is_dense_experts(module):
+        if not isinstance(module.act_fn, nn.SiLU | type(ACT2FN["silu"])):
+            raise CaptureError(f"{name} runs on every token with {type(module.act_fn).__name__}: only SiLU is known here")
+        return ExpertsLayout("gate_up_proj", "down_proj", False, "swiglu", 0.0, 0.0, True, False)
     if module.has_post_expert_norm:
         raise CaptureError(f"{name} normalises after each expert (has_post_expert_norm): moefx.experts has no such form")
     up = "gate_up_proj" if module.has_gate else "up_proj"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from . import exchange, grouped, hf, sharded
 from .errors import MoefxError
@@ -126,7 +127,29 @@ def shard_parameters(model: nn.Module, ep: DeviceMesh, replicas: DeviceMesh | No
                 new.register_post_accumulate_grad_hook(_average_over(replicas))
             setattr(module, name, new)
             names.append(f"{path}.{name}")
+        if hf.is_dense_experts(module):
+            module.forward = functools.partial(_dense_over_ranks, module)
     return names
+
+
+class _Whole:
+    """Stands for a module in a call of its own forward, with other weights."""
+
+    def __init__(self, module: nn.Module, weights: dict[str, Tensor]):
+        self._module, self._weights = module, weights
+
+    def __getattr__(self, name: str) -> Any:
+        return self._weights[name] if name in self._weights else getattr(self._module, name)
+
+
+def _dense_over_ranks(module: nn.Module, hidden_states: Tensor) -> Tensor:
+    """Experts that run on every token, in a call that no captured graph covers (all ranks of the group must make the same): as
+    the model does, with the weights of all ranks. A gradient is the average over the ranks, as in captured graphs."""
+    names = hf.experts_layout(module).parameters
+    spread = {n: p for n in names if isinstance(p := getattr(module, n), DTensor)}
+    whole = {n: p.full_tensor(grad_placements=[Partial()]) for n, p in spread.items()}
+    scaled = {n: torch.ops.moefx.scale_gradient(w, 1.0 / spread[n].device_mesh.size()) for n, w in whole.items()}
+    return type(module).forward(_Whole(module, scaled), hidden_states)  # type: ignore[arg-type]
 
 
 def _shard(full: Tensor, ep: DeviceMesh, replicas: DeviceMesh | None) -> DTensor:
@@ -159,6 +182,8 @@ def gather_experts(model: nn.Module) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if isinstance(parameter, DTensor):
                 setattr(module, name, nn.Parameter(_whole(parameter), requires_grad=parameter.requires_grad))
+        if hf.is_dense_experts(module):
+            vars(module).pop("forward", None)
     vars(model).pop("_ddp_params_and_buffers_to_ignore", None)
 
 

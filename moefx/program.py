@@ -61,7 +61,7 @@ class Function:
     expects: dict[str, int] = field(default_factory=dict)  #: operations that one instance promises
     placeholders: list[str] = field(default_factory=list)
     routes: tuple[Route, ...] = ()
-    captured: Function | None = None  #: the function before any pass, where it has experts
+    captured: Function | None = None  #: before any pass but those that raise experts, where it has some
     given: tuple[str, ...] = ()  #: in a replaying function: the inputs that choose experts, one per route, and whether they do
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ class Function:
         return replace(self, graph_module=fx.GraphModule(nn.Module(), graph), instances=list(self.instances))
 
     def replaying(self) -> Function:
-        """A copy of a captured function, before any pass, with an input [T, K] for each call of experts, whom to call, and
+        """A copy of a captured function, before the passes, with an input [T, K] for each call of experts, whom to call, and
         one, a boolean scalar, that says whether these count or what the routers choose."""
         made = self.copy()
         graph = made.graph

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 #: Which pass makes which promised operation. Experts and attention are raised by capture.
-_MAKERS = {"rms_norm": "rms_norm", "route": "route", "rotary": "rotary", "linear_cross_entropy": "linear_cross_entropy"}
+_MAKERS = {n: n for n in ("rms_norm", "route", "rotary", "linear_cross_entropy", "dense_experts")}
 
 
 class ShortfallWarning(UserWarning):

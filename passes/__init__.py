@@ -3,6 +3,7 @@
 from moefx.pipeline import Change, Changes, Pass, Pipeline
 
 from .canonicalize import Canonicalize
+from .dense_experts import RaiseDenseExperts
 from .expert_parallel import ExpertParallel
 from .fp8 import FP8
 from .linear_cross_entropy import RaiseLinearCrossEntropy
@@ -19,8 +20,8 @@ from .swiglu import RaiseSwiGLU
 
 __all__ = [
     "Canonicalize", "Change", "Changes", "ExpertParallel", "FP8", "FuseNormRotary", "FuseResidualRMSNorm", "LinearToFP32",
-    "Lower", "Overlap", "Pass", "Pipeline", "RaiseLinearCrossEntropy", "RaiseRMSNorm", "RaiseRotary", "RaiseRoute",
-    "RaiseSwiGLU", "Routes", "default",
+    "Lower", "Overlap", "Pass", "Pipeline", "RaiseDenseExperts", "RaiseLinearCrossEntropy", "RaiseRMSNorm", "RaiseRotary",
+    "RaiseRoute", "RaiseSwiGLU", "Routes", "default",
 ]  # fmt: skip
 
 
@@ -28,6 +29,7 @@ def default() -> Pipeline:
     """The default pipeline, in order: raise, transform, lower. (Experts and attention are raised by capture itself.)"""
     return Pipeline((
         Canonicalize(),
+        RaiseDenseExperts(),
         RaiseRMSNorm(),
         RaiseRoute(),
         RaiseRotary(),

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from moefx import exchange, grouped, ops
+from moefx.errors import MoefxError
 from moefx.graph import arguments, aten, compute, describe, inherit, insert, is_call, value
 from moefx.pipeline import Changes
 
@@ -37,6 +38,11 @@ class ExpertParallel:
         changes = Changes()
         if plan.ep_size == 1:
             return changes
+        if function.expects.get("dense_experts") and not any(is_call(n, ops.experts) for n in function.graph.nodes):
+            raise MoefxError(
+                f"ep_size={plan.ep_size}, but the experts of {function.name} run on every token and were not raised to "
+                "moefx.experts (the pass dense_experts says why): use ep_size=1"
+            )
         for node in list(function.graph.nodes):
             if is_call(node, ops.experts):
                 problem = self._rewrite(function, node, plan, changes)

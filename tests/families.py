@@ -39,6 +39,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_shared_expert_intermediate_size": 48, "n_shared_experts": 1,
         "layers_block_type": ["mamba", "moe", "attention", "moe"], "num_hidden_layers": 4,
     },
+    "llama4_text": {
+        "intermediate_size": 32, "intermediate_size_mlp": 96, "num_local_experts": 8, "num_experts_per_tok": 1, "head_dim": 16,
+        "interleave_moe_layer_step": 1, "attention_chunk_size": 8,
+    },
 }  # fmt: skip
 #: That of examples/, but for one token more in sft.py.
 EXAMPLES = Qwen3MoeConfig(
@@ -56,8 +60,18 @@ EXPECTED: dict[str, dict[str, int]] = {
     "gpt_oss": {"rms_norm": 5, "route": 2, "rotary": 2, "attention": 2, "experts": 2, "swiglu": 0},
     # a layer: seven norms around its parts, the router's, and those of queries, keys and values
     "gemma4_text": {"rms_norm": 34, "route": 3, "rotary": 3, "attention": 3, "experts": 3, "swiglu": 0},
+    # experts that run on every token are raised with their routers; queries and keys have norms that are no RMSNorm modules
+    "llama4_text": {
+        "rms_norm": 9, "route": 0, "rotary": 2, "attention": 2, "experts": 0, "swiglu": 2, "dense_experts": 2, "norm_modules": 5,
+    },
     "nemotron_h": {"rms_norm": 5, "route": 2, "rotary": 0, "attention": 1, "experts": 2, "swiglu": 0},
 }
+
+
+def experts_of(family: str) -> tuple[int, int]:
+    """How many calls of experts a model of ``family`` has here, and how many experts a token visits in one."""
+    counts, sizes = EXPECTED[family], {**COMMON, **FAMILIES[family]}
+    return counts["experts"] + counts.get("dense_experts", 0), sizes.get("top_k_experts", sizes["num_experts_per_tok"])
 
 
 def build(family: str, seed: int = 0, **changes: Any) -> Any:

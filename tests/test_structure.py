@@ -25,7 +25,7 @@ def ranks():
 
 
 #: How each family's configuration calls the number of experts.
-COUNT = dict.fromkeys(("qwen3_moe", "olmoe", "gemma4_text"), "num_experts") | dict.fromkeys(("mixtral", "gpt_oss"), "num_local_experts")
+COUNT = dict.fromkeys(("qwen3_moe", "olmoe", "gemma4_text"), "num_experts") | dict.fromkeys(("mixtral", "gpt_oss", "llama4_text"), "num_local_experts")
 
 
 def on_meta(name: str, experts: int):
@@ -46,7 +46,7 @@ def test_64_ranks(name):
         assert p.device_mesh.get_local_rank() == 37
     for function in moefx.report(model).program:
         found = [n.meta.get("semantic", n.target) for n in function.graph.nodes if n.op == "call_function"]
-        many = function.expects.get("experts", 0)
+        many = function.expects.get("experts", 0) + function.expects.get("dense_experts", 0)
         assert ops.experts not in found
         for op in (exchange.dispatch, grouped.grouped_mlp, exchange.combine):
             assert found.count(op) == many, (function.name, op)

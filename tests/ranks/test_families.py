@@ -35,10 +35,11 @@ def families_agree(rank: int, world: int, names: list[str], ep_size: int) -> lis
     return wrong
 
 
-ALL = ["qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "glm4_moe", "gpt_oss", "gemma4_text", "nemotron_h"]
+ALL = ["qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "glm4_moe", "gpt_oss", "gemma4_text", "nemotron_h", "llama4_text"]
 
-#: Group-limited routing and shared experts; biases, sinks and transposed weights; ungated experts and Mamba blocks.
-KINDS = ["deepseek_v3", "gpt_oss", "nemotron_h"]
+#: Group-limited routing and shared experts; biases, sinks and transposed weights; ungated experts and Mamba blocks; experts that
+#: the model runs on every token.
+KINDS = ["deepseek_v3", "gpt_oss", "nemotron_h", "llama4_text"]
 
 
 @pytest.mark.parametrize("world,ep_size,names", [(4, 4, ALL), (2, 2, KINDS), (8, 8, ["gpt_oss"]), (4, 2, ["qwen3_moe"])])

@@ -1,0 +1,89 @@
+"""Raises experts that a model runs on every token, most of them on zeros, to ``moefx.route`` and ``moefx.experts``.
+
+Llama 4 multiplies each token by its score for each expert, zero for those that were not chosen, and runs all experts on all of
+that. An expert makes zeros of zeros, so only the chosen one matters: of 16 or 128 products one is left, forward and backward.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moefx import ops
+from moefx.certify import certify
+from moefx.graph import aten, compute, inherit, insert, value
+from moefx.match import Match, f64
+from moefx.pipeline import Changes
+from moefx.raising import Raise
+
+#: How such a router scores, in the words of ``moefx.route``: the sigmoid of the logit that was chosen.
+_SCORES = {"score": "sigmoid", "topk_first": True, "fp32": True, "cast": True}
+_OPTIONS = {"activation": "swiglu", "transposed": True}
+
+
+def _dense(x: Tensor, logits: Tensor, up: Tensor, down: Tensor, top_k: int, experts: int) -> Tensor:
+    """As models write it: x [T, H], logits [T, E], up [E, H, 2I], down [E, I, H] -> [T, H]."""
+    chosen, index = torch.topk(logits, top_k, dim=1)
+    scores = torch.full_like(logits, float("-inf")).scatter(1, index, chosen)
+    scores = torch.sigmoid(scores.float()).to(scores.dtype)
+    rows = x.repeat(experts, 1) * scores.transpose(0, 1).reshape(-1, 1)
+    gate, high = torch.bmm(rows.view(experts, -1, x.shape[1]), up).chunk(2, dim=-1)
+    rows = torch.bmm(high * F.silu(gate), down).view(-1, x.shape[1])
+    return rows.reshape(experts, -1, x.shape[1]).sum(dim=0)
+
+
+def _sparse(x: Tensor, logits: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """The same for the best expert of each token."""
+    weights, index = ops.route(logits, None, 1, **_SCORES)
+    return ops.experts(x * weights, index, torch.ones_like(weights), up, None, down, None, **_OPTIONS)
+
+
+@dataclass(frozen=True)
+class _RaiseDenseExperts(Raise):
+    def run(self, function, plan=None) -> Changes:
+        changes = super().run(function, plan)
+        if changes.made:  # now there are experts, to whom tokens can be told to go
+            function.graph.eliminate_dead_code()
+            function.captured = function.copy()
+        return changes
+
+    def rewrite(self, function, match: Match, changes: Changes) -> str | None:
+        given = tuple(match.bound[n] for n in ("x", "logits", "up", "down"))
+        x, logits, up, down = given
+        if match.bound["top_k"] != 1:
+            return f"its {match.bound['top_k']} experts a token each scale their input: moefx.experts has one input a token"
+        agrees, how = certify(match.nodes, match.outputs, _sparse, given, {})
+        if not agrees:
+            return f"it looks like experts that run on zeros, but {how}"
+        (out,) = match.outputs
+        assert out is not None
+        made = []
+
+        def call(target, args: tuple, kwargs: dict | None = None):
+            val = compute(target, args, kwargs or {}, function.fake_mode)
+            made.append(insert(function.graph, out, target, args, kwargs, val=val))
+            return made[-1]
+
+        chosen = call(ops.route, (logits, None, 1), dict(_SCORES))
+        weights, index = (call(operator.getitem, (chosen, i)) for i in (0, 1))
+        ones = call(aten.ones_like.default, (weights,))
+        experts = call(ops.experts, (call(aten.mul.Tensor, (x, weights)), index, ones, up, None, down, None), dict(_OPTIONS))
+        for node in made:
+            inherit(node, match.nodes, self.name)
+        experts.meta["val"] = value(out)
+        out.replace_all_uses_with(experts)
+        many = value(up).shape[0]
+        changes.did(experts, f"moefx.experts for {len(match.nodes)} nodes, one of {many} experts a token instead of all, {how}")
+        return None
+
+
+@cache
+def RaiseDenseExperts() -> Raise:
+    example = {"x": f64(3, 10), "logits": f64(3, 19), "up": f64(19, 10, 14), "down": f64(19, 7, 10), "top_k": 13, "experts": 19}
+    needs = {aten.topk.default, aten.scatter.src, aten.repeat.default, aten.bmm.default}
+    return _RaiseDenseExperts("dense_experts", ops.experts, example, body=_dense, needs=lambda _: needs)
