@@ -56,7 +56,8 @@ def reference(name: str, balanced: bool, model: nn.Module, batch: Mapping[str, T
         for n, b in module.named_buffers(recurse=False):
             if b.is_meta:
                 setattr(module, n, model.get_submodule(path).get_buffer(n).clone())
-    exact.set_experts_implementation("eager")  # the loop over experts: the model's own definition
+    if exact._can_set_experts_implementation():
+        exact.set_experts_implementation("eager")  # the loop over experts: the model's own definition
     exact.train()
     if balanced:
         routing.balance(exact)

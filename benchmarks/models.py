@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GptOssConfig, NemotronHConfig, PreTrainedConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, Llama4TextConfig, NemotronHConfig, PreTrainedConfig, Qwen3MoeConfig
 from transformers.models.nemotron_h import modeling_nemotron_h
 
 
@@ -82,6 +82,10 @@ def _gpt_oss_units(layers: int) -> Counter[str]:
     return Counter({"sliding + full": layers // 2})
 
 
+def _llama4(**widths: Any) -> Callable[[int], PreTrainedConfig]:
+    return lambda layers: Llama4TextConfig(num_hidden_layers=layers, interleave_moe_layer_step=1, **widths)
+
+
 MODELS = {
     # Qwen/Qwen3-30B-A3B: config.json. Its 48 layers are alike.
     "qwen3_30b": Model(
@@ -111,6 +115,12 @@ MODELS = {
         ),
         _gpt_oss_units(24), _gpt_oss_units, 24, attention="flex_attention", check_seq=1024, check_attention="eager",
     ),
+    # meta-llama/Llama-4-Scout-17B-16E: the text part of config.json, whose other sizes are the class's defaults. Every fourth layer
+    # has no positions; up to 8,192 tokens that is all in which its layers differ.
+    "llama4_scout": Model(
+        _llama4(hidden_size=5120, intermediate_size=8192, intermediate_size_mlp=16384, num_local_experts=16),
+        _alike(48), _alike, 48, depths=(1, 3), check_seq=1024,
+    ),
     # the same classes in sizes that run anywhere: do the benchmarks run?
     "tiny": Model(
         _qwen3(
@@ -133,6 +143,13 @@ MODELS = {
             num_key_value_heads=2, head_dim=16, sliding_window=8, vocab_size=500,
         ),
         _gpt_oss_units(24), _gpt_oss_units, 24, attention="eager", check_seq=32,
+    ),
+    "tiny_llama4": Model(
+        _llama4(
+            hidden_size=64, intermediate_size=64, intermediate_size_mlp=128, num_local_experts=16, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=16, vocab_size=500, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        ),
+        _alike(4), _alike, 4,
     ),
     "demo": Model(
         _qwen3(
@@ -159,7 +176,8 @@ def build(
         model = AutoModelForCausalLM.from_config(
             config(name, layers), dtype=dtype, attn_implementation=attention or MODELS[name].attention
         )
-    model.set_experts_implementation(experts)
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation(experts)
     return model.to(device)
 
 

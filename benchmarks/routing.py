@@ -15,8 +15,8 @@ ROUTINGS = ("real", "balanced", "zipf")
 
 
 def routers(model: nn.Module) -> dict[str, nn.Module]:
-    """The routers by path. Each gives (logits, weights [T, K], index [T, K])."""
-    return {p: m for p, m in model.named_modules() if type(m).__name__.endswith(("TopKRouter", "TopkRouter"))}
+    """The routers by path. Each gives (logits, weights [T, K], index [T, K]), or, of Llama 4, (scores [T, E], logits)."""
+    return {p: m for p, m in model.named_modules() if type(m).__name__.endswith(("TopKRouter", "TopkRouter", "Llama4Router"))}
 
 
 def load(index: Tensor, experts: int) -> Tensor:
@@ -65,7 +65,16 @@ def _gpt_oss(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return logits, logits.gather(1, index).softmax(1, dtype=logits.dtype), index
 
 
-_BALANCED = {"Qwen3MoeTopKRouter": _qwen3, "NemotronHTopkRouter": _nemotron, "GptOssTopKRouter": _gpt_oss}
+def _llama4(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    logits = F.linear(hidden_states, self.weight)
+    index = balanced_index(len(logits), self.top_k, self.num_experts, logits.device)
+    scores = torch.full_like(logits, float("-inf")).scatter(1, index, logits.gather(1, index))
+    return scores.float().sigmoid().to(logits.dtype), logits
+
+
+_BALANCED = {
+    "Qwen3MoeTopKRouter": _qwen3, "NemotronHTopkRouter": _nemotron, "GptOssTopKRouter": _gpt_oss, "Llama4Router": _llama4,
+}  # fmt: skip
 
 
 # --- by Zipf's law ---------------------------------------------------------------------------------------------------
@@ -182,7 +191,8 @@ def observed(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     def after(path: str) -> Callable:
         def hook(_: Any, __: Any, out: tuple) -> None:
-            seen[path] = out[2].detach()
+            # Llama 4's says no index: the scores of all experts, zeros but for those that were chosen
+            seen[path] = out[2].detach() if len(out) == 3 else out[0].detach().topk(int((out[0] != 0).sum(1).max())).indices
 
         return hook
 

@@ -151,8 +151,8 @@ class Call:
 
         def name(t: Tensor, i: int) -> int | str:
             n = int(t.shape[i])
-            # the last size of a table (cos, sin) counts features, whatever the sequence length happens to be
-            feature = t.dim() in (2, 3) and i == t.dim() - 1 and t.dtype.is_floating_point
+            # the last size of a table (cos, sin, or both as complex numbers) counts features, whatever the sequence length is
+            feature = t.dim() in (2, 3) and i == t.dim() - 1 and (t.dtype.is_floating_point or t.dtype.is_complex)
             if n == 1 or feature:
                 return n
             same = [x for x, size in zip(first, lead, strict=True) if size == n and isinstance(x, str)]

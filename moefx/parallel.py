@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from . import exchange, grouped, hf, sharded
 from .errors import MoefxError
@@ -132,24 +132,17 @@ def shard_parameters(model: nn.Module, ep: DeviceMesh, replicas: DeviceMesh | No
     return names
 
 
-class _Whole:
-    """Stands for a module in a call of its own forward, with other weights."""
-
-    def __init__(self, module: nn.Module, weights: dict[str, Tensor]):
-        self._module, self._weights = module, weights
-
-    def __getattr__(self, name: str) -> Any:
-        return self._weights[name] if name in self._weights else getattr(self._module, name)
-
-
 def _dense_over_ranks(module: nn.Module, hidden_states: Tensor) -> Tensor:
-    """Experts that run on every token, in a call that no captured graph covers (all ranks of the group must make the same): as
-    the model does, with the weights of all ranks. A gradient is the average over the ranks, as in captured graphs."""
-    names = hf.experts_layout(module).parameters
-    spread = {n: p for n in names if isinstance(p := getattr(module, n), DTensor)}
-    whole = {n: p.full_tensor(grad_placements=[Partial()]) for n, p in spread.items()}
-    scaled = {n: torch.ops.moefx.scale_gradient(w, 1.0 / spread[n].device_mesh.size()) for n, w in whole.items()}
-    return type(module).forward(_Whole(module, scaled), hidden_states)  # type: ignore[arg-type]
+    """Experts that run on every token (:func:`moefx.hf.is_dense_experts`), in a call that no captured graph covers: rows
+    [E * T, H],
+    expert by expert, zeros but for each token's own. By the exchange that graphs make, since other ranks may run one."""
+    layout = hf.experts_layout(module)
+    rows = hidden_states.view(getattr(module, layout.up).shape[0], -1, hidden_states.shape[-1])
+    index = rows.detach().abs().amax(-1).argmax(0)
+    token = torch.arange(len(index), device=index.device)
+    x, ones = rows[index, token], rows.new_ones(len(index), 1)
+    done = experts_over_ranks(x, index.unsqueeze(1), ones, module, layout)
+    return torch.zeros_like(rows).index_put((index, token), done).view_as(hidden_states)
 
 
 def _shard(full: Tensor, ep: DeviceMesh, replicas: DeviceMesh | None) -> DTensor:

@@ -246,9 +246,10 @@ def _cut_by_width(model: Any, layout: Layout) -> MutableMapping[nn.Parameter, Sh
     """
     found = WeakIdKeyDictionary()
     for module in hf.experts_modules(model).values() if _width_is_kept(model) else ():
+        transposed = hf.is_dense_experts(module) or module.is_transposed
         for name, p in module.named_parameters(recurse=False):
             # down is [E, H, I], up and gate [E, 2 I, H], or transposed; biases, which no checkpoint has in parts, are all width
-            width = 1 if p.dim() == 2 or ("down" in name) != module.is_transposed else 2
+            width = 1 if p.dim() == 2 or ("down" in name) != transposed else 2
             if p.dim() > 1 and p.shape[0] // layout.ep_size % layout.efsdp and p.shape[width] % layout.efsdp == 0:
                 found[p] = Shard(width)
     return found

@@ -12,6 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import moefx
 from moefx import ops
+from moefx.capture import Call, Template
 from moefx.graph import aten
 
 from .families import batch, build
@@ -89,3 +90,8 @@ def test_something_alike_is_not_taken_for_it():
         assert nodes(model).count(aten.bmm.default) == 2 and moefx.verify(model, batch(2, 9)).ok
     finally:
         router.forward = own
+
+
+def test_rotations_as_complex_numbers_have_features_whatever_the_length_is():
+    tensors = [torch.zeros(2, 8, 64), torch.zeros(2, 8, 8, dtype=torch.complex64), torch.zeros(2, 8, 8)]
+    assert Call.of(tensors, Template(None, None), True).sizes == (("a", "b", 64), ("a", "b", 8), ("a", "b", 8))
