@@ -416,6 +416,8 @@ _PACKED = "packed_sequence_mask_function.<locals>.inner_mask"
 
 def _said(mask_function: Callable) -> dict[str, dict[str, Any]]:
     """What Transformers' mask says: the names of the functions that it joins by "and", and what each knows."""
+    if not inspect.isfunction(mask_function):  # a partial, an object: something of the user's
+        return {repr(mask_function): {}}
     name, known = mask_function.__qualname__, dict(inspect.getclosurevars(mask_function).nonlocals)
     if name == "and_masks.<locals>.and_mask":
         return {n: what for part in known["mask_functions"] for n, what in _said(part).items()}

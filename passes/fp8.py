@@ -25,6 +25,7 @@ from moefx.pipeline import Changes
 #: Who reads a router's logits, raised or as the model writes it.
 _ROUTERS = (ops.route, ops.route_at, aten.topk.default, aten.softmax.int, aten.sigmoid.default)
 _HALVES = (torch.bfloat16, torch.float16)
+_NOT_ASKED = "not asked for"
 #: What FP8 means for experts.
 _OF_ROWS = "a scale a row and a column of a matrix, E4M3; the weights' gradients by products in bf16"
 
@@ -49,28 +50,32 @@ class FP8:
         if self.recipe not in linear.RECIPES:
             raise MoefxError(f"there is no fp8 recipe {self.recipe!r}; there are: {', '.join(linear.RECIPES)}")
 
-    def _problems(self) -> dict[bool, str | None]:
-        """Why linear layers (False) and experts (True) stay as they are; raises MoefxError if all that were asked for do."""
-        found = {False: te.available() or linear.why_not(self.recipe), True: quack.BACKEND.available()}
-        asked = {False: self.linear, True: self.experts}
-        said = "; ".join(dict.fromkeys(why for kind, why in found.items() if asked[kind] and why))
-        if all(found[kind] or not asked[kind] for kind in found):
-            raise MoefxError(f"the pass fp8 was asked for, and cannot run: {said or 'linear and experts are False'}")
-        return {kind: found[kind] if asked[kind] else "not asked for" for kind in found}
+    def _problems(self) -> tuple[str | None, str | None]:
+        """Why linear layers stay as they are, and why experts do; raises MoefxError if all that were asked for do."""
+        linears = te.available() or linear.why_not(self.recipe) if self.linear else _NOT_ASKED
+        experts = quack.BACKEND.available() if self.experts else _NOT_ASKED
+        if linears and experts:
+            said = [why for why in dict.fromkeys((linears, experts)) if why != _NOT_ASKED]
+            why = "; ".join(said) or "linear and experts are False"
+            raise MoefxError(f"the pass fp8 was asked for, and cannot run: {why}")
+        return linears, experts
 
     def run(self, function, plan=None) -> Changes:
-        changes, problems = Changes(), self._problems()
+        changes = Changes()
+        no_linears, no_experts = self._problems()
         for node in function.graph.nodes:
-            experts = is_call(node, ops.experts, grouped_mlp)
-            if not experts and not is_call(node, aten.linear.default):
-                continue
-            why = problems[experts] or (quack.FP8[node.target].refuses(node) if experts else self._refuses(node, function.name))
-            if why:
-                changes.miss(node, f"{op_name(node.target)} keeps its precision: {why}" if experts else why)
-            elif experts:
-                self._of_experts(node, changes)
-            else:
-                self._of_linear(node, changes)
+            if is_call(node, ops.experts, grouped_mlp):
+                why = no_experts or quack.FP8[node.target].refuses(node)
+                if why:
+                    changes.miss(node, f"{op_name(node.target)} keeps its precision: {why}")
+                else:
+                    self._of_experts(node, changes)
+            elif is_call(node, aten.linear.default):
+                why = no_linears or self._refuses(node, function.name)
+                if why:
+                    changes.miss(node, why)
+                else:
+                    self._of_linear(node, changes)
         return changes
 
     def _of_experts(self, node: fx.Node, changes: Changes) -> None:

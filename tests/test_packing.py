@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
+from transformers import masking_utils
 
 import moefx
 from moefx import hf
@@ -54,6 +56,19 @@ def test_a_mask_that_says_more_than_packing_stays_one():
     kept = given["attention_mask"].bool()
     found, wanted = (m(**given, use_cache=False).logits[kept] for m in (model, plain))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mask_of_the_users_own_stays_one():
+    """Whatever it is made of: functions, or objects that can be called."""
+    sequence = torch.tensor([[0, 0, 1, 1, 1]])
+    both = masking_utils.and_masks(masking_utils.causal_mask_function, masking_utils.packed_sequence_mask_function(sequence))
+    how = {"batch_size": 1, "q_length": 5, "kv_length": 5, "device": torch.device("cpu")}
+    starts, window = hf.packed_of(hf.attention_mask(mask_function=both, allow_is_causal_skip=False, **how))
+    assert starts.tolist() == [[0, 0, 2, 2, 2]] and window is None
+    for other in (functools.partial(lambda n, b, h, q, k: q - k < n, 2), lambda b, h, q, k: q - k < 2):
+        mask = hf.attention_mask(mask_function=masking_utils.and_masks(both, other), allow_is_causal_skip=False, use_vmap=True, **how)
+        assert hf.packed_of(mask) is None and hf.window_of(mask) is None
+        assert mask[0, 0].int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 1, 1]]
 
 
 def test_what_replays_take_for_packed_is_what_is():
