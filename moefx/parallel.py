@@ -133,9 +133,8 @@ def shard_parameters(model: nn.Module, ep: DeviceMesh, replicas: DeviceMesh | No
 
 
 def _dense_over_ranks(module: nn.Module, hidden_states: Tensor) -> Tensor:
-    """Experts that run on every token (:func:`moefx.hf.is_dense_experts`), in a call that no captured graph covers: rows
-    [E * T, H],
-    expert by expert, zeros but for each token's own. By the exchange that graphs make, since other ranks may run one."""
+    """Experts that run on every token (``hf.is_dense_experts``), in a call that no captured graph covers: hidden_states
+    [E * T, H], expert by expert, zeros but for each token's own. By the exchange that graphs make: another rank may run one."""
     layout = hf.experts_layout(module)
     rows = hidden_states.view(getattr(module, layout.up).shape[0], -1, hidden_states.shape[-1])
     index = rows.detach().abs().amax(-1).argmax(0)
