@@ -532,7 +532,7 @@ def test_pipeline_edits_and_unknown_names():
     assert names.index("mine") == names.index("route") - 1
     assert default().after("route", swiglu).names.index("mine") == default().names.index("route") + 1
     assert "swiglu" not in default().without("swiglu").names and "mine" in default().replace("swiglu", swiglu).names
-    with pytest.raises(moefx.MoefxError, match="no pass is named 'rote'; the pipeline has: canonicalize, rms_norm, route"):
+    with pytest.raises(moefx.MoefxError, match="no pass is named 'rote'; the pipeline has: canonicalize, dense_experts, rms_norm, route"):
         default().before("rote", swiglu)
 
 

@@ -35,7 +35,7 @@ def families_agree(rank: int, world: int, names: list[str], ep_size: int) -> lis
     return wrong
 
 
-ALL = ["qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "glm4_moe", "gpt_oss", "gemma4_text", "nemotron_h", "llama4_text"]
+ALL = ["qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "glm4_moe", "gpt_oss", "gemma4_text", "nemotron_h"]
 
 #: Group-limited routing and shared experts; biases, sinks and transposed weights; ungated experts and Mamba blocks; experts that
 #: the model runs on every token.
