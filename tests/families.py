@@ -41,7 +41,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "llama4_text": {
         "intermediate_size": 32, "intermediate_size_mlp": 96, "num_local_experts": 8, "num_experts_per_tok": 1, "head_dim": 16,
-        "interleave_moe_layer_step": 1, "attention_chunk_size": 8,
+        "interleave_moe_layer_step": 1, "attention_chunk_size": 16,
     },
 }  # fmt: skip
 #: That of examples/, but for one token more in sft.py.
