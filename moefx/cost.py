@@ -189,7 +189,7 @@ def _attention(given: dict[str, Any], sizes: Sizes) -> tuple[Any, Any, Any]:
     if window is not None:
         near = sympy.Min(length, window)
         pairs = near * (near + 1) / 2 + (length - near) * near
-    elif given["is_causal"] and (given["mask"] is None or value(given["mask"]).dtype == torch.int32):
+    elif given["is_causal"] and (given["mask"] is None or ops.is_packed(value(given["mask"]))):
         pairs = length * (length + 1) / 2
     return 2 * sizes.size(q.shape[0]) * sizes.role("A") * pairs * widths, sympy.Integer(0), None
 

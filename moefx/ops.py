@@ -290,6 +290,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def is_packed(mask: Tensor | None) -> bool:
+    """Does attention's mask say where packed sequences begin, and not who sees whom?"""
+    return mask is not None and mask.dtype == torch.int32
+
+
 def visible(queries: int, keys: int, window: int | None, starts: Tensor | None, device: torch.device) -> Tensor:
     """The boolean mask of causal attention that ``window`` and ``starts`` [B, S] say: [S, T], or [B, 1, S, T] with starts."""
     key = torch.arange(keys, device=device)
@@ -329,7 +334,7 @@ def attention(
     scores = torch.matmul(q, k.transpose(2, 3)) * scale
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
-    if is_causal and (mask is None or mask.dtype == torch.int32):
+    if is_causal and (mask is None or is_packed(mask)):
         mask = visible(q.shape[2], k.shape[2], window, mask, q.device)
     boolean = mask is not None and mask.dtype == torch.bool
     if mask is not None:

@@ -26,7 +26,7 @@ def _refuses(node: fx.Node, multiple: int = 8) -> str | None:
     return triton.refuses_experts(node)
 
 
-def refuses_fp8(node: fx.Node) -> str | None:
+def _refuses_fp8(node: fx.Node) -> str | None:
     """Why the experts of ``node`` cannot run in FP8: :data:`FP8`."""
     return _refuses(node, 16)
 
@@ -62,10 +62,8 @@ def _available() -> str | None:
 
 #: Not the backend's own: numerics change, and only the pass ``fp8`` puts them in.
 FP8 = {
-    ops.experts: Kernel(triton.experts_by("fp8"), refuses_fp8, "QuACK's grouped GEMM in E4M3, a scale a row and a column"),
-    grouped.grouped_mlp: Kernel(
-        triton.grouped_mlp_by("fp8"), refuses_fp8, "QuACK's grouped GEMM in E4M3, a scale a row and a column"
-    ),
+    op: Kernel(by("fp8"), _refuses_fp8, "QuACK's grouped GEMM")
+    for op, by in ((ops.experts, triton.experts_by), (grouped.grouped_mlp, triton.grouped_mlp_by))
 }
 
 BACKEND = Backend(

@@ -51,18 +51,17 @@ def attention(
     softcap: float = 0.0,
     dropout: float = 0.0,
 ) -> Tensor:
-    starts = mask if _packed(mask) else None
+    starts = mask if ops.is_packed(mask) else None
     asked = is_causal and (mask is None or starts is not None)
     if asked and not (sinks is None and window is None and starts is None):
         size, wide = v.shape[3], q.shape[3]
-        if starts is not None and size < wide:  # multi-head latent attention's values are shorter than its keys
-            v = F.pad(v, (0, wide - size))
-        if flashes(q, v, dropout) is None:
+        # multi-head latent attention's values are shorter than its keys
+        padded = F.pad(v, (0, wide - size)) if starts is not None and size < wide else v
+        if flashes(q, padded, dropout) is None:
             # head by head within a position, as the output lies: else each gradient is copied, outside of Inductor's reach
-            q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
+            q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, padded))
             out = flash_attention(q, k, v, sinks, scale, window, starts)[0]
             return out if size == wide else out[..., :size]
-        v = v[..., :size]
     if asked and (starts is not None or window is not None and q.shape[2] > window):
         mask = ops.visible(q.shape[2], k.shape[2], window, starts, q.device)
     repeats = q.shape[1] // k.shape[1]
@@ -74,11 +73,6 @@ def attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal and mask is None, scale=scale, enable_gqa=share
     )
     return out.transpose(1, 2).contiguous()
-
-
-def _packed(mask: Tensor | None) -> bool:
-    """Does the mask say where packed sequences begin?"""
-    return mask is not None and mask.dtype == torch.int32
 
 
 def flashes(q: Tensor, v: Tensor, dropout: float) -> str | None:
@@ -93,8 +87,7 @@ def flashes(q: Tensor, v: Tensor, dropout: float) -> str | None:
 def _refuses_attention(node: fx.Node) -> str | None:
     given = arguments(node)
     if given["sinks"] is not None:
-        mask = None if given["mask"] is None else value(given["mask"])
-        if mask is not None and not _packed(mask) or not given["is_causal"]:
+        if given["mask"] is not None and not ops.is_packed(value(given["mask"])) or not given["is_causal"]:
             return "scaled_dot_product_attention has no sinks, and flash attention with sinks takes no mask"
         problem = flashes(value(given["q"]), value(given["v"]), given["dropout"])
         if problem:
