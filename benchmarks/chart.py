@@ -32,6 +32,7 @@ CONTENDERS = {
     "moefx": ("moefx", "#009E73"),
     "moefx_graph": ("moefx, CUDA graph", "#0072B2"),
     "moefx_chunks": ("moefx, two chunks", "#56B4E9"),
+    "moefx_graph_chunks": ("moefx, two chunks, CUDA graph", "#D55E00"),
     "moefx_no_overlap": ("moefx, no overlap", "#CC79A7"),
 }
 #: The number on their bars would be 1.

@@ -40,6 +40,7 @@ CONTENDERS = {
     "moefx_graph": "moefx, steps replayed as CUDA graphs",
     "hf_ep": "Transformers' own expert parallelism",
     "moefx_chunks": "moefx, tokens in two chunks that overlap",
+    "moefx_graph_chunks": "moefx, in two chunks and replayed",
     "moefx_no_overlap": "moefx without the pass overlap",
 }
 #: Not timed: Transformers in fp32 on the same weights, against which all are checked.
@@ -285,13 +286,18 @@ def _refuses_deepep() -> str | None:
     return deepep.available() or deepep.refuses_group(dist.group.WORLD.group_name)
 
 
+def _in_two() -> Any:
+    return passes.default().replace("overlap", passes.Overlap(chunks=2))
+
+
 BUILDERS: dict[str, Callable[[Rank], Contender]] = {
     EXACT: exact,
     "hf_fsdp": transformers,
     "hf_ep": lambda here: transformers(here, ep_size=here.ranks),
     "moefx": expert_parallel,
     "moefx_graph": lambda here: expert_parallel(here, graph=True),
-    "moefx_chunks": lambda here: expert_parallel(here, lambda: passes.default().replace("overlap", passes.Overlap(chunks=2))),
+    "moefx_chunks": lambda here: expert_parallel(here, _in_two),
+    "moefx_graph_chunks": lambda here: expert_parallel(here, _in_two, graph=True),
     "moefx_no_overlap": lambda here: expert_parallel(here, lambda: passes.default().without("overlap")),
 }
 

@@ -65,7 +65,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", choices=MODELS, default="qwen3_30b")
     parser.add_argument("--layers", type=int, help="fewer than the published model's")
     parser.add_argument("--gpus", type=int, help="ranks (default: torchrun's, else the GPUs that there are)")
-    parser.add_argument("--contenders", help=f"in this order, of {', '.join(CONTENDERS)} (default: all; the CPU has no graph)")
+    parser.add_argument("--contenders", help=f"in this order, of {', '.join(CONTENDERS)} (default: all; the CPU has no graphs)")
     parser.add_argument("--seq", type=int, default=4096)
     parser.add_argument("--mbs", type=int, nargs="+", default=[1, 4], help="sequences of a rank's batch")
     parser.add_argument("--routing", nargs="+", choices=("balanced", "real"), default=["balanced", "real"])
@@ -87,7 +87,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="its folder")
     parser.add_argument("--fail", default="", help=argparse.SUPPRESS)
     args = parser.parse_args(given)
-    usual = [c for c in CONTENDERS if args.device == "cuda" or c != "moefx_graph"]
+    usual = [c for c in CONTENDERS if args.device == "cuda" or "graph" not in c]
     args.contenders = usual if args.contenders is None else [c for c in args.contenders.split(",") if c]
     unknown = set(args.contenders) - set(CONTENDERS)
     if unknown:

@@ -195,6 +195,11 @@ def _dispatch_start(
     group; all its ranks call. ``transport``: one of ``transports.NAMES``, by default ``transports.usual``.
     """
     call = _call(group, num_experts, capacity, _layer.get(), wire)
+    if x.shape[0] > capacity > 0:
+        raise MoefxError(
+            f"{x.shape[0]} tokens of this rank are to be sent at once, there is room for {capacity}: pass the most tokens that "
+            "a rank ever has as dispatch_capacity"
+        )
     mover = transports.find(transport or transports.usual(call))
     shared = _dispatches.get()
     kept = shared.take() if shared else None

@@ -170,6 +170,8 @@ class _Chunks:
     def write(self, many: int) -> tuple[list[fx.Node], list[fx.Node], list[fx.Node]]:
         """The starts of dispatches, their waits, and the waits of combines."""
         where = dict(self.dispatch.kwargs)
+        if where.get("capacity"):  # the most tokens that a part of a rank's has
+            where["capacity"] = -(-where["capacity"] // many)
         arrives, back_where = {n: w for n, w in where.items() if n != "wire"}, {"group": where["group"]}
         x, index, weights = self._cut(self.dispatch.args, many)  # type: ignore[arg-type]
         transport = getattr(self.dispatch.target, "transport", "")

@@ -9,6 +9,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import moefx
 from moefx import exchange, grouped, ops
+from moefx.errors import MoefxError
 
 E, K, H, INNER = 4, 2, 8, 6
 
@@ -138,6 +139,12 @@ def test_compiled_experts_over_the_group_are_the_experts_operation(group, backen
         for g, e in zip(found, expected):
             torch.testing.assert_close(g, e, rtol=1e-5, atol=1e-5)
     torch._dynamo.reset()
+
+
+def test_more_tokens_than_there_is_room_for_are_refused(group):
+    x, index, weights = _random(21, H), _index(21), _random(21, K)
+    with pytest.raises(MoefxError, match="21 tokens .* room for 20: .* as dispatch_capacity"):
+        exchange.dispatch(x, index, weights, **group, capacity=20)
 
 
 def test_shapes_for_64_ranks():

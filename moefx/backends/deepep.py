@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from .. import exchange, fp8_rows, grouped, transports
-from ..errors import MoefxError
 from ..graph import arguments, value
 from ..transports import Call, Dispatched, Host, Shapes, Wait, make_host
 from . import Backend, Kernel
@@ -291,10 +290,6 @@ class DeepEP:
     def send(
         self, x: Tensor, index: Tensor, weights: Tensor, call: Call, kept: Dispatched | None
     ) -> tuple[Dispatched, Wait]:
-        if x.shape[0] > call.capacity > 0:
-            raise MoefxError(
-                f"{x.shape[0]} tokens on this rank, dispatch_capacity={call.capacity}: pass the most tokens that a rank has"
-            )
         if kept is not None:
             tokens, wait = self._again(x, kept.handle, kept.host, call)
             return Dispatched(tokens, *(t.clone() for t in kept[1:])), wait

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, fx
 
 from .. import exchange, fp8_rows, transports
-from ..errors import MoefxError
 from ..graph import arguments, value
 from ..transports import Call, Dispatched, Host, Shapes, Wait, make_host
 from . import Backend, Kernel, deepep
@@ -87,10 +86,6 @@ class Elastic:
         return deepep._library().EPHandle(do_expand=False, num_recv_tokens_per_expert_list=[], **given)
 
     def send(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, kept: Dispatched | None) -> tuple[Dispatched, Wait]:
-        if x.shape[0] > call.capacity:
-            raise MoefxError(
-                f"{x.shape[0]} tokens on this rank, dispatch_capacity={call.capacity}: pass the most tokens that a rank has"
-            )
         if kept is not None:
             tokens, wait = self._again(x, kept.handle, kept.host, call)
             return Dispatched(tokens, *(t.clone() for t in kept[1:])), wait

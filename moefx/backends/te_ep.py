@@ -129,10 +129,6 @@ class NCCLEP:
         return x.new_zeros(1, x.shape[1]), some, weights.new_zeros(1, index.shape[1]).float()
 
     def send(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, kept: Dispatched | None) -> tuple[Dispatched, Wait]:
-        if x.shape[0] > call.capacity:
-            raise MoefxError(
-                f"{x.shape[0]} tokens on this rank, dispatch_capacity={call.capacity}: pass the most tokens that a rank has"
-            )
         library = _configure(call, x.shape[1])
         (many, top_k), rows = index.shape, call.ep * call.capacity * min(index.shape[1], call.local)
         x, index, weights = self._at_least_one(x, index, weights)

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import fp8_rows
-from ..errors import MoefxError
 from . import (
     CAPACITY,
     FP8,
@@ -53,10 +52,6 @@ class AllGather:
         self, x: Tensor, index: Tensor, weights: Tensor, call: Call, kept: Dispatched | None
     ) -> tuple[Dispatched, Wait]:
         (tokens, top_k), n = index.shape, call.ep * call.capacity
-        if tokens > call.capacity:
-            raise MoefxError(
-                f"{tokens} tokens on this rank, dispatch_capacity={call.capacity}: pass the most tokens that a rank ever has"
-            )
         made = parts(x, top_k, weights.dtype, call.wire)
         payload = empty_rows(x, call.capacity, *made)
         hidden, w, experts = unpack(payload, *made)
