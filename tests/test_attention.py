@@ -9,7 +9,7 @@ from transformers import masking_utils
 import moefx
 from moefx import hf, ops
 from moefx.backends import resolve
-from moefx.backends.torch import flashes
+from moefx.backends.torch import refuses_flash
 from moefx.graph import arguments
 
 from .families import batch, build
@@ -60,7 +60,7 @@ def test_the_captured_block_knows_its_window_and_needs_no_mask():
 
 def test_sinks_need_a_cuda_device_in_16_bits():
     q = torch.empty(1, 2, 3, 8)
-    assert "float32 on cpu" in flashes(q, q, 0.0)
+    assert "float32 on cpu" in refuses_flash(q, q, 0.0)
     program = moefx.capture(build("gpt_oss"))
     moefx.rewrite(program, moefx.Plan(resolve("torch")), moefx.passes.default())
     notes = [n.meta["moefx"] for f in program for n in f.graph.nodes if n.meta.get("semantic") is ops.attention]

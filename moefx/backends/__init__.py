@@ -61,9 +61,9 @@ class Choice:
 
 def builtin() -> dict[str, Backend]:
     """The backends of this package by name, in the default order."""
-    from . import deepep, deepep_elastic, quack, reference, te, te_ep, torch, triton
+    from . import deepep, deepep_elastic, fa4, quack, reference, te, te_ep, torch, triton
 
-    order = (deepep, deepep_elastic, te_ep, quack, triton, torch, te, reference)
+    order = (deepep, deepep_elastic, te_ep, quack, fa4, triton, torch, te, reference)
     return {module.BACKEND.name: module.BACKEND for module in order}
 
 

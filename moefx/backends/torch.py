@@ -57,10 +57,8 @@ def attention(
         size, wide = v.shape[3], q.shape[3]
         # multi-head latent attention's values are shorter than its keys
         padded = F.pad(v, (0, wide - size)) if starts is not None and size < wide else v
-        if flashes(q, padded, dropout) is None:
-            # head by head within a position, as the output lies: else each gradient is copied, outside of Inductor's reach
-            q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, padded))
-            out = flash_attention(q, k, v, sinks, scale, window, starts)[0]
+        if refuses_flash(q, padded, dropout) is None:
+            out = flash_attention(*map(by_position, (q, k, padded)), sinks, scale, window, starts, "torch")[0]
             return out if size == wide else out[..., :size]
     if asked and (starts is not None or window is not None and q.shape[2] > window):
         mask = ops.visible(q.shape[2], k.shape[2], window, starts, q.device)
@@ -75,12 +73,20 @@ def attention(
     return out.transpose(1, 2).contiguous()
 
 
-def flashes(q: Tensor, v: Tensor, dropout: float) -> str | None:
-    """Why moefx's flash attention, with window and sinks, cannot take these; None: it can."""
+def by_position(t: Tensor) -> Tensor:
+    """[B, A, S, D] with the heads of a position side by side, as attention's output lies: else each gradient is copied, outside
+    of Inductor's reach."""
+    return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def refuses_flash(q: Tensor, v: Tensor, dropout: float, one_size: bool = True) -> str | None:
+    """Why flash attention, with window and sinks, cannot take these; ``one_size``: as values that are as long as keys."""
     if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
         return f"flash attention runs on CUDA devices in 16 bits, q is {q.dtype} on {q.device.type}"
-    if q.shape[3] != v.shape[3] or q.shape[3] > 256 or q.shape[3] % 8:
-        return f"flash attention wants one head size, a multiple of 8 up to 256: q has {q.shape[3]}, v {v.shape[3]}"
+    sizes = {q.shape[3], v.shape[3]}
+    if one_size and len(sizes) > 1 or any(n > 256 or n % 8 for n in sizes):
+        one = "one head size, a multiple" if one_size else "head sizes that are multiples"
+        return f"flash attention wants {one} of 8 up to 256: q has {q.shape[3]}, v {v.shape[3]}"
     return f"flash attention here has no dropout, this one has {dropout}" if dropout else None
 
 
@@ -89,7 +95,7 @@ def _refuses_attention(node: fx.Node) -> str | None:
     if given["sinks"] is not None:
         if given["mask"] is not None and not ops.is_packed(value(given["mask"])) or not given["is_causal"]:
             return "scaled_dot_product_attention has no sinks, and flash attention with sinks takes no mask"
-        problem = flashes(value(given["q"]), value(given["v"]), given["dropout"])
+        problem = refuses_flash(value(given["q"]), value(given["v"]), given["dropout"])
         if problem:
             return f"scaled_dot_product_attention has no sinks, and {problem}"
     if given["softcap"]:

@@ -1,8 +1,9 @@
 """Causal flash attention with a sliding window, sinks and packed sequences.
 
-A short window and packed sequences have kernels of moefx's own (``window_attention.py``); else torch's: cuDNN's without
-a window, where SDPA would take them too, otherwise flash attention's. An implementation that was registered with
-``torch.nn.attention.activate_flash_attention_impl`` (FA3, FA4) gets all but packed sequences.
+By FlashAttention 4 (``flash_attention_4.py``), or by whoever is there without it: a short window and packed sequences have
+kernels of moefx's own (``window_attention.py``); else torch's run: cuDNN's without a window, where SDPA would take them too,
+otherwise flash attention's. An implementation that was registered with ``torch.nn.attention.activate_flash_attention_impl``
+(FA3, FA4) gets all but packed sequences.
 
 A sink is one more logit of the softmax, without a value. So the output is flash attention's times the share of the probability
 that the keys have, sigmoid(lse - sink). And flash attention's backward, given that output and the log of the whole sum instead
@@ -32,8 +33,15 @@ def _is_hopper_or_newer(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def _another_is_registered() -> bool:
+def another_is_registered() -> bool:
+    """Has the user registered flash attention of his own with torch?"""
     return getattr(torch_attention, "current_flash_attention_impl", lambda: None)() is not None
+
+
+def is_short(window: int | None, size: int) -> bool:
+    """Are moefx's kernels the fastest for a window of so many keys, with heads of ``size`` numbers?"""
+    longest = next((keys for most, keys in SHORT.items() if size <= most), 0)
+    return window is not None and window <= longest
 
 
 def _by_window(q: Tensor, k: Tensor, window: int | None, starts: Tensor | None) -> bool:
@@ -41,16 +49,15 @@ def _by_window(q: Tensor, k: Tensor, window: int | None, starts: Tensor | None) 
     kernels here keep the same logarithms, so a backward may run on one that did not make them."""
     if starts is not None:
         return True
-    longest = next((keys for size, keys in SHORT.items() if q.shape[3] <= size), 0)
-    short = window is not None and window <= longest and window < q.shape[2] == k.shape[2]
-    return short and _is_hopper_or_newer(q.device) and not _another_is_registered()
+    short = is_short(window, q.shape[3]) and window < q.shape[2] == k.shape[2]  # type: ignore[operator]
+    return short and _is_hopper_or_newer(q.device) and not another_is_registered()
 
 
 def _by_cudnn(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> bool:
     """Whether cuDNN takes these [B, A, S, D]. torch's binding has no window, and its backward no fixed order of sums."""
     if window is not None and window < q.shape[2] or not _is_hopper_or_newer(q.device):
         return False
-    if _another_is_registered() or torch.are_deterministic_algorithms_enabled():
+    if another_is_registered() or torch.are_deterministic_algorithms_enabled():
         return False
     given = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, q.shape[1] != k.shape[1])
     return torch.backends.cuda.can_use_cudnn_attention(given)
@@ -63,16 +70,23 @@ def _window(window: int | None) -> dict[str, int | None]:
 
 @opaque("flash_attention")
 def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int | None, starts: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int | None, starts: Tensor | None,
+    by: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q [B, A, S, D], k and v [B, A/n, S, D] in 16 bits, sinks [A], starts [B, S] (int32): the first key that each query may
-    see -> out [B, S, A, D] and the logarithm [B, A, S] (fp32) of each query's sum of exponentials, the sink's included."""
-    if _by_window(q, k, window, starts):
+    see -> out [B, S, A, D] and the logarithm [B, A, S] (fp32) of each query's sum of exponentials, the sink's included.
+    ``by`` "fa4": by FlashAttention 4, which knows of no starts; its v may be [B, A/n, S, Dv]."""
+    if by == "fa4":
+        from . import flash_attention_4
+
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out, lse = flash_attention_4.forward(q, k, v, scale, window)
+    elif _by_window(q, k, window, starts):
         from . import window_attention
 
         q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
         return window_attention.forward(q, k, v, sinks, scale, window or q.shape[1], starts)
-    if _by_cudnn(q, k, v, window):
+    elif _by_cudnn(q, k, v, window):
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)
         out, lse = out.transpose(1, 2), lse.view(q.shape[:3])
     else:
@@ -89,18 +103,23 @@ def flash_attention(
 
 
 @flash_attention.register_fake
-def _(q, k, v, sinks, scale, window, starts=None):
-    batch, heads, length, size = q.shape
-    return q.new_empty(batch, length, heads, size), q.new_empty(batch, heads, length, dtype=torch.float32)
+def _(q, k, v, sinks, scale, window, starts, by):
+    batch, heads, length, _ = q.shape
+    return q.new_empty(batch, length, heads, v.shape[3]), q.new_empty(batch, heads, length, dtype=torch.float32)
 
 
 @opaque("flash_attention_backward", once=True)
 def flash_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, window: int | None,
-    starts: Tensor | None = None,
+    starts: Tensor | None, by: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v, laid out like them."""
-    if _by_window(q, k, window, starts):
+    if by == "fa4":
+        from . import flash_attention_4
+
+        by_q, by_k, by_v = (t.transpose(1, 2) for t in (q, k, v))
+        found = [t.transpose(1, 2) for t in flash_attention_4.backward(grad, by_q, by_k, by_v, out, lse, scale, window)]
+    elif _by_window(q, k, window, starts):
         from . import window_attention
 
         by_q, by_k, by_v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
@@ -138,22 +157,21 @@ def _laid_out_like(t: Tensor, like: Tensor) -> Tensor:
 
 
 @flash_attention_backward.register_fake
-def _(grad, q, k, v, out, lse, scale, window, starts=None):
+def _(grad, q, k, v, out, lse, scale, window, starts, by):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _save(ctx, inputs, _, output) -> None:
-    q, k, v, sinks, ctx.scale, ctx.window, *starts = inputs
-    ctx.many = len(inputs)
-    ctx.save_for_backward(q, k, v, sinks, *output, *(starts or [None]))
+    q, k, v, sinks, ctx.scale, ctx.window, starts, ctx.by = inputs
+    ctx.save_for_backward(q, k, v, sinks, *output, starts)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, grad: Tensor, _: Tensor):
     q, k, v, sinks, out, lse, starts = ctx.saved_tensors
     grad = grad.contiguous()
-    found = flash_attention_backward(grad, q, k, v, out, lse, ctx.scale, ctx.window, starts)
-    nothing = [None] * (ctx.many - 4)
+    found = flash_attention_backward(grad, q, k, v, out, lse, ctx.scale, ctx.window, starts, ctx.by)
+    nothing = [None] * 4
     if sinks is None:
         return *found, None, *nothing
     # a sink has no value, so what it takes it takes from sum(grad * out)

@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from moefx import ops
+from moefx.backends import fa4
 from moefx.backends import torch as backend
+
+#: By name, since one of them may be missing.
+KERNELS = {"torch": backend.attention, "fa4": fa4.attention}
 
 
 def inputs(batch, heads, shared, length, size, sinks, of_values=None):
@@ -15,6 +19,14 @@ def inputs(batch, heads, shared, length, size, sinks, of_values=None):
 
     q, k, v = normal(batch, heads, length, size), normal(batch, shared, length, size), normal(batch, shared, length, of_values or size)
     return [q, k, v, normal(heads) if sinks else None]
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request):
+    problem = fa4.BACKEND.available() if request.param == "fa4" else None
+    if problem:
+        pytest.skip(problem)
+    return KERNELS[request.param]
 
 
 def run(fn, given, mask=None, **options):
@@ -30,8 +42,16 @@ def run(fn, given, mask=None, **options):
 @pytest.mark.parametrize("batch,heads,shared,length,size", [
     (2, 8, 2, 67, 64), (1, 4, 4, 200, 128), (1, 8, 1, 1, 64), (2, 16, 2, 1024, 64),
 ])  # fmt: skip
-def test_window_and_sinks(batch, heads, shared, length, size, window, sinks):
-    compare(inputs(batch, heads, shared, length, size, sinks), {"scale": size**-0.5, "window": window})
+def test_window_and_sinks(kernel, batch, heads, shared, length, size, window, sinks):
+    compare(kernel, inputs(batch, heads, shared, length, size, sinks), {"scale": size**-0.5, "window": window})
+
+
+@pytest.mark.parametrize("heads,shared,size,of_values", [(16, 2, 64, 64), (32, 2, 128, 128), (4, 4, 192, 128), (4, 2, 256, 256), (6, 3, 80, 80)])
+def test_head_sizes(heads, shared, size, of_values):
+    if problem := fa4.BACKEND.available():
+        pytest.skip(problem)
+    for length in (1, 300, 1025):
+        compare(fa4.attention, inputs(2, heads, shared, length, size, False, of_values), {"scale": size**-0.5, "window": None})
 
 
 @pytest.mark.parametrize("sinks", [True, False])
@@ -41,11 +61,11 @@ def test_packed_sequences(heads, shared, size, of_values, window, sinks):
     """Their kernels take no mask of all pairs, and values may be shorter than keys (multi-head latent attention)."""
     rows = [[1, 300, 99], [64, 64, 272]]
     starts = torch.tensor([[start for n, start in zip(row, (0, *torch.tensor(row).cumsum(0).tolist())) for _ in range(n)] for row in rows])
-    compare(inputs(2, heads, shared, 400, size, sinks, of_values), {"scale": size**-0.5, "window": window}, starts.int().cuda())
+    compare(backend.attention, inputs(2, heads, shared, 400, size, sinks, of_values), {"scale": size**-0.5, "window": window}, starts.int().cuda())
 
 
-def compare(given, options, mask=None):
-    found = run(backend.attention, given, mask, **options)
+def compare(fn, given, options, mask=None):
+    found = run(fn, given, mask, **options)
     exact = [None if t is None else t.detach().float().requires_grad_() for t in given]
     wanted = run(ops.BODIES[ops.attention], exact, mask, **options)
     rounded = run(ops.BODIES[ops.attention], given, mask, **options)
@@ -55,14 +75,14 @@ def compare(given, options, mask=None):
         assert far <= max(2 * allowed, 2e-2), f"{name}: {far:.1e} from float32, the operation in bf16 {allowed:.1e}"
 
 
-def test_deterministic_algorithms_take_flash_attention():
+def test_deterministic_algorithms(kernel):
     """cuDNN's backward adds in no fixed order: the same bits twice, close to what it gives."""
     given = inputs(2, 8, 2, 300, 64, sinks=True)
     options = {"scale": 0.125, "window": None}
-    plain = run(backend.attention, given, **options)
+    plain = run(kernel, given, **options)
     torch.use_deterministic_algorithms(True)
     try:
-        first, second = (run(backend.attention, given, **options) for _ in range(2))
+        first, second = (run(kernel, given, **options) for _ in range(2))
     finally:
         torch.use_deterministic_algorithms(False)
     for f, s, p in zip(first, second, plain, strict=True):

@@ -1,0 +1,100 @@
+"""What is moefx's around FlashAttention 4, with a stand-in in plain torch: tests/gpu/test_attention.py runs its kernels."""
+
+from __future__ import annotations
+
+import sys
+import types
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import fx
+from torch._subclasses import FakeTensorMode
+
+import moefx
+from moefx import ops
+from moefx.backends import fa4
+from moefx.kernels import attention, flash_attention_4
+
+from .families import batch, build
+
+
+def _scores(q, k, softmax_scale, window_size_left):
+    """[B, A, S, S], of q and k [B, S, A, D]."""
+    length, repeats = q.shape[1], q.shape[2] // k.shape[2]
+    keys = k.repeat_interleave(repeats, 2)
+    behind = torch.arange(length)[:, None] - torch.arange(length)
+    seen = (behind >= 0) & (behind <= (length if window_size_left is None else window_size_left))
+    return (torch.einsum("bsad,btad->bast", q, keys) * softmax_scale).masked_fill(~seen, float("-inf")), repeats
+
+
+def _flash_attn_fwd(q, k, v, *, return_lse, softmax_scale, causal, window_size_left):
+    assert causal and return_lse
+    scores, repeats = _scores(q, k, softmax_scale, window_size_left)
+    out = torch.einsum("bast,btad->bsad", scores.softmax(-1), v.repeat_interleave(repeats, 2))
+    return out, scores.logsumexp(-1), None, None, None
+
+
+def _flash_attn_bwd(q, k, v, out, dout, lse, *, deterministic, softmax_scale, causal, window_size_left):
+    """From lse and out alone, as the kernels do it: what they are given is tested too."""
+    assert causal and not deterministic
+    scores, repeats = _scores(q, k, softmax_scale, window_size_left)
+    p, values, keys = (scores - lse[..., None]).exp(), v.repeat_interleave(repeats, 2), k.repeat_interleave(repeats, 2)
+    to_p = torch.einsum("bsad,btad->bast", dout, values)
+    to_scores = p * (to_p - (dout * out).sum(-1).transpose(1, 2)[..., None]) * softmax_scale
+    to_k, to_v = torch.einsum("bast,bsad->btad", to_scores, q), torch.einsum("bast,bsad->btad", p, dout)
+    to_k, to_v = (t.unflatten(2, (-1, repeats)).sum(3) for t in (to_k, to_v))
+    return torch.einsum("bast,btad->bsad", to_scores, keys), to_k, to_v
+
+
+@pytest.fixture
+def usable(monkeypatch):
+    interface = types.SimpleNamespace(_flash_attn_fwd=_flash_attn_fwd, _flash_attn_bwd=_flash_attn_bwd)
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", types.SimpleNamespace(interface=interface))
+    monkeypatch.setattr(fa4, "refuses_flash", lambda *_, **__: None)  # the device and the dtype
+    monkeypatch.setattr(attention, "SHORT", {})  # else a window as short as a test's stays with moefx's own kernels
+    monkeypatch.setattr(fa4, "BACKEND", replace(fa4.BACKEND, available=lambda: None))
+    flash_attention_4._library.cache_clear()
+    yield
+    flash_attention_4._library.cache_clear()
+
+
+@pytest.mark.parametrize("compile", [False, "aot_eager"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "mixtral"])  # shared heads, values of another size, a window
+def test_a_model_trains_by_it(usable, family, compile):
+    model = build(family, **({"sliding_window": 8} if family == "mixtral" else {}))
+    moefx.optimize(model, backends=["fa4", "torch"], compile=compile)
+    assert ("attention", "fa4") in moefx.report(model).kernels()
+    for shape in ((2, 9), (1, 1), (1, 30)):
+        result = moefx.verify(model, batch(*shape, labels=shape[1] > 1))
+        assert result.ok, result.worst
+    moefx.restore(model)
+    torch._dynamo.reset()
+
+
+def _node(dtype=torch.bfloat16, size=64, of_values=64, keys=32, mask=None, **options):
+    """A call of attention on a CUDA device that need not be there."""
+    with FakeTensorMode():
+        vals = [torch.empty(shape, dtype=dtype, device="cuda") for shape in ((2, 4, 32, size), (2, 2, keys, size), (2, 2, keys, of_values))]
+    graph = fx.Graph()
+    inputs = [graph.placeholder(name) for name in "qkv"]
+    for node, val in zip(inputs, vals, strict=True):
+        node.meta["val"] = val
+    if mask:
+        mask = graph.placeholder("mask")
+    return graph.call_function(ops.attention, (*inputs, mask, None), {"scale": 0.1, "is_causal": True, **options})
+
+
+@pytest.mark.parametrize("options,said", [
+    ({"dtype": torch.float32}, "q is torch.float32"), ({"size": 68}, "q has 68, v 64"), ({"of_values": 260}, "q has 64, v 260"),
+    ({"keys": 33}, "q has 32, k 33"), ({"mask": True}, "the mask a tensor"), ({"is_causal": False}, "is_causal is False"),
+    ({"softcap": 30.0}, "has 30.0"), ({"dropout": 0.1}, "has 0.1"), ({"window": 128}, "a window of 128 keys of 64 numbers"),
+])  # fmt: skip
+def test_what_it_refuses(options, said):
+    assert said in (fa4.BACKEND.kernels[ops.attention].refuses(_node(**options)) or "nothing")
+
+
+@pytest.mark.parametrize("options", [{}, {"size": 192, "of_values": 128}, {"window": 4096}])
+def test_what_it_takes(options):
+    assert fa4.BACKEND.kernels[ops.attention].refuses(_node(**options)) is None
