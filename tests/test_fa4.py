@@ -28,23 +28,29 @@ def _scores(q, k, softmax_scale, window_size_left):
     return (torch.einsum("bsad,btad->bast", q, keys) * softmax_scale).masked_fill(~seen, float("-inf")), repeats
 
 
-def _flash_attn_fwd(q, k, v, *, return_lse, softmax_scale, causal, window_size_left):
+def _flash_attn_fwd(q, k, v, *, return_lse, learnable_sink, softmax_scale, causal, window_size_left):
     assert causal and return_lse
     scores, repeats = _scores(q, k, softmax_scale, window_size_left)
-    out = torch.einsum("bast,btad->bsad", scores.softmax(-1), v.repeat_interleave(repeats, 2))
-    return out, scores.logsumexp(-1), None, None, None
+    lse = scores.logsumexp(-1)
+    if learnable_sink is not None:
+        lse = torch.logaddexp(lse, learnable_sink[:, None])
+    out = torch.einsum("bast,btad->bsad", (scores - lse[..., None]).exp(), v.repeat_interleave(repeats, 2))
+    return out.contiguous(), lse, None, None, None
 
 
-def _flash_attn_bwd(q, k, v, out, dout, lse, *, deterministic, softmax_scale, causal, window_size_left):
+def _flash_attn_bwd(q, k, v, out, dout, lse, *, learnable_sink, deterministic, softmax_scale, causal, window_size_left):
     """From lse and out alone, as the kernels do it: what they are given is tested too."""
     assert causal and not deterministic
     scores, repeats = _scores(q, k, softmax_scale, window_size_left)
     p, values, keys = (scores - lse[..., None]).exp(), v.repeat_interleave(repeats, 2), k.repeat_interleave(repeats, 2)
-    to_p = torch.einsum("bsad,btad->bast", dout, values)
-    to_scores = p * (to_p - (dout * out).sum(-1).transpose(1, 2)[..., None]) * softmax_scale
+    to_p, delta = torch.einsum("bsad,btad->bast", dout, values), (dout * out).sum(-1).transpose(1, 2)
+    to_scores = p * (to_p - delta[..., None]) * softmax_scale
     to_k, to_v = torch.einsum("bast,bsad->btad", to_scores, q), torch.einsum("bast,bsad->btad", p, dout)
     to_k, to_v = (t.unflatten(2, (-1, repeats)).sum(3) for t in (to_k, to_v))
-    return torch.einsum("bast,btad->bsad", to_scores, keys), to_k, to_v
+    found = [t.contiguous() for t in (torch.einsum("bast,btad->bsad", to_scores, keys), to_k, to_v)]
+    if learnable_sink is None:
+        return found
+    return *found, -((learnable_sink[:, None] - lse).exp() * delta).sum((0, 2))
 
 
 @pytest.fixture
@@ -61,9 +67,9 @@ def usable(monkeypatch):
 
 
 @pytest.mark.parametrize("compile", [False, "aot_eager"])
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "mixtral"])  # shared heads, values of another size, a window
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])  # shared heads, values of another size, window and sinks
 def test_a_model_trains_by_it(usable, family, compile):
-    model = build(family, **({"sliding_window": 8} if family == "mixtral" else {}))
+    model = build(family)
     moefx.optimize(model, backends=["fa4", "torch"], compile=compile)
     assert ("attention", "fa4") in moefx.report(model).kernels()
     for shape in ((2, 9), (1, 1), (1, 30)):

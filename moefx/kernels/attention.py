@@ -14,6 +14,7 @@ nothing else of the forward but ``sum(grad * out)``.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -80,13 +81,13 @@ def flash_attention(
         from . import flash_attention_4
 
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out, lse = flash_attention_4.forward(q, k, v, scale, window)
-    elif _by_window(q, k, window, starts):
+        return flash_attention_4.forward(q, k, v, sinks, scale, window)
+    if _by_window(q, k, window, starts):
         from . import window_attention
 
         q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
         return window_attention.forward(q, k, v, sinks, scale, window or q.shape[1], starts)
-    elif _by_cudnn(q, k, v, window):
+    if _by_cudnn(q, k, v, window):
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)
         out, lse = out.transpose(1, 2), lse.view(q.shape[:3])
     else:
@@ -110,44 +111,53 @@ def _(q, k, v, sinks, scale, window, starts, by):
 
 @opaque("flash_attention_backward", once=True)
 def flash_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, window: int | None,
-    starts: Tensor | None, by: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v, laid out like them."""
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None, scale: float,
+    window: int | None, starts: Tensor | None, by: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v, laid out like them, and of sinks, empty if there are none."""
+    by_q, by_k, by_v = (t.transpose(1, 2) for t in (q, k, v))
+    taken: Sequence[Tensor] = ()
     if by == "fa4":
         from . import flash_attention_4
 
-        by_q, by_k, by_v = (t.transpose(1, 2) for t in (q, k, v))
-        found = [t.transpose(1, 2) for t in flash_attention_4.backward(grad, by_q, by_k, by_v, out, lse, scale, window)]
+        to_q, to_k, to_v, *taken = flash_attention_4.backward(grad, by_q, by_k, by_v, out, lse, sinks, scale, window)
     elif _by_window(q, k, window, starts):
+        from . import sinks as sinks_
         from . import window_attention
 
-        by_q, by_k, by_v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
-        by_length = window_attention.backward(grad, by_q, by_k, by_v, out, lse, scale, window or q.shape[2], starts)
-        found = [t.transpose(1, 2) for t in by_length]
+        by_q, by_k, by_v = (t.contiguous() for t in (by_q, by_k, by_v))
+        to_q, to_k, to_v, delta = window_attention.backward(
+            grad, by_q, by_k, by_v, out, lse, scale, window or q.shape[2], starts
+        )
+        taken = [] if sinks is None else [sinks_.gradient(sinks, lse, delta)]
     else:
-        found = _torchs_backward(grad, q, k, v, out, lse, scale, window)
-    like_q, like_k, like_v = (_laid_out_like(t, like) for t, like in zip(found, (q, k, v)))
-    return like_q, like_k, like_v
+        to_q, to_k, to_v = _torchs_backward(grad, q, k, v, out, lse, scale, window)
+        if sinks is not None:
+            from . import sinks as sinks_
+
+            taken = [sinks_.gradient(sinks, lse, sinks_.delta(grad, out))]
+    like_q, like_k, like_v = (_laid_out_like(t.transpose(1, 2), like) for t, like in zip((to_q, to_k, to_v), (q, k, v)))
+    return like_q, like_k, like_v, taken[0] if taken else q.new_empty(0)
 
 
 def _torchs_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, window: int | None
 ) -> list[Tensor]:
+    """Gradients of q, k and v [B, A, S, D]: [B, S, A, D]."""
     lengths = q.shape[2], k.shape[2]
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
     if _by_cudnn(q, k, v, window):
         # torch keeps the plans that cuDNN makes by the layouts of q, k and v alone, SDPA's too: a plan for an output that lies
         # otherwise than q would be used, silently, for the next one that lies as q does
         to_out, out = (_laid_out_like(t.transpose(1, 2), q) for t in (grad, out))
-        return aten._scaled_dot_product_cudnn_attention_backward(
+        found = aten._scaled_dot_product_cudnn_attention_backward(
             to_out, q, k, v, out, lse.unsqueeze(-1), *state, None, None, None, *lengths, 0.0, True, scale=scale
         )
+        return [t.transpose(1, 2) for t in found]
     by_length = (t.transpose(1, 2) for t in (q, k, v))
-    found = aten._flash_attention_backward(
+    return aten._flash_attention_backward(
         grad, *by_length, out, lse, None, None, *lengths, 0.0, True, state, state[0], scale=scale, **_window(window)
     )
-    return [t.transpose(1, 2) for t in found]
 
 
 def _laid_out_like(t: Tensor, like: Tensor) -> Tensor:
@@ -157,8 +167,9 @@ def _laid_out_like(t: Tensor, like: Tensor) -> Tensor:
 
 
 @flash_attention_backward.register_fake
-def _(grad, q, k, v, out, lse, scale, window, starts, by):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+def _(grad, q, k, v, out, lse, sinks, scale, window, starts, by):
+    to_sinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), to_sinks
 
 
 def _save(ctx, inputs, _, output) -> None:
@@ -170,13 +181,8 @@ def _save(ctx, inputs, _, output) -> None:
 def _backward(ctx, grad: Tensor, _: Tensor):
     q, k, v, sinks, out, lse, starts = ctx.saved_tensors
     grad = grad.contiguous()
-    found = flash_attention_backward(grad, q, k, v, out, lse, ctx.scale, ctx.window, starts, ctx.by)
-    nothing = [None] * 4
-    if sinks is None:
-        return *found, None, *nothing
-    # a sink has no value, so what it takes it takes from sum(grad * out)
-    taken = torch.exp(sinks.float()[:, None] - lse) * (grad.float() * out.float()).sum(-1).transpose(1, 2)
-    return *found, -taken.sum((0, 2)).to(sinks.dtype), *nothing
+    *found, to_sinks = flash_attention_backward(grad, q, k, v, out, lse, sinks, ctx.scale, ctx.window, starts, ctx.by)
+    return *found, None if sinks is None else to_sinks, None, None, None, None
 
 
 flash_attention.register_autograd(_backward, setup_context=_save)

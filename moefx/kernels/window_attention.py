@@ -211,8 +211,8 @@ def forward(
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, window: int,
     starts: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v from that of out."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v from that of out, and sum(grad * out) of each query [B, A, S]."""
     to_q, to_k, to_v, delta = (torch.empty_like(t) for t in (q, k, v, lse))
     if out.numel():
         begin, end = q, q
@@ -222,4 +222,4 @@ def backward(
         sizes = (*q.shape[:3], k.shape[2], q.shape[3], window, scale, starts is not None)
         _launch("to_queries", *sizes)(grad, q, k, v, out, lse, begin, delta, to_q)
         _launch("to_keys", *sizes)(grad, q, k, v, lse, delta, end, to_k, to_v)
-    return to_q, to_k, to_v
+    return to_q, to_k, to_v, delta

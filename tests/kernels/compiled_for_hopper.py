@@ -108,7 +108,9 @@ def launch_all(dtype: torch.dtype) -> None:
 
     tables = torch.randn(1, tokens, 64), torch.randn(1, tokens, 64)
     each = x.view(1, tokens, 4, 64)
-    sinks.join_(each.clone(), torch.randn(1, 4, tokens), x[0, :4])
+    lse = torch.randn(1, 4, tokens)
+    sinks.join_(each.clone(), lse, x[0, :4])
+    sinks.gradient(x[0, :4], lse, sinks.delta(each, each))
     for sink in (x[0, :4], None):
         out, lse = window_attention.forward(each, each[:, :, :2].contiguous(), each[:, :, 2:].contiguous(), sink, 0.125, 8)
     window_attention.backward(each, each, each[:, :, :2].contiguous(), each[:, :, 2:].contiguous(), out, lse, 0.125, 8)

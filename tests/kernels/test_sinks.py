@@ -28,3 +28,19 @@ def test_join(batch, length, heads, size, dtype):
     kernels.join_(found, total, sinks.to(DEVICE))
     assert float((total.cpu() - whole.logsumexp(-1)).abs().max()) <= 1e-4
     assert float((found.cpu() - wanted).abs().max()) <= {torch.float32: 2e-5, torch.bfloat16: 2**-7 * float(wanted.abs().max())}[dtype]
+
+
+@pytest.mark.parametrize("batch,length,heads,size", [(1, 1, 1, 8), (2, 70, 3, 24), (3, 1030, 2, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradient(batch, length, heads, size, dtype):
+    g = torch.Generator().manual_seed(length)
+    grad, out = (torch.randn(batch, length, heads, size, generator=g).to(dtype) for _ in range(2))
+    sinks = (torch.randn(heads, generator=g) * 3).to(dtype)
+    lse = torch.logaddexp(torch.randn(batch, heads, length, generator=g) * 3, sinks.float()[:, None])
+    dots = (grad.double() * out.double()).sum(-1).transpose(1, 2)
+    wanted = -((sinks.double()[:, None] - lse.double()).exp() * dots).sum((0, 2))
+    delta = kernels.delta(grad.to(DEVICE), out.to(DEVICE))
+    assert float((delta.cpu() - dots).abs().max()) <= 1e-4
+    found = kernels.gradient(sinks.to(DEVICE), lse.to(DEVICE), delta)
+    far = {torch.float32: 1e-4, torch.bfloat16: 2**-8 * float(wanted.abs().max())}[dtype]
+    assert found.dtype == dtype and float((found.cpu() - wanted).abs().max()) <= far
