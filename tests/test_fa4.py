@@ -59,6 +59,7 @@ def usable(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
     monkeypatch.setitem(sys.modules, "flash_attn.cute", types.SimpleNamespace(interface=interface))
     monkeypatch.setattr(fa4, "refuses_flash", lambda *_, **__: None)  # the device and the dtype
+    monkeypatch.setattr(fa4, "SIZES", [(a, b) for a in range(99) for b in range(99)])
     monkeypatch.setattr(attention, "SHORT", {})  # else a window as short as a test's stays with moefx's own kernels
     monkeypatch.setattr(fa4, "BACKEND", replace(fa4.BACKEND, available=lambda: None))
     flash_attention_4._library.cache_clear()
@@ -93,7 +94,7 @@ def _node(dtype=torch.bfloat16, size=64, of_values=64, keys=32, mask=None, **opt
 
 
 @pytest.mark.parametrize("options,said", [
-    ({"dtype": torch.float32}, "q is torch.float32"), ({"size": 68}, "q has 68, v 64"), ({"of_values": 260}, "q has 64, v 260"),
+    ({"dtype": torch.float32}, "q is torch.float32"), ({"size": 80, "of_values": 80}, "have 80 (80)"), ({"of_values": 72}, "have 64 (72)"),
     ({"keys": 33}, "q has 32, k 33"), ({"mask": True}, "the mask a tensor"), ({"is_causal": False}, "is_causal is False"),
     ({"softcap": 30.0}, "has 30.0"), ({"dropout": 0.1}, "has 0.1"), ({"window": 128}, "a window of 128 keys of 64 numbers"),
 ])  # fmt: skip

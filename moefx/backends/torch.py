@@ -79,14 +79,12 @@ def by_position(t: Tensor) -> Tensor:
     return t.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def refuses_flash(q: Tensor, v: Tensor, dropout: float, one_size: bool = True) -> str | None:
-    """Why flash attention, with window and sinks, cannot take these; ``one_size``: as values that are as long as keys."""
+def refuses_flash(q: Tensor, v: Tensor, dropout: float) -> str | None:
+    """Why flash attention, with window and sinks, cannot take these; None: it can."""
     if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
         return f"flash attention runs on CUDA devices in 16 bits, q is {q.dtype} on {q.device.type}"
-    sizes = {q.shape[3], v.shape[3]}
-    if one_size and len(sizes) > 1 or any(n > 256 or n % 8 for n in sizes):
-        one = "one head size, a multiple" if one_size else "head sizes that are multiples"
-        return f"flash attention wants {one} of 8 up to 256: q has {q.shape[3]}, v {v.shape[3]}"
+    if q.shape[3] != v.shape[3] or q.shape[3] > 256 or q.shape[3] % 8:
+        return f"flash attention wants one head size, a multiple of 8 up to 256: q has {q.shape[3]}, v {v.shape[3]}"
     return f"flash attention here has no dropout, this one has {dropout}" if dropout else None
 
 

@@ -46,12 +46,15 @@ def test_window_and_sinks(kernel, batch, heads, shared, length, size, window, si
     compare(kernel, inputs(batch, heads, shared, length, size, sinks), {"scale": size**-0.5, "window": window})
 
 
-@pytest.mark.parametrize("heads,shared,size,of_values", [(16, 2, 64, 64), (32, 2, 128, 128), (4, 4, 192, 128), (4, 2, 256, 256), (6, 3, 80, 80)])
-def test_head_sizes(heads, shared, size, of_values):
+@pytest.mark.parametrize("window", [None, 700])
+@pytest.mark.parametrize("sinks", [True, False])
+@pytest.mark.parametrize("heads,shared", [(16, 1), (6, 2), (4, 4)])
+@pytest.mark.parametrize("size,of_values", fa4.SIZES)
+def test_sizes_of_flash_attention_4(heads, shared, size, of_values, sinks, window):
     if problem := fa4.BACKEND.available():
         pytest.skip(problem)
     for length in (1, 300, 1025):
-        compare(fa4.attention, inputs(2, heads, shared, length, size, False, of_values), {"scale": size**-0.5, "window": None})
+        compare(fa4.attention, inputs(2, heads, shared, length, size, sinks, of_values), {"scale": size**-0.5, "window": window})
 
 
 @pytest.mark.parametrize("sinks", [True, False])
