@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import sympy
@@ -16,6 +17,7 @@ from .graph import op_name, value
 #: Static sizes above this are shrunk for the run (a vocabulary of 151,936 would take seconds and gigabytes).
 _LARGE = 1024
 _SMALL = (96, 64, 48, 32)
+_LEAST = 16
 
 
 class Sizes:
@@ -37,9 +39,22 @@ class Sizes:
                 hint = known.get(s, s)
                 self.symbols[s] = self.hints.setdefault(hint, 2 + len(self.hints))
             return int(expression.subs(self.symbols))
-        if self.shrink and type(size) is int and size > _LARGE and len(self.large) < len(_SMALL):
-            self.large.setdefault(size, _SMALL[len(self.large)])
+        if self.shrink and type(size) is int and size > _LARGE and size not in self.large:
+            small = self._small(size)
+            if small:
+                self.large[size] = small
         return self.large.get(size, size)
+
+    def _small(self, size: int) -> int | None:
+        """For a large size: as many times another's as it is (gate and up side by side), else a number of its own."""
+        free = [n for n in _SMALL if n not in self.large.values()]
+        for known, small in self.large.items():
+            times = Fraction(size, known)
+            alike = small * times
+            whole = 1 in times.as_integer_ratio() and alike.denominator == 1
+            if whole and alike >= _LEAST and alike not in self.large.values():
+                return int(alike)
+        return free[0] if free else None
 
 
 def _inputs(nodes: tuple[fx.Node, ...]) -> list[fx.Node]:

@@ -11,7 +11,7 @@ from moefx.passes import default
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import moefx
-from moefx import ops
+from moefx import certify, ops
 from moefx.capture import Call, Template
 from moefx.graph import aten
 
@@ -95,3 +95,26 @@ def test_something_alike_is_not_taken_for_it():
 def test_rotations_as_complex_numbers_have_features_whatever_the_length_is():
     tensors = [torch.zeros(2, 8, 64), torch.zeros(2, 8, 8, dtype=torch.complex64), torch.zeros(2, 8, 8)]
     assert Call.of(tensors, Template(None, None), True).sizes == (("a", "b", 64), ("a", "b", 8), ("a", "b", 8))
+
+
+def test_a_published_models_experts_are_compared_in_small(monkeypatch):
+    """Llama 4 Scout's sizes: 16 experts of 5120 x 16384 would take minutes and 20 GB in float64."""
+    largest = []
+    gradients = certify._gradients
+
+    def watched(outputs, inputs, seed):
+        largest.append(max(t.numel() for t in inputs))
+        return gradients(outputs, inputs, seed)
+
+    monkeypatch.setattr(certify, "_gradients", watched)
+    with torch.device("meta"):
+        model = build("llama4_text", hidden_size=5120, intermediate_size=8192, num_local_experts=16, num_hidden_layers=1)
+    moefx.optimize(model, compile=False)
+    assert moefx.report(model)["dense_experts"].made_count == 1 and max(largest) < 1e6
+
+
+def test_large_sizes_keep_their_proportions_and_stay_apart():
+    sizes = certify.Sizes()
+    hidden, both, inner, words, small = (sizes(n) for n in (5120, 16384, 8192, 151936, 1000))
+    assert both == 2 * inner and small == 1000 and max(hidden, both, inner, words) < 100
+    assert len({hidden, both, inner, words}) == 4
