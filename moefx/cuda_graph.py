@@ -24,6 +24,7 @@ from . import hf, sharded
 from .adapters import unwrap
 from .errors import MoefxError
 from .install import state_of
+from .kernels import attention
 
 #: Steps that run as ever before one is recorded: they compile, load kernels and make the buffers that later steps use again.
 WARMUP = 3
@@ -113,7 +114,7 @@ class GraphedStep:
     def _step(self, batch: Mapping[str, Any]) -> Tensor:
         here = torch.cuda.current_stream()
         self._stream.wait_stream(here)
-        with torch.cuda.stream(self._stream), hf.packed():
+        with torch.cuda.stream(self._stream), hf.packed(), attention.recorded():
             loss = self._forward_backward(**batch)
         here.wait_stream(self._stream)
         return loss
@@ -135,7 +136,7 @@ class GraphedStep:
         try:
             # thread_local: other threads (NCCL's, moefx's) may ask CUDA meanwhile
             recording = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-            with recording, hf.packed():
+            with recording, hf.packed(), attention.recorded():
                 loss = self._forward_backward(**{**batch, **inputs})
             gradients = {p: p.grad for p in self._parameters if p.grad is not None}
         except Exception as error:

@@ -12,7 +12,7 @@ from torch import fx
 from torch._subclasses import FakeTensorMode
 
 import moefx
-from moefx import ops
+from moefx import kernels, ops
 from moefx.backends import fa4
 from moefx.kernels import attention, flash_attention_4
 
@@ -28,17 +28,14 @@ def _scores(q, k, softmax_scale, window_size_left):
     return (torch.einsum("bsad,btad->bast", q, keys) * softmax_scale).masked_fill(~seen, float("-inf")), repeats
 
 
-def _flash_attn_fwd(q, k, v, *, return_lse, learnable_sink, softmax_scale, causal, window_size_left):
+def _flash_attn_fwd(q, k, v, *, return_lse, softmax_scale, causal, window_size_left):
     assert causal and return_lse
     scores, repeats = _scores(q, k, softmax_scale, window_size_left)
-    lse = scores.logsumexp(-1)
-    if learnable_sink is not None:
-        lse = torch.logaddexp(lse, learnable_sink[:, None])
-    out = torch.einsum("bast,btad->bsad", (scores - lse[..., None]).exp(), v.repeat_interleave(repeats, 2))
-    return out.contiguous(), lse, None, None, None
+    out = torch.einsum("bast,btad->bsad", scores.softmax(-1), v.repeat_interleave(repeats, 2))
+    return out.contiguous(), scores.logsumexp(-1), None, None, None
 
 
-def _flash_attn_bwd(q, k, v, out, dout, lse, *, learnable_sink, deterministic, softmax_scale, causal, window_size_left):
+def _flash_attn_bwd(q, k, v, out, dout, lse, *, deterministic, softmax_scale, causal, window_size_left):
     """From lse and out alone, as the kernels do it: what they are given is tested too."""
     assert causal and not deterministic
     scores, repeats = _scores(q, k, softmax_scale, window_size_left)
@@ -47,10 +44,24 @@ def _flash_attn_bwd(q, k, v, out, dout, lse, *, learnable_sink, deterministic, s
     to_scores = p * (to_p - delta[..., None]) * softmax_scale
     to_k, to_v = torch.einsum("bast,bsad->btad", to_scores, q), torch.einsum("bast,bsad->btad", p, dout)
     to_k, to_v = (t.unflatten(2, (-1, repeats)).sum(3) for t in (to_k, to_v))
-    found = [t.contiguous() for t in (torch.einsum("bast,btad->bsad", to_scores, keys), to_k, to_v)]
-    if learnable_sink is None:
-        return found
-    return *found, -((learnable_sink[:, None] - lse).exp() * delta).sum((0, 2))
+    return [t.contiguous() for t in (torch.einsum("bast,btad->bsad", to_scores, keys), to_k, to_v)]
+
+
+class _Sinks:
+    """``moefx.kernels.sinks``, whose kernels need a GPU, in plain torch."""
+
+    @staticmethod
+    def join_(out, lse, sinks):
+        out.mul_(torch.sigmoid(lse - sinks[:, None]).transpose(1, 2)[..., None])
+        lse.copy_(torch.logaddexp(lse, sinks[:, None].expand_as(lse)))
+
+    @staticmethod
+    def delta(grad, out):
+        return (grad * out).sum(-1).transpose(1, 2)
+
+    @staticmethod
+    def gradient(sinks, lse, delta):
+        return -((sinks[:, None] - lse).exp() * delta).sum((0, 2))
 
 
 @pytest.fixture
@@ -58,8 +69,11 @@ def usable(monkeypatch):
     interface = types.SimpleNamespace(_flash_attn_fwd=_flash_attn_fwd, _flash_attn_bwd=_flash_attn_bwd)
     monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
     monkeypatch.setitem(sys.modules, "flash_attn.cute", types.SimpleNamespace(interface=interface))
+    monkeypatch.setitem(sys.modules, "moefx.kernels.sinks", _Sinks)
+    monkeypatch.setattr(kernels, "sinks", _Sinks, raising=False)
     monkeypatch.setattr(fa4, "refuses_flash", lambda *_, **__: None)  # the device and the dtype
     monkeypatch.setattr(fa4, "SIZES", [(a, b) for a in range(99) for b in range(99)])
+    monkeypatch.setattr(attention, "MANY_TOKENS", 0)
     monkeypatch.setattr(attention, "SHORT", {})  # else a window as short as a test's stays with moefx's own kernels
     monkeypatch.setattr(fa4, "BACKEND", replace(fa4.BACKEND, available=lambda: None))
     flash_attention_4._library.cache_clear()
@@ -78,6 +92,16 @@ def test_a_model_trains_by_it(usable, family, compile):
         assert result.ok, result.worst
     moefx.restore(model)
     torch._dynamo.reset()
+
+
+def test_few_tokens_are_left_to_others_unless_they_are_recorded():
+    q = torch.empty(2, 4, attention.MANY_TOKENS // 2, 64, device="meta")
+    few = q[:, :, 1:]
+    assert attention._by_fa4(q, q, "fa4") and not attention._by_fa4(q, q, "torch") and not attention._by_fa4(few, few, "fa4")
+    assert attention._by_fa4(few, few[..., :32], "fa4")  # no other kernel takes values of a size of their own
+    with attention.recorded():
+        assert attention._by_fa4(few, few, "fa4") and not attention._by_fa4(few, few, "torch")
+    assert not attention._by_fa4(few, few, "fa4")
 
 
 def _node(dtype=torch.bfloat16, size=64, of_values=64, keys=32, mask=None, **options):

@@ -14,7 +14,8 @@ nothing else of the forward but ``sum(grad * out)``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -27,6 +28,21 @@ aten = torch.ops.aten
 #: By head size, up to how many keys in a window moefx's kernels are faster than FlashAttention 2: on an H200 2.3 times with 128
 #: keys of 64 numbers, 1.1 to 1.4 with the longest here.
 SHORT = {64: 2048, 128: 1024, 256: 512}
+#: Tokens of a call from which on FlashAttention 4 runs it. Its functions take 0.16 ms more of the host's time, forward and
+#: backward, than torch's do: with 4,096 tokens the device waits for the host (H200, Qwen3-30B-A3B), with 16,384 it does not.
+MANY_TOKENS = 8192
+_recorded = False  #: a module's, not a context's: autograd's threads ask too
+
+
+@contextmanager
+def recorded() -> Iterator[None]:
+    """Within, the host's time counts for nothing: what is called is recorded, or is what a recording will call."""
+    global _recorded
+    before, _recorded = _recorded, True
+    try:
+        yield
+    finally:
+        _recorded = before
 
 
 @functools.cache
@@ -43,6 +59,12 @@ def is_short(window: int | None, size: int) -> bool:
     """Are moefx's kernels the fastest for a window of so many keys, with heads of ``size`` numbers?"""
     longest = next((keys for most, keys in SHORT.items() if size <= most), 0)
     return window is not None and window <= longest
+
+
+def _by_fa4(q: Tensor, v: Tensor, by: str) -> bool:
+    """Whether FlashAttention 4 runs these [B, A, S, D], which a graph gives to ``by``. Values of a size of their own it always
+    does."""
+    return by == "fa4" and (_recorded or q.shape[0] * q.shape[2] >= MANY_TOKENS or q.shape[3] != v.shape[3])
 
 
 def _by_window(q: Tensor, k: Tensor, window: int | None, starts: Tensor | None) -> bool:
@@ -76,18 +98,18 @@ def flash_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q [B, A, S, D], k and v [B, A/n, S, D] in 16 bits, sinks [A], starts [B, S] (int32): the first key that each query may
     see -> out [B, S, A, D] and the logarithm [B, A, S] (fp32) of each query's sum of exponentials, the sink's included.
-    ``by`` "fa4": by FlashAttention 4, which knows of no starts; its v may be [B, A/n, S, Dv]."""
-    if by == "fa4":
+    ``by`` "fa4": by FlashAttention 4 where that pays; it knows of no starts, and its v may be [B, A/n, S, Dv]."""
+    if _by_fa4(q, v, by):
         from . import flash_attention_4
 
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return flash_attention_4.forward(q, k, v, sinks, scale, window)
-    if _by_window(q, k, window, starts):
+        out, lse = flash_attention_4.forward(q, k, v, scale, window)
+    elif _by_window(q, k, window, starts):
         from . import window_attention
 
         q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
         return window_attention.forward(q, k, v, sinks, scale, window or q.shape[1], starts)
-    if _by_cudnn(q, k, v, window):
+    elif _by_cudnn(q, k, v, window):
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)
         out, lse = out.transpose(1, 2), lse.view(q.shape[:3])
     else:
@@ -116,28 +138,25 @@ def flash_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v, laid out like them, and of sinks, empty if there are none."""
     by_q, by_k, by_v = (t.transpose(1, 2) for t in (q, k, v))
-    taken: Sequence[Tensor] = ()
-    if by == "fa4":
+    delta = None
+    if _by_fa4(q, v, by):
         from . import flash_attention_4
 
-        to_q, to_k, to_v, *taken = flash_attention_4.backward(grad, by_q, by_k, by_v, out, lse, sinks, scale, window)
+        found = flash_attention_4.backward(grad, by_q, by_k, by_v, out, lse, scale, window)
     elif _by_window(q, k, window, starts):
-        from . import sinks as sinks_
         from . import window_attention
 
         by_q, by_k, by_v = (t.contiguous() for t in (by_q, by_k, by_v))
-        to_q, to_k, to_v, delta = window_attention.backward(
-            grad, by_q, by_k, by_v, out, lse, scale, window or q.shape[2], starts
-        )
-        taken = [] if sinks is None else [sinks_.gradient(sinks, lse, delta)]
+        *found, delta = window_attention.backward(grad, by_q, by_k, by_v, out, lse, scale, window or q.shape[2], starts)
     else:
-        to_q, to_k, to_v = _torchs_backward(grad, q, k, v, out, lse, scale, window)
-        if sinks is not None:
-            from . import sinks as sinks_
+        found = _torchs_backward(grad, q, k, v, out, lse, scale, window)
+    to_sinks = q.new_empty(0)
+    if sinks is not None:
+        from . import sinks as sinks_
 
-            taken = [sinks_.gradient(sinks, lse, sinks_.delta(grad, out))]
-    like_q, like_k, like_v = (_laid_out_like(t.transpose(1, 2), like) for t, like in zip((to_q, to_k, to_v), (q, k, v)))
-    return like_q, like_k, like_v, taken[0] if taken else q.new_empty(0)
+        to_sinks = sinks_.gradient(sinks, lse, sinks_.delta(grad, out) if delta is None else delta)
+    like_q, like_k, like_v = (_laid_out_like(t.transpose(1, 2), like) for t, like in zip(found, (q, k, v)))
+    return like_q, like_k, like_v, to_sinks
 
 
 def _torchs_backward(

@@ -23,25 +23,20 @@ def _library() -> Any:
     return interface
 
 
-def _options(sinks: Tensor | None, scale: float, window: int | None) -> dict[str, Any]:
-    left = None if window is None else window - 1
-    return {"learnable_sink": sinks, "softmax_scale": scale, "causal": True, "window_size_left": left}
+def _options(scale: float, window: int | None) -> dict[str, Any]:
+    return {"softmax_scale": scale, "causal": True, "window_size_left": None if window is None else window - 1}
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int | None
-) -> tuple[Tensor, Tensor]:
-    """q [B, S, A, D], k [B, S, A/n, D], v [B, S, A/n, Dv] in 16 bits, sinks [A] -> out [B, S, A, Dv], and the logarithm of each
-    query's sum of exponentials [B, A, S] (fp32), the sink's included. ``window`` counts the query itself."""
-    out, lse, *_ = _library()._flash_attn_fwd(q, k, v, return_lse=True, **_options(sinks, scale, window))
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
+    """q [B, S, A, D], k [B, S, A/n, D], v [B, S, A/n, Dv] in 16 bits -> out [B, S, A, Dv], and the logarithm of each query's
+    sum of exponentials [B, A, S] (fp32). ``window`` counts the query itself."""
+    out, lse, *_ = _library()._flash_attn_fwd(q, k, v, return_lse=True, **_options(scale, window))
     return out, lse
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None, scale: float,
-    window: int | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of q, k, v and, where there are any, sinks. Their sums have a fixed order where torch is asked for
-    deterministic algorithms."""
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, window: int | None
+) -> list[Tensor]:
+    """Gradients of q, k and v. Their sums have a fixed order where torch is asked for deterministic algorithms."""
     fixed = torch.are_deterministic_algorithms_enabled()
-    return _library()._flash_attn_bwd(q, k, v, out, grad, lse, deterministic=fixed, **_options(sinks, scale, window))
+    return _library()._flash_attn_bwd(q, k, v, out, grad, lse, deterministic=fixed, **_options(scale, window))[:3]
