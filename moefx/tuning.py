@@ -82,7 +82,9 @@ def _untimed(site: _Site, candidates: Sequence[Choice], known: dict[str, Any]) -
     """The choice where nothing may be timed, from what is kept of this site, else from the table for this GPU."""
     told = f"kept of {site.sizes}"
     if not known:
-        table = next((t for t in map(table_of, (site.where, _same_chip(site.where))) if t.exists()), table_of(site.where))
+        table = table_of(site.where)
+        if not table.exists():
+            table = table_of(_same_chip(site.where))
         known, told = _read(table).get("sites", {}).get(site.row, {}), f"{table.name} at {site.sizes}"
     there = [c for c in candidates if isinstance(known.get(c.backend.name), list)]
     if there:

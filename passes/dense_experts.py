@@ -7,8 +7,10 @@ that. An expert makes zeros of zeros, so only the chosen one matters: of 16 or 1
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,10 +39,16 @@ def _dense(x: Tensor, logits: Tensor, up: Tensor, down: Tensor, top_k: int, expe
     return rows.reshape(experts, -1, x.shape[1]).sum(dim=0)
 
 
-def _sparse(x: Tensor, logits: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """The same for the best expert of each token."""
-    weights, index = ops.route(logits, None, 1, **_SCORES)
-    return ops.experts(x * weights, index, torch.ones_like(weights), up, None, down, None, **_OPTIONS)
+def _sparse(call: Callable, x: Any, logits: Any, up: Any, down: Any) -> Any:
+    """The same for the best expert of each token; ``call(target, args, kwargs)`` computes, or writes a node that does."""
+    chosen = call(ops.route, (logits, None, 1), _SCORES)
+    weights, index = (call(operator.getitem, (chosen, i), {}) for i in (0, 1))
+    ones = call(aten.ones_like.default, (weights,), {})
+    return call(ops.experts, (call(aten.mul.Tensor, (x, weights), {}), index, ones, up, None, down, None), _OPTIONS)
+
+
+def _computed(*given: Tensor) -> Tensor:
+    return _sparse(lambda target, args, kwargs: target(*args, **kwargs), *given)
 
 
 @dataclass(frozen=True)
@@ -54,30 +62,26 @@ class _RaiseDenseExperts(Raise):
 
     def rewrite(self, function, match: Match, changes: Changes) -> str | None:
         given = tuple(match.bound[n] for n in ("x", "logits", "up", "down"))
-        x, logits, up, down = given
         if match.bound["top_k"] != 1:
             return f"its {match.bound['top_k']} experts a token each scale their input: moefx.experts has one input a token"
-        agrees, how = certify(match.nodes, match.outputs, _sparse, given, {})
+        agrees, how = certify(match.nodes, match.outputs, _computed, given, {})
         if not agrees:
             return f"it looks like experts that run on zeros, but {how}"
         (out,) = match.outputs
         assert out is not None
         made = []
 
-        def call(target, args: tuple, kwargs: dict | None = None):
-            val = compute(target, args, kwargs or {}, function.fake_mode)
-            made.append(insert(function.graph, out, target, args, kwargs, val=val))
+        def write(target, args: tuple, kwargs: dict):
+            val = compute(target, args, kwargs, function.fake_mode)
+            made.append(insert(function.graph, out, target, args, dict(kwargs), val=val))
             return made[-1]
 
-        chosen = call(ops.route, (logits, None, 1), dict(_SCORES))
-        weights, index = (call(operator.getitem, (chosen, i)) for i in (0, 1))
-        ones = call(aten.ones_like.default, (weights,))
-        experts = call(ops.experts, (call(aten.mul.Tensor, (x, weights)), index, ones, up, None, down, None), dict(_OPTIONS))
+        experts = _sparse(write, *given)
         for node in made:
             inherit(node, match.nodes, self.name)
         experts.meta["val"] = value(out)
         out.replace_all_uses_with(experts)
-        many = value(up).shape[0]
+        many = value(given[2]).shape[0]
         changes.did(experts, f"moefx.experts for {len(match.nodes)} nodes, one of {many} experts a token instead of all, {how}")
         return None
 
