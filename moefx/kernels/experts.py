@@ -44,13 +44,13 @@ def _gate(activation: str, alpha: float, limit: float, interleaved: bool) -> Any
 def _gradients(
     to_out: Tensor, h: Tensor, to_up: Callable[[Tensor], Tensor], bounds: Tensor, weights: Weights, gate: Any, transposed: bool,
     gemm: str, needs: Sequence[bool], row_weights: Tensor | None = None, order: Tensor | None = None,
-    by_down: Callable[[Tensor], Tensor] | None = None,
+    by_down: Callable[[Tensor], Tensor] | None = None, grad_scale: float = 1.0,
 ) -> tuple[Tensor | None, list[Tensor | None], Tensor | None]:  # fmt: skip
     """Gradients of the rows [R, H], of the four ``weights`` and of ``row_weights`` [R] (with ``order`` [R], the flat
     positions of the rows: [T, K]), from to_out [R, H]: that of the weighted rows, not yet multiplied by ``row_weights``.
     That of ``row_weights`` lacks the part of down's bias. ``needs``: of rows and of the four; the rest is None. ``to_up``:
     up's gradient from that of the pre-activations. ``by_down``: multiplies to_out with matrices [E, H, I] group by group,
-    where tokens are less to round than rows."""
+    where tokens are less to round than rows. ``grad_scale``: of the weights' gradients; ``to_up`` sees to its own."""
     from . import expert_activation as act
 
     up, up_bias, down, down_bias = weights
@@ -62,7 +62,7 @@ def _gradients(
 
     found: list[Tensor | None] = [None] * 4
     if needs[3]:
-        found[2] = _outer(gemm, weighted, to_out, bounds, transposed)
+        found[2] = _outer(gemm, weighted, to_out, bounds, transposed, grad_scale)
     if needs[4]:
         assert down_bias is not None
         found[3] = act.segment_sum(to_out, offsets, down_bias.dtype, row_weights, order)
@@ -72,14 +72,17 @@ def _gradients(
     if needs[2]:
         assert up_bias is not None
         found[1] = act.segment_sum(to_h, offsets, up_bias.dtype)
+    for of_bias in (found[1], found[3]):
+        if of_bias is not None and grad_scale != 1.0:
+            of_bias.mul_(grad_scale)
     if not needs[0]:
         return None, found, to_weights
     return grouped_gemm.rows(gemm, to_h, _matrices(up, transposed).transpose(1, 2), bounds), found, to_weights
 
 
-def _outer(gemm: str, of_in: Tensor, of_out: Tensor, bounds: Tensor, transposed: bool) -> Tensor:
-    """The gradient of matrices that took rows ``of_in`` to those whose gradient is ``of_out``."""
-    return grouped_gemm.outer(gemm, *((of_in, of_out) if transposed else (of_out, of_in)), bounds)
+def _outer(gemm: str, of_in: Tensor, of_out: Tensor, bounds: Tensor, transposed: bool, scale: float) -> Tensor:
+    """The gradient, times ``scale``, of matrices that took rows ``of_in`` to those whose gradient is ``of_out``."""
+    return grouped_gemm.outer(gemm, *((of_in, of_out) if transposed else (of_out, of_in)), bounds, scale)
 
 
 def _or_empty(found: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
@@ -223,14 +226,12 @@ def fused_grouped_mlp_backward(
     kept, hidden = Kept(rows, tokens, place, host), _matrices(up, transposed).shape[1]
 
     def to_up(to_h: Tensor) -> Tensor:
-        return _outer(gemm, kept.again(h.shape[0], hidden).to(up.dtype), to_h, bounds, transposed)
+        return _outer(gemm, kept.again(h.shape[0], hidden).to(up.dtype), to_h, bounds, transposed, grad_scale)
 
+    weights = up, up_bias, down, down_bias
     to_rows, found, to_weights = _gradients(
-        grad, h, to_up, bounds, (up, up_bias, down, down_bias), gate, transposed, gemm, needs, row_weights
+        grad, h, to_up, bounds, weights, gate, transposed, gemm, needs, row_weights, grad_scale=grad_scale
     )
-    for t in found:
-        if t is not None and grad_scale != 1.0:
-            t.mul_(grad_scale)
     if not needs[5]:
         to_weights = None
     if to_weights is not None:

@@ -54,9 +54,11 @@ def mm(gemm: str, a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
     by_quack(a, b.transpose(0, 1), out, tile, out if add else None)
 
 
-def by_quack(a: Tensor, b: Tensor, out: Tensor, tile: Tile, added: Tensor | None = None, **bounds: Tensor) -> None:
-    """QuACK's own call, ``bounds`` of its groups included: b is [n, k], ``added`` joins the product."""
+def by_quack(
+    a: Tensor, b: Tensor, out: Tensor, tile: Tile, added: Tensor | None = None, scale: float = 1.0, **bounds: Tensor | None
+) -> None:
+    """QuACK's own call, ``bounds`` of its groups included: b is [n, k], ``added`` joins ``scale`` times the product."""
     from quack.gemm import gemm
 
     rows, columns, pingpong, *pair = tile
-    gemm(a, b, out, added, None, rows, columns, *pair, pingpong=pingpong, **bounds)
+    gemm(a, b, out, added, None, rows, columns, *pair, pingpong=pingpong, alpha=scale, **bounds)

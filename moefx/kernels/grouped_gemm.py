@@ -57,15 +57,16 @@ def of_tokens(gemm: str, x: Tensor, order: Tensor, inverse: Tensor, top_k: int, 
         return rows(gemm, expand(x, inverse, top_k), weight, bounds)
     if gemm == "fp8":
         return fp8_grouped.of_tokens(x, inverse, top_k, weight, bounds)
-    return _rows_by_quack(x.contiguous(), weight, bounds, len(order), A_idx=order // top_k)
+    return _rows_by_quack(x.contiguous(), weight, bounds, len(order), order // top_k)
 
 
-def outer(gemm: str, x: Tensor, y: Tensor, bounds: Tensor) -> Tensor:
-    """x [R, a], y [R, b] -> [E, a, b], x.T @ y of each group, zeros for an empty one."""
+def outer(gemm: str, x: Tensor, y: Tensor, bounds: Tensor, scale: float = 1.0) -> Tensor:
+    """x [R, a], y [R, b] -> [E, a, b], ``scale`` times x.T @ y of each group, zeros for an empty one."""
     if gemm == "torch" or not x.is_cuda or not x.shape[0]:
-        return _grouped_outer(x, y, bounds[1:])
+        found = _grouped_outer(x, y, bounds[1:])
+        return found if scale == 1.0 else found.mul_(scale)
     out = x.new_empty(len(bounds) - 1, x.shape[1], y.shape[1])
-    by_quack(x.transpose(0, 1), y.transpose(0, 1), out, _OUTER, cu_seqlens_k=bounds)
+    by_quack(x.transpose(0, 1), y.transpose(0, 1), out, _OUTER, scale=scale, cu_seqlens_k=bounds)
     return out
 
 
@@ -90,10 +91,12 @@ def _are_many(rows: int, bounds: Tensor) -> bool:
     return rows >= MANY * (len(bounds) - 1)
 
 
-def _rows_by_quack(x: Tensor, weight: Tensor, bounds: Tensor, many: int, **gathered: Tensor) -> Tensor:
+def _rows_by_quack(x: Tensor, weight: Tensor, bounds: Tensor, many: int, tokens: Tensor | None = None) -> Tensor:
+    """``tokens`` [R]: the row of x that each row is."""
     out = x.new_empty(many, weight.shape[2])
-    tile = _tile(weight.shape[2])
-    if gathered:
+    if tokens is None:
+        tile = _tile(weight.shape[2])
+    else:
         tile = _MANY if _are_many(many, bounds) else _FEW
-    by_quack(x, weight.transpose(1, 2), out, tile, cu_seqlens_m=bounds, **gathered)
+    by_quack(x, weight.transpose(1, 2), out, tile, cu_seqlens_m=bounds, A_idx=tokens)
     return out

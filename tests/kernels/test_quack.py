@@ -40,6 +40,20 @@ def test_a_ranks_experts_make_their_rows_again(case):
     grouped_checks.check_rows_are_made_again(GROUPED_MLP, *case, torch.bfloat16, "cuda")
 
 
+def test_gradients_are_scaled_within_their_products():
+    """By a power of two, so to the last bit; an expert without rows gets zeros."""
+    g = torch.Generator(device="cuda").manual_seed(0)
+    counts, shapes = torch.tensor([50, 0, 200], device="cuda"), ((250, 64), (3, 96, 64), (3, 64, 48))
+    rows, up, down = (torch.randn(s, generator=g, device="cuda").bfloat16().requires_grad_() for s in shapes)
+    found = []
+    for scale in (1.0, 0.25):
+        out = GROUPED_MLP(rows, counts, up, None, down, None, activation="swiglu", grad_scale=scale)
+        found.append(torch.autograd.grad(out, (rows, up, down), torch.ones_like(out)))
+    assert torch.equal(found[0][0], found[1][0])
+    for whole, part in zip(found[0][1:], found[1][1:], strict=True):
+        assert torch.equal(whole * 0.25, part) and not part[1].any() and part[2].any()
+
+
 @pytest.mark.parametrize("form", [{}, {"reduction": "sum"}, {"scale": 0.5, "softcap": 4.0}], ids=str)
 @pytest.mark.parametrize("tokens,vocabulary,hidden,rows", [
     (1, 8, 8, 1), (67, 1000, 64, 32), (700, 4104, 2880, 512), (300, 520, 48, 300),
