@@ -104,10 +104,11 @@ def test_few_tokens_are_left_to_others_unless_they_are_recorded():
     assert not attention._by_fa4(few, few, "fa4")
 
 
-def _node(dtype=torch.bfloat16, size=64, of_values=64, keys=32, mask=None, **options):
+def _node(dtype=torch.bfloat16, size=64, of_values=64, keys=32, shared=2, mask=None, **options):
     """A call of attention on a CUDA device that need not be there."""
+    shapes = (2, 4, 32, size), (2, shared, keys, size), (2, shared, keys, of_values)
     with FakeTensorMode():
-        vals = [torch.empty(shape, dtype=dtype, device="cuda") for shape in ((2, 4, 32, size), (2, 2, keys, size), (2, 2, keys, of_values))]
+        vals = [torch.empty(shape, dtype=dtype, device="cuda") for shape in shapes]
     graph = fx.Graph()
     inputs = [graph.placeholder(name) for name in "qkv"]
     for node, val in zip(inputs, vals, strict=True):
@@ -119,6 +120,7 @@ def _node(dtype=torch.bfloat16, size=64, of_values=64, keys=32, mask=None, **opt
 
 @pytest.mark.parametrize("options,said", [
     ({"dtype": torch.float32}, "q is torch.float32"), ({"size": 80, "of_values": 80}, "have 80 (80)"), ({"of_values": 72}, "have 64 (72)"),
+    ({"size": 192, "of_values": 128}, "4 of 192 numbers share 2, whose values have 128"),
     ({"keys": 33}, "q has 32, k 33"), ({"mask": True}, "the mask a tensor"), ({"is_causal": False}, "is_causal is False"),
     ({"softcap": 30.0}, "has 30.0"), ({"dropout": 0.1}, "has 0.1"), ({"window": 128}, "a window of 128 keys of 64 numbers"),
 ])  # fmt: skip
@@ -126,6 +128,6 @@ def test_what_it_refuses(options, said):
     assert said in (fa4.BACKEND.kernels[ops.attention].refuses(_node(**options)) or "nothing")
 
 
-@pytest.mark.parametrize("options", [{}, {"size": 192, "of_values": 128}, {"window": 4096}])
+@pytest.mark.parametrize("options", [{}, {"size": 192, "of_values": 128, "shared": 4}, {"window": 4096}])
 def test_what_it_takes(options):
     assert fa4.BACKEND.kernels[ops.attention].refuses(_node(**options)) is None
