@@ -42,15 +42,15 @@ def _gate(activation: str, alpha: float, limit: float, interleaved: bool) -> Any
 
 
 def _gradients(
-    to_out: Tensor, h: Tensor, to_up: Callable[[Tensor], Tensor], bounds: Tensor, weights: Weights, gate: Any, transposed: bool,
+    to_out: Tensor, h: Tensor, rows: Callable[[], Tensor], bounds: Tensor, weights: Weights, gate: Any, transposed: bool,
     gemm: str, needs: Sequence[bool], row_weights: Tensor | None = None, order: Tensor | None = None,
     by_down: Callable[[Tensor], Tensor] | None = None, grad_scale: float = 1.0,
 ) -> tuple[Tensor | None, list[Tensor | None], Tensor | None]:  # fmt: skip
-    """Gradients of the rows [R, H], of the four ``weights`` and of ``row_weights`` [R] (with ``order`` [R], the flat
+    """Gradients of ``rows()`` [R, H], of the four ``weights`` and of ``row_weights`` [R] (with ``order`` [R], the flat
     positions of the rows: [T, K]), from to_out [R, H]: that of the weighted rows, not yet multiplied by ``row_weights``.
-    That of ``row_weights`` lacks the part of down's bias. ``needs``: of rows and of the four; the rest is None. ``to_up``:
-    up's gradient from that of the pre-activations. ``by_down``: multiplies to_out with matrices [E, H, I] group by group,
-    where tokens are less to round than rows. ``grad_scale``: of the weights' gradients; ``to_up`` sees to its own."""
+    That of ``row_weights`` lacks the part of down's bias. ``needs``: of rows and of the four; the rest is None. ``by_down``:
+    multiplies to_out with matrices [E, H, I] group by group, where tokens are less to round than rows. The four are
+    multiplied by ``grad_scale``."""
     from . import expert_activation as act
 
     up, up_bias, down, down_bias = weights
@@ -60,15 +60,19 @@ def _gradients(
     to_h, weighted, to_weights = act.backward(h, up_bias, offsets, to_a, gate, row_weights, order)
     del to_a
 
+    def outer(of_in: Tensor, of_out: Tensor) -> Tensor:
+        pair = (of_in, of_out) if transposed else (of_out, of_in)
+        return grouped_gemm.outer(gemm, *pair, bounds, grad_scale)
+
     found: list[Tensor | None] = [None] * 4
     if needs[3]:
-        found[2] = _outer(gemm, weighted, to_out, bounds, transposed, grad_scale)
+        found[2] = outer(weighted, to_out)
     if needs[4]:
         assert down_bias is not None
         found[3] = act.segment_sum(to_out, offsets, down_bias.dtype, row_weights, order)
     del weighted
     if needs[1]:
-        found[0] = to_up(to_h)
+        found[0] = outer(rows().to(up.dtype), to_h)
     if needs[2]:
         assert up_bias is not None
         found[1] = act.segment_sum(to_h, offsets, up_bias.dtype)
@@ -78,11 +82,6 @@ def _gradients(
     if not needs[0]:
         return None, found, to_weights
     return grouped_gemm.rows(gemm, to_h, _matrices(up, transposed).transpose(1, 2), bounds), found, to_weights
-
-
-def _outer(gemm: str, of_in: Tensor, of_out: Tensor, bounds: Tensor, transposed: bool, scale: float) -> Tensor:
-    """The gradient, times ``scale``, of matrices that took rows ``of_in`` to those whose gradient is ``of_out``."""
-    return grouped_gemm.outer(gemm, *((of_in, of_out) if transposed else (of_out, of_in)), bounds, scale)
 
 
 def _or_empty(found: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
@@ -134,12 +133,9 @@ def fused_experts_backward(
     def of_tokens(matrices: Tensor) -> Tensor:
         return grouped_gemm.of_tokens(gemm, grad, order, inverse, top_k, matrices, bounds)
 
-    def to_up(to_h: Tensor) -> Tensor:
-        return grouped_gemm.outer_of_tokens(gemm, x.to(up.dtype), order, inverse, top_k, to_h, bounds, not transposed)
-
     to_rows, found, to_weights = _gradients(
-        expand(grad, inverse, top_k), h, to_up, bounds, (up, up_bias, down, down_bias), gate, transposed, gemm, needs, weights,
-        order, of_tokens if gemm == "fp8" else None,
+        expand(grad, inverse, top_k), h, lambda: expand(x.to(up.dtype), inverse, top_k), bounds,
+        (up, up_bias, down, down_bias), gate, transposed, gemm, needs, weights, order, of_tokens if gemm == "fp8" else None,
     )  # fmt: skip
     assert to_weights is not None
     if down_bias is not None:  # what a row's weight multiplies has the bias in it
@@ -224,14 +220,10 @@ def fused_grouped_mlp_backward(
 
     gate, bounds = _gate(activation, alpha, limit, interleaved), _bounds(counts)
     kept, hidden = Kept(rows, tokens, place, host), _matrices(up, transposed).shape[1]
-
-    def to_up(to_h: Tensor) -> Tensor:
-        return _outer(gemm, kept.again(h.shape[0], hidden).to(up.dtype), to_h, bounds, transposed, grad_scale)
-
-    weights = up, up_bias, down, down_bias
     to_rows, found, to_weights = _gradients(
-        grad, h, to_up, bounds, weights, gate, transposed, gemm, needs, row_weights, grad_scale=grad_scale
-    )
+        grad, h, lambda: kept.again(h.shape[0], hidden), bounds, (up, up_bias, down, down_bias), gate, transposed, gemm, needs,
+        row_weights, grad_scale=grad_scale,
+    )  # fmt: skip
     if not needs[5]:
         to_weights = None
     if to_weights is not None:

@@ -19,11 +19,6 @@ _OUTER: Tile = (128, 192, True, 2, 1)
 #: Gathered rows, of experts with few and with many: these read no block together along columns.
 _FEW: Tile = (128, 256, False, 1, 1)
 _MANY: Tile = (128, 192, True, 2, 1)
-#: Outer products of many gathered rows, written as they are or turned.
-_OUTER_OF_TOKENS: Tile = (128, 192, True, 2, 1)
-_OUTER_TURNED: Tile = (256, 192, False, 1, 1)
-#: Rows an expert, on average. Outer products gather tokens from here on: with 1,024 and 2,048 rows (Qwen3, GPT-OSS) they take
-#: 1.41 and 3.62 ms instead of 1.51 and 3.81 with rows that are written first; with 256 and 512 they would lose 5 %.
 MANY = 640
 #: Columns of a tile, and what a column costs in tiles of that width.
 _WIDTHS = {192: 1.0, 160: 1.02, 128: 1.05}
@@ -70,33 +65,12 @@ def outer(gemm: str, x: Tensor, y: Tensor, bounds: Tensor, scale: float = 1.0) -
     return out
 
 
-def outer_of_tokens(
-    gemm: str, x: Tensor, order: Tensor, inverse: Tensor, top_k: int, y: Tensor, bounds: Tensor, turned: bool
-) -> Tensor:
-    """:func:`outer` of x [T, a], each token in the rows that it has in :func:`of_tokens`, and y [T * K, b]: [E, a, b], or
-    [E, b, a] if ``turned``."""
-    from .permute import expand
-
-    if gemm == "torch" or not x.is_cuda or not _are_many(len(order), bounds):
-        rows = expand(x, inverse, top_k)
-        return outer(gemm, *((y, rows) if turned else (rows, y)), bounds)
-    a, b = x.shape[1], y.shape[1]
-    out = x.new_empty(len(bounds) - 1, *((b, a) if turned else (a, b)))
-    into, tile = (out.transpose(1, 2), _OUTER_TURNED) if turned else (out, _OUTER_OF_TOKENS)
-    by_quack(x.contiguous().T, y.T, into, tile, cu_seqlens_k=bounds, A_idx=order // top_k)
-    return out
-
-
-def _are_many(rows: int, bounds: Tensor) -> bool:
-    return rows >= MANY * (len(bounds) - 1)
-
-
 def _rows_by_quack(x: Tensor, weight: Tensor, bounds: Tensor, many: int, tokens: Tensor | None = None) -> Tensor:
     """``tokens`` [R]: the row of x that each row is."""
     out = x.new_empty(many, weight.shape[2])
     if tokens is None:
         tile = _tile(weight.shape[2])
     else:
-        tile = _MANY if _are_many(many, bounds) else _FEW
+        tile = _MANY if many >= MANY * weight.shape[0] else _FEW
     by_quack(x, weight.transpose(1, 2), out, tile, cu_seqlens_m=bounds, A_idx=tokens)
     return out
