@@ -140,6 +140,12 @@ class GraphedStep:
                 loss = self._forward_backward(**{**batch, **inputs})
             gradients = {p: p.grad for p in self._parameters if p.grad is not None}
         except Exception as error:
+            if _ran_out(error):  # the end of a recording that broke off hides it
+                raise torch.OutOfMemoryError(
+                    f"memory ran out while a step of {type(unwrap(self.model)).__name__} was recorded: a replayed step keeps all "
+                    "that it needs at once, and with dispatch_capacity buffers for the worst case. Take fewer tokens a step, or "
+                    "train without moefx.cuda_graph"
+                ) from error
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise MoefxError(
                 f"this step of {type(unwrap(self.model)).__name__} cannot be recorded as a CUDA graph, something in it waits "
@@ -149,6 +155,13 @@ class GraphedStep:
             for p, gradient in zip(self._parameters, before, strict=True):
                 p.grad = gradient
         return Recorded(graph, inputs, loss, gradients, [_local(p).data_ptr() for p in self._parameters])
+
+
+def _ran_out(error: BaseException | None) -> bool:
+    """Did memory run out, in this error or in one that it came from?"""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _local(t: Tensor) -> Tensor:
@@ -188,6 +201,7 @@ def cuda_graph(
             name, it returns the loss [], detached. What it does in Python is done while a step is recorded, not in a replay.
 
     Raises:
+        torch.OutOfMemoryError: by the step that is recorded.
         MoefxError: the model waits for the device in each step (no ``dispatch_capacity``, ``check_numerics``), is on the CPU
             or in DDP; when a step is recorded: something in it cannot be.
     """

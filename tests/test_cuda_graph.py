@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import moefx
-from moefx.cuda_graph import Recorded
+from moefx.cuda_graph import Recorded, _ran_out
 
 from .families import batch, build
 
@@ -56,6 +56,18 @@ def test_a_gradient_of_another_step_is_kept():
     before = w.grad
     step.replay({"x": torch.ones(3)})
     assert w.grad is before and torch.equal(w.grad, torch.full((3,), 11.0))
+
+
+def test_memory_that_ran_out_is_found_behind_the_error_that_hides_it():
+    def recording():
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            raise RuntimeError("capturing stream has unjoined work")
+
+    with pytest.raises(RuntimeError) as caught:
+        recording()
+    assert _ran_out(caught.value) and not _ran_out(RuntimeError("operation not permitted when stream is capturing"))
 
 
 def test_refusals():
