@@ -30,7 +30,7 @@ from moefx.cuda_graph import GraphedStep
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 #: Packages that are in a record where they are installed.
-OPTIONAL = ("transformer-engine", "quack-kernels", "nemo-automodel", "mamba-ssm", "causal-conv1d", "deep-ep")
+OPTIONAL = ("transformer-engine", "quack-kernels", "nemo-automodel", "mamba-ssm", "causal-conv1d", "deep-ep", "flash-attn-4")
 _START = time.perf_counter()
 
 

@@ -142,9 +142,9 @@ class GraphedStep:
         except Exception as error:
             if _ran_out(error):  # the end of a recording that broke off hides it
                 raise torch.OutOfMemoryError(
-                    f"memory ran out while a step of {type(unwrap(self.model)).__name__} was recorded: a replayed step keeps all "
-                    "that it needs at once, and with dispatch_capacity buffers for the worst case. Take fewer tokens a step, or "
-                    "train without moefx.cuda_graph"
+                    f"memory ran out while a step of {type(unwrap(self.model)).__name__} was recorded: a replayed step keeps "
+                    "all that it needs at once, and with dispatch_capacity buffers for the worst case. Take fewer tokens a "
+                    "step, or train without moefx.cuda_graph"
                 ) from error
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise MoefxError(
