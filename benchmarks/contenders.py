@@ -1,4 +1,4 @@
-"""One rank of ``multi_gpu.py``: builds a contender over all ranks, checks it, times its rows. The ranks of a contender are
+"""One rank of ``multi_gpu.py``: builds a contender over all ranks, times its rows, checks it. The ranks of a contender are
 processes of their own: whatever happens to one of them, its memory and its communicators are gone with it.
 """
 
@@ -152,21 +152,20 @@ def run(here: Rank) -> None:
     local = sum(common.local(p).nbytes for p in contender.model.parameters())
     here.tell("built", {"seconds": time.perf_counter() - started, "parameters": parameters,
                         "weights_gib": max(here.gather(local)) / 2**30})  # fmt: skip
-    order = dict.fromkeys([*job.check, *(r.routing for r in job.rows)])
-    left, kept = len(job.rows), Path(job.folder, "tunings.json")
-    for name in order:
-        if tunings.load(kept):
-            here.tell("note", {"triton_tunings": "of the contender before"})
-        if name in job.check:
-            contender.route(name, job.check_seq)
-            check(here, contender, name)
-        for row in [r for r in job.rows if r.routing == name]:
-            here.row = row
-            contender.route(name, row.mbs * job.seq)
-            measure(here, contender, row, left)
-            here.row, left = None, left - 1
-            if here.rank == 0:
-                tunings.save(kept)
+    kept = Path(job.folder, "tunings.json")
+    if tunings.load(kept):
+        here.tell("note", {"triton_tunings": "of the contender before"})
+    # rows first: they share out the time that there is, and what a check takes is then known to the next contender
+    for i, row in enumerate(job.rows):
+        here.row = row
+        contender.route(row.routing, row.mbs * job.seq)
+        measure(here, contender, row, len(job.rows) - i)
+        here.row = None
+        if here.rank == 0:
+            tunings.save(kept)
+    for name in job.check:
+        contender.route(name, job.check_seq)
+        check(here, contender, name)
     here.tell("finished", contender.finish())
 
 
@@ -252,9 +251,9 @@ def expert_parallel(here: Rank, pipeline: Callable[[], Any] = passes.default, gr
     backends = names if why else ["deepep", *names]
     options: dict[str, Any] = {"backends": backends, "compile": job.compile}
     torch.manual_seed(SEED)
-    first = (*job.check, *(r.routing for r in job.rows))[0]
     # of the same batch as the first that is run
-    tokens = job.check_seq if job.check else job.rows[0].mbs * job.seq
+    first = job.rows[0].routing if job.rows else job.check[0]
+    tokens = job.rows[0].mbs * job.seq if job.rows else job.check_seq
     model = moefx.parallelize(
         _empty(job), ep_size=here.ranks, lost_after=0, pipeline=pipeline(), balanced_routing=first == "balanced",
         dispatch_capacity=tokens if graph else 0, **options,

@@ -173,19 +173,19 @@ class Run:
 
     def _contender(self, name: str, rows: list[Row], later: float) -> None:
         """All rows of a contender: by new processes as often as some fail. ``later``: the weight of what comes after them."""
-        check, transport, errors = self.args.check, self.args.transport, 0
+        transport, errors = self.args.transport, 0
         while rows or name == EXACT:
             if time.time() >= self.end:
                 self._skip(name, rows, f"the budget of {self.args.budget:.0f} s was used up")
                 return
             until = time.time() + (self.end - time.time()) * (_weight(rows) or 1) / ((_weight(rows) or 1) + later)
             common.say(f"{name}: {CONTENDERS.get(name, 'Transformers in fp32')}")
-            left, failure = self._launch(self._job(name, rows, until, self._unchecked(name) if check else (), transport))
+            left, failure = self._launch(self._job(name, rows, until, self._unchecked(name) if self.args.check else (), transport))
             if failure is None:
                 self._skip(name, left, "its time was used up")
                 return
             self.record["failed"].append({"who": name, **failure})
-            common.say(f"  failed at {failure['row'] or 'start'}: {failure['why']}")
+            common.say(f"  failed at {failure['row'] or failure['during']}: {failure['why']}")
             self.save()
             failed = next((r for r in left if str(r) == failure["row"]), None)
             if failure["kind"] == "memory" and failed and not failed.recompute and self.args.recompute == "auto":
@@ -197,14 +197,11 @@ class Run:
             elif failed:
                 left.remove(failed)
                 errors += failure["kind"] != "memory"
-            elif failure["check"] and rows:
-                common.say("  once more without its check")
             else:
                 return
             if errors > 1:
                 self._skip(name, left, "two rows of it failed")
                 return
-            check = check and not failure["check"]
             rows = left
 
     def _skip(self, name: str, rows: Sequence[Row], why: str) -> None:
@@ -331,7 +328,10 @@ class Run:
         for f in record["failed"]:
             # a row that was measured after all, with recomputation or another transport, is there
             if f["who"] == name and not (f["row"] and self._row(name, f["routing"], f["mbs"])):
-                found.append(f"{name}, {f['row'] or 'start'}: {f['why']}")
+                found.append(f"{name}, {f['row'] or f['during']}: {f['why']}")
+        timed = dict.fromkeys(r["routing"] for r in record["rows"] if r["who"] == name)
+        if self.args.check:
+            found += [f"{name}, {r}: timed and not checked" for r in timed if name not in record["checks"].get(r, {})]
         return found + [f"{name} ran the original forward: {f}" for f in record["contenders"].get(name, {}).get("fallbacks", [])]
 
 
@@ -342,9 +342,12 @@ class _Follower:
         self.run, self.job = run, job
         self.left, self.finished = list(job.rows), False
         self.failures: list[dict[str, Any]] = []
-        self.at = "start"
+        self.built = False
         self.heard = time.time()
-        self.unchecked = list(job.check)
+
+    @property
+    def at(self) -> str:
+        return "start" if not self.built else "rows" if self.left else "check"
 
     @property
     def over(self) -> bool:
@@ -358,7 +361,7 @@ class _Follower:
     def fail(self, kind: str, why: str, row: Row | None, rank: int | None = None, at: float | None = None) -> None:
         where = {"row": str(row), "routing": row.routing, "mbs": row.mbs} if row else {"row": None}
         at = time.time() if at is None else at
-        self.failures.append({"kind": kind, "why": why, "rank": rank, "at": at, "check": not row and self.at == "check", **where})
+        self.failures.append({"kind": kind, "why": why, "rank": rank, "at": at, "during": self.at, **where})
 
     def tick(self) -> None:
         now, patience = time.time(), self.run.args.patience
@@ -368,7 +371,7 @@ class _Follower:
             self.fail("hang", "the budget is over", self._row())
 
     def _row(self) -> Row | None:
-        return self.left[0] if self.left and self.at == "rows" else None
+        return self.left[0] if self.at == "rows" else None
 
     def event(self, kind: str, details: Any) -> None:
         self.heard = time.time()
@@ -383,15 +386,13 @@ class _Follower:
         self.run.record["machine"] = self.run.record["machine"] or details
 
     def _built(self, details: dict[str, Any]) -> None:
-        self.at = "check" if self.unchecked else "rows"
+        self.built = True
         self._note(details)
         common.say(f"  built in {details['seconds']:.1f} s: {details['parameters'] / 1e9:.2f} billion parameters, "
                    f"{details['weights_gib']:.2f} GiB a rank")  # fmt: skip
 
     def _checked(self, details: dict[str, Any]) -> None:
-        self.unchecked.remove(details["routing"])
         common.say(f"  checking took {details['step_s']:.1f} s for the step, {details['sketch_s']:.1f} s for its sketches")
-        self.at = "check" if self.unchecked else "rows"
         if self.job.contender != EXACT:
             self.run.compare(self.job.contender, details["routing"], details)
             self.run.save()
@@ -471,7 +472,7 @@ def show(record: dict[str, Any]) -> None:
     if record["machine"].get("ranks_share_a_gpu"):
         print("ranks share a GPU: these times say nothing")
     for f in record["failed"]:
-        print(f"failed: {f['who']}, {f['row'] or 'start'}: {f['why']}")
+        print(f"failed: {f['who']}, {f['row'] or f['during']}: {f['why']}")
     for t in record.get("targets", []):
         print(f"{'reached' if t['reached'] else 'missed'}: moefx, {t['row']}: {t['found']:.2f} {t['what']}, {t['wanted']} wanted")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -131,3 +132,16 @@ def test_what_it_refuses(options, said):
 @pytest.mark.parametrize("options", [{}, {"size": 192, "of_values": 128, "shared": 4}, {"window": 4096}])
 def test_what_it_takes(options):
     assert fa4.BACKEND.kernels[ops.attention].refuses(_node(**options)) is None
+
+
+@pytest.mark.parametrize("have,said", [("4.0.0b30", "flash-attn-4 4.0.0b30 is installed, 4.0.0b36 or newer"), ("4.0.0", "is no CUDA"), (None, "is not installed")])
+def test_what_keeps_it_from_use_is_said(have, said, monkeypatch):
+    def version(name):
+        if have is None:
+            raise PackageNotFoundError(name)
+        return have
+
+    monkeypatch.setattr(fa4, "version", version)
+    monkeypatch.setattr(fa4.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert said in fa4.BACKEND.available()

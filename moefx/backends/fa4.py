@@ -7,9 +7,10 @@ heads of 128 numbers, 4 of keys), 1.20 and 3.14 instead of 1.33 and 3.80 (64 hea
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from packaging.version import Version
 from torch import Tensor, fx
 
 from .. import ops
@@ -18,6 +19,8 @@ from ..kernels import attention as flash
 from . import Backend, Kernel
 from .torch import by_position, refuses_flash
 
+#: The first version whose results were compared with float32's.
+LEAST = "4.0.0b36"
 #: (D, Dv) of the heads that were timed, and whose results and gradients were compared with float32
 #: (tests/gpu/test_attention.py). With 80 numbers 4.0.0b36 gives wrong gradients of q.
 SIZES = ((64, 64), (128, 128), (192, 128))
@@ -66,16 +69,20 @@ def _refuses(node: fx.Node) -> str | None:
 
 
 def _available() -> str | None:
-    # not by find_spec("flash_attn.cute"): that imports FlashAttention 2 where it is installed
-    found = importlib.util.find_spec("flash_attn")
-    folders = found.submodule_search_locations if found else None
-    if not any(Path(p, "cute", "interface.py").exists() for p in folders or ()) or importlib.util.find_spec("cutlass") is None:
+    # by its metadata: looking for the module would import FlashAttention 2 where that is installed
+    try:
+        have = version("flash-attn-4")
+    except PackageNotFoundError:
         return "the package flash-attn-4 is not installed: pip install 'moefx[fa4]'"
+    if Version(have) < Version(LEAST):
+        return f"flash-attn-4 {have} is installed, {LEAST} or newer is needed: pip install 'moefx[fa4]'"
+    if importlib.util.find_spec("cutlass") is None:
+        return "flash-attn-4 needs the package nvidia-cutlass-dsl, which is not installed: pip install 'moefx[fa4]'"
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     if torch.cuda.get_device_capability()[0] != 9:
-        have = ".".join(map(str, torch.cuda.get_device_capability()))
-        return f"it was measured on compute capability 9.0, this device has {have}"
+        capability = ".".join(map(str, torch.cuda.get_device_capability()))
+        return f"it was measured on compute capability 9.0, this device has {capability}"
     return None
 
 

@@ -15,10 +15,8 @@ BLOCK = 8192
 #: sum for a new maximum takes an exponential of its own.
 TOGETHER = 8
 
-
-@triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+#: Where running maxima begin, a number: from -inf a thread that has seen nothing else would compute -inf - -inf.
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -42,16 +40,15 @@ def _row(logits, at, share, losses, columns, stride, scale, softcap, CAPPED: tl.
     factor = tl.load(share + row)
     target = tl.load(at + row)
     here = tl.arange(0, BLOCK // TOGETHER)[:, None] * TOGETHER + tl.arange(0, TOGETHER)[None, :]
-    top = tl.full((BLOCK // TOGETHER,), float("-inf"), tl.float32)
+    top = tl.full((BLOCK // TOGETHER,), _LOWEST, tl.float32)
     total = tl.zeros((BLOCK // TOGETHER,), tl.float32)
     for first in range(0, columns, BLOCK):
         x, _ = _loss_logits(start + first + here, first + here < columns, scale, softcap, CAPPED)
-        new = _larger(top, tl.reduce(x, 1, _larger))
-        # a thread that has seen nothing but -inf would compute -inf - -inf
-        total = tl.where(new == float("-inf"), 0.0, total * tl.exp(top - new) + tl.sum(tl.exp(x - new[:, None]), axis=1))
+        new = tl.maximum(top, tl.max(x, axis=1))  # whether or not it passes NaN on, the sum does
+        total = total * tl.exp(top - new) + tl.sum(tl.exp(x - new[:, None]), axis=1)
         top = new
     highest = tl.max(top, axis=0)
-    norm = highest + tl.log(tl.sum(tl.where(top == float("-inf"), 0.0, total * tl.exp(top - highest)), axis=0))
+    norm = highest + tl.log(tl.sum(total * tl.exp(top - highest), axis=0))
     chosen, _ = _loss_logits(start + target, target >= 0, scale, softcap, CAPPED)
     tl.store(losses + row, norm - chosen)
     tl.debug_barrier()  # all threads have read the target's logit before one of them overwrites it

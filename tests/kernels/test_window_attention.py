@@ -38,7 +38,8 @@ def exact(q, k, v, sinks, grad, scale, window, starts=None):
     scores = scores.masked_fill(~ops.visible(q.shape[1], q.shape[1], window, starts, DEVICE), -torch.inf)
     if sinks is not None:
         scores = torch.cat([scores, sinks.double()[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
-    return [out, scores.logsumexp(-1), *torch.autograd.grad((out * grad.double()).sum(), given)]
+    delta = (out * grad.double()).sum(-1).transpose(1, 2)
+    return [out, scores.logsumexp(-1), *torch.autograd.grad(delta.sum(), given), delta]
 
 
 @pytest.mark.parametrize("sinks", [True, False], ids=["sinks", "plain"])
@@ -51,7 +52,7 @@ def test_sizes(batch, heads, shared, length, size, window, sinks, dtype):
     q, k, v, sink = inputs(batch, heads, shared, length, size, dtype)
     grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     given = (q, k, v, sink if sinks else None, grad, size**-0.5, window)
-    for name, f, w in zip(("out", "lse", "q", "k", "v"), found(*given), map(Tensor.detach, exact(*given)), strict=True):
+    for name, f, w in zip(("out", "lse", "q", "k", "v", "delta"), found(*given), map(Tensor.detach, exact(*given)), strict=True):
         assert f.shape == w.shape, name
         distance = float((f.double() - w).abs().max()) / max(float(w.abs().max()), 1.0)  # one key alone: q and k get zeros
         assert distance <= FAR[dtype], f"{name}: {distance:.1e}"
@@ -71,7 +72,7 @@ def test_packed_sequences(rows, heads, shared, size, window, sinks, dtype):
     q, k, v, sink = inputs(len(rows), heads, shared, length, size, dtype, seed=2)
     grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE, dtype)
     given = (q, k, v, sink if sinks else None, grad, size**-0.5, window, beginnings(*rows))
-    for name, f, w in zip(("out", "lse", "q", "k", "v"), found(*given), map(Tensor.detach, exact(*given)), strict=True):
+    for name, f, w in zip(("out", "lse", "q", "k", "v", "delta"), found(*given), map(Tensor.detach, exact(*given)), strict=True):
         distance = float((f.double() - w).abs().max()) / max(float(w.abs().max()), 1.0)
         assert f.shape == w.shape and distance <= FAR[dtype], f"{name}: {distance:.1e}"
 
@@ -95,4 +96,4 @@ def test_two_runs_are_bitwise_equal():
 
 def test_no_tokens():
     q, k, v, sinks = inputs(2, 4, 2, 0, 32, DTYPES[0])
-    assert [t.numel() for t in found(q, k, v, sinks, q, 0.2, 50)] == [0] * 5
+    assert [t.numel() for t in found(q, k, v, sinks, q, 0.2, 50)] == [0] * 6
