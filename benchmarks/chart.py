@@ -33,6 +33,7 @@ CONTENDERS = {
     "moefx_graph": ("moefx, CUDA graph", "#0072B2"),
     "moefx_chunks": ("moefx, two chunks", "#56B4E9"),
     "moefx_graph_chunks": ("moefx, two chunks, CUDA graph", "#D55E00"),
+    "moefx_graph_lean": ("moefx, CUDA graph, experts recomputed", "#F0E442"),
     "moefx_no_overlap": ("moefx, no overlap", "#CC79A7"),
 }
 #: The number on their bars would be 1.

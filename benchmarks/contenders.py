@@ -41,6 +41,7 @@ CONTENDERS = {
     "hf_ep": "Transformers' own expert parallelism",
     "moefx_chunks": "moefx, tokens in two chunks that overlap",
     "moefx_graph_chunks": "moefx, in two chunks and replayed",
+    "moefx_graph_lean": "moefx, replayed, experts' pre-activations made again",
     "moefx_no_overlap": "moefx without the pass overlap",
 }
 #: Not timed: Transformers in fp32 on the same weights, against which all are checked.
@@ -285,6 +286,10 @@ def _refuses_deepep() -> str | None:
     return deepep.available() or deepep.refuses_group(dist.group.WORLD.group_name)
 
 
+def _lean() -> Any:
+    return passes.default().after("lower", passes.RecomputeExperts())
+
+
 def _in_two() -> Any:
     return passes.default().replace("overlap", passes.Overlap(chunks=2))
 
@@ -297,6 +302,7 @@ BUILDERS: dict[str, Callable[[Rank], Contender]] = {
     "moefx_graph": lambda here: expert_parallel(here, graph=True),
     "moefx_chunks": lambda here: expert_parallel(here, _in_two),
     "moefx_graph_chunks": lambda here: expert_parallel(here, _in_two, graph=True),
+    "moefx_graph_lean": lambda here: expert_parallel(here, _lean, graph=True),
     "moefx_no_overlap": lambda here: expert_parallel(here, lambda: passes.default().without("overlap")),
 }
 

@@ -34,9 +34,10 @@ from torch import Tensor, nn
 import moefx
 
 PEERS = ("hf", "hf_compile", "nemo")
-#: Passes of moefx that are not in its default pipeline.
-OPT_IN: dict[str, Callable[[], moefx.Pass]] = {
-    "fp8": moefx.passes.FP8, "fp8_experts": functools.partial(moefx.passes.FP8, linear=False),
+#: Passes of moefx that are not in its default pipeline, and before which of those they run.
+OPT_IN: dict[str, tuple[str, Callable[[], moefx.Pass]]] = {
+    "fp8": ("lower", moefx.passes.FP8), "fp8_experts": ("lower", functools.partial(moefx.passes.FP8, linear=False)),
+    "recompute_experts": ("overlap", moefx.passes.RecomputeExperts),
 }  # fmt: skip
 #: Relative L2 distance allowed to the logits of a peer that is another implementation: those of other weights are 1.4 apart.
 LOGITS = 0.05
@@ -149,7 +150,7 @@ class Depth:
 
     def check(self, other: nn.Module, batch: int, graph: bool) -> None:
         args, given = self.args, tokens(self.args, batch, self.args.check_seq)
-        found = checks.check(args.model, args.routing == "balanced", self.model, other, given, graph=graph, coarser=bool(args.passes))
+        found = checks.check(args.model, args.routing == "balanced", self.model, other, given, graph=graph, coarser=any(n.startswith("fp8") for n in args.passes))
         name = f"mbs {batch}{', graph' if graph else ''}"
         self.record["checks"][name] = found
         text = f"{len(found['problems'])} problems" if found["problems"] else "ok"
@@ -191,7 +192,8 @@ def depth(args: argparse.Namespace, layers: int) -> dict[str, Any]:
         here.attempt("hf", batch, memory, here.time, "hf", model, model, batch)
     pipeline = moefx.passes.default()
     for name in args.passes:
-        pipeline = pipeline.before("lower", OPT_IN[name]())
+        before, opt_in = OPT_IN[name]
+        pipeline = pipeline.before(before, opt_in())
     other = moefx.optimize(
         optimized, balanced_routing=balanced, compile=args.compile, backends=args.backends, pipeline=pipeline
     )

@@ -11,6 +11,7 @@ from .linear_to_fp32 import LinearToFP32
 from .lower import Lower
 from .norm_rotary import FuseNormRotary
 from .overlap import Overlap
+from .recompute_experts import RecomputeExperts
 from .residual_rms_norm import FuseResidualRMSNorm
 from .rms_norm import RaiseRMSNorm
 from .rotary import RaiseRotary
@@ -21,7 +22,7 @@ from .swiglu import RaiseSwiGLU
 __all__ = [
     "Canonicalize", "Change", "Changes", "ExpertParallel", "FP8", "FuseNormRotary", "FuseResidualRMSNorm", "LinearToFP32",
     "Lower", "Overlap", "Pass", "Pipeline", "RaiseDenseExperts", "RaiseLinearCrossEntropy", "RaiseRMSNorm", "RaiseRotary",
-    "RaiseRoute", "RaiseSwiGLU", "Routes", "default",
+    "RaiseRoute", "RaiseSwiGLU", "RecomputeExperts", "Routes", "default",
 ]  # fmt: skip
 
 

@@ -16,9 +16,12 @@ def _random(*shape: int, seed: int, dtype: torch.dtype, device: str) -> torch.Te
     return made.to(device, dtype) / shape[-1] ** 0.5
 
 
-def check_rows_are_made_again(kernel: Callable, tokens: int, wire: str, spare: int, dtype: torch.dtype, device: str) -> None:
+def check_rows_are_made_again(
+    kernel: Callable, tokens: int, wire: str, spare: int, dtype: torch.dtype, device: str, plain: Callable | None = None
+) -> None:
     """With what arrived a backward keeps that instead of the rows, and finds the same, to the last bit. ``wire``: as tokens
-    travelled; "packed": beside others' numbers. ``spare``: rows of a capacity that nobody got."""
+    travelled; "packed": beside others' numbers. ``spare``: rows of a capacity that nobody got. ``plain``: who finds what is
+    wanted, by default the kernel without what arrived."""
     x = _random(tokens, HIDDEN, seed=0, dtype=dtype, device=device)
     experts = torch.rand(tokens, EXPERTS + 2, generator=torch.Generator().manual_seed(1)).topk(TOP_K).indices.to(device)
     counts, place = rows.by_expert(experts.int(), 1, EXPERTS)  # of the others' experts, 0 and 5, no row is here
@@ -34,16 +37,16 @@ def check_rows_are_made_again(kernel: Callable, tokens: int, wire: str, spare: i
     leaves = [t.requires_grad_() for t in (given, row_weights, *weights)]
     named = int(counts.sum())
 
-    def run(**options) -> tuple[list[torch.Tensor], set[int]]:
+    def run(kernel: Callable, **options) -> tuple[list[torch.Tensor], set[int]]:
         kept: list[torch.Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
             y = kernel(leaves[0], counts, *leaves[2:], activation="swiglu", row_weights=leaves[1], **options)
         to_rows, to_row_weights, *found = torch.autograd.grad(y[:named].square().sum() if named else y.sum() * 0, leaves)
         return [y[:named], to_rows[:named], to_row_weights[:named], *found], {t.data_ptr() for t in kept if t.numel()}
 
-    wanted, kept = run()
+    wanted, kept = run(plain or kernel)
     assert not named or given.data_ptr() in kept
-    found, kept = run(arrived=[came, place, host])
+    found, kept = run(kernel, arrived=[came, place, host])
     assert given.data_ptr() not in kept or not many
     assert not tokens or came.data_ptr() in kept
     for f, w in zip(found, wanted, strict=True):

@@ -5,6 +5,7 @@ Triton is imported when a kernel first runs, so that this table can be read anyw
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 
@@ -25,8 +26,14 @@ MAX_EXPERTS, MAX_TOP_K = 1024, 32
 ROTARY_LAYOUTS = ("half", "half_table", "interleaved")  #: those of moefx.rotary that the kernel knows
 
 
-def experts_by(gemm: str) -> Callable[..., Tensor]:
-    """The kernel of ``moefx.experts`` around a grouped GEMM of :mod:`moefx.kernels.grouped_gemm`."""
+#: Kernels that keep pre-activations: who made them, around which grouped GEMM.
+KEEPING: dict[Callable, tuple[Callable, str]] = {}
+
+
+@functools.cache
+def experts_by(gemm: str, keep: bool = True) -> Callable[..., Tensor]:
+    """The kernel of ``moefx.experts`` around a grouped GEMM of :mod:`moefx.kernels.grouped_gemm`. ``keep``: pre-activations are
+    kept for the backward, not made again there."""
 
     def experts(
         x: Tensor,
@@ -44,13 +51,16 @@ def experts_by(gemm: str) -> Callable[..., Tensor]:
         interleaved: bool = False,
     ) -> Tensor:
         return fused_experts(
-            x, index, weights, up, up_bias, down, down_bias, activation, alpha, limit, transposed, interleaved, gemm
+            x, index, weights, up, up_bias, down, down_bias, activation, alpha, limit, transposed, interleaved, gemm, keep
         )[0]
 
+    if keep:
+        KEEPING[experts] = experts_by, gemm
     return experts
 
 
-def grouped_mlp_by(gemm: str) -> Callable[..., Tensor]:
+@functools.cache
+def grouped_mlp_by(gemm: str, keep: bool = True) -> Callable[..., Tensor]:
     """The kernel of ``moefx.grouped_mlp``, likewise."""
 
     def grouped_mlp(
@@ -72,10 +82,18 @@ def grouped_mlp_by(gemm: str) -> Callable[..., Tensor]:
     ) -> Tensor:
         return fused_grouped_mlp(
             rows, counts, up, up_bias, down, down_bias, row_weights, *grouped.parts_of(arrived), activation, alpha, limit,
-            transposed, interleaved, grad_scale, gemm,
+            transposed, interleaved, grad_scale, gemm, keep,
         )[0]  # fmt: skip
 
+    if keep:
+        KEEPING[grouped_mlp] = grouped_mlp_by, gemm
     return grouped_mlp
+
+
+def recomputing(kernel: Callable) -> Callable[..., Tensor] | None:
+    """The kernel that does the same and keeps no pre-activations; None: there is none."""
+    by, gemm = KEEPING.get(kernel, (None, ""))
+    return by(gemm, keep=False) if by else None
 
 
 def route(

@@ -94,9 +94,10 @@ def _or_empty(found: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
 @opaque("fused_experts")
 def _fused_experts(
     x: Tensor, index: Tensor, weights: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
-    activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool, gemm: str,
+    activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool, gemm: str, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """y [T, H] in x's dtype; then, for the backward, h [T*K, 2I or I], order and inverse [T*K], bounds [E + 1] (int32)."""
+    """y [T, H] in x's dtype; then, for the backward, h [T*K, 2I or I], order and inverse [T*K], bounds [E + 1] (int32). Without
+    ``keep`` h is empty, and the backward makes it again."""
     from . import expert_activation as act
     from .permute import reduce, sort_by_expert
 
@@ -107,21 +108,22 @@ def _fused_experts(
     rows = grouped_gemm.rows(gemm, a, _matrices(down, transposed), bounds)
     del a
     y = reduce(rows, inverse, top_k, x.dtype, weights=weights, index=index, bias=down_bias)
-    return y, h, order, inverse, bounds
+    return y, h if keep else h.new_empty(0), order, inverse, bounds
 
 
 @_fused_experts.register_fake
-def _(x, index, weights, up, up_bias, down, down_bias, activation, alpha, limit, transposed, interleaved, gemm):
+def _(x, index, weights, up, up_bias, down, down_bias, activation, alpha, limit, transposed, interleaved, gemm, keep):
     rows = index.shape[0] * index.shape[1]
     integers = [index.new_empty(n, dtype=torch.int32) for n in (rows, rows, up.shape[0] + 1)]
-    return torch.empty_like(x), up.new_empty(rows, _matrices(up, transposed).shape[2]), *integers
+    h = up.new_empty(rows, _matrices(up, transposed).shape[2]) if keep else up.new_empty(0)
+    return torch.empty_like(x), h, *integers
 
 
 @opaque("fused_experts_backward", once=True)
 def fused_experts_backward(
     grad: Tensor, h: Tensor, order: Tensor, inverse: Tensor, bounds: Tensor, x: Tensor, index: Tensor, weights: Tensor,
     up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, activation: str, alpha: float, limit: float,
-    transposed: bool, interleaved: bool, gemm: str, needs: list[bool],
+    transposed: bool, interleaved: bool, gemm: str, keep: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weights, up, up_bias, down, down_bias. ``needs``: of which (weights: always); others are empty."""
     from .permute import expand, reduce
@@ -129,6 +131,8 @@ def fused_experts_backward(
     top_k = index.shape[1]
     gate = _gate(activation, alpha, limit, interleaved)
     grad = grad.to(up.dtype)
+    if not keep:
+        h = grouped_gemm.of_tokens(gemm, x.to(up.dtype), order, inverse, top_k, _matrices(up, transposed), bounds)
 
     def of_tokens(matrices: Tensor) -> Tensor:
         return grouped_gemm.of_tokens(gemm, grad, order, inverse, top_k, matrices, bounds)
@@ -147,7 +151,7 @@ def fused_experts_backward(
 
 @fused_experts_backward.register_fake
 def _(grad, h, order, inverse, bounds, x, index, weights, up, up_bias, down, down_bias, activation, alpha, limit,
-      transposed, interleaved, gemm, needs):  # fmt: skip
+      transposed, interleaved, gemm, keep, needs):  # fmt: skip
     made = [torch.empty_like(t) if need else h.new_empty(0) for t, need in zip((x, up, up_bias, down, down_bias), needs)]
     return made[0], torch.empty_like(weights), *made[1:]
 
@@ -186,10 +190,10 @@ def _bounds(counts: Tensor) -> Tensor:
 def _fused_grouped_mlp(
     rows: Tensor, counts: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
     row_weights: Tensor | None, tokens: Tensor | None, place: Tensor | None, host: Tensor | None, activation: str,
-    alpha: float, limit: float, transposed: bool, interleaved: bool, grad_scale: float, gemm: str,
+    alpha: float, limit: float, transposed: bool, interleaved: bool, grad_scale: float, gemm: str, keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The experts' output [R, H] in the weights' dtype, and the pre-activations h [R, 2I or I] for the backward, which keeps
-    tokens, place and host instead of the rows where they are given."""
+    tokens, place and host instead of the rows where they are given. Without ``keep`` h is empty, and made again there."""
     from . import expert_activation as act
 
     bounds = _bounds(counts)
@@ -198,21 +202,21 @@ def _fused_grouped_mlp(
     out = grouped_gemm.rows(gemm, a, _matrices(down, transposed), bounds)
     if down_bias is not None:
         act.add_bias_(out, down_bias, bounds[1:], row_weights)
-    return out, h
+    return out, h if keep else h.new_empty(0)
 
 
 @_fused_grouped_mlp.register_fake
 def _(rows, counts, up, up_bias, down, down_bias, row_weights, tokens, place, host, activation, alpha, limit, transposed,
-      interleaved, grad_scale, gemm):  # fmt: skip
+      interleaved, grad_scale, gemm, keep):  # fmt: skip
     wide, out = _matrices(up, transposed).shape[2], _matrices(down, transposed).shape[2]
-    return up.new_empty(rows.shape[0], out), up.new_empty(rows.shape[0], wide)
+    return up.new_empty(rows.shape[0], out), up.new_empty(rows.shape[0], wide) if keep else up.new_empty(0)
 
 
 @opaque("fused_grouped_mlp_backward", once=True)
 def fused_grouped_mlp_backward(
     grad: Tensor, h: Tensor, rows: Tensor | None, tokens: Tensor | None, place: Tensor | None, host: Tensor | None,
     counts: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, row_weights: Tensor | None,
-    activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool, grad_scale: float, gemm: str,
+    activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool, grad_scale: float, gemm: str, keep: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of rows, up, up_bias, down, down_bias, row_weights; ``needs`` says of which, the others are empty."""
@@ -220,9 +224,12 @@ def fused_grouped_mlp_backward(
 
     gate, bounds = _gate(activation, alpha, limit, interleaved), _bounds(counts)
     kept, hidden = Kept(rows, tokens, place, host), _matrices(up, transposed).shape[1]
+    if not keep:
+        kept = Kept(kept.again(grad.shape[0], hidden))
+        h = grouped_gemm.rows(gemm, kept.again(grad.shape[0], hidden).to(up.dtype), _matrices(up, transposed), bounds)
     to_rows, found, to_weights = _gradients(
-        grad, h, lambda: kept.again(h.shape[0], hidden), bounds, (up, up_bias, down, down_bias), gate, transposed, gemm, needs,
-        row_weights, grad_scale=grad_scale,
+        grad, h, lambda: kept.again(grad.shape[0], hidden), bounds, (up, up_bias, down, down_bias), gate, transposed, gemm,
+        needs, row_weights, grad_scale=grad_scale,
     )  # fmt: skip
     if not needs[5]:
         to_weights = None
@@ -237,8 +244,8 @@ def fused_grouped_mlp_backward(
 
 @fused_grouped_mlp_backward.register_fake
 def _(grad, h, rows, tokens, place, host, counts, up, up_bias, down, down_bias, row_weights, activation, alpha, limit,
-      transposed, interleaved, grad_scale, gemm, needs):  # fmt: skip
-    to_rows = h.new_empty(h.shape[0], _matrices(up, transposed).shape[1], dtype=Kept(rows, tokens).dtype)
+      transposed, interleaved, grad_scale, gemm, keep, needs):  # fmt: skip
+    to_rows = h.new_empty(grad.shape[0], _matrices(up, transposed).shape[1], dtype=Kept(rows, tokens).dtype)
     given = zip((to_rows, up, up_bias, down, down_bias, row_weights), needs)
     return tuple(torch.empty_like(t) if need else h.new_empty(0) for t, need in given)
 

@@ -8,13 +8,18 @@ import torch.utils.checkpoint
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from moefx.passes import RecomputeExperts, default  # noqa: E402
+
+import moefx  # noqa: E402
 from moefx import grouped, ops  # noqa: E402
 from moefx.activations import ACTIVATIONS  # noqa: E402
+from moefx.backends import Backend, Kernel  # noqa: E402
 from moefx.backends import triton as backend  # noqa: E402
 from moefx.errors import MoefxError  # noqa: E402
 from moefx.kernels import experts  # noqa: E402
 
 from .. import grouped_checks  # noqa: E402
+from ..families import batch, build  # noqa: E402
 
 EXPERTS, GROUPED_MLP = (backend.BACKEND.kernels[op].fn for op in (ops.experts, grouped.grouped_mlp))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -268,21 +273,70 @@ def test_a_ranks_experts_make_their_rows_again(case, dtype):
     grouped_checks.check_rows_are_made_again(GROUPED_MLP, *case, dtype, DEVICE)
 
 
+@pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("name", ["fused_experts", "fused_grouped_mlp"])
-def test_fakes_are_the_operations_shapes_and_dtypes(name):
+def test_fakes_are_the_operations_shapes_and_dtypes(name, keep):
     """torch's own check of schema, fake and dynamic shapes; how the gradient is registered is not custom_op's way."""
     x, index, scores, up, _, down, _ = (t if t is None else t.to(DEVICE, torch.float32 if t.is_floating_point() else t.dtype) for t in make(6))
     rows, counts = x[:5], torch.tensor([2, 0, 1, 0, 2], device=DEVICE)
     options = "swiglu", 0.0, 0.0, False, False
     given = {
-        "fused_experts": (x, index, scores, up, None, down, None, *options, "torch"),
+        "fused_experts": (x, index, scores, up, None, down, None, *options, "torch", keep),
         "fused_grouped_mlp": (
-            rows, counts, up, None, down, None, scores[:5, 0].contiguous(), None, None, None, *options, 1.0, "torch",
+            rows, counts, up, None, down, None, scores[:5, 0].contiguous(), None, None, None, *options, 1.0, "torch", keep,
         ),
     }[name]
     given = [t.clone().requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in given]
     checks = "test_schema", "test_faketensor", "test_aot_dispatch_dynamic"
     torch.library.opcheck(getattr(torch.ops.moefx, name).default, given, test_utils=checks)
+
+
+def kept_for(fn):
+    """What ``fn()`` gives, and how many numbers were kept for its backward."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        found = fn()
+    return found, sum(t.numel() for t in kept)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 33])
+@pytest.mark.parametrize("options", [
+    {"activation": "swiglu"}, {"activation": "relu2"},
+    {"activation": "oai_swiglu", "alpha": 1.7, "limit": 0.6, "transposed": True, "interleaved": True},
+], ids=lambda o: o["activation"])  # fmt: skip
+def test_pre_activations_made_again_are_the_same(tokens, options):
+    layout = {"transposed": "transposed" in options, "biased": "transposed" in options}
+    given, found = make(tokens, activation=options["activation"], **layout), []
+    for fn in (EXPERTS, backend.recomputing(EXPERTS)):
+        found.append(run(fn, given, torch.float32, options, DEVICE))
+    assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
+
+
+@pytest.mark.parametrize("case", grouped_checks.CASES, ids=str)
+def test_a_ranks_experts_make_pre_activations_again_of_what_arrived(case):
+    grouped_checks.check_rows_are_made_again(backend.recomputing(GROUPED_MLP), *case, torch.float32, DEVICE, GROUPED_MLP)
+
+
+def test_the_pass_leaves_out_pre_activations_and_nothing_else():
+    kernels = {op: Kernel(backend.BACKEND.kernels[op].fn) for op in (ops.experts, grouped.grouped_mlp)}
+    given, found = {k: v.to(DEVICE) for k, v in batch(2, 9).items()}, []
+    for pipeline in (default(), default().after("lower", RecomputeExperts())):
+        model = build("qwen3_moe").to(DEVICE)
+        moefx.optimize(model, pipeline=pipeline, compile=False, backends=[Backend("fused", kernels), "torch"])
+        loss, kept = kept_for(lambda model=model: model(**given, use_cache=False).loss)
+        loss.backward()
+        found.append([kept, loss.detach(), *(p.grad for p in model.parameters())])
+    report, config = moefx.report(model)["recompute_experts"], model.config
+    assert report.made_count == config.num_hidden_layers and not report.missed
+    numbers = 2 * 9 * config.num_experts_per_tok * 2 * config.moe_intermediate_size
+    assert found[0][0] - found[1][0] == config.num_hidden_layers * numbers
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1:], found[1][1:], strict=True))
+
+
+def test_other_kernels_keep_what_they_keep():
+    model = moefx.optimize(build("qwen3_moe"), pipeline=default().after("lower", RecomputeExperts()), compile=False, backends=["torch"])
+    missed = {c.what for c in moefx.report(model)["recompute_experts"].missed}
+    assert missed == {"moefx.experts by torch keeps what it keeps: kernels of triton and quack can do without"}
 
 
 def test_two_runs_are_bitwise_equal():
