@@ -17,35 +17,35 @@ ROWS = 64
 
 
 @triton.jit
-def _join(out, lse, sinks, length, heads, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _places(length, heads, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's head, and of its positions: where their numbers are in [B, S, A, D], which there are, where they are in
+    [B, A, S], and which of these there are."""
     head = tl.program_id(1)
-    batch = tl.program_id(2)
+    batch = tl.program_id(2).to(tl.int64)
     position = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     there = position < length
-    at = lse + (batch * heads + head).to(tl.int64) * length + position
-    keys = tl.load(at, mask=there, other=0.0)
+    numbers = ((batch * length + position) * heads + head)[:, None] * size + column[None, :]
+    return head, numbers, there[:, None] & (column < size)[None, :], (batch * heads + head) * length + position, there
+
+
+@triton.jit
+def _join(out, lse, sinks, length, heads, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    head, numbers, mask, single, there = _places(length, heads, size, ROWS, BLOCK)
+    keys = tl.load(lse + single, mask=there, other=0.0)
     sink = tl.load(sinks + head).to(tl.float32)
     share = tl.sigmoid(keys - sink)
-    row = (batch.to(tl.int64) * length + position) * heads + head
-    mask = there[:, None] & (column < size)[None, :]
-    value = tl.load(out + row[:, None] * size + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + row[:, None] * size + column[None, :], (value * share[:, None]).to(out.dtype.element_ty), mask=mask)
-    tl.store(at, tl.maximum(keys, sink) + tl.log(1 + tl.exp(-tl.abs(keys - sink))), mask=there)
+    value = tl.load(out + numbers, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + numbers, (value * share[:, None]).to(out.dtype.element_ty), mask=mask)
+    tl.store(lse + single, tl.maximum(keys, sink) + tl.log(1 + tl.exp(-tl.abs(keys - sink))), mask=there)
 
 
 @triton.jit
 def _dots(a, b, dots, length, heads, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    head = tl.program_id(1)
-    batch = tl.program_id(2)
-    position = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    at = ((batch.to(tl.int64) * length + position) * heads + head)[:, None] * size + column[None, :]
-    mask = (position < length)[:, None] & (column < size)[None, :]
-    of_a = tl.load(a + at, mask=mask, other=0.0).to(tl.float32)
-    of_b = tl.load(b + at, mask=mask, other=0.0).to(tl.float32)
-    here = dots + (batch * heads + head).to(tl.int64) * length + position
-    tl.store(here, tl.sum(of_a * of_b, axis=1), mask=position < length)
+    _, numbers, mask, single, there = _places(length, heads, size, ROWS, BLOCK)
+    of_a = tl.load(a + numbers, mask=mask, other=0.0).to(tl.float32)
+    of_b = tl.load(b + numbers, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dots + single, tl.sum(of_a * of_b, axis=1), mask=there)
 
 
 @functools.lru_cache(KEPT)
