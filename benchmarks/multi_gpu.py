@@ -145,7 +145,7 @@ class Run:
         args = self.args
         everyone = [Row(r, b, args.recompute == "always") for r in args.routing for b in args.mbs]
         todo = {c: [r for r in everyone if not self._row(c, r.routing, r.mbs)] for c in args.contenders}
-        if args.check and any(todo.values()) and self._unchecked(EXACT):
+        if any(todo.values()) and self._owed(EXACT):
             self._contender(EXACT, [], 0.0)
         for i, name in enumerate(args.contenders):
             if todo[name]:
@@ -158,9 +158,10 @@ class Run:
         rows = self.record["rows"]
         return next((r for r in rows if (r["who"], r["routing"], r["mbs"]) == (contender, routing, mbs)), None)
 
-    def _unchecked(self, contender: str) -> list[str]:
-        """The routings in which it has not been checked."""
-        return [r for r in self.args.routing if not contenders.check_file(self._job(contender, []), contender, r).exists()]
+    def _owed(self, contender: str) -> list[str]:
+        """The routings in which it is to be checked and has not been."""
+        job = self._job(contender, [])
+        return [r for r in self.args.routing if self.args.check and not contenders.check_file(job, contender, r).exists()]
 
     def _job(
         self, contender: str, rows: Sequence[Row], until: float = 0.0, check: Sequence[str] = (), transport: str = ""
@@ -174,13 +175,13 @@ class Run:
     def _contender(self, name: str, rows: list[Row], later: float) -> None:
         """All rows of a contender: by new processes as often as some fail. ``later``: the weight of what comes after them."""
         transport, errors = self.args.transport, 0
-        while rows or name == EXACT:
+        while rows or self._owed(name):  # a row that fails must not keep those before it from being checked
             if time.time() >= self.end:
                 self._skip(name, rows, f"the budget of {self.args.budget:.0f} s was used up")
                 return
             until = time.time() + (self.end - time.time()) * (_weight(rows) or 1) / ((_weight(rows) or 1) + later)
             common.say(f"{name}: {CONTENDERS.get(name, 'Transformers in fp32')}")
-            left, failure = self._launch(self._job(name, rows, until, self._unchecked(name) if self.args.check else (), transport))
+            left, failure = self._launch(self._job(name, rows, until, self._owed(name), transport))
             if failure is None:
                 self._skip(name, left, "its time was used up")
                 return
@@ -201,7 +202,7 @@ class Run:
                 return
             if errors > 1:
                 self._skip(name, left, "two rows of it failed")
-                return
+                left = []
             rows = left
 
     def _skip(self, name: str, rows: Sequence[Row], why: str) -> None:

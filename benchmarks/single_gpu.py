@@ -150,7 +150,8 @@ class Depth:
 
     def check(self, other: nn.Module, batch: int, graph: bool) -> None:
         args, given = self.args, tokens(self.args, batch, self.args.check_seq)
-        found = checks.check(args.model, args.routing == "balanced", self.model, other, given, graph=graph, coarser=any(n.startswith("fp8") for n in args.passes))
+        coarser = any(n.startswith("fp8") for n in args.passes)
+        found = checks.check(args.model, args.routing == "balanced", self.model, other, given, graph=graph, coarser=coarser)
         name = f"mbs {batch}{', graph' if graph else ''}"
         self.record["checks"][name] = found
         text = f"{len(found['problems'])} problems" if found["problems"] else "ok"

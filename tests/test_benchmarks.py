@@ -317,6 +317,16 @@ def test_contenders_agree_and_one_that_runs_out_of_memory_is_a_result(tmp_path: 
     assert json.loads((tmp_path / "run.json").read_text())["rows"] == record["rows"]
 
 
+def test_a_contender_whose_row_fails_is_checked_all_the_same(tmp_path: Path) -> None:
+    args = "--model tiny --layers 1 --device cpu --gpus 2 --seq 32 --mbs 1 --warmup 1 --steps 2 --routing balanced --no-compile"
+    run = [*args.split(), "--contenders", "hf_fsdp", "--out", str(tmp_path), "--name", "run", "--fail", "error:hf_fsdp:1:balanced, mbs 1"]
+    multi_gpu.main(run)
+    record = json.loads((tmp_path / "run.json").read_text())
+    (failed,) = record["failed"]
+    assert (failed["kind"], failed["row"]) == ("error", "balanced, mbs 1") and not record["rows"]
+    assert record["checks"]["balanced"]["hf_fsdp"]["problems"] == []
+
+
 @pytest.mark.parametrize("name", ["qwen3_30b", "nemotron_nano"])
 def test_a_rank_of_eight_holds_an_eighth_of_the_whole_model(name: str) -> None:
     """Shards of the published depth, counted from the shapes of a process group that is only pretended."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, fx
 from .. import grouped, ops
 from ..graph import arguments, dtype_of, value
 from ..kernels.experts import KNOWN, fused_experts, fused_grouped_mlp
+from ..kernels.grouped_gemm import GEMMS
 from ..kernels.norm_rotary import fused_norm_rotary
 from ..kernels.route import fused_route
 from . import Backend, Kernel
@@ -24,10 +26,6 @@ from .torch import refuses_experts as _torch_refuses
 CAPABILITY = (9, 0)
 MAX_EXPERTS, MAX_TOP_K = 1024, 32
 ROTARY_LAYOUTS = ("half", "half_table", "interleaved")  #: those of moefx.rotary that the kernel knows
-
-
-#: Kernels that keep pre-activations: who made them, around which grouped GEMM.
-KEEPING: dict[Callable, tuple[Callable, str]] = {}
 
 
 @functools.cache
@@ -54,8 +52,6 @@ def experts_by(gemm: str, keep: bool = True) -> Callable[..., Tensor]:
             x, index, weights, up, up_bias, down, down_bias, activation, alpha, limit, transposed, interleaved, gemm, keep
         )[0]
 
-    if keep:
-        KEEPING[experts] = experts_by, gemm
     return experts
 
 
@@ -85,15 +81,13 @@ def grouped_mlp_by(gemm: str, keep: bool = True) -> Callable[..., Tensor]:
             transposed, interleaved, grad_scale, gemm, keep,
         )[0]  # fmt: skip
 
-    if keep:
-        KEEPING[grouped_mlp] = grouped_mlp_by, gemm
     return grouped_mlp
 
 
 def recomputing(kernel: Callable) -> Callable[..., Tensor] | None:
     """The kernel that does the same and keeps no pre-activations; None: there is none."""
-    by, gemm = KEEPING.get(kernel, (None, ""))
-    return by(gemm, keep=False) if by else None
+    makers = itertools.product((experts_by, grouped_mlp_by), GEMMS)
+    return next((by(gemm, keep=False) for by, gemm in makers if by(gemm) is kernel), None)
 
 
 def route(

@@ -12,6 +12,7 @@ from ..grouped import _grouped_gemm, _grouped_outer
 from . import fp8_grouped
 from .gemm import Tile, by_quack
 
+GEMMS = ("torch", "quack", "fp8")
 #: All tiles here are the choice of 54 (218 with the layouts of the operands) by the 36 products of three models' experts on an
 #: H200: Qwen3-30B-A3B, Nemotron 3 Nano and GPT-OSS-20B with 4,096 and 16,384 tokens, 192 to 2,048 rows an expert. The fastest
 #: tile of each product would save 2 % of a model's six.
