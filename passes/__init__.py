@@ -10,6 +10,7 @@ from .linear_cross_entropy import RaiseLinearCrossEntropy
 from .linear_to_fp32 import LinearToFP32
 from .lower import Lower
 from .norm_rotary import FuseNormRotary
+from .norm_streams import NormStreams
 from .overlap import Overlap
 from .recompute_experts import RecomputeExperts
 from .residual_rms_norm import FuseResidualRMSNorm
@@ -21,8 +22,8 @@ from .swiglu import RaiseSwiGLU
 
 __all__ = [
     "Canonicalize", "Change", "Changes", "ExpertParallel", "FP8", "FuseNormRotary", "FuseResidualRMSNorm", "LinearToFP32",
-    "Lower", "Overlap", "Pass", "Pipeline", "RaiseDenseExperts", "RaiseLinearCrossEntropy", "RaiseRMSNorm", "RaiseRotary",
-    "RaiseRoute", "RaiseSwiGLU", "RecomputeExperts", "Routes", "default",
+    "Lower", "NormStreams", "Overlap", "Pass", "Pipeline", "RaiseDenseExperts", "RaiseLinearCrossEntropy", "RaiseRMSNorm",
+    "RaiseRotary", "RaiseRoute", "RaiseSwiGLU", "RecomputeExperts", "Routes", "default",
 ]  # fmt: skip
 
 
@@ -42,5 +43,6 @@ def default() -> Pipeline:
         Routes(),
         ExpertParallel(),
         Lower(),
+        NormStreams(),
         Overlap(chunks=1),  # chunks=0 lets the cost model cut tokens into chunks: no GPU has measured it yet
     ))  # fmt: skip

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from .. import grouped, ops
 from ..graph import arguments, dtype_of, value
+from ..kernels import rms_norm as norms
 from ..kernels.experts import KNOWN, fused_experts, fused_grouped_mlp
 from ..kernels.grouped_gemm import GEMMS
 from ..kernels.norm_rotary import fused_norm_rotary
@@ -25,7 +26,43 @@ from .torch import refuses_experts as _torch_refuses
 #: Below Hopper torch's grouped GEMM is a loop over the experts, which reads the counts back (pytorch#186620).
 CAPABILITY = (9, 0)
 MAX_EXPERTS, MAX_TOP_K = 1024, 32
+#: Of shorter rows, such as heads, there are too many for a program to hold few: Inductor fuses those with what is around them.
+MIN_NORM, MAX_NORM = 512, 16384
 ROTARY_LAYOUTS = ("half", "half_table", "interleaved")  #: those of moefx.rotary that the kernel knows
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, cast_first: bool = True, offset: float = 0.0) -> Tensor:
+    return norms.fused_rms_norm(x, None, weight, eps, cast_first, offset)[0]
+
+
+def normed_stream(
+    x: Tensor, weight: Tensor | None, eps: float, *, cast_first: bool = True, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """:func:`rms_norm`, and x for its other readers (:class:`passes.NormStreams`)."""
+    return norms.normed_stream(x, weight, eps, cast_first, offset)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, *, cast_first: bool = True, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    return norms.fused_rms_norm(x, residual, weight, eps, cast_first, offset)
+
+
+def refuses_norm(node: fx.Node) -> str | None:
+    """Why the norms' kernel cannot run ``node``."""
+    given = arguments(node)
+    x, weight, residual = value(given["x"]), dtype_of(given["weight"]), given.get("residual")
+    if x.device.type != "cuda":
+        return f"Triton's kernels run on CUDA devices, the input is on {x.device.type}"
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"its kernel adds in float32, the input is {x.dtype}"
+    if residual is not None and dtype_of(residual) != x.dtype:
+        return f"it adds tensors of one dtype, the input is {x.dtype}, the residual {dtype_of(residual)}"
+    if given["cast_first"] and not given["offset"] and weight not in (None, x.dtype):
+        return f"its result has the input's dtype, {x.dtype}, and this norm's that of its product with a weight in {weight}"
+    if not isinstance(x.shape[-1], int) or not MIN_NORM <= x.shape[-1] <= MAX_NORM:
+        return f"it holds whole rows of {MIN_NORM} to {MAX_NORM} numbers, these have {x.shape[-1]}"
+    return None
 
 
 @functools.cache
@@ -201,6 +238,8 @@ def available() -> str | None:
 BACKEND = Backend(
     "triton",
     {
+        ops.rms_norm: Kernel(rms_norm, refuses_norm, "each row read once, forward and backward; rounded where the model rounds"),
+        ops.add_rms_norm: Kernel(add_rms_norm, refuses_norm, "a row is read once, and its backward adds the sum's gradient"),
         ops.norm_rotary: Kernel(norm_rotary, refuses_norm_rotary, "norm and rotation of a head in registers, rounded once"),
         ops.route: Kernel(route, refuses_route, "scores, groups, top-k and renormalization in registers"),
         ops.experts: Kernel(

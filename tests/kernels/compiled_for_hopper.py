@@ -23,6 +23,7 @@ from moefx.kernels import (  # noqa: E402
     fp8_quantize,
     fp8_rows,
     heads,
+    norm,
     permute,
     router,
     sinks,
@@ -105,6 +106,10 @@ def launch_all(dtype: torch.dtype) -> None:
     fp8_quantize.matrices(many.view(4, tokens, width))
 
     cross_entropy.cross_entropy_(x.clone(), index[:, 0].contiguous(), weights[:, 0].contiguous(), 0.5, 30.0)
+
+    for residual in (x, None):
+        norm.forward(x, residual, x[0], 1e-6, True, 0.0)
+        norm.backward(x, residual, x, x[0], 1e-6, 0.0)
 
     tables = torch.randn(1, tokens, 64), torch.randn(1, tokens, 64)
     each = x.view(1, tokens, 4, 64)

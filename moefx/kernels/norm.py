@@ -1,0 +1,136 @@
+"""Root mean square norms of rows, with the residual addition before them: each row is read once, forward and backward."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import KEPT, Launch, cdiv
+from .partial_sums import partial_sums
+
+#: Programs of the backward, two for each of an H200's processors: each adds up its share of the weight's gradient, in order,
+#: before all are added. More would not run at once, and the last would run alone: twice as many took 1.6 times as long.
+PROGRAMS = 264
+#: Numbers of a program's tile, at least; it has two rows where they are longer.
+TILE = 4096
+
+
+@triton.jit
+def _read(x, row, stride, column, there):
+    return tl.load(x + row.to(tl.int64)[:, None] * stride + column[None, :], mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _write(x, row, width, column, there, value):
+    at = x + row.to(tl.int64)[:, None] * width + column[None, :]
+    tl.store(at, value.to(x.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _forward(
+    x, residual, weight, y, total, x_stride, residual_stride, rows, width, eps, offset, ADDS: tl.constexpr,
+    WEIGHTED: tl.constexpr, CASTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    there = (row < rows)[:, None] & (column < width)[None, :]
+    h = _read(x, row, x_stride, column, there)
+    if ADDS:  # the norm is that of the rounded sum
+        h = (h + _read(residual, row, residual_stride, column, there)).to(total.dtype.element_ty).to(tl.float32)
+        _write(total, row, width, column, there, h)
+    h *= tl.rsqrt(tl.sum(h * h, axis=1) / width + eps)[:, None]
+    if WEIGHTED:
+        if CASTS:
+            h = h.to(y.dtype.element_ty).to(tl.float32)
+        h *= tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)[None, :] + offset
+    _write(y, row, width, column, there, h)
+
+
+@triton.jit
+def _backward(
+    grad, to_total, x, weight, to_x, to_weight, grad_stride, to_total_stride, x_stride, rows, width, eps, offset,
+    ADDS: tl.constexpr, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, BLOCK)
+    if WEIGHTED:
+        w = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32) + offset
+        sums = tl.zeros((BLOCK,), tl.float32)
+    for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = first + tl.arange(0, ROWS)
+        there = (row < rows)[:, None] & (column < width)[None, :]
+        h = _read(x, row, x_stride, column, there)
+        g = _read(grad, row, grad_stride, column, there)
+        if ADDS:
+            more = _read(to_total, row, to_total_stride, column, there)
+        norm = tl.rsqrt(tl.sum(h * h, axis=1) / width + eps)[:, None]
+        h *= norm
+        if WEIGHTED:
+            sums += tl.sum(g * h, axis=0)
+            g *= w[None, :]
+        g = (g - h * (tl.sum(g * h, axis=1) / width)[:, None]) * norm
+        if ADDS:
+            g += more
+        _write(to_x, row, width, column, there, g)
+    if WEIGHTED:
+        tl.store(to_weight + tl.program_id(0) * width + column, sums, mask=column < width)
+
+
+def _rows(x: Tensor) -> Tensor:
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _sizes(width: int) -> dict[str, int]:
+    block = triton.next_power_of_2(width)
+    rows = max(2 if block <= 2 * TILE else 1, TILE // block)
+    return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(4, rows * block // 1024))}
+
+
+@functools.lru_cache(KEPT)
+def _launch_forward(
+    rows: int, width: int, strides: tuple[int, ...], eps: float, offset: float, adds: bool, weighted: bool, casts: bool
+) -> Launch:
+    return Launch(_forward, *strides, rows, width, eps, offset, ADDS=adds, WEIGHTED=weighted, CASTS=casts, **_sizes(width))
+
+
+@functools.lru_cache(KEPT)
+def _launch_backward(
+    rows: int, width: int, strides: tuple[int, ...], eps: float, offset: float, adds: bool, weighted: bool
+) -> Launch:
+    return Launch(_backward, *strides, rows, width, eps, offset, ADDS=adds, WEIGHTED=weighted, **_sizes(width))
+
+
+def forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, cast_first: bool, offset: float
+) -> tuple[Tensor, Tensor]:
+    """x and residual [..., H] -> their sum's norm, contiguous, and the sum (empty without ``residual``: it is x)."""
+    y, adds = x.new_empty(x.shape), residual is not None
+    total = x.new_empty(x.shape if adds else 0)
+    if not y.numel():
+        return y, total
+    x = _rows(x)
+    more = x if residual is None else _rows(residual)
+    casts = cast_first and not offset
+    launch = _launch_forward(*x.shape, (x.stride(0), more.stride(0)), eps, offset, adds, weight is not None, casts)
+    launch((cdiv(len(x), launch.constants["ROWS"]), 1, 1), x, more, x if weight is None else weight, y, total)
+    return y, total
+
+
+def backward(
+    grad: Tensor, to_total: Tensor | None, x: Tensor, weight: Tensor | None, eps: float, offset: float
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x, whose norm's gradient is ``grad`` and to whose own ``to_total`` is added, and of the weight."""
+    to_x = x.new_empty(x.shape)
+    if not to_x.numel():
+        return to_x, None if weight is None else torch.zeros_like(weight)
+    x, grad, adds, weighted = _rows(x), _rows(grad), to_total is not None, weight is not None
+    more = x if to_total is None else _rows(to_total)
+    launch = _launch_backward(*x.shape, (grad.stride(0), more.stride(0), x.stride(0)), eps, offset, adds, weighted)
+    programs = min(cdiv(len(x), launch.constants["ROWS"]), PROGRAMS)
+    parts = x.new_empty((programs, x.shape[1]) if weighted else 0, dtype=torch.float32)
+    launch((programs, 1, 1), grad, more, x, x if weight is None else weight, to_x, parts)
+    return to_x, None if weight is None else partial_sums(parts, weight.dtype)

@@ -1,0 +1,85 @@
+"""``moefx.rms_norm`` and ``moefx.add_rms_norm`` as an opaque operation around :mod:`moefx.kernels.norm`.
+
+A residual stream is read by a norm and by the next addition, and its gradient is the sum of theirs: one kernel makes both.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..opaque import opaque
+
+
+@opaque("fused_rms_norm")
+def fused_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, cast_first: bool, offset: float
+) -> tuple[Tensor, Tensor]:
+    """The norm of x + residual [..., H], and the sum; without ``residual`` that of x, and nothing."""
+    from . import norm
+
+    return norm.forward(x, residual, weight, eps, cast_first, offset)
+
+
+@fused_rms_norm.register_fake
+def _(x, residual, weight, eps, cast_first, offset):
+    return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape)
+
+
+@opaque("fused_rms_norm_backward", once=True)
+def fused_rms_norm_backward(
+    grad: Tensor, to_total: Tensor | None, total: Tensor, weight: Tensor | None, eps: float, offset: float
+) -> tuple[Tensor, Tensor]:
+    """The gradient of ``total`` from that of its norm and its own (None: there is none); the weight's (empty: it has none)."""
+    from . import norm
+
+    to_x, to_weight = norm.backward(grad, to_total, total, weight, eps, offset)
+    return to_x, total.new_empty(0) if to_weight is None else to_weight
+
+
+@fused_rms_norm_backward.register_fake
+def _(grad, to_total, total, weight, eps, offset):
+    return total.new_empty(total.shape), total.new_empty(0) if weight is None else torch.empty_like(weight)
+
+
+def _save(ctx, inputs, _, output) -> None:
+    x, residual, weight, ctx.eps, _, ctx.offset = inputs
+    ctx.adds = residual is not None
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1] if ctx.adds else x, weight)
+
+
+def _backward(ctx, grad: Tensor | None, to_total: Tensor | None):
+    total, weight = ctx.saved_tensors
+    to_total, to_weight = to_total if ctx.adds else None, None
+    if grad is None:
+        to_x = to_total
+    else:
+        to_x, to_weight = fused_rms_norm_backward(grad, to_total, total, weight, ctx.eps, ctx.offset)
+    return to_x, to_x if ctx.adds else None, None if weight is None else to_weight, None, None, None
+
+
+fused_rms_norm.register_autograd(_backward, setup_context=_save)
+
+
+class _Stream(torch.autograd.Function):
+    """The norm of x, and x: whoever reads the second leaves its gradient to the norm's backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, cast_first, offset):  # type: ignore[override]
+        ctx.save_for_backward(x, weight)
+        ctx.eps, ctx.offset = eps, offset
+        return fused_rms_norm(x, None, weight, eps, cast_first, offset)[0], x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad, to_x):  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        to_x, to_weight = fused_rms_norm_backward(grad, to_x, x, weight, ctx.eps, ctx.offset)
+        return to_x, None if weight is None else to_weight, None, None, None
+
+
+def normed_stream(
+    x: Tensor, weight: Tensor | None, eps: float, cast_first: bool, offset: float
+) -> tuple[Tensor, Tensor]:
+    """x [..., H] -> its norm, and x itself."""
+    return _Stream.apply(x, weight, eps, cast_first, offset)
