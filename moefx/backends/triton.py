@@ -238,7 +238,7 @@ def available() -> str | None:
 BACKEND = Backend(
     "triton",
     {
-        ops.rms_norm: Kernel(rms_norm, refuses_norm, "each row read once, forward and backward; rounded where the model rounds"),
+        ops.rms_norm: Kernel(rms_norm, refuses_norm, "each row read once, each way; rounded where the model rounds"),
         ops.add_rms_norm: Kernel(add_rms_norm, refuses_norm, "a row is read once, and its backward adds the sum's gradient"),
         ops.norm_rotary: Kernel(norm_rotary, refuses_norm_rotary, "norm and rotation of a head in registers, rounded once"),
         ops.route: Kernel(route, refuses_route, "scores, groups, top-k and renormalization in registers"),
