@@ -96,20 +96,6 @@ def _expert_of(row, offsets, experts, EXPERTS: tl.constexpr):
 
 
 @triton.jit
-def _tile(each, offsets, experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
-    """Of tiles that hold rows of one expert only, the ``each``-th: its expert (``experts``: there is none), its first row, and
-    where its expert's rows end."""
-    e = tl.arange(0, EXPERTS)
-    end = tl.load(offsets + e, mask=e < experts, other=0)
-    start = tl.load(offsets + e - 1, mask=(e > 0) & (e < experts), other=0)
-    tiles = tl.where(e < experts, (end - start + ROWS - 1) // ROWS, 0)
-    expert = tl.sum(((tl.cumsum(tiles, axis=0) <= each) & (e < experts)).to(tl.int32))
-    before = tl.sum(tl.where(e < expert, tiles, 0))
-    here = e == expert
-    return expert, tl.sum(tl.where(here, start, 0)) + (each - before) * ROWS, tl.sum(tl.where(here, end, 0))
-
-
-@triton.jit
 def _pairs(first, row, size, rows, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Of gates and ups that alternate: the positions in a row [2 * BLOCK], and which of [ROWS, 2 * BLOCK] there are."""
     column = first * 2 + tl.arange(0, 2 * BLOCK)
@@ -170,40 +156,6 @@ def _store(
 
 
 @triton.jit
-def _store_sums(sums, to_gate, to_up, first, size, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums [BLOCK] of gradients of gate and up where the bias has their columns."""
-    column = first + tl.arange(0, BLOCK)
-    if INTERLEAVED:
-        both = tl.reshape(tl.join(to_gate, to_up), (2 * BLOCK,))
-        column = first * 2 + tl.arange(0, 2 * BLOCK)
-        tl.store(sums + column, both, mask=column < size * 2)
-    else:
-        tl.store(sums + column, to_gate, mask=column < size)
-        tl.store(sums + size + column, to_up, mask=column < size)
-
-
-@triton.jit
-def _add_tiles(
-    parts, offsets, out, width, experts, TILE: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Of one expert's tiles of TILE rows the sums that programs of :func:`_backward` wrote, added in order."""
-    expert = tl.program_id(0)
-    e = tl.arange(0, EXPERTS)
-    end = tl.load(offsets + e, mask=e < experts, other=0)
-    start = tl.load(offsets + e - 1, mask=(e > 0) & (e < experts), other=0)
-    tiles = tl.where(e < experts, (end - start + TILE - 1) // TILE, 0)
-    first = tl.sum(tl.where(e < expert, tiles, 0))
-    last = first + tl.sum(tl.where(e == expert, tiles, 0))
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for each in range(first, last, ROWS):
-        row = each + tl.arange(0, ROWS)
-        there = (row < last)[:, None] & (column < width)[None, :]
-        total += tl.load(parts + row.to(tl.int64)[:, None] * width + column[None, :], mask=there, other=0.0)
-    tl.store(out + expert * width + column, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=column < width)
-
-
-@triton.jit
 def _forward(
     h, bias, offsets, weights, a, size, experts, ALPHA: tl.constexpr, LIMIT: tl.constexpr, KIND: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr, WEIGHTED: tl.constexpr, EXPERTS: tl.constexpr,
@@ -227,20 +179,13 @@ def _forward(
 
 @triton.jit
 def _backward(
-    h, bias, offsets, to_a, weights, order, to_h, weighted, to_weights, to_bias, size, experts, ALPHA: tl.constexpr,
+    h, bias, offsets, to_a, weights, order, to_h, weighted, to_weights, size, experts, ALPHA: tl.constexpr,
     LIMIT: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr,
     WEIGHTED: tl.constexpr, ORDERED: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    if BIASED:  # each program's rows are one expert's, for the sums that are its bias's gradient
-        expert, first_row, rows = _tile(tl.program_id(0), offsets, experts, EXPERTS, ROWS)
-        if expert == experts:
-            return
-        row = first_row + tl.arange(0, ROWS)
-        of = tl.zeros((ROWS,), tl.int32) + expert
-    else:
-        rows = tl.load(offsets + experts - 1)
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        of = row
+    rows = tl.load(offsets + experts - 1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    expert = _expert_of(row, offsets, experts, EXPERTS) if BIASED else row
     if WEIGHTED:
         flat = tl.load(order + row, mask=row < rows, other=0) if ORDERED else row
         weight = tl.load(weights + flat, mask=row < rows, other=0.0).to(tl.float32)[:, None]
@@ -248,7 +193,7 @@ def _backward(
     for first in range(0, size, BLOCK):
         column = first + tl.arange(0, BLOCK)
         there = (row < rows)[:, None] & (column < size)[None, :]
-        gate, up = _load(h, bias, first, row, size, rows, of, GATED, INTERLEAVED, BIASED, ROWS, BLOCK)
+        gate, up = _load(h, bias, first, row, size, rows, expert, GATED, INTERLEAVED, BIASED, ROWS, BLOCK)
         here = row.to(tl.int64)[:, None] * size + column[None, :]
         grad = tl.load(to_a + here, mask=there, other=0.0).to(tl.float32)
         if GATED:
@@ -260,22 +205,9 @@ def _backward(
             total += tl.sum(tl.where(there, grad * value, 0.0), axis=1)
             value, grad = value * weight, grad * weight
         tl.store(weighted + here, value.to(weighted.dtype.element_ty), mask=there)
-        to_gate, to_up = grad * by_gate, grad * by_up
-        _store(to_h, to_gate, to_up, first, row, size, rows, GATED, INTERLEAVED, ROWS, BLOCK)
-        if BIASED:
-            sums = to_bias + tl.program_id(0).to(tl.int64) * (size * 2 if GATED else size)
-            to_gate = tl.sum(tl.where(there, to_gate, 0.0), axis=0)
-            if GATED:
-                to_up = tl.sum(tl.where(there, to_up, 0.0), axis=0)
-                _store_sums(sums, to_gate, to_up, first, size, INTERLEAVED, BLOCK)
-            else:
-                tl.store(sums + column, to_gate, mask=column < size)
+        _store(to_h, grad * by_gate, grad * by_up, first, row, size, rows, GATED, INTERLEAVED, ROWS, BLOCK)
     if WEIGHTED:
         tl.store(to_weights + flat, total, mask=row < rows)
-
-
-#: The tile of a backward that adds up the gradient of a bias: many rows of few columns, so that few sums are written.
-BIASED = {"ROWS": 32, "BLOCK": 64, "num_warps": 4}
 
 
 def _sizes(size: int) -> dict[str, int]:
@@ -302,17 +234,9 @@ def _launch_forward(size: int, gate: Gate, biased: bool, experts: int, weighted:
 def _launch_backward(size: int, gate: Gate, biased: bool, experts: int, weighted: bool, ordered: bool) -> Launch:
     constants = {"WEIGHTED": weighted, "ORDERED": ordered, **_constants(gate, biased, experts)}
     sizes = _sizes(size)
-    if biased:
-        sizes = BIASED
-    elif gate.interleaved:  # parting and joining takes registers: 0.60 ms instead of 0.95 (H200, 65,536 rows of 2,880)
+    if gate.interleaved:  # parting and joining takes registers: 0.60 ms instead of 0.95 (H200, 65,536 rows of 2,880)
         sizes = {"ROWS": 2, "BLOCK": min(256, sizes["BLOCK"]), "num_warps": 2}
     return Launch(_backward, size, experts, **constants, **sizes)
-
-
-@functools.lru_cache(KEPT)
-def _launch_add(width: int, experts: int) -> Launch:
-    constants = {"TILE": BIASED["ROWS"], "EXPERTS": triton.next_power_of_2(experts)}
-    return Launch(_add_tiles, width, experts, **constants, ROWS=64, BLOCK=32, num_warps=4)
 
 
 def forward(h: Tensor, bias: Tensor | None, offsets: Tensor, gate: Gate, weights: Tensor | None = None) -> Tensor:
@@ -332,34 +256,25 @@ def forward(h: Tensor, bias: Tensor | None, offsets: Tensor, gate: Gate, weights
 def backward(
     h: Tensor, bias: Tensor | None, offsets: Tensor, to_a: Tensor, gate: Gate,
     weights: Tensor | None = None, order: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Of ``weight * f(h)``, f being :func:`forward` and to_a [R, I] the gradient without the weight:
 
     the gradient of h [R, 2I or I], the weighted activation [R, I], and, shaped like ``weights``, the gradient of the weights
-    (fp32), and that of the bias. weights [R]; or, with order [R], the flat position of each row, [T, K]; None: all are 1.
+    (fp32). weights [R]; or, with order [R], the flat position of each row, [T, K]; None: all weights are 1.
     """
     rows, size = to_a.shape
     to_h, weighted = torch.empty_like(h), torch.empty_like(to_a)
     # by order there is a row for each weight; without, those after the last expert's rows get none
     new = h.new_zeros if order is None else h.new_empty
     to_weights = None if weights is None else new(weights.shape, dtype=torch.float32)
-    to_bias = None if bias is None else bias.new_zeros(bias.shape) if not to_a.numel() else torch.empty_like(bias)
     if to_a.numel():
-        experts = len(offsets)
-        launch = _launch_backward(size, gate, bias is not None, experts, weights is not None, order is not None)
-        programs = cdiv(rows, launch.constants["ROWS"])
-        if bias is not None:
-            programs += experts  # each expert's last tile may not be full
-        sums = h if bias is None else h.new_empty(programs, h.shape[1], dtype=torch.float32)
+        launch = _launch_backward(size, gate, bias is not None, len(offsets), weights is not None, order is not None)
         launch(
-            (programs, 1, 1), h, h if bias is None else bias, offsets, to_a,
+            (cdiv(rows, launch.constants["ROWS"]), 1, 1), h, h if bias is None else bias, offsets, to_a,
             h if weights is None else weights.contiguous(), offsets if order is None else order, to_h, weighted,
-            h if to_weights is None else to_weights, sums,
+            h if to_weights is None else to_weights,
         )  # fmt: skip
-        if to_bias is not None:
-            add = _launch_add(h.shape[1], experts)
-            add((experts, cdiv(h.shape[1], add.constants["BLOCK"]), 1), sums, offsets, to_bias)
-    return to_h, weighted, to_weights, to_bias
+    return to_h, weighted, to_weights
 
 
 # --- the bias of the second projection -------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def _gradients(
     offsets = bounds[1:]
     matrices = _matrices(down, transposed).transpose(1, 2)
     to_a = by_down(matrices) if by_down else grouped_gemm.rows(gemm, to_out, matrices, bounds)
-    to_h, weighted, to_weights, to_up_bias = act.backward(h, up_bias, offsets, to_a, gate, row_weights, order)
+    to_h, weighted, to_weights = act.backward(h, up_bias, offsets, to_a, gate, row_weights, order)
     del to_a
 
     def outer(of_in: Tensor, of_out: Tensor) -> Tensor:
@@ -74,7 +74,8 @@ def _gradients(
     if needs[1]:
         found[0] = outer(rows().to(up.dtype), to_h)
     if needs[2]:
-        found[1] = to_up_bias
+        assert up_bias is not None
+        found[1] = act.segment_sum(to_h, offsets, up_bias.dtype)
     for of_bias in (found[1], found[3]):
         if of_bias is not None and grad_scale != 1.0:
             of_bias.mul_(grad_scale)

@@ -25,8 +25,8 @@ def _sum(parts, out, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 @functools.lru_cache(KEPT)
 def _launch(rows: int, width: int) -> Launch:
-    tall = min(1024, triton.next_power_of_2(rows))
-    return Launch(_sum, rows, width, ROWS=tall, BLOCK=8, num_warps=8 if tall >= 512 else 4)
+    tall = min(512, triton.next_power_of_2(rows))
+    return Launch(_sum, rows, width, ROWS=tall, BLOCK=8, num_warps=8)
 
 
 def partial_sums(parts: Tensor, dtype: torch.dtype) -> Tensor:
