@@ -79,9 +79,14 @@ def _backward(
         tl.store(to_weight + tl.program_id(0) * width + column, sums, mask=column < width)
 
 
-def _rows(x: Tensor) -> Tensor:
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """x with its rows contiguous, and how far apart they lie."""
+    if x.is_contiguous():
+        return x, x.shape[-1]
     x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    return x, x.stride(0)
 
 
 def _sizes(width: int) -> dict[str, int]:
@@ -108,15 +113,17 @@ def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, cast_first: bool, offset: float
 ) -> tuple[Tensor, Tensor]:
     """x and residual [..., H] -> their sum's norm, contiguous, and the sum (empty without ``residual``: it is x)."""
-    y, adds = x.new_empty(x.shape), residual is not None
-    total = x.new_empty(x.shape if adds else 0)
-    if not y.numel():
+    shape, adds = x.shape, residual is not None
+    y, total = x.new_empty(shape), x.new_empty(shape if adds else 0)
+    width = shape[-1]
+    rows = y.numel() // width
+    if not rows:
         return y, total
-    x = _rows(x)
-    more = x if residual is None else _rows(residual)
+    x, stride = _rows(x)
+    more, more_stride = (x, stride) if residual is None else _rows(residual)
     casts = cast_first and not offset
-    launch = _launch_forward(*x.shape, (x.stride(0), more.stride(0)), eps, offset, adds, weight is not None, casts)
-    launch((cdiv(len(x), launch.constants["ROWS"]), 1, 1), x, more, x if weight is None else weight, y, total)
+    launch = _launch_forward(rows, width, (stride, more_stride), eps, offset, adds, weight is not None, casts)
+    launch((cdiv(rows, launch.constants["ROWS"]), 1, 1), x, more, x if weight is None else weight, y, total)
     return y, total
 
 
@@ -124,13 +131,15 @@ def backward(
     grad: Tensor, to_total: Tensor | None, x: Tensor, weight: Tensor | None, eps: float, offset: float
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of x, whose norm's gradient is ``grad`` and to whose own ``to_total`` is added, and of the weight."""
-    to_x = x.new_empty(x.shape)
-    if not to_x.numel():
+    to_x, width, weighted = x.new_empty(x.shape), x.shape[-1], weight is not None
+    rows = to_x.numel() // width
+    if not rows:
         return to_x, None if weight is None else torch.zeros_like(weight)
-    x, grad, adds, weighted = _rows(x), _rows(grad), to_total is not None, weight is not None
-    more = x if to_total is None else _rows(to_total)
-    launch = _launch_backward(*x.shape, (grad.stride(0), more.stride(0), x.stride(0)), eps, offset, adds, weighted)
-    programs = min(cdiv(len(x), launch.constants["ROWS"]), PROGRAMS)
-    parts = x.new_empty((programs, x.shape[1]) if weighted else 0, dtype=torch.float32)
+    (x, stride), (grad, grad_stride) = _rows(x), _rows(grad)
+    more, more_stride = (x, stride) if to_total is None else _rows(to_total)
+    strides = grad_stride, more_stride, stride
+    launch = _launch_backward(rows, width, strides, eps, offset, to_total is not None, weighted)
+    programs = min(cdiv(rows, launch.constants["ROWS"]), PROGRAMS)
+    parts = x.new_empty((programs, width) if weighted else 0, dtype=torch.float32)
     launch((programs, 1, 1), grad, more, x, x if weight is None else weight, to_x, parts)
     return to_x, None if weight is None else partial_sums(parts, weight.dtype)
