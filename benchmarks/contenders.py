@@ -318,14 +318,15 @@ def check(here: Rank, contender: Contender, name: str) -> None:
     reference = job.contender == EXACT
     still = checks.exact_fp32() if reference else contextlib.nullcontext()
     # the reference in fp32 keeps one block's tensors at a time: Mamba's scan in torch alone would fill the device
+    arriving = sketch.Arriving(model) if reference else None
     began = time.perf_counter()
-    with contender.observe(model) as seen, still, recomputed(model, reference):
+    with contender.observe(model) as seen, still, recomputed(model, reference), arriving or contextlib.nullcontext():
         loss = float(common.train_step(common.recorded(model, batch) if contender.graph else model, batch))
     stepped = time.perf_counter()
     found = {
         "loss": sum(here.gather(loss)) / here.ranks,
-        "gradients": sketch.sketch(model, lambda p: p.grad),
-        "norm": sketch.norm(model),
+        "gradients": arriving.sketch() if arriving else sketch.sketch(model, lambda p: p.grad),
+        "norm": arriving.norm() if arriving else sketch.norm(model),
         "weights": sketch.sketch(model, lambda p: p.detach(), draws=1),  # equal or not
     }
     routes = [index.to(torch.int16).cpu() for index in seen.values()]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,34 +61,74 @@ def part(name: str, local: Tensor, where: tuple[slice, ...], shape: tuple[int, .
     return nn.functional.pad(out, (0, -out.shape[1] % WIDTH)).view(draws, -1, WIDTH).sum(1).flatten()
 
 
-def sketch(model: nn.Module, of: Callable[[Any], Tensor | None], draws: int = DRAWS) -> dict[str, Tensor]:
-    """By parameter, the sketch of the whole tensor ``of(parameter)``, float32 on the CPU; the same on all ranks.
+def _part(name: str, tensor: Tensor, draws: int = DRAWS) -> Tensor:
+    """What this rank has to add: a DTensor's parts are each held once, anything else whole and the same everywhere."""
+    if isinstance(tensor, DTensor):
+        return part(name, tensor.to_local(), sharded.local_slices(tensor), tuple(tensor.shape), draws)
+    whole = tuple(slice(0, n) for n in tensor.shape)
+    return part(name, tensor, whole, tuple(tensor.shape), draws) / dist.get_world_size()
 
-    A parameter without one (None) has the sketch of zeros. Each parameter is a DTensor whose parts the ranks hold, each part
-    once, or whole and the same everywhere.
-    """
-    parts = {}
-    for name, p in model.named_parameters():
-        tensor = of(p)
-        if tensor is None:
-            tensor = torch.zeros_like(p)
-        if isinstance(tensor, DTensor):
-            parts[name] = part(name, tensor.to_local(), sharded.local_slices(tensor), tuple(tensor.shape), draws)
-        else:
-            whole = tuple(slice(0, n) for n in tensor.shape)
-            parts[name] = part(name, tensor, whole, tuple(tensor.shape), draws) / dist.get_world_size()
+
+def _square(tensor: Tensor) -> Tensor:
+    """This rank's share of the sum of squares."""
+    local, shares = (tensor.to_local(), 1) if isinstance(tensor, DTensor) else (tensor, dist.get_world_size())
+    return local.float().square().sum(dtype=torch.float64) / shares
+
+
+def _added(parts: dict[str, Tensor]) -> dict[str, Tensor]:
     flat = torch.cat(list(parts.values()))
     dist.all_reduce(flat)
     return dict(zip(parts, flat.cpu().split([len(s) for s in parts.values()])))
+
+
+def sketch(model: nn.Module, of: Callable[[Any], Tensor | None], draws: int = DRAWS) -> dict[str, Tensor]:
+    """By parameter, the sketch of the whole tensor ``of(parameter)``, float32 on the CPU; the same on all ranks.
+
+    A parameter without one (None) has the sketch of zeros.
+    """
+    found = ((name, of(p), p) for name, p in model.named_parameters())
+    return _added({name: _part(name, torch.zeros_like(p) if t is None else t, draws) for name, t, p in found})
 
 
 def norm(model: nn.Module) -> float:
     """The L2 norm of all gradients of all ranks."""
     square = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
     for p in model.parameters():
-        if isinstance(p.grad, DTensor):
-            square += p.grad.to_local().float().square().sum(dtype=torch.float64)
-        elif p.grad is not None:
-            square += p.grad.float().square().sum(dtype=torch.float64) / dist.get_world_size()
+        if p.grad is not None:
+            square += _square(p.grad)
     dist.all_reduce(square)
     return float(square.sqrt())
+
+
+class Arriving:
+    """Sketches gradients as the backward brings them, and drops them: a reference in fp32 then has room for its weights alone.
+
+    Used around one backward; afterwards :meth:`sketch` and :meth:`norm` say what those of this module would have said.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.parts: dict[str, Tensor] = {}
+        self.square = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
+
+    def __enter__(self) -> Arriving:
+        self.hooks = [p.register_post_accumulate_grad_hook(partial(self._arrived, n)) for n, p in self.model.named_parameters()]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _arrived(self, name: str, p: Tensor) -> None:
+        assert p.grad is not None and name not in self.parts, f"{name}: one gradient a backward"
+        self.parts[name] = _part(name, p.grad)
+        self.square += _square(p.grad)
+        p.grad = None
+
+    def sketch(self) -> dict[str, Tensor]:
+        names = dict(self.model.named_parameters())
+        return _added({n: self.parts[n] if n in self.parts else _part(n, torch.zeros_like(p)) for n, p in names.items()})
+
+    def norm(self) -> float:
+        dist.all_reduce(self.square)
+        return float(self.square.sqrt())
