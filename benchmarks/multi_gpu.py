@@ -117,8 +117,10 @@ class Run:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.end = time.time() + args.budget
-        self.folder = Path(tempfile.gettempdir(), f"moefx-{args.name}-{os.getuid()}")
         self.path = args.out / f"{args.name}.json"
+        # a run's own, that --resume finds again: two at once with one name and other folders must not read each other's checks
+        whose = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:12]
+        self.folder = Path(tempfile.gettempdir(), f"moefx-{args.name}-{os.getuid()}-{whose}")
         settings = {k: v for k, v in vars(args).items() if k in SETTINGS}
         self.record: dict[str, Any] = {
             "machine": {}, "boot": _boot(), "settings": settings, "contenders": {}, "rows": [], "failed": [], "skipped": [],
