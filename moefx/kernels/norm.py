@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .launch import KEPT, Launch, cdiv
 from .partial_sums import partial_sums
+from .rms_norm import dtypes
 
 #: Programs of the backward, two for each of an H200's processors: each adds up its share of the weight's gradient, in order,
 #: before all are added. More would not run at once, and the last would run alone: twice as many took 1.6 times as long.
@@ -39,13 +40,14 @@ def _forward(
     column = tl.arange(0, BLOCK)
     there = (row < rows)[:, None] & (column < width)[None, :]
     h = _read(x, row, x_stride, column, there)
+    DTYPE: tl.constexpr = total.dtype.element_ty
     if ADDS:  # the norm is that of the rounded sum
-        h = (h + _read(residual, row, residual_stride, column, there)).to(total.dtype.element_ty).to(tl.float32)
+        h = (h + _read(residual, row, residual_stride, column, there)).to(DTYPE).to(tl.float32)
         _write(total, row, width, column, there, h)
     h *= tl.rsqrt(tl.sum(h * h, axis=1) / width + eps)[:, None]
     if WEIGHTED:
         if CASTS:
-            h = h.to(y.dtype.element_ty).to(tl.float32)
+            h = h.to(DTYPE).to(tl.float32)
         h *= tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)[None, :] + offset
     _write(y, row, width, column, there, h)
 
@@ -112,9 +114,11 @@ def _launch_backward(
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, cast_first: bool, offset: float
 ) -> tuple[Tensor, Tensor]:
-    """x and residual [..., H] -> their sum's norm, contiguous, and the sum (empty without ``residual``: it is x)."""
+    """x and residual [..., H] -> their sum's norm, contiguous, and the sum (empty without ``residual``: it is x); in the dtypes
+    of :func:`rms_norm.dtypes`."""
     shape, adds = x.shape, residual is not None
-    y, total = x.new_empty(shape), x.new_empty(shape if adds else 0)
+    of_y, of_total = dtypes(x, residual, weight, cast_first, offset)
+    y, total = x.new_empty(shape, dtype=of_y), x.new_empty(shape if adds else 0, dtype=of_total)
     width = shape[-1]
     rows = y.numel() // width
     if not rows:
@@ -123,7 +127,7 @@ def forward(
     more, more_stride = (x, stride) if residual is None else _rows(residual)
     casts = cast_first and not offset
     launch = _launch_forward(rows, width, (stride, more_stride), eps, offset, adds, weight is not None, casts)
-    launch((cdiv(rows, launch.constants["ROWS"]), 1, 1), x, more, x if weight is None else weight, y, total)
+    launch((cdiv(rows, launch.constants["ROWS"]), 1, 1), x, more, x if weight is None else weight.contiguous(), y, total)
     return y, total
 
 
@@ -141,5 +145,5 @@ def backward(
     launch = _launch_backward(rows, width, strides, eps, offset, to_total is not None, weighted)
     programs = min(cdiv(rows, launch.constants["ROWS"]), PROGRAMS)
     parts = x.new_empty((programs, width) if weighted else 0, dtype=torch.float32)
-    launch((programs, 1, 1), grad, more, x, x if weight is None else weight, to_x, parts)
+    launch((programs, 1, 1), grad, more, x, x if weight is None else weight.contiguous(), to_x, parts)
     return to_x, None if weight is None else partial_sums(parts, weight.dtype)

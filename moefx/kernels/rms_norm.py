@@ -11,6 +11,15 @@ from torch import Tensor
 from ..opaque import opaque
 
 
+def dtypes(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, cast_first: bool, offset: float
+) -> tuple[torch.dtype, torch.dtype]:
+    """Of the norm and of the sum, as the operation's body promotes them: under autocast a stream in float32 meets 16 bits."""
+    total = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    multiplies_last = cast_first and not offset and weight is not None
+    return torch.promote_types(total, weight.dtype) if multiplies_last else total, total  # type: ignore[union-attr]
+
+
 @opaque("fused_rms_norm")
 def fused_rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, cast_first: bool, offset: float
@@ -23,7 +32,8 @@ def fused_rms_norm(
 
 @fused_rms_norm.register_fake
 def _(x, residual, weight, eps, cast_first, offset):
-    return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape)
+    of_y, of_total = dtypes(x, residual, weight, cast_first, offset)
+    return x.new_empty(x.shape, dtype=of_y), x.new_empty(0 if residual is None else x.shape, dtype=of_total)
 
 
 @opaque("fused_rms_norm_backward", once=True)
@@ -44,19 +54,25 @@ def _(grad, to_total, total, weight, eps, offset):
 
 def _save(ctx, inputs, _, output) -> None:
     x, residual, weight, ctx.eps, _, ctx.offset = inputs
-    ctx.adds = residual is not None
+    ctx.dtypes = x.dtype, None if residual is None else residual.dtype
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1] if ctx.adds else x, weight)
+    ctx.save_for_backward(x if residual is None else output[1], weight)
 
 
 def _backward(ctx, grad: Tensor | None, to_total: Tensor | None):
     total, weight = ctx.saved_tensors
-    to_total, to_weight = to_total if ctx.adds else None, None
+    of_x, of_residual = ctx.dtypes
+    to_weight = None
     if grad is None:
-        to_x = to_total
+        to_total = to_total if of_residual else None
     else:
-        to_x, to_weight = fused_rms_norm_backward(grad, to_total, total, weight, ctx.eps, ctx.offset)
-    return to_x, to_x if ctx.adds else None, None if weight is None else to_weight, None, None, None
+        to_total, to_weight = fused_rms_norm_backward(
+            grad, to_total if of_residual else None, total, weight, ctx.eps, ctx.offset
+        )
+    if to_total is None:
+        return (None,) * 6
+    to_residual = None if of_residual is None else to_total.to(of_residual)
+    return to_total.to(of_x), to_residual, None if weight is None else to_weight, None, None, None
 
 
 fused_rms_norm.register_autograd(_backward, setup_context=_save)

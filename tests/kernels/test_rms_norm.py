@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -83,6 +85,31 @@ def test_sizes(kind, shape, monkeypatch):
     check(kind, shape)
     kernels._launch_forward.cache_clear()
     kernels._launch_backward.cache_clear()
+
+
+@pytest.mark.parametrize("options", [{}, {"cast_first": False}, {"offset": 1.0}], ids=str)
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_dtypes_are_promoted_as_by_the_body(kind, options, compiled):
+    """Under autocast: the stream and the weight in float32, what attention and experts give in 16 bits, and others."""
+    half, full = torch.bfloat16, torch.float32
+    how = torch.compile(NORMS[kind][0], fullgraph=True) if compiled else NORMS[kind][0]
+    for of_x, of_residual, of_weight in [(half, full, full)] if compiled else itertools.product((half, full), repeat=3):
+        g = torch.Generator().manual_seed(0)
+        given = [torch.randn(2, 3, 40, generator=g).to(of_x)]
+        given += [torch.randn(2, 3, 40, generator=g).to(of_residual)] if kind == "sum" else []
+        given += [(1 + torch.randn(40, generator=g) / 4).to(of_weight)]
+
+        def run(function, device, given=given):
+            leaves = [t.to(device, copy=True).requires_grad_() for t in given]
+            out = function(*leaves, 1e-3, **options)
+            out = out if isinstance(out, tuple) else (out,)
+            return [*out, *torch.autograd.grad(sum((o.float() ** 2).sum() for o in out), leaves)]
+
+        for i, (w, f) in enumerate(zip(run(NORMS[kind][1], "cpu"), run(how, DEVICE), strict=True)):
+            assert f.dtype == w.dtype, (i, of_x, of_residual, of_weight)
+            far = float((f.detach().float().cpu() - w.detach().float()).abs().max() / w.detach().abs().max())
+            assert far <= (4e-2 if half in (of_x, of_residual, of_weight) else 2e-6), (i, far)
 
 
 @pytest.mark.parametrize("kind,used", [("sum", (0,)), ("sum", (1,)), ("stream", (0,))])
