@@ -67,11 +67,13 @@ def cases(tokens: int) -> Iterator[Case]:
     for name, shape in (("rms_norm", (tokens, H)), ("qk_norm", (tokens, HEADS, D))):
         yield Case(
             name, [normal(*shape), normal(shape[-1])],
-            {"inductor": compiled(norm(body)), "torch": norm(plain.rms_norm), "te": norm(te.rms_norm)}, norm(body),
+            {"inductor": compiled(norm(body)), "torch": norm(plain.rms_norm), "triton": norm(triton.rms_norm), "te": norm(te.rms_norm)},
+            norm(body),
         )  # fmt: skip
     yield Case(
         "add_rms_norm", [normal(tokens, H), normal(tokens, H), normal(H)],
-        {"inductor": compiled(add_norm(add_body)), "te": add_norm(te.add_rms_norm)}, add_norm(add_body),
+        {"inductor": compiled(add_norm(add_body)), "triton": add_norm(triton.add_rms_norm), "te": add_norm(te.add_rms_norm)},
+        add_norm(add_body),
     )  # fmt: skip
 
     def routed(fn: Callable) -> Callable:
