@@ -380,6 +380,22 @@ def linear_cross_entropy(
     return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction)
 
 
+def has_nobody(up: Tensor, down: Tensor) -> bool:
+    """Whether some of the experts that ``up`` has matrices for are nobody's."""
+    return up.shape[0] > down.shape[0]
+
+
+def rows_of(expert: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Where each expert's rows end [E of up], int32, those that are nobody's not counted; expert [R], in ascending order."""
+    ends = torch.searchsorted(expert, torch.arange(up.shape[0], device=expert.device), right=True).to(torch.int32)
+    return ends.clamp(max=ends[down.shape[0] - 1]) if has_nobody(up, down) else ends
+
+
+def only(rows: Tensor, somebodys: Tensor | None) -> Tensor:
+    """Zeros in rows that are nobody's, whose products and gradients mean nothing."""
+    return rows if somebodys is None else torch.where(somebodys, rows, 0)
+
+
 @op(
     "experts(Tensor x, Tensor index, Tensor weights, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, *, "
     "str activation, float alpha=0.0, float limit=0.0, bool transposed=False, bool interleaved=False) -> Tensor"
@@ -405,19 +421,24 @@ def experts(
     halves alternate if ``interleaved``; ungated ones up [E, I, H]. down is [E, H, I] ([E, I, H] if ``transposed``), biases
     [E, 2I or I] and [E, H]. Each token's rows are multiplied by their weights after the down projection, in the promoted
     dtype, and summed in the order of k (Transformers' grouped_mm experts, integrations/moe.py).
+
+    A choice of an expert that down has no matrix for is nobody's and adds nothing; up may have matrices for those, which are
+    not read (LongCat-Flash, arXiv 2509.01322: experts that compute nothing). Such experts have no biases.
     """
     top_k = index.shape[1]
     flat = index.reshape(-1)
     order = torch.argsort(flat, stable=True)
     expert = flat[order]
-    offsets = torch.searchsorted(expert, torch.arange(up.shape[0], device=x.device), right=True).to(torch.int32)
+    offsets = rows_of(expert, up, down)
+    somebodys = (expert < down.shape[0]).unsqueeze(-1) if has_nobody(up, down) else None
 
     def project(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        out = grouped_mm(h.to(weight.dtype), weight if transposed else weight.transpose(-2, -1), offsets)
+        matrices = weight if transposed else weight.transpose(-2, -1)
+        out = grouped_mm(h.to(weight.dtype), matrices, offsets[: weight.shape[0]])
         return out if bias is None else out + bias[expert]
 
-    h = project(x[order // top_k], up, up_bias)
+    h = project(only(x[order // top_k], somebodys), up, up_bias)
     h = ACTIVATIONS[activation].forward(h, alpha, limit, interleaved)
-    h = project(h, down, down_bias) * weights.reshape(-1)[order].unsqueeze(-1)
+    h = only(project(h, down, down_bias), somebodys) * weights.reshape(-1)[order].unsqueeze(-1)
     inverse = torch.empty_like(order).scatter(0, order, torch.arange(order.shape[0], device=x.device))
     return h[inverse].view(-1, top_k, h.shape[-1]).sum(dim=1).to(x.dtype)

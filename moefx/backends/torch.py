@@ -197,18 +197,20 @@ def experts(
     order = torch.argsort(flat, stable=True)
     inverse = torch.empty_like(order).scatter(0, order, torch.arange(tokens * top_k, device=x.device))
     expert = flat[order]
-    offsets = torch.searchsorted(expert, torch.arange(up.shape[0], device=x.device), right=True).to(torch.int32)
+    offsets = ops.rows_of(expert, up, down)
+    somebodys = (expert < down.shape[0]).unsqueeze(-1) if ops.has_nobody(up, down) else None
 
     def project(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        matrix = weight if transposed else weight.transpose(-2, -1)
+        matrix, ends = weight if transposed else weight.transpose(-2, -1), offsets[: weight.shape[0]]
         if h.is_cuda and weight.dtype == torch.bfloat16:
-            out = torch._grouped_mm(h.to(weight.dtype), matrix, offs=offsets)
+            out = torch._grouped_mm(h.to(weight.dtype), matrix, offs=ends)
         else:
-            out = grouped.grouped_mm(h.to(weight.dtype), matrix, offsets)
+            out = grouped.grouped_mm(h.to(weight.dtype), matrix, ends)
         return out if bias is None else out + _BiasOfRows.apply(bias, expert)
 
-    h = project(_GatherTokens.apply(x, order, inverse, top_k), up, up_bias)
+    h = project(ops.only(_GatherTokens.apply(x, order, inverse, top_k), somebodys), up, up_bias)
     h = project(ACTIVATIONS[activation].forward(h, alpha, limit, interleaved), down, down_bias)
+    h = ops.only(h, somebodys)
     h = _Permute.apply(h, inverse, order).view(tokens, top_k, h.shape[-1])
     return _sum_of_tokens(h, weights).to(x.dtype)
 

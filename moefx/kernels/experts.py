@@ -55,24 +55,25 @@ def _gradients(
 
     up, up_bias, down, down_bias = weights
     offsets = bounds[1:]
+    of_down = bounds[: down.shape[0] + 1]
     matrices = _matrices(down, transposed).transpose(1, 2)
-    to_a = by_down(matrices) if by_down else grouped_gemm.rows(gemm, to_out, matrices, bounds)
+    to_a = by_down(matrices) if by_down else grouped_gemm.rows(gemm, to_out, matrices, of_down)
     to_h, weighted, to_weights = act.backward(h, up_bias, offsets, to_a, gate, row_weights, order)
     del to_a
 
-    def outer(of_in: Tensor, of_out: Tensor) -> Tensor:
+    def outer(of_in: Tensor, of_out: Tensor, bounds: Tensor) -> Tensor:
         pair = (of_in, of_out) if transposed else (of_out, of_in)
         return grouped_gemm.outer(gemm, *pair, bounds, grad_scale)
 
     found: list[Tensor | None] = [None] * 4
     if needs[3]:
-        found[2] = outer(weighted, to_out)
+        found[2] = outer(weighted, to_out, of_down)
     if needs[4]:
         assert down_bias is not None
         found[3] = act.segment_sum(to_out, offsets, down_bias.dtype, row_weights, order)
     del weighted
     if needs[1]:
-        found[0] = outer(rows().to(up.dtype), to_h)
+        found[0] = outer(rows().to(up.dtype), to_h, bounds)
     if needs[2]:
         assert up_bias is not None
         found[1] = act.segment_sum(to_h, offsets, up_bias.dtype)
@@ -91,6 +92,11 @@ def _or_empty(found: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
 # --- experts ---------------------------------------------------------------------------------------------------------
 
 
+def _somebodys(up: Tensor, down: Tensor) -> int:
+    """How many experts compute something, where others are nobody's (:func:`moefx.ops.experts`); 0: all do."""
+    return down.shape[0] if up.shape[0] > down.shape[0] else 0
+
+
 @opaque("fused_experts")
 def _fused_experts(
     x: Tensor, index: Tensor, weights: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
@@ -101,13 +107,15 @@ def _fused_experts(
     from . import expert_activation as act
     from .permute import reduce, sort_by_expert
 
-    top_k = index.shape[1]
+    top_k, experts = index.shape[1], _somebodys(up, down)
     order, inverse, bounds = sort_by_expert(index, up.shape[0])
+    if experts:
+        bounds = torch.minimum(bounds, bounds[experts])
     h = grouped_gemm.of_tokens(gemm, x.to(up.dtype), order, inverse, top_k, _matrices(up, transposed), bounds)
     a = act.forward(h, up_bias, bounds[1:], _gate(activation, alpha, limit, interleaved))
-    rows = grouped_gemm.rows(gemm, a, _matrices(down, transposed), bounds)
+    rows = grouped_gemm.rows(gemm, a, _matrices(down, transposed), bounds[: down.shape[0] + 1])
     del a
-    y = reduce(rows, inverse, top_k, x.dtype, weights=weights, index=index, bias=down_bias)
+    y = reduce(rows, inverse, top_k, x.dtype, weights=weights, index=index, bias=down_bias, experts=experts)
     return y, h if keep else h.new_empty(0), order, inverse, bounds
 
 
@@ -128,14 +136,14 @@ def fused_experts_backward(
     """Gradients of x, weights, up, up_bias, down, down_bias. ``needs``: of which (weights: always); others are empty."""
     from .permute import expand, reduce
 
-    top_k = index.shape[1]
+    top_k, experts = index.shape[1], _somebodys(up, down)
     gate = _gate(activation, alpha, limit, interleaved)
     grad = grad.to(up.dtype)
     if not keep:
         h = grouped_gemm.of_tokens(gemm, x.to(up.dtype), order, inverse, top_k, _matrices(up, transposed), bounds)
 
     def of_tokens(matrices: Tensor) -> Tensor:
-        return grouped_gemm.of_tokens(gemm, grad, order, inverse, top_k, matrices, bounds)
+        return grouped_gemm.of_tokens(gemm, grad, order, inverse, top_k, matrices, bounds[: down.shape[0] + 1])
 
     to_rows, found, to_weights = _gradients(
         expand(grad, inverse, top_k), h, lambda: expand(x.to(up.dtype), inverse, top_k), bounds,
@@ -144,7 +152,9 @@ def fused_experts_backward(
     assert to_weights is not None
     if down_bias is not None:  # what a row's weight multiplies has the bias in it
         to_weights += F.linear(grad, down_bias).float().gather(1, index)
-    to_x = None if to_rows is None else reduce(to_rows, inverse, top_k, x.dtype)
+    if experts:
+        to_weights.masked_fill_(index >= experts, 0.0)
+    to_x = None if to_rows is None else reduce(to_rows, inverse, top_k, x.dtype, index=index, experts=experts)
     first, *rest = _or_empty([to_x, *found], h)
     return first, to_weights.to(weights.dtype), *rest  # type: ignore[return-value]
 

@@ -128,8 +128,8 @@ def expand(x: Tensor, inverse: Tensor, top_k: int) -> Tensor:
 
 @triton.jit
 def _reduce(
-    rows, weights, index, bias, inverse, out, width, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    rows, weights, index, bias, inverse, out, width, experts, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr,
+    BIASED: tl.constexpr, SOME: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -138,9 +138,13 @@ def _reduce(
     for k in tl.static_range(TOP_K):
         flat = token * TOP_K + k
         row = tl.load(inverse + flat).to(tl.int64)
-        value = tl.load(rows + row * width + column, mask=there).to(tl.float32)
-        if BIASED:
+        if BIASED or SOME:
             expert = tl.load(index + flat)
+        mine = there
+        if SOME:
+            mine = there & (tl.full((BLOCK,), 0, tl.int64) + expert < experts)  # a lone truth is no mask to the interpreter
+        value = tl.load(rows + row * width + column, mask=mine, other=0.0).to(tl.float32)
+        if BIASED:
             value += tl.load(bias + expert * width + column, mask=there).to(tl.float32)
         if WEIGHTED:
             value *= tl.load(weights + flat).to(tl.float32)
@@ -149,24 +153,26 @@ def _reduce(
 
 
 @functools.lru_cache(KEPT)
-def _launch_reduce(width: int, top_k: int, weighted: bool, biased: bool) -> Launch:
+def _launch_reduce(width: int, experts: int, top_k: int, weighted: bool, biased: bool) -> Launch:
     block = min(2048, triton.next_power_of_2(width))
-    return Launch(_reduce, width, TOP_K=top_k, WEIGHTED=weighted, BIASED=biased, BLOCK=block, num_warps=4)
+    constants = {"WEIGHTED": weighted, "BIASED": biased, "SOME": experts > 0, "BLOCK": block, "num_warps": 4}
+    return Launch(_reduce, width, experts, TOP_K=top_k, **constants)
 
 
 def reduce(
     rows: Tensor, inverse: Tensor, top_k: int, dtype: torch.dtype, *,
-    weights: Tensor | None = None, index: Tensor | None = None, bias: Tensor | None = None,
+    weights: Tensor | None = None, index: Tensor | None = None, bias: Tensor | None = None, experts: int = 0,
 ) -> Tensor:  # fmt: skip
     """``y[t] = sum_k weights[t, k] * (rows[row(t, k)] + bias[index[t, k]])`` [T, H] in ``dtype``, added in fp32 in order.
 
-    rows [T*K, H]; weights [T, K] or None (ones); bias [E, H] or None, for which index [T, K] is needed.
+    rows [T*K, H]; weights [T, K] or None (ones); bias [E, H] or None; ``experts``, unless 0: rows of others than these first
+    are nobody's and are not read. For these two index [T, K] is needed.
     """
     flats, width = rows.shape
     out = rows.new_empty(flats // top_k, width, dtype=dtype)
     if out.numel():
         nothing = rows  # an argument that the kernel does not read
-        launch = _launch_reduce(width, top_k, weights is not None, bias is not None)
+        launch = _launch_reduce(width, experts, top_k, weights is not None, bias is not None)
         launch(
             (out.shape[0], cdiv(width, launch.constants["BLOCK"]), 1), rows,
             nothing if weights is None else weights.contiguous(), nothing if index is None else index.contiguous(),

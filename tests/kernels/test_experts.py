@@ -14,6 +14,7 @@ import moefx  # noqa: E402
 from moefx import grouped, ops  # noqa: E402
 from moefx.activations import ACTIVATIONS  # noqa: E402
 from moefx.backends import Backend, Kernel  # noqa: E402
+from moefx.backends import torch as torch_backend  # noqa: E402
 from moefx.backends import triton as backend  # noqa: E402
 from moefx.errors import MoefxError  # noqa: E402
 from moefx.kernels import experts  # noqa: E402
@@ -99,6 +100,45 @@ def test_biased_without_gate_and_with(activation):
 def test_routings(tokens, experts, top_k, routing, dtype):
     """One token, all experts, all tokens on the same ones, numbers that divide nothing, no token at all."""
     check(make(tokens, experts, top_k, routing=routing, dtype=dtype, seed=2), dtype, activation="swiglu")
+
+
+def looped(x, index, weights, up, _, down, __, activation, transposed=False):
+    """Expert by expert, as LongCat-Flash does it; what is not in ``down`` adds nothing."""
+    up, down = (w if transposed else w.transpose(1, 2) for w in (up, down))
+    y = x * 0
+    for e in range(len(down)):
+        token, k = torch.where(index == e)
+        a = ACTIVATIONS[activation].forward(x[token] @ up[e], 0.0, 0.0, False)
+        y = y.index_add(0, token, (a @ down[e]) * weights[token, k, None])
+    return y
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    "fn", [ops.BODIES[ops.experts], torch_backend.experts, EXPERTS, backend.recomputing(EXPERTS)],
+    ids=["body", "torch", "triton", "again"],
+)  # fmt: skip
+@pytest.mark.parametrize("tokens,somebodys,transposed", [(1, 3, False), (40, 3, True), (33, 5, False), (9, 1, False)])
+def test_choices_that_are_nobodys(fn, tokens, somebodys, transposed, dtype, monkeypatch):
+    """Some of eight experts compute nothing: of 40 tokens about three in five choices, with one expert seven in eight. What
+    products leave in rows that are nobody's, undefined on a device, is NaN here."""
+    plain = grouped._grouped_gemm
+
+    def poisoned(x, weight, offsets):
+        out = plain(x, weight, offsets)
+        return torch.where((torch.arange(len(out), device=out.device) < offsets[-1]).unsqueeze(1), out, torch.nan)
+
+    for module in (grouped, experts.grouped_gemm):
+        monkeypatch.setattr(module, "_grouped_gemm", poisoned)
+    given = make(tokens, 8, 3, dtype=dtype, transposed=transposed, seed=somebodys)
+    given[5] = given[5][:somebodys].contiguous()
+    options = {"activation": "swiglu", "transposed": transposed}
+    wanted = run(looped, given, torch.float64, options, "cpu")
+    found = run(fn, given, dtype, options, DEVICE)
+    compare(found, wanted, dtype)
+    nobodys = given[1] >= somebodys
+    assert nobodys.any() and not found["gradient 2"].cpu()[nobodys].any()
+    assert not found["gradient 3"][somebodys:].any()  # up's matrices of experts that compute nothing
 
 
 def test_sizes_that_divide_no_block():
