@@ -48,7 +48,7 @@ def adapting(base: type, emitting: Callable[[], bool]) -> type:
         with _adapted(self):
             return self.base_layer(x, *args, **kwargs)
 
-    return _subclass(base, forward=forward)
+    return subclass(base, forward=forward)
 
 
 @functools.cache
@@ -67,10 +67,10 @@ def saving(base: type) -> type:
             kwargs.setdefault("is_main_process", torch.distributed.get_rank() == 0)
         return plain(self, save_directory, *args, **kwargs)
 
-    return _subclass(base, save_pretrained=functools.wraps(plain)(save_pretrained))
+    return subclass(base, save_pretrained=functools.wraps(plain)(save_pretrained))
 
 
-def _subclass(base: type, **members: Any) -> type:
+def subclass(base: type, **members: Any) -> type:
     named = {"__module__": base.__module__, "__qualname__": base.__qualname__, "_moefx_base": base}
     return type(base.__name__, (base,), {**named, **members})
 

@@ -219,11 +219,11 @@ class _Entry(nn.Module):
     def __init__(self, module: nn.Module, template: Template, routers: dict[str, nn.Module], outputs: Callable):
         super().__init__()
         # `outputs` is told the template: torch.export undoes what a forward writes to the module
-        self.block, self.template, self.routers, self.outputs = module, template, list(routers.values()), outputs
+        self.block, self.template, self.routers, self.outputs = module, template, list(routers.items()), outputs
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        seen: dict[int, Any] = {}
-        hooks = [m.register_forward_hook(lambda m, _, out: seen.__setitem__(id(m), out)) for m in self.routers]
+        seen: dict[str, Any] = {}  # in the order in which they run, as Transformers collects them
+        hooks = [m.register_forward_hook(lambda _, __, out, path=p: seen.__setitem__(path, out)) for p, m in self.routers]
         written: dict[str, dict] = {}
         try:
             args, kwargs = self.template.fill(tensors, written)
@@ -238,8 +238,8 @@ class _Entry(nn.Module):
         if template != before or any(a is not b for a, b in zip(after, tensors, strict=True)):
             raise CaptureError("it writes into a dictionary or list that it is given")
         left = tuple(tuple(w.items()) for w in written.values())
-        flat, template = flatten((out, left, *(seen[id(m)] for m in self.routers)), {})
-        self.outputs((tuple(written), template.args[1]))
+        flat, template = flatten((out, left, *seen.values()), {})
+        self.outputs((tuple(written), tuple(seen), template.args[1]))
         return tuple(flat)
 
 
@@ -334,9 +334,9 @@ def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module],
         raise
     except Exception as error:
         raise CaptureError(f"torch.export: {_first_sentence(error)}") from error
-    names, (outputs, left, *of_routers) = returned[-1]
+    names, paths, (outputs, left, *of_routers) = returned[-1]
     written = tuple((name, what) for name, what in zip(names, left[1], strict=True) if what[1])
-    call = replace(call, outputs=outputs, routers=tuple(zip(routers, of_routers, strict=True)), written=written)
+    call = replace(call, outputs=outputs, routers=tuple(zip(paths, of_routers, strict=True)), written=written)
     return _function(module, exported, call, name, callers)
 
 

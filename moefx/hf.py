@@ -26,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import OutputRecorder, _active_collector
 
-from . import adapters, ops
+from . import adapters, loops, ops
 from .activations import ACTIVATIONS
 from .errors import CaptureError, MoefxError
 
@@ -256,6 +256,31 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     return ExpertsInterface().get(previous, own)(self, hidden_states, top_k_index, top_k_weights)
 
 
+def _activation_of_loop(module: nn.Module) -> tuple[str, float, float] | str:
+    """Which activation the experts of :mod:`loops` apply; a sentence if it is unknown."""
+    try:
+        return _activation(loops.Gated(loops.LOOPS[type(module).__name__].activation(module)), False)
+    except CaptureError as error:
+        return f"{type(module).__name__}: {error}"
+
+
+def _emitter(module: nn.Module) -> Callable[..., Tensor] | None:
+    """While capturing: emits ``moefx.experts`` for a module of :mod:`loops`."""
+    callers, known = _emitting.get(), module.__dict__.get("_moefx_layout")
+    if callers is None or known is None or isinstance(known, str) and callers.lenient:
+        return None
+    if isinstance(known, str):
+        raise CaptureError(known)
+    activation, alpha, limit = known
+
+    def emit(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor, transposed: bool) -> Tensor:
+        callers.append(("experts", module))
+        options = {"activation": activation, "alpha": alpha, "limit": limit, "transposed": transposed}
+        return ops.experts(x, index, weights, up, None, down, None, **options)
+
+    return emit
+
+
 # --- attention -------------------------------------------------------------------------------------------------------
 
 
@@ -463,6 +488,9 @@ def use(model: PreTrainedModel, attention: bool = True) -> None:
                 experts_layout(module)  # found on numbers: not while tracing
         elif hasattr(module, "is_causal"):
             module.__dict__.setdefault("_moefx_previous", attention_before)
+        elif loops.is_loop(module) and not hasattr(type(module), "_moefx_base"):
+            module.__dict__["_moefx_layout"] = _activation_of_loop(module)
+            module.__class__ = loops.saying(type(module), _emitter)  # type: ignore[arg-type]
         elif adapters.is_wrapper(module) and not hasattr(type(module), "_moefx_base"):
             module.__class__ = adapters.adapting(type(module), is_emitting)  # type: ignore[arg-type]
     if attention:
@@ -474,7 +502,7 @@ def restore(model: PreTrainedModel, before: tuple[str | None, str | None]) -> No
     for module in model.modules():
         module.__dict__.pop("_moefx_previous", None)
         module.__dict__.pop("_moefx_layout", None)
-        if adapters.is_wrapper(module):
+        if adapters.is_wrapper(module) or loops.is_loop(module):
             module.__class__ = getattr(type(module), "_moefx_base", type(module))
     _name(model, before)
 

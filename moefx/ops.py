@@ -380,6 +380,12 @@ def linear_cross_entropy(
     return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction)
 
 
+@op("grouped_linear(Tensor rows, Tensor weight, Tensor counts) -> Tensor")
+def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """rows [R, a], expert by expert, ``counts`` [E] of each, times weight [E, b, a] -> [R, b] in the weight's dtype."""
+    return grouped_mm(rows.to(weight.dtype), weight.transpose(1, 2), counts.cumsum(0).to(torch.int32))
+
+
 def has_nobody(up: Tensor, down: Tensor) -> bool:
     """Whether some of the experts that ``up`` has matrices for are nobody's."""
     return up.shape[0] > down.shape[0]

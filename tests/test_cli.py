@@ -71,12 +71,12 @@ def test_models_are_verified(capsys, monkeypatch):
     assert "WRONG: " in said.out and said.err.endswith("the optimized model is not the untouched one: olmoe\n")
 
 
-def test_experts_that_look_at_values_are_left_and_nothing_else_is_said(capsys):
+def test_blocks_that_look_at_values_are_left_and_nothing_else_is_said(capsys):
     """torch.export prints the whole graph of a block that branches on data."""
-    assert main(["models", "dbrx", "--json"]) == 0
+    assert main(["models", "qwen4_exp_text", "--json"]) == 0
     said = capsys.readouterr()
     (row,) = json.loads(said.out)
-    assert row["raised"]["attention"] == [2, 2] and any("data-dependent" in n for n in row["notes"])
+    assert row["raised"]["experts"][0] > 0 and any("data-dependent" in n for n in row["notes"])
     assert said.err == ""
 
 
