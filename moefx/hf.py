@@ -258,8 +258,9 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
 
 def _activation_of_loop(module: nn.Module) -> tuple[str, float, float] | str:
     """Which activation the experts of :mod:`loops` apply; a sentence if it is unknown."""
+    applied = loops.LOOPS[type(module).__name__].activation
     try:
-        return _activation(loops.Gated(loops.LOOPS[type(module).__name__].activation(module)), False)
+        return _activation(loops.Gated(applied(module)), False) if applied else ("", 0.0, 0.0)
     except CaptureError as error:
         return f"{type(module).__name__}: {error}"
 

@@ -23,8 +23,8 @@ class Loop(NamedTuple):
     #: (module, emit, *its forward's arguments) -> what its forward gives. ``emit(x, index, weights, up, down, transposed)`` is
     #: ``moefx.experts`` with the module's activation.
     forward: Callable[..., Any]
-    #: Of gates, which multiply the other half of the pre-activations; of no gates for parts that are no experts by themselves.
-    activation: Callable[[Any], nn.Module] = lambda _: nn.SiLU()
+    #: The module that its experts apply to gates, which multiply the other half of the pre-activations; None: it has none.
+    activation: Callable[[Any], nn.Module] | None = None
 
 
 def _dbrx(module: Any, emit: Callable, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
