@@ -134,6 +134,8 @@ def test_experts(monkeypatch):
     assert "kernels run on cuda, a0 is on cpu" in refusal(ops.experts, *given, activation="swiglu", device="cpu")
     odd = [(BF16, 5, 20), *given[1:3], (BF16, 8, 96, 20), None, (BF16, 8, 20, 48), None]
     assert "rows of whole 16 bytes, this hidden size is 20" in refusal(ops.experts, *odd, activation="swiglu")
+    some = [*given[:5], (BF16, 6, 64, 48), None]
+    assert "here only 6 of 8 experts compute something" in refusal(ops.experts, *some, activation="swiglu")
     mlp = [(BF16, 9, 64), (torch.int64, 8), *given[3:]]
     assert refusal(grouped.grouped_mlp, *mlp, activation="swiglu") is None
     spare = node(grouped.grouped_mlp, *mlp, activation="swiglu")

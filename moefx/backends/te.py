@@ -244,7 +244,10 @@ def experts(
 
 
 def _refuses_experts(node: fx.Node) -> str | None:
-    x, index = (value(arguments(node)[name]) for name in ("x", "index"))
+    x, index, up, down = (value(arguments(node)[name]) for name in ("x", "index", "up", "down"))
+    if up.shape[0] != down.shape[0]:
+        some = f"{down.shape[0]} of {up.shape[0]} experts"
+        return f"Transformer Engine's permutation gives every choice a row, here only {some} compute something"
     if x.shape[-1] % 8:
         return f"Transformer Engine's permutation wants rows of whole 16 bytes, this hidden size is {x.shape[-1]} in bf16"
     if index.shape[1] > 128:
