@@ -83,6 +83,7 @@ def launch_all(dtype: torch.dtype) -> None:
     permute.sort_by_expert(index, experts)
     permute.expand(x, flat, k)
     permute.reduce(many, flat, k, dtype, weights=weights, index=index, bias=many[:experts])
+    permute.reduce(many, flat, k, dtype, index=index, experts=experts - 1)
 
     offsets = torch.zeros(experts, dtype=torch.int32)
     for activation, biased in (("swiglu", False), ("oai_swiglu", True), ("relu2", False)):
