@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from common import machine, save, show, slug, verdict
-from te_kernels import Case, measure, normal
+from common import machine, save, slug, verdict
+from te_kernels import Case, measure, normal, tell
 from torch import Tensor
 
 from moefx import ops
@@ -95,12 +95,7 @@ def main() -> int:
                 rows += measure(case, tokens, problems)
             gc.collect()
             torch.cuda.empty_cache()
-    table = [
-        [r["case"], r["tokens"], r["who"], *(f"{r[k]:.2f}" if k in r else "" for k in ("device_ms", "call_ms")),
-         f"{r['error']:.1e}" if "error" in r else ""]
-        for r in rows
-    ]  # fmt: skip
-    show("experts, forward + backward", ("experts", "tokens", "who", "device ms", "call ms", "error"), table)
+    tell("experts, forward + backward", "experts", rows, digits=2)
     save(f"fp8_experts-{slug(torch.cuda.get_device_name())}", {"machine": machine("cuda"), "rows": rows, "problems": problems})
     return verdict(problems)
 

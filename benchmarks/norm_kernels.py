@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from common import machine, save, show, slug, verdict
-from te_kernels import SEQUENCE, Case, compiled, measure, normal
+from common import machine, save, slug, verdict
+from te_kernels import SEQUENCE, Case, compiled, measure, normal, tell
 from torch import Tensor
 
 from moefx import ops
@@ -82,12 +82,7 @@ def main() -> int:
             gc.collect()
             torch.cuda.empty_cache()
             torch._dynamo.reset()
-    table = [
-        [r["case"], r["tokens"], r["who"], *(f"{r[k]:.3f}" if k in r else "" for k in ("device_ms", "call_ms")),
-         f"{r['error']:.1e}" if "error" in r else ""]
-        for r in rows
-    ]  # fmt: skip
-    show("norms, forward + backward", ("norm", "tokens", "who", "device ms", "call ms", "error"), table)
+    tell("norms, forward + backward", "norm", rows)
     save(f"norm_kernels-{slug(torch.cuda.get_device_name())}", {"machine": machine("cuda"), "rows": rows, "problems": problems})
     return verdict(problems)
 

@@ -282,6 +282,16 @@ def measure(case: Case, tokens: int, problems: list[str]) -> list[dict[str, Any]
     return rows
 
 
+def tell(title: str, what: str, rows: list[dict[str, Any]], digits: int = 3) -> None:
+    """Prints what :func:`measure` found; ``what`` its cases are."""
+    table = [
+        [r["case"], r["tokens"], r["who"], *(f"{r[k]:.{digits}f}" if k in r else "" for k in ("device_ms", "call_ms")),
+         f"{r['error']:.1e}" if "error" in r else r.get("why", "")]
+        for r in rows
+    ]  # fmt: skip
+    show(title, (what, "tokens", "who", "device ms", "call ms", "error"), table)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384])
@@ -301,13 +311,7 @@ def main() -> int:
             gc.collect()
             torch.cuda.empty_cache()
             torch._dynamo.reset()
-    columns = ("case", "tokens", "who", "device ms", "call ms", "error")
-    table = [
-        [r["case"], r["tokens"], r["who"], *(f"{r[k]:.3f}" if k in r else "" for k in ("device_ms", "call_ms")),
-         f"{r['error']:.1e}" if "error" in r else r.get("why", "")]
-        for r in rows
-    ]  # fmt: skip
-    show("Transformer Engine's kernels, forward + backward, bf16", columns, table)
+    tell("Transformer Engine's kernels, forward + backward, bf16", "case", rows)
     record = {"machine": machine(DEVICE), "cublaslt": grouped.cublaslt(), "rows": rows, "problems": problems}
     save(f"te_kernels-{slug(torch.cuda.get_device_name())}", record)
     return verdict(problems)

@@ -81,7 +81,8 @@ LOOPS = {
 
 
 def is_loop(module: nn.Module) -> bool:
-    return type(module).__name__ in LOOPS and type(module).__module__.startswith("transformers.")
+    known = type(module).__name__ in LOOPS and type(module).__module__.startswith("transformers.")
+    return known and getattr(module, "gate_up_proj", module) is not None  # a LongCat-Flash may have no expert that computes
 
 
 class Gated(nn.Module):
