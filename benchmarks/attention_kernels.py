@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import machine, relative_l2, save, say, show, slug, verdict
+from common import finish, relative_l2, say, show, verdict
 from torch import Tensor
 
 from moefx import ops
@@ -127,8 +127,7 @@ def main() -> int:
                 rows += measure(name, batch, problems)
     columns = ("model", "mbs", "who", "forward_ms", "backward_ms", "error")
     show("causal attention", columns, [[f"{r[c]:.3g}" if isinstance(r[c], float) else r[c] for c in columns] for r in rows])
-    save(f"attention_kernels-{slug(torch.cuda.get_device_name())}", {"machine": machine("cuda"), "rows": rows, "problems": problems})
-    return verdict(problems)
+    return finish("attention_kernels", rows, problems)
 
 
 if __name__ == "__main__":

@@ -325,6 +325,13 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
     Console(width=120, highlight=False).print(table)
 
 
+def finish(name: str, rows: Sequence[Any], problems: Sequence[str], **more: Any) -> int:
+    """Writes what was measured on this CUDA device to ``<name>-<device>.json``; the exit code."""
+    record = {"machine": machine("cuda"), **more, "rows": rows, "problems": problems}
+    save(f"{name}-{slug(torch.cuda.get_device_name())}", record)
+    return verdict(problems)
+
+
 def verdict(problems: Sequence[str]) -> int:
     """Prints what is wrong; the exit code."""
     for p in problems:

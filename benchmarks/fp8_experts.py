@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from common import machine, save, slug, verdict
+from common import finish, verdict
 from te_kernels import Case, measure, normal, tell
 from torch import Tensor
 
@@ -96,8 +96,7 @@ def main() -> int:
             gc.collect()
             torch.cuda.empty_cache()
     tell("experts, forward + backward", "experts", rows, digits=2)
-    save(f"fp8_experts-{slug(torch.cuda.get_device_name())}", {"machine": machine("cuda"), "rows": rows, "problems": problems})
-    return verdict(problems)
+    return finish("fp8_experts", rows, problems)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from common import machine, save, slug, verdict
+from common import finish, verdict
 from te_kernels import SEQUENCE, Case, compiled, measure, normal, tell
 from torch import Tensor
 
@@ -83,8 +83,7 @@ def main() -> int:
             torch.cuda.empty_cache()
             torch._dynamo.reset()
     tell("norms, forward + backward", "norm", rows)
-    save(f"norm_kernels-{slug(torch.cuda.get_device_name())}", {"machine": machine("cuda"), "rows": rows, "problems": problems})
-    return verdict(problems)
+    return finish("norm_kernels", rows, problems)
 
 
 if __name__ == "__main__":

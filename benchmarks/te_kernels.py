@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import machine, relative_l2, save, say, show, slug, time_once, verdict
+from common import finish, relative_l2, say, show, time_once, verdict
 from torch import Tensor
 
 from moefx import aux_loss, ops
@@ -312,9 +312,7 @@ def main() -> int:
             torch.cuda.empty_cache()
             torch._dynamo.reset()
     tell("Transformer Engine's kernels, forward + backward, bf16", "case", rows)
-    record = {"machine": machine(DEVICE), "cublaslt": grouped.cublaslt(), "rows": rows, "problems": problems}
-    save(f"te_kernels-{slug(torch.cuda.get_device_name())}", record)
-    return verdict(problems)
+    return finish("te_kernels", rows, problems, cublaslt=grouped.cublaslt())
 
 
 if __name__ == "__main__":
