@@ -149,7 +149,10 @@ def node_cost(node: fx.Node, sizes: Sizes) -> Cost:
     ):
         return Cost()
     inputs = [value(a) for a in node.all_input_nodes if isinstance(value(a), (Tensor, tuple, list))]
-    read, written = sympy.Add(*(sizes.bytes(v) for v in inputs)), sizes.bytes(value(node))
+    results = value(node) if isinstance(value(node), (tuple, list)) else [value(node)]
+    # a result that is an input is handed on, not written
+    written = sizes.bytes([r for r in results if not any(r is v for v in inputs)])
+    read = sympy.Add(*(sizes.bytes(v) for v in inputs))
     if op in _MATRIX:
         return Cost(_matrix_product(node, op, sizes), read, written)
     rule = _RULES.get(op)

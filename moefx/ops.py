@@ -397,6 +397,11 @@ def rows_of(expert: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return ends.clamp(max=ends[down.shape[0] - 1]) if has_nobody(up, down) else ends
 
 
+def somebodys_of(expert: Tensor, up: Tensor, down: Tensor) -> Tensor | None:
+    """Which rows [R, 1] are somebody's; None: all are."""
+    return (expert < down.shape[0]).unsqueeze(-1) if has_nobody(up, down) else None
+
+
 def only(rows: Tensor, somebodys: Tensor | None) -> Tensor:
     """Zeros in rows that are nobody's, whose products and gradients mean nothing."""
     return rows if somebodys is None else torch.where(somebodys, rows, 0)
@@ -435,8 +440,7 @@ def experts(
     flat = index.reshape(-1)
     order = torch.argsort(flat, stable=True)
     expert = flat[order]
-    offsets = rows_of(expert, up, down)
-    somebodys = (expert < down.shape[0]).unsqueeze(-1) if has_nobody(up, down) else None
+    offsets, somebodys = rows_of(expert, up, down), somebodys_of(expert, up, down)
 
     def project(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         matrices = weight if transposed else weight.transpose(-2, -1)

@@ -100,7 +100,7 @@ def test_choices_of_experts_that_compute_nothing_take_no_products():
 
 
 def test_a_model_comes_back_and_others_are_left_alone(family):
-    name, plain, _ = family
+    _, plain, _ = family
     model = moefx.optimize(copy.deepcopy(plain), compile=False)
     moefx.restore(model)
     assert all(type(m) is type(p) for m, p in zip(model.modules(), plain.modules(), strict=True))
@@ -125,7 +125,7 @@ def test_they_are_not_cut_over_ranks(family):
         check_experts(plain, 2)
 
 
-def test_an_activation_that_is_unknown_leaves_the_loop(monkeypatch):
+def test_an_activation_that_is_unknown_leaves_the_loop():
     plain = AutoModelForCausalLM.from_config(tiny_config("dbrx")).train()
     for module in plain.modules():
         if hasattr(module, "activation_fn"):

@@ -197,8 +197,7 @@ def experts(
     order = torch.argsort(flat, stable=True)
     inverse = torch.empty_like(order).scatter(0, order, torch.arange(tokens * top_k, device=x.device))
     expert = flat[order]
-    offsets = ops.rows_of(expert, up, down)
-    somebodys = (expert < down.shape[0]).unsqueeze(-1) if ops.has_nobody(up, down) else None
+    offsets, somebodys = ops.rows_of(expert, up, down), ops.somebodys_of(expert, up, down)
 
     def project(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         matrix, ends = weight if transposed else weight.transpose(-2, -1), offsets[: weight.shape[0]]

@@ -51,15 +51,11 @@ def add_rms_norm(
 def refuses_norm(node: fx.Node) -> str | None:
     """Why the norms' kernel cannot run ``node``."""
     given = arguments(node)
-    x, weight, residual = value(given["x"]), dtype_of(given["weight"]), given.get("residual")
+    x = value(given["x"])
     if x.device.type != "cuda":
         return f"Triton's kernels run on CUDA devices, the input is on {x.device.type}"
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"its kernel adds in float32, the input is {x.dtype}"
-    if residual is not None and dtype_of(residual) != x.dtype:
-        return f"it adds tensors of one dtype, the input is {x.dtype}, the residual {dtype_of(residual)}"
-    if given["cast_first"] and not given["offset"] and weight not in (None, x.dtype):
-        return f"its result has the input's dtype, {x.dtype}, and this norm's that of its product with a weight in {weight}"
     if not isinstance(x.shape[-1], int) or not MIN_NORM <= x.shape[-1] <= MAX_NORM:
         return f"it holds whole rows of {MIN_NORM} to {MAX_NORM} numbers, these have {x.shape[-1]}"
     return None

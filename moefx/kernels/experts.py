@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..grouped import _matrices
 from ..opaque import FIRST_INPUT, opaque
+from ..ops import has_nobody
 from ..rows import Kept
 from . import grouped_gemm
 
@@ -92,11 +93,6 @@ def _or_empty(found: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
 # --- experts ---------------------------------------------------------------------------------------------------------
 
 
-def _somebodys(up: Tensor, down: Tensor) -> int:
-    """How many experts compute something, where others are nobody's (:func:`moefx.ops.experts`); 0: all do."""
-    return down.shape[0] if up.shape[0] > down.shape[0] else 0
-
-
 @opaque("fused_experts")
 def _fused_experts(
     x: Tensor, index: Tensor, weights: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
@@ -107,7 +103,7 @@ def _fused_experts(
     from . import expert_activation as act
     from .permute import reduce, sort_by_expert
 
-    top_k, experts = index.shape[1], _somebodys(up, down)
+    top_k, experts = index.shape[1], down.shape[0] if has_nobody(up, down) else 0
     order, inverse, bounds = sort_by_expert(index, up.shape[0])
     if experts:
         bounds = torch.minimum(bounds, bounds[experts])
@@ -136,7 +132,7 @@ def fused_experts_backward(
     """Gradients of x, weights, up, up_bias, down, down_bias. ``needs``: of which (weights: always); others are empty."""
     from .permute import expand, reduce
 
-    top_k, experts = index.shape[1], _somebodys(up, down)
+    top_k, experts = index.shape[1], down.shape[0] if has_nobody(up, down) else 0
     gate = _gate(activation, alpha, limit, interleaved)
     grad = grad.to(up.dtype)
     if not keep:

@@ -6,12 +6,16 @@ import itertools
 
 import pytest
 import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import moefx  # noqa: E402
 from moefx import Backend, Kernel, ops  # noqa: E402
 from moefx.backends import triton as backend  # noqa: E402
+from moefx.cost import Sizes, node_cost  # noqa: E402
+from moefx.graph import value  # noqa: E402
 from moefx.kernels import norm as kernels  # noqa: E402
 from moefx.kernels.partial_sums import partial_sums  # noqa: E402
 
@@ -157,6 +161,33 @@ def test_the_pass_hands_streams_on(family, compiled):
     assert not moefx.report(model).fallbacks
     for (name, a), b in zip(plain.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-5 * float(a.grad.abs().max()) + 1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_stream_that_is_handed_on_is_not_written():
+    model = moefx.optimize(build("qwen3_moe"), compile=False, backends=[Backend("fused", {ops.rms_norm: Kernel(backend.rms_norm)}), "torch"])
+    function = next(f for f in moefx.report(model).program if f.module_class == "Qwen3MoeDecoderLayer")
+    (stream,) = (n for n in function.graph.nodes if n.target is backend.normed_stream)
+    cost, sizes = node_cost(stream, Sizes(function)), Sizes(function)
+    assert cost.written == sizes.bytes(value(stream)[0]) and cost.read == sum(sizes.bytes(value(n)) for n in stream.all_input_nodes)
+
+
+@pytest.mark.parametrize("dtype,width,device,said", [
+    (torch.float64, 2048, "cuda", "adds in float32, the input is torch.float64"),
+    (torch.bfloat16, 256, "cuda", "rows of 512 to 16384 numbers, these have 256"),
+    (torch.bfloat16, 20480, "cuda", "rows of 512 to 16384 numbers, these have 20480"),
+    (torch.bfloat16, 2048, "cpu", "run on CUDA devices, the input is on cpu"),
+    (torch.bfloat16, 2048, "cuda", None),
+])  # fmt: skip
+def test_what_it_refuses(dtype, width, device, said):
+    """Not dtypes that differ: the kernel promotes them as the body does."""
+    with FakeTensorMode():
+        given = torch.empty(3, width, dtype=dtype, device=device), torch.empty(3, width, device=device), torch.empty(width, device=device)
+    graph = fx.Graph()
+    inputs = [graph.placeholder(name) for name in ("x", "residual", "weight")]
+    for node, val in zip(inputs, given, strict=True):
+        node.meta["val"] = val
+    found = backend.refuses_norm(graph.call_function(ops.add_rms_norm, (*inputs, 1e-6)))
+    assert found is None if said is None else said in found
 
 
 def test_norms_of_torch_keep_theirs():
