@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -111,19 +112,33 @@ def _around(event: Any) -> tuple[list[str], list[Sequence[int]]]:
 # --- what is possible ------------------------------------------------------------------------------------------------
 
 
+#: Seconds of products after which a device at its power limit has found its clock.
+SUSTAIN = 3.0
+
+
 def peaks(device: torch.device) -> dict[str, float]:
-    """What this device reaches, measured now: TFLOP/s of a large bf16 matrix product, TB/s of a copy (read and write)."""
+    """What this device reaches, measured now: TFLOP/s of a large bf16 matrix product, rested and after :data:`SUSTAIN` seconds of
+    it without a pause, TB/s of a copy (read and write).
+    """
     size, repeat = (8192, 20) if device.type == "cuda" else (512, 3)
     a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
     to = torch.empty(16 * size * size // 2, device=device, dtype=torch.bfloat16)
     source = torch.ones_like(to)
 
+    def once(what: Callable[[], Any]) -> float:
+        return common.time_once(lambda: [what() for _ in range(repeat)], device) / repeat
+
     def best(what: Callable[[], Any], many: int = 5) -> float:
         what()
-        return min(common.time_once(lambda: [what() for _ in range(repeat)], device) / repeat for _ in range(many))
+        return min(once(what) for _ in range(many))
 
     product, copy = best(lambda: a @ b), best(lambda: to.copy_(source))
-    return {"tflops": 2 * size**3 / product / 1e9, "tb_per_s": 2 * to.nbytes / copy / 1e9}
+    times = [product]
+    while device.type == "cuda" and sum(times) * repeat < SUSTAIN * 1e3:
+        times.append(once(lambda: a @ b))
+    last = statistics.median(times[-len(times) // 3 :])
+    flops = 2 * size**3 / 1e9
+    return {"tflops": flops / product, "sustained_tflops": flops / last, "tb_per_s": 2 * to.nbytes / copy / 1e9}
 
 
 def work(model: nn.Module, batch: int, seq: int) -> dict[str, dict[str, float]]:
@@ -163,10 +178,13 @@ def _attention_windows(config: Any) -> list[int | None]:
 
 
 def roofline(needed: Mapping[str, Mapping[str, float]], reach: Mapping[str, float], ms: float) -> dict[str, float]:
-    """The least milliseconds of the arithmetic and of the bytes at the measured peaks, and the larger's share of ``ms``."""
-    arithmetic = sum(needed["flops"].values()) / reach["tflops"] / 1e9
+    """The least milliseconds of the arithmetic and of the bytes at the measured peaks, and the larger's share of ``ms``;
+    ``sustained_ms``: of the arithmetic at the rate of a device that had no pause.
+    """
+    flops = sum(needed["flops"].values())
+    arithmetic, sustained = flops / reach["tflops"] / 1e9, flops / reach["sustained_tflops"] / 1e9
     moved = sum(needed["bytes"].values()) / reach["tb_per_s"] / 1e9
-    return {"arithmetic_ms": arithmetic, "bytes_ms": moved, "share": max(arithmetic, moved) / ms}
+    return {"arithmetic_ms": arithmetic, "sustained_ms": sustained, "bytes_ms": moved, "share": max(arithmetic, moved) / ms}
 
 
 def floors(needed: Mapping[str, Mapping[str, float]], reach: Mapping[str, float]) -> dict[str, float]:

@@ -285,7 +285,8 @@ def main() -> int:
     if args.simulate_ep:
         return simulate_ep.run(args)
     reach = breakdown.peaks(device)
-    common.say(f"this device: {reach['tflops']:.0f} TFLOP/s in a bf16 product, {reach['tb_per_s']:.2f} TB/s in a copy")
+    common.say(f"this device: {reach['tflops']:.0f} TFLOP/s in a bf16 product, {reach['sustained_tflops']:.0f} without a pause, "
+               f"{reach['tb_per_s']:.2f} TB/s in a copy")  # fmt: skip
     common.free(device)
     depths: list[dict[str, Any]] = []
     for layers in args.layers:

@@ -139,6 +139,7 @@ def verified(plain: Any, model: Any) -> str:
     found = []
     for shape in VERIFIED:
         ids = torch.randint(1, model.config.get_text_config().vocab_size, shape, generator=torch.Generator().manual_seed(0))
+        ids = ids.to(model.device)
         found.append(against(plain, model, {"input_ids": ids, "labels": ids, "use_cache": False}))
     wrong = [f.worst for f in found if not f.ok]
     if wrong:
@@ -146,15 +147,16 @@ def verified(plain: Any, model: Any) -> str:
     return f"verified: {len(found[0].rows)} tensors"
 
 
-def family_row(family: str, verify: bool = False) -> dict[str, Any]:
-    """What is captured and raised of a family's small configuration; the reasons for all that is not."""
+def family_row(family: str, verify: bool = False, device: str = "cpu") -> dict[str, Any]:
+    """What is captured and raised of a family's small configuration; the reasons for all that is not. ``device`` runs the steps that
+    are compared."""
     row: dict[str, Any] = {"family": family, "captured": 0, "raised": {}, "notes": []}
     try:
         config = tiny_config(family)
         fits = _parameters(config) < FITS
         if verify and fits:
             torch.manual_seed(0)
-            plain = AutoModelForCausalLM.from_config(config).train()
+            plain = AutoModelForCausalLM.from_config(config).train().to(device)
             model = optimize(copy.deepcopy(plain), compile=False)
             _describe(report_of(model), row)
             row["verified"] = verified(plain, model)
@@ -181,7 +183,9 @@ def _describe(report: Report, row: dict[str, Any]) -> None:
 
 def run_models(args: argparse.Namespace) -> None:
     families = [known_type(f) for f in args.families] or moe_families()
-    rows = [family_row(f, args.verify) for f in tqdm(families, file=sys.stderr, disable=None)]
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise MoefxError(f"--device {args.device}: torch {torch.__version__} sees no CUDA device here; `moefx doctor` says more")
+    rows = [family_row(f, args.verify, args.device) for f in tqdm(families, file=sys.stderr, disable=None)]
     wrong = [r["family"] for r in rows if r.get("verified", "").startswith("WRONG")]
     if args.json:
         print(json.dumps(rows, indent=1))
@@ -283,6 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = commands.add_parser("models", help="the families of Transformers: what was captured and raised of each")
     p.add_argument("families", nargs="*", metavar="FAMILY")
     p.add_argument("--verify", action="store_true", help="compare a training step with the untouched model's")
+    p.add_argument("--device", default="cpu", help="that runs these steps: cuda for the kernels that training would take there")
     p.add_argument("--width", type=int, default=160, metavar="N", help="letters of each reason (--json has all)")
     p.set_defaults(run=run_models)
     p = commands.add_parser("doctor", help="what is usable here, and why the rest is not")

@@ -124,8 +124,9 @@ def test_work_counts_what_the_layers_multiply() -> None:
     assert needed["flops"]["attention"] == pytest.approx(12 * 4 * 16 * keys * tokens)
     assert needed["bytes"]["grouped GEMM"] == 3 * 4 * 8 * 3 * hidden * inner
     # what bounds the step is the larger of the two
-    floor = breakdown.roofline({"flops": {"a": 4e9, "b": 2e9}, "bytes": {"a": 1e9}}, {"tflops": 3.0, "tb_per_s": 0.5}, 8.0)
-    assert floor == pytest.approx({"arithmetic_ms": 2.0, "bytes_ms": 2.0, "share": 0.25})
+    reach = {"tflops": 3.0, "sustained_tflops": 2.0, "tb_per_s": 0.5}
+    floor = breakdown.roofline({"flops": {"a": 4e9, "b": 2e9}, "bytes": {"a": 1e9}}, reach, 8.0)
+    assert floor == pytest.approx({"arithmetic_ms": 2.0, "sustained_ms": 3.0, "bytes_ms": 2.0, "share": 0.25})
     needed = {"flops": {"head": 3e9}, "bytes": {"head": 1e9, "glue": 1e9}}
     assert breakdown.floors(needed, {"tflops": 3.0, "tb_per_s": 0.5}) == pytest.approx({"head": 2.0, "glue": 2.0})
 
