@@ -14,16 +14,17 @@ _SIZES: dict[int, str] = {
        "num_experts_per_token moe_top_k moe_topk moe_k top_k_experts n_groups mamba_n_groups n_group num_expert_group "
        "attn_layer_period expert_layer_period o_groups hc_count hc_mult index_topk_blocks indexer_compress_ratio "
        "n_layers_per_attn_res_block heads_per_ngram",
-    4: "num_attention_heads n_heads num_heads swa_num_attention_heads linear_num_heads linear_num_value_heads mamba_num_heads "
-       "mamba_n_heads index_n_heads indexer_n_heads zero_expert_num split_ngram_parts d_rel patch_size",
+    4: "num_attention_heads n_heads num_heads swa_num_attention_heads linear_num_heads linear_num_value_heads index_n_heads "
+       "indexer_n_heads zero_expert_num split_ngram_parts d_rel patch_size",
     8: "num_experts num_local_experts n_routed_experts moe_num_experts qk_rope_head_dim chunk_size mamba_chunk_size block_size "
        "index_topk index_block_size indexer_budget sliding_window sliding_window_size keep_window_size attention_chunk_size "
-       "rotary_dim router_hidden_size hc_lowrank gated_norm_rank rel_extent",
+       "rotary_dim router_hidden_size hc_lowrank gated_norm_rank rel_extent "
+       "mamba_num_heads mamba_n_heads",  # Mamba's CUDA kernels want rows of multiples of 8, in which heads are counted
     16: "head_dim v_head_dim qk_nope_head_dim swa_head_dim linear_head_dim linear_key_head_dim linear_value_head_dim "
-        "kv_channels index_head_dim indexer_head_dim kv_lora_rank o_lora_rank mamba_head_dim mamba_d_state mamba_dt_rank "
-        "ssm_state_size hidden_size_per_layer_input ple_embed_dim",
+        "kv_channels index_head_dim indexer_head_dim kv_lora_rank o_lora_rank mamba_head_dim mamba_d_head mamba_d_state "
+        "mamba_dt_rank ssm_state_size hidden_size_per_layer_input ple_embed_dim",
     24: "q_lora_rank qk_head_dim",
-    32: "mamba_d_head moe_intermediate_size expert_ffn_hidden_size image_size",
+    32: "moe_intermediate_size expert_ffn_hidden_size image_size",
     48: "shared_expert_intermediate_size shared_experts_intermediate_size moe_shared_expert_intermediate_size "
         "shared_intermediate_size",
     64: "hidden_size d_model out_hidden_size projector_input_dim projector_output_dim vision_output_dim adapter_in_dim "
