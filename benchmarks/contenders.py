@@ -108,7 +108,10 @@ def main(rank: int, ranks: int, port: int, job: Job, events: Sequence[Any]) -> N
 
 
 def _failure(error: BaseException, here: Rank) -> dict[str, Any]:
-    text = (str(error).strip() or "?").splitlines()[0][:300]
+    lines = (str(error).strip() or "?").splitlines()
+    text = " ... ".join([lines[0][:300], *lines[-1:][: len(lines) - 1]])  # NCCL says what is wrong last
+    if "Duplicate GPU detected" in text:
+        text += ": ranks share a GPU, which takes NCCL 2.30 or later"
     return {
         "kind": "memory" if isinstance(error, torch.OutOfMemoryError) else "error", "rank": here.rank, "row": here.row,
         "at": time.time(), "why": f"{type(error).__name__}: {text}", "trace": traceback.format_exc(),

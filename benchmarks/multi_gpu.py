@@ -324,6 +324,11 @@ class Run:
         everyone = dict.fromkeys([*record["contenders"], *(f["who"] for f in record["failed"])])
         for name in (c for c in everyone if c.startswith("moefx")):
             record["problems"] += self._problems(name)
+        left = dict.fromkeys(s["who"] for s in record["skipped"] if s["who"].startswith("moefx"))
+        record["problems"] += [
+            f"{name}: nothing of it was measured, {next(s['why'] for s in record['skipped'] if s['who'] == name)}"
+            for name in left if not any(r["who"] == name for r in record["rows"])
+        ]  # fmt: skip
 
     def _problems(self, name: str) -> list[str]:
         record = self.record

@@ -148,8 +148,8 @@ def verified(plain: Any, model: Any) -> str:
 
 
 def family_row(family: str, verify: bool = False, device: str = "cpu") -> dict[str, Any]:
-    """What is captured and raised of a family's small configuration; the reasons for all that is not. ``device`` runs the steps that
-    are compared."""
+    """What is captured and raised of a family's small configuration; the reasons for all that is not. ``device`` runs the steps
+    that are compared."""
     row: dict[str, Any] = {"family": family, "captured": 0, "raised": {}, "notes": []}
     try:
         config = tiny_config(family)
@@ -184,7 +184,7 @@ def _describe(report: Report, row: dict[str, Any]) -> None:
 def run_models(args: argparse.Namespace) -> None:
     families = [known_type(f) for f in args.families] or moe_families()
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise MoefxError(f"--device {args.device}: torch {torch.__version__} sees no CUDA device here; `moefx doctor` says more")
+        raise MoefxError(f"--device {args.device}, but torch {torch.__version__} sees no CUDA device: `moefx doctor` says more")
     rows = [family_row(f, args.verify, args.device) for f in tqdm(families, file=sys.stderr, disable=None)]
     wrong = [r["family"] for r in rows if r.get("verified", "").startswith("WRONG")]
     if args.json:

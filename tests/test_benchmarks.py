@@ -328,6 +328,22 @@ def test_a_contender_whose_row_fails_is_checked_all_the_same(tmp_path: Path) -> 
     assert record["checks"]["balanced"]["hf_fsdp"]["problems"] == []
 
 
+def test_a_run_without_time_for_moefx_says_so(tmp_path: Path) -> None:
+    run = "--model tiny --layers 1 --device cpu --gpus 2 --contenders moefx --no-check --budget 0 --name run --out"
+    assert multi_gpu.main([*run.split(), str(tmp_path)]) == 1
+    problems = json.loads((tmp_path / "run.json").read_text())["problems"]
+    assert problems == ["moefx: nothing of it was measured, the budget of 0 s was used up"]
+
+
+def test_a_failure_has_nccls_last_line_too() -> None:
+    here = contenders.Rank.__new__(contenders.Rank)
+    here.rank, here.row = 1, None
+    error = RuntimeError("NCCL error in: a.cpp:93, invalid usage\nLast error:\nDuplicate GPU detected : rank 0 and rank 1 both on 60\n")
+    why = contenders._failure(error, here)["why"]
+    assert why.startswith("RuntimeError: NCCL error in: a.cpp:93") and why.endswith("takes NCCL 2.30 or later")
+    assert contenders._failure(ValueError("one line"), here)["why"] == "ValueError: one line"
+
+
 @pytest.mark.parametrize("name", ["qwen3_30b", "nemotron_nano"])
 def test_a_rank_of_eight_holds_an_eighth_of_the_whole_model(name: str) -> None:
     """Shards of the published depth, counted from the shapes of a process group that is only pretended."""

@@ -71,6 +71,12 @@ def test_models_are_verified(capsys, monkeypatch):
     assert "WRONG: " in said.out and said.err.endswith("the optimized model is not the untouched one: olmoe\n")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there(capsys):
+    assert main(["models", "olmoe", "--verify", "--device", "cuda"]) == 1
+    assert "--device cuda, but torch" in capsys.readouterr().err
+
+
 def test_blocks_that_look_at_values_are_left_and_nothing_else_is_said(capsys):
     """torch.export prints the whole graph of a block that branches on data."""
     assert main(["models", "qwen4_exp_text", "--json"]) == 0
