@@ -7,6 +7,7 @@ import contextlib
 import inspect
 import sys
 import textwrap
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -475,13 +476,25 @@ def implementations(model: PreTrainedModel, attention: bool = True) -> Iterator[
         restore(model, before)
 
 
+#: Implementations that configurations named before moefx came, by id: models built from one configuration share it.
+_named_before: dict[int, tuple[str | None, str | None]] = {}
+
+
 def previous(model: PreTrainedModel) -> tuple[str | None, str | None]:
-    return model.config._attn_implementation, model.config._experts_implementation
+    """What the model calls for its attention and experts; if its configuration says "moefx", for another model that shares it or
+    for this one, what it said before."""
+    config = model.config
+    now = config._attn_implementation, config._experts_implementation
+    before = _named_before.get(id(config), (None, None))
+    return tuple(b if n == "moefx" else n for n, b in zip(now, before, strict=True))  # type: ignore[return-value]
 
 
 def use(model: PreTrainedModel, attention: bool = True) -> None:
     """Makes the model call moefx for its experts, and for its attention if ``attention``."""
-    attention_before, experts = previous(model)
+    attention_before, experts = names = previous(model)
+    if id(model.config) not in _named_before:
+        weakref.finalize(model.config, _named_before.pop, id(model.config), None)
+    _named_before[id(model.config)] = names
     for module in model.modules():
         if is_experts(module):
             module.__dict__.setdefault("_moefx_previous", experts)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM
 
 import moefx
 
@@ -99,3 +101,21 @@ def test_blocks_of_which_some_are_checkpointed_share_their_graph():
     assert moefx.verify(model, batch(2, 9)).ok
     model.model.layers[1].gradient_checkpointing, model.model.layers[0].gradient_checkpointing = True, False
     assert moefx.verify(model, batch(2, 9)).ok
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_models_of_one_configuration(attention):
+    """``from_config`` does not copy it: a second model finds the first one's implementations named."""
+    config = build("qwen3_moe").config
+    config._attn_implementation = attention
+    torch.manual_seed(0)
+    first, second, plain = (AutoModelForCausalLM.from_config(config) for _ in range(3))
+    plain.load_state_dict(second.state_dict())
+    for model in (first, second):
+        moefx.optimize(model, compile=False, strict=True)
+    assert moefx.verify(second, batch(2, 9)).ok
+    ids = batch(2, 5)["input_ids"]
+    assert torch.equal(*(m.eval().generate(ids, max_new_tokens=3, do_sample=False) for m in (second, plain)))
+    for model in (first, second):
+        moefx.restore(model)
+    assert (config._attn_implementation, config._experts_implementation) == (attention, "grouped_mm")
