@@ -101,6 +101,8 @@ def run_inspect(args: argparse.Namespace) -> None:
         found = report.to_dict()
         found["cost"] = {n: [str(p) for p in c.parts] for n, (c, _) in report.cost().functions.items()}
         print(json.dumps(found, indent=1))
+    elif args.diagram:
+        print(report.diagram(after=args.pass_name), end="")
     elif args.pass_name:
         print(report[args.pass_name].diff() if args.diff else f"{report[args.pass_name]}\n{report[args.pass_name].code}")
     elif args.diff:
@@ -283,6 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--ep-size", type=int, default=1, metavar="N")
     p.add_argument("--pass", dest="pass_name", metavar="NAME", help="the graph after one pass")
     p.add_argument("--diff", action="store_true", help="what the pass (or each) changed")
+    p.add_argument("--diagram", action="store_true", help="the graphs as a Mermaid flowchart (after the pass, if one is named)")
     p.set_defaults(run=run_inspect)
     p = commands.add_parser("models", help="the families of Transformers: what was captured and raised of each")
     p.add_argument("families", nargs="*", metavar="FAMILY")

@@ -481,8 +481,8 @@ _named_before: dict[int, tuple[str | None, str | None]] = {}
 
 
 def previous(model: PreTrainedModel) -> tuple[str | None, str | None]:
-    """What the model calls for its attention and experts; if its configuration says "moefx", for another model that shares it or
-    for this one, what it said before."""
+    """What the model calls for its attention and experts; where its configuration says "moefx", for this model or another that
+    shares it, what it said before."""
     config = model.config
     now = config._attn_implementation, config._experts_implementation
     before = _named_before.get(id(config), (None, None))

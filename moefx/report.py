@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .errors import MoefxError, PassError
-from .graph import op_name, origin, shape_text, value
+from .graph import Listing, op_name, origin, shape_text, value
 from .pipeline import PassReport
 from .program import Function, Left, Program
 
@@ -108,6 +108,17 @@ class Report:
         from .timeline import exchanges, timeline
 
         return [timeline(f, self.plan, backward=backward, **sizes) for f in self.program if exchanges(f)]
+
+    def diagram(self, function: str | None = None, after: str | None = None) -> str:
+        """The functions' graphs as a Mermaid flowchart; ``function``: of this one alone, ``after``: as that pass left them,
+        instead of as they are. Raises MoefxError for a name that there is not."""
+        from .diagram import mermaid
+
+        if function is not None and function not in self.program.functions:
+            raise MoefxError(f"no function is named {function!r}; the program has: {', '.join(self.program.functions)}")
+        chosen = [f for f in self.program if function in (None, f.name)]
+        stages = self[after].after if after is not None else {f.name: Listing.of(f.graph) for f in chosen}
+        return mermaid({f.name: (f, stages[f.name]) for f in chosen})
 
     def kernels(self) -> dict[tuple[str, str], tuple[int, str]]:
         """(operation, backend) -> (how often over all instances, why)."""
