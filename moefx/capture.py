@@ -494,6 +494,13 @@ def resize(example: Mapping[str, Any], batch: int, sequence: int) -> dict[str, A
     return {k: fit(v) for k, v in example.items()}
 
 
+def _besides_text(example: Mapping[str, Any]) -> str:
+    """What to do about an example with images, say: its rows are made as long as capture wants, its images are not."""
+    ids = example.get("input_ids")
+    more = [k for k, v in example.items() if isinstance(v, Tensor) and isinstance(ids, Tensor) and v.shape[:2] != ids.shape]
+    return f"; leave {', '.join(more)} out: calls with more than text are captured as they come" if more else ""
+
+
 def record(model: Any, example: Mapping[str, Any] | None) -> Recording:
     """Runs the model once, without gradients, at sizes that tell batch and sequence from everything else."""
     from .head import watching_head
@@ -535,7 +542,7 @@ def record(model: Any, example: Mapping[str, Any] | None) -> Recording:
         what = "the default example" if example is None else "the example batch"
         raise MoefxError(
             f"{type(model).__name__} rejects {what} ({', '.join(given)}; resized to batch {batch}, sequence {sequence}): "
-            f"{_first_sentence(error)}"
+            f"{_first_sentence(error)}{_besides_text(example or {})}"
         ) from error
     finally:
         for h in handles:

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.distributed import DistributedConfig
@@ -317,7 +317,7 @@ def _load(folder: Path, layout: Layout, dtype: torch.dtype | None) -> Any:
     if not is_accelerate_available():
         raise MoefxError(f"loading {folder} over ranks needs accelerate, which is not installed: pip install moefx[train]")
     chosen: Mapping[str, Any] = {} if dtype is None else {"dtype": dtype}
-    loader: Any = AutoModelForCausalLM.from_pretrained
+    loader: Any = hf.auto_class(AutoConfig.from_pretrained(folder)).from_pretrained
     with _distributing(layout, folder):
         model, info = loader(
             folder, distributed_config=layout.config, output_loading_info=True, ignore_mismatched_sizes=True, **chosen

@@ -13,9 +13,9 @@ _SIZES: dict[int, str] = {
     2: "num_key_value_heads kv_n_heads swa_num_key_value_heads linear_num_key_heads num_experts_per_tok "
        "num_experts_per_token moe_top_k moe_topk moe_k top_k_experts n_groups mamba_n_groups n_group num_expert_group "
        "attn_layer_period expert_layer_period o_groups hc_count hc_mult index_topk_blocks indexer_compress_ratio "
-       "n_layers_per_attn_res_block heads_per_ngram",
+       "n_layers_per_attn_res_block heads_per_ngram encoder_layers",
     4: "num_attention_heads n_heads num_heads swa_num_attention_heads linear_num_heads linear_num_value_heads index_n_heads "
-       "indexer_n_heads zero_expert_num split_ngram_parts d_rel patch_size",
+       "encoder_attention_heads indexer_n_heads zero_expert_num split_ngram_parts d_rel patch_size",
     8: "num_experts num_local_experts n_routed_experts moe_num_experts qk_rope_head_dim chunk_size mamba_chunk_size block_size "
        "index_topk index_block_size indexer_budget sliding_window sliding_window_size keep_window_size attention_chunk_size "
        "rotary_dim router_hidden_size hc_lowrank gated_norm_rank rel_extent "
@@ -45,8 +45,16 @@ _ON = ("enable_moe_block", "is_moe")
 #: What a family's configuration leaves to its checkpoints, or asks of sizes that are not the usual ones.
 _OWN: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 1, "rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
     "dots3_note_text": {"head_dim": 32},
+    "ernie4_5_vl_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0, "mrope_section": [3, 3, 2]}},
     "gemma4_text": {"pad_token_id": 0},  # stands in the text where images are
+    "glm4v_moe_text": {
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2],
+        },
+    },
+    "mistral4": {"qk_nope_head_dim": 8, "v_head_dim": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
 }
 

@@ -99,7 +99,7 @@ def test_a_reader_that_has_seen_enough(monkeypatch, capfd):
 @pytest.mark.parametrize(
     "argv,text",
     [
-        (["inspect", "qwen3_mo"], "no causal language model of type 'qwen3_mo': did you mean qwen3_moe"),
+        (["inspect", "qwen3_mo"], "no language model of type 'qwen3_mo': did you mean qwen3_moe"),
         (["inspect", "nowhere/config.json"], "there is no"),
         (["inspect", "qwen3_moe", "--tiny", "--pass", "rout"], "no pass is named 'rout'"),
         (["inspect", "qwen3_moe", "--tiny", "--ep-size", "3"], "ep_size=3 does not divide the 8 experts"),
