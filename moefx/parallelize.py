@@ -7,7 +7,7 @@ decided here, for every family that uses the experts interface, with or without 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, MutableMapping, Set
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter
 from transformers.distributed import DistributedConfig
 from transformers.distributed.utils import TransformersDeviceMesh
 from transformers.utils import is_accelerate_available
@@ -350,4 +350,23 @@ def _distributing(layout: Layout, folder: Path) -> Iterator[None]:
             else:
                 undo.callback(delattr, PreTrainedModel, name)
             setattr(PreTrainedModel, name, classmethod(ours))
+        undo.callback(setattr, Transpose, "convert", Transpose.convert)
+        Transpose.convert = _transposing_parts(Transpose.convert)  # type: ignore[method-assign]
         yield
+
+
+def _transposing_parts(convert: Callable[..., Any]) -> Callable[..., Any]:
+    """Transformers' ``Transpose.convert`` for what a rank has read of a tensor. With ``check_dims`` it leaves a tensor as it is
+    that has the parameter's shape (Qwen3-VL-MoE's experts are published one way and saved the other); of a spread parameter it
+    takes the whole one's, which no part has."""
+
+    def convert_part(self: Any, input_dict: Any, source_patterns: list[str], target_patterns: list[str], **kwargs: Any) -> Any:
+        parameter = kwargs["model"].get_parameter(kwargs["full_layer_name"]) if self.check_dims else None
+        if isinstance(parameter, DTensor):
+            (tensors,) = input_dict.values()
+            part = tensors[0] if isinstance(tensors, list) else tensors
+            if part.shape == parameter.to_local().shape:
+                return {self.get_target_pattern(input_dict, source_patterns, target_patterns): part}
+        return convert(self, input_dict, source_patterns, target_patterns, **kwargs)
+
+    return convert_part

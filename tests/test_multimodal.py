@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from spawn import run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -21,6 +22,7 @@ IMAGE, START, END = 200, 202, 203
 
 def build(family):
     config = tiny_config(family)
+    config.text_config.moe_intermediate_size = 24  # no matrix of the experts is square: a transposed one shows
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "image_start_token_id", "image_end_token_id")
     for i, name in enumerate(names):
         if hasattr(config, name):
@@ -133,3 +135,39 @@ def test_the_class_that_a_configuration_means():
     assert hf.auto_class(both) is AutoModelForCausalLM
     both.architectures = ["Qwen3_5MoeForConditionalGeneration"]
     assert hf.auto_class(both) is AutoModelForImageTextToText
+
+
+def from_a_folder(rank, world, family, folder):
+    """FSDP2 and experts over ranks, each rank with a picture of its own: the loss, and gradients against one process's mean."""
+    plain = AutoModelForImageTextToText.from_pretrained(folder).train()
+    batches = [picture(plain, 4, 4, 9, seed=1), picture(plain, 4, 8, 5, seed=2)]
+    losses = [plain(**b).loss for b in batches]
+    (sum(losses) / world).backward()
+    model = moefx.parallelize(folder, ep_size=world, compile=False, strict=True, lost_after=0).train()
+    loss = model(**batches[rank]).loss
+    loss.backward()
+    wrong = [] if abs(loss - losses[rank]) < 1e-5 * losses[rank] else [f"loss {loss} instead of {losses[rank]}"]
+    wanted = dict(plain.named_parameters())
+    for n, p in model.named_parameters():
+        exact, found = wanted[n].grad, None if p.grad is None else p.grad.full_tensor()
+        if exact is None or found is None:
+            wrong += [n] if (exact is None or not exact.any()) != (found is None or not found.any()) else []
+        else:
+            far = (found - exact).abs().max() / exact.abs().max().clamp(min=1e-7)
+            wrong += [f"{n}: {far:.1e}"] if far > 1e-3 else []
+    return type(model).__name__, wrong
+
+
+@pytest.mark.parametrize("family_name,published", [("qwen3_vl_moe", False), ("qwen3_vl_moe", True), ("glm4v_moe", False)])
+def test_a_checkpoint_over_ranks(family_name, published, tmp_path):
+    """Qwen3-VL-MoE's checkpoints are published with the experts' weights transposed, and saved as the model has them."""
+    plain = build(family_name)
+    plain.save_pretrained(tmp_path)
+    if published:
+        (file,) = tmp_path.glob("*.safetensors")
+        tensors = load_file(file)
+        turned = {n: t.transpose(1, 2).contiguous() if ".experts." in n else t for n, t in tensors.items()}
+        assert sum(".experts." in n and t.dim() == 3 for n, t in turned.items()) == 4
+        save_file(turned, file, {"format": "pt"})
+    for name, wrong in run(from_a_folder, 2, family_name, str(tmp_path)):
+        assert name.endswith(type(plain).__name__) and wrong == []
