@@ -124,7 +124,7 @@ def moe_families() -> list[str]:
 
 
 #: Parameters that a small configuration may have to be tried with real memory: some models look at values, which meta has not.
-FITS = 50_000_000
+FITS = 150_000_000
 
 
 def _parameters(config: PreTrainedConfig) -> int:
