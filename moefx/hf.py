@@ -478,7 +478,7 @@ ExpertsInterface.register("moefx", experts_forward)
 @contextmanager
 def implementations(model: PreTrainedModel, attention: bool = True) -> Iterator[None]:
     """Within: the model calls moefx for its experts and attention; what it called before comes back afterwards."""
-    before = previous(model)
+    before = _names(model)
     use(model, attention)
     try:
         yield
@@ -493,10 +493,12 @@ _named_before: dict[int, tuple[str | None, str | None]] = {}
 def previous(model: PreTrainedModel) -> tuple[str | None, str | None]:
     """What the model calls for its attention and experts; where its configuration says "moefx", for this model or another that
     shares it, what it said before."""
-    config = model.config
-    now = config._attn_implementation, config._experts_implementation
-    before = _named_before.get(id(config), (None, None))
-    return tuple(b if n == "moefx" else n for n, b in zip(now, before, strict=True))  # type: ignore[return-value]
+    before = _named_before.get(id(model.config), (None, None))
+    return tuple(b if n == "moefx" else n for n, b in zip(_names(model), before, strict=True))  # type: ignore[return-value]
+
+
+def _names(model: PreTrainedModel) -> tuple[str | None, str | None]:
+    return model.config._attn_implementation, model.config._experts_implementation
 
 
 def use(model: PreTrainedModel, attention: bool = True) -> None:
@@ -542,7 +544,7 @@ def _name(model: PreTrainedModel, names: tuple[str | None, str | None]) -> None:
 @contextmanager
 def named(model: PreTrainedModel, names: tuple[str | None, str | None]) -> Iterator[None]:
     """Within: the model's implementations of attention and experts go by these names, which models look at."""
-    before = previous(model)
+    before = _names(model)
     _name(model, names)
     try:
         yield
