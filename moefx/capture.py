@@ -475,7 +475,7 @@ def default_example(model: nn.Module, batch: int, sequence: int) -> dict[str, Te
     device = next(model.parameters()).device
     vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr,operator]
     ids = torch.arange(batch * sequence).remainder(vocabulary).view(batch, sequence).to(device)
-    return {"input_ids": ids, "labels": ids}
+    return {"input_ids": ids, "labels": ids} if hf.is_language_model(model) else {"input_ids": ids}
 
 
 def resize(example: Mapping[str, Any], batch: int, sequence: int) -> dict[str, Any]:
@@ -528,7 +528,7 @@ def record(model: Any, example: Mapping[str, Any] | None) -> Recording:
         given = {k: v.to(meta) if isinstance(v, Tensor) else v for k, v in given.items()}
     given.setdefault("use_cache", False)  # type: ignore[arg-type]
     given = hf.count_as_tensor((), given)
-    if "labels" not in given and "input_ids" in given:
+    if "labels" not in given and "input_ids" in given and hf.is_language_model(model):
         given["labels"] = given["input_ids"]
     try:
         with (

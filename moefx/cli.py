@@ -25,6 +25,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedConfig
 
 from . import backends, hf, parallel, passes
+from .auto import LANGUAGE_MODELS, auto_class
 from .capture import capture
 from .errors import MoefxError
 from .optimize import optimize, rewrite
@@ -57,9 +58,8 @@ def read_config(model: str, tiny: bool) -> PreTrainedConfig:
 
 
 def known_type(model_type: str) -> str:
-    known = {*hf.CAUSAL_NAMES, *hf.MULTIMODAL_NAMES}
-    if model_type not in known:
-        near = difflib.get_close_matches(model_type, sorted(known), 3)
+    if model_type not in LANGUAGE_MODELS:
+        near = difflib.get_close_matches(model_type, LANGUAGE_MODELS, 3)
         hint = f"did you mean {' or '.join(near)}?" if near else "`moefx models` lists the families"
         raise MoefxError(f"Transformers {transformers.__version__} has no language model of type {model_type!r}: {hint}")
     return model_type
@@ -85,7 +85,7 @@ def ranks(ep_size: int) -> Iterator[Any]:
 def inspect(config: PreTrainedConfig, ep_size: int, device: str = "meta") -> Report:
     """Captures and rewrites a model of ``config`` without installing anything."""
     with torch.device(device):
-        model = hf.auto_class(config).from_config(config)
+        model = auto_class(config).from_config(config)
     hf.check(model)
     with ranks(ep_size) as mesh:
         ep_size, mesh = parallel.make_mesh(model, ep_size, mesh)
@@ -116,7 +116,7 @@ def run_inspect(args: argparse.Namespace) -> None:
 def moe_families() -> list[str]:
     """The language models of Transformers, with images or without, whose small configuration names experts."""
     found = []
-    for name in sorted({*hf.CAUSAL_NAMES, *hf.MULTIMODAL_NAMES}):
+    for name in LANGUAGE_MODELS:
         with contextlib.suppress(Exception):
             if hf.experts_in(tiny_config(name)) > 1:
                 found.append(name)
@@ -129,7 +129,7 @@ FITS = 150_000_000
 
 def _parameters(config: PreTrainedConfig) -> int:
     with torch.device("meta"):
-        return sum(p.numel() for p in hf.auto_class(config).from_config(config).parameters())
+        return sum(p.numel() for p in auto_class(config).from_config(config).parameters())
 
 
 #: Batch and sequence of the batches that a family is verified with.
@@ -158,7 +158,7 @@ def family_row(family: str, verify: bool = False, device: str = "cpu") -> dict[s
         fits = _parameters(config) < FITS
         if verify and fits:
             torch.manual_seed(0)
-            plain = hf.auto_class(config).from_config(config).train().to(device)
+            plain = auto_class(config).from_config(config).train().to(device)
             model = optimize(copy.deepcopy(plain), compile=False)
             _describe(report_of(model), row)
             row["verified"] = verified(plain, model)

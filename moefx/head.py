@@ -151,7 +151,8 @@ def watching_head(model: Any) -> Iterator[_Watched]:
     """Within: lm_head gives lazy logits; notes whether the loss gets them unread."""
     watched, lm_head = _Watched(), lm_head_of(model)
     if lm_head is None:
-        watched.reason = f"{type(model).__name__} has no linear output embedding"
+        what = "linear output embedding" if hf.is_language_model(model) else "output embedding: it is no language model"
+        watched.reason = f"{type(model).__name__} has no {what}"
         yield watched
         return
     real, had = lm_head.forward, "_loss_function" in vars(model)
@@ -192,7 +193,7 @@ def capture_head(model: Any, recording: Recording, program: Program) -> None:
     lm_head = lm_head_of(model)
     path = next((p for p, m in model.named_modules() if m is lm_head), "lm_head")
     if recording.head is None or lm_head is None:
-        program.left.append(Left(path, "head", recording.head_reason))
+        program.left.append(Left(path, "head", recording.head_reason, by_design=not hf.is_language_model(model)))
         return
     try:
         hidden, args, kwargs, steps = recording.head

@@ -18,23 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedConfig,
-    PreTrainedModel,
-    masking_utils,
-)
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 from transformers.activations import ACT2FN
 from transformers.integrations import hub_kernels
 from transformers.integrations.moe import ExpertsInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MULTIMODAL_NAMES
 from transformers.utils.output_capturing import OutputRecorder, _active_collector
 
 from . import adapters, loops, ops
@@ -690,13 +680,9 @@ def structure(module: nn.Module) -> tuple:
     return tuple(found)
 
 
-def auto_class(config: PreTrainedConfig) -> Any:
-    """The class of Transformers that builds and loads the language model of a configuration: that with images, or other inputs
-    besides text, where there is no other or the configuration names it."""
-    text, more = (names.get(config.model_type) for names in (CAUSAL_NAMES, MULTIMODAL_NAMES))
-    named = config.architectures or ()
-    with_more = more is not None and (text is None or more in named and text not in named)
-    return AutoModelForImageTextToText if with_more else AutoModelForCausalLM
+def is_language_model(model: Any) -> bool:
+    """Does it predict tokens, and not classes, say, or nothing?"""
+    return model.get_output_embeddings() is not None
 
 
 def experts_named(model: PreTrainedModel) -> int:

@@ -30,6 +30,7 @@ from transformers.utils import is_accelerate_available
 
 from . import checkpoint, faults, hf, parallel, sharded
 from .adapters import inside
+from .auto import auto_class
 from .errors import MoefxError
 from .optimize import optimize
 
@@ -317,7 +318,7 @@ def _load(folder: Path, layout: Layout, dtype: torch.dtype | None) -> Any:
     if not is_accelerate_available():
         raise MoefxError(f"loading {folder} over ranks needs accelerate, which is not installed: pip install moefx[train]")
     chosen: Mapping[str, Any] = {} if dtype is None else {"dtype": dtype}
-    loader: Any = hf.auto_class(AutoConfig.from_pretrained(folder)).from_pretrained
+    loader: Any = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained
     with _distributing(layout, folder):
         model, info = loader(
             folder, distributed_config=layout.config, output_loading_info=True, ignore_mismatched_sizes=True, **chosen

@@ -88,7 +88,7 @@ class Report:
                     found.append(
                         f"{op}: {len(outside)} of {len(paths)} stay Python, {outside[0]} first: {'; '.join(sorted(reasons))}"
                     )
-            found += [f"head: {x.reason}" for x in self.left if x.module == "head"]
+            found += [f"head: {x.reason}" for x in self.left if x.module == "head" and not x.by_design]
         return found
 
     def warn_or_raise(self, shortfall: list[str], strict: bool) -> None:

@@ -11,7 +11,7 @@ from spawn import run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import moefx
-from moefx import hf
+from moefx.auto import auto_class
 from moefx.errors import MoefxError
 from moefx.tiny import tiny_config
 from moefx.verify import against
@@ -129,12 +129,12 @@ def test_a_rank_with_an_image_and_one_without(family_name):
 
 
 def test_the_class_that_a_configuration_means():
-    assert hf.auto_class(AutoConfig.for_model("qwen3_moe")) is AutoModelForCausalLM
-    assert hf.auto_class(AutoConfig.for_model("qwen3_vl_moe")) is AutoModelForImageTextToText
+    assert auto_class(AutoConfig.for_model("qwen3_moe")) is AutoModelForCausalLM
+    assert auto_class(AutoConfig.for_model("qwen3_vl_moe")) is AutoModelForImageTextToText
     both = AutoConfig.for_model("qwen3_5_moe")
-    assert hf.auto_class(both) is AutoModelForCausalLM
+    assert auto_class(both) is AutoModelForCausalLM
     both.architectures = ["Qwen3_5MoeForConditionalGeneration"]
-    assert hf.auto_class(both) is AutoModelForImageTextToText
+    assert auto_class(both) is AutoModelForImageTextToText
 
 
 def from_a_folder(rank, world, family, folder):
