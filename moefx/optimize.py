@@ -74,8 +74,8 @@ def optimize(
     """Makes a Transformers mixture of experts train on rewritten, compiled graphs. Returns the same object.
 
     Args:
-        model: a ``PreTrainedModel`` with experts (a language model, with images or without, a reward model, a classifier, a bare
-            model), or a PEFT model around one, on one device (or on meta), before DDP, FSDP or torch.compile.
+        model: a ``PreTrainedModel`` with experts (a language model, with images or without, a reward model, a classifier, a
+            bare model), or a PEFT model around one, on one device (or on meta), before DDP, FSDP or torch.compile.
         ep_size: over how many ranks the experts are spread. Their parameters become DTensors; build the optimizer after.
         mesh: instead of ``ep_size``, a DeviceMesh with a dimension "ep" (and optionally "dp_replicate"). With a dimension
             "efsdp" too it says how :func:`moefx.parallelize` spreads the whole model, dense parameters by FSDP2.
