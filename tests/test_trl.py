@@ -1,0 +1,90 @@
+"""TRL's trainers of preferences, rewards and policies: the same losses with moefx and without."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+import moefx
+from moefx.tiny import tiny_config
+
+pytest.importorskip("trl")
+
+PREFERENCES = [{"prompt": "abc", "chosen": "defgh", "rejected": "xyz"}, {"prompt": "ab", "chosen": "c", "rejected": "pqrstuv"}] * 8
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token a letter."""
+    letters = {chr(ord("a") + i): 3 + i for i in range(26)}
+    made = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1, "<unk>": 2, **letters}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<end>", unk_token="<unk>")
+
+
+def build(auto):
+    config = copy.deepcopy(tiny_config("qwen3_moe"))
+    config.pad_token_id, config.eos_token_id, config.num_labels = 0, 1, 1
+    torch.manual_seed(0)
+    return auto.from_config(config)
+
+
+def dpo(model, settings, tokenizer):
+    from trl import DPOConfig, DPOTrainer
+
+    other = copy.deepcopy(model)
+    return DPOTrainer(model, other, args=DPOConfig(**settings), train_dataset=rows(PREFERENCES), processing_class=tokenizer)
+
+
+def reward(model, settings, tokenizer):
+    from trl import RewardConfig, RewardTrainer
+
+    return RewardTrainer(model, args=RewardConfig(**settings), train_dataset=rows(PREFERENCES), processing_class=tokenizer)
+
+
+def grpo(model, settings, tokenizer):
+    from trl import GRPOConfig, GRPOTrainer
+
+    def letters(completions, **_):
+        return [float(len(set(text))) for text in completions]
+
+    args = GRPOConfig(**settings, num_generations=4, max_completion_length=6)
+    return GRPOTrainer(model, letters, args=args, train_dataset=rows([{"prompt": "abc"}] * 8), processing_class=tokenizer)
+
+
+def rows(given):
+    from datasets import Dataset
+
+    return Dataset.from_list(given)
+
+
+@pytest.mark.parametrize(
+    "make,auto", [(dpo, AutoModelForCausalLM), (reward, AutoModelForSequenceClassification), (grpo, AutoModelForCausalLM)]
+)
+def test_losses_are_those_without_moefx(make, auto, tokenizer, tmp_path):
+    settings = {
+        "output_dir": str(tmp_path), "per_device_train_batch_size": 4, "max_steps": 3, "logging_steps": 1, "report_to": [],
+        "use_cpu": True, "bf16": False, "save_strategy": "no", "disable_tqdm": True, "gradient_checkpointing": False,
+        "learning_rate": 1e-3,
+    }  # fmt: skip
+    losses = []
+    for optimized in (False, True):
+        model = build(auto)
+        if optimized:
+            model = moefx.optimize(model, compile=False, strict=True)
+        torch.manual_seed(1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer = make(model, settings, tokenizer)
+            trainer.train()
+        losses.append([step["loss"] for step in trainer.state.log_history if "loss" in step])
+    assert len(losses[0]) == 3 and len(set(losses[0])) > 1
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3, abs=2e-4)
+    # what runs without a graph is generation, with its cache
+    fallbacks = moefx.report(trainer.model).fallbacks
+    assert all("Cache" in reason for _, reason in fallbacks) and bool(fallbacks) == (make is grpo)
