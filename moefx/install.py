@@ -205,7 +205,10 @@ class Site:
                 self.watched = None
                 return self.intact(module)
             reason = f"the forward hook {hook} was added after optimize"
-        self.state.report.fell_back(self.path, f"{reason}: its original forward runs; moefx.restore(model) and optimize again")
+        self.state.report.fell_back(
+            self.path, f"{reason}: its original forward runs; moefx.restore(model) and optimize again",
+            warn=module.training and torch.is_grad_enabled(),
+        )
         return False
 
     def find(self, module: nn.Module, args: tuple, kwargs: dict) -> Function | None:
@@ -219,7 +222,7 @@ class Site:
                 raise CaptureError(f"it was captured for {MAX_VARIANTS} kinds of calls already")
             function = self.capture(module, Call.of(tensors, template, module.training, sizes_of(module)))
         except CaptureError as error:
-            self.state.report.fell_back(self.path, str(error))
+            self.state.report.fell_back(self.path, str(error), warn=module.training and torch.is_grad_enabled())
             return None
         self.functions.append(function)
         return function

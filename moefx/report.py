@@ -34,6 +34,7 @@ class Report:
     fallbacks: dict[tuple[str, str], int] = field(default_factory=dict)  #: (path, reason) -> calls
     notes: dict[tuple[str, str], int] = field(default_factory=dict)  #: (path, what else is worth knowing) -> calls
     seconds: dict[str, float] = field(default_factory=dict)
+    _warned: set[str] = field(default_factory=set)
 
     def __getitem__(self, name: str) -> PassReport:
         for p in self.passes:
@@ -45,7 +46,12 @@ class Report:
     def left(self) -> list[Left]:
         return self.program.left
 
-    def fell_back(self, path: str, reason: str) -> None:
+    def fell_back(self, path: str, reason: str, warn: bool = False) -> None:
+        """Counts a call that ran the original forward. ``warn``: it trains, so says it, once a reason."""
+        if warn and reason not in self._warned:
+            self._warned.add(reason)
+            text = f"{self.program.model_class} trains without its graph of {path} in this call: {reason}"
+            warnings.warn(text, ShortfallWarning, stacklevel=2)
         self.fallbacks[path, reason] = self.fallbacks.get((path, reason), 0) + 1
 
     def note(self, path: str, text: str) -> None:

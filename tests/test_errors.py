@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -136,8 +138,23 @@ def test_strict_raises_where_a_router_is_not_known(monkeypatch):
 def test_a_replaced_submodule_runs_the_original_forward():
     model = moefx.optimize(build("qwen3_moe"), compile=False)
     model.model.layers[0].mlp.gate = type(model.model.layers[0].mlp.gate)(model.config)
-    model(**batch(2, 9))
+    with pytest.warns(moefx.ShortfallWarning, match="trains without its graph of model.layers.0 in this call: its submodule gate was"):
+        model(**batch(2, 9))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        model(**batch(2, 9))
     assert any("submodule" in reason and "replaced after optimize" in reason for _, reason in moefx.report(model).fallbacks)
+
+
+def test_training_without_a_graph_is_said_and_generating_is_not():
+    model = moefx.optimize(build("qwen3_moe"), compile=False)
+    ids = batch(2, 9)["input_ids"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", moefx.ShortfallWarning)
+        model.eval().generate(ids, max_new_tokens=2, do_sample=False)
+        model.train()(**batch(2, 9)).loss.backward()
+    with pytest.warns(moefx.ShortfallWarning, match="trains without its graph of model.layers.0 in this call: its argument cache"):
+        model.model(ids)  # fills a cache
 
 
 def test_optimize_verifies_and_reports(capsys):
