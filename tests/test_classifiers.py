@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from parity import of_a_checkpoint
 from spawn import run
 from transformers import (
     AutoConfig,
@@ -75,20 +76,8 @@ def test_a_bare_model():
 
 
 def over_ranks(rank, world, folder):
-    """A checkpoint of a reward model, FSDP2 and experts over ranks: the loss and all gradients against one process's mean."""
-    plain = AutoModelForSequenceClassification.from_pretrained(folder).train()
     batches = [batch("sequence", 2, 9 + r, seed=r) for r in range(world)]
-    losses = [plain(**b).loss for b in batches]
-    (sum(losses) / world).backward()
-    model = moefx.parallelize(folder, ep_size=world, compile=False, strict=True, lost_after=0).train()
-    loss = model(**batches[rank]).loss
-    loss.backward()
-    wrong = [] if abs(loss - losses[rank]) < 1e-5 * losses[rank] else [f"loss {loss} instead of {losses[rank]}"]
-    wanted = dict(plain.named_parameters())
-    for n, p in model.named_parameters():
-        far = (p.grad.full_tensor() - wanted[n].grad).abs().max() / wanted[n].grad.abs().max().clamp(min=1e-7)
-        wrong += [f"{n}: {far:.1e}"] if far > 1e-3 else []
-    return wrong
+    return of_a_checkpoint(rank, world, folder, AutoModelForSequenceClassification, batches)
 
 
 def test_a_reward_model_over_ranks(tmp_path):

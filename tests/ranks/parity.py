@@ -1,0 +1,32 @@
+"""A checkpoint over ranks against one process: what ranks of several tests do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import moefx
+
+
+def of_a_checkpoint(rank: int, world: int, folder: str, auto: Any, batches: Sequence[Mapping[str, Any]]) -> list[str]:
+    """FSDP2 and experts over all ranks, each with its own of ``batches``: what differs from one process, which has the mean of all.
+
+    A parameter that no batch meets may have no gradient or zeros.
+    """
+    plain = auto.from_pretrained(folder).train()
+    losses = [plain(**b).loss for b in batches]
+    (sum(losses) / world).backward()
+    model = moefx.parallelize(folder, ep_size=world, compile=False, strict=True, lost_after=0).train()
+    loss = model(**batches[rank]).loss
+    loss.backward()
+    wrong = [] if abs(loss - losses[rank]) < 1e-5 * losses[rank] else [f"loss {loss} instead of {losses[rank]}"]
+    if not type(model).__name__.endswith(type(plain).__name__):  # FSDP puts its own before it
+        wrong.append(f"{type(model).__name__} instead of {type(plain).__name__}")
+    for (name, p), q in zip(plain.named_parameters(), model.parameters(), strict=True):
+        exact, found = p.grad, None if q.grad is None else q.grad.full_tensor()
+        if exact is None or found is None:
+            wrong += [name] if (exact is None or not exact.any()) != (found is None or not found.any()) else []
+            continue
+        far = (found - exact).abs().max() / exact.abs().max().clamp(min=1e-7)
+        wrong += [f"{name}: {far:.1e}"] if far > 1e-3 else []
+    return wrong
