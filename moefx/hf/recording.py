@@ -1,0 +1,99 @@
+"""What holds while a model is recorded, captured or called: who calls what, and what Transformers does not look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+from transformers import masking_utils
+from transformers.integrations import hub_kernels
+from transformers.utils.output_capturing import _active_collector
+
+from ..errors import CaptureError
+
+
+class _Callers(list[tuple[str, nn.Module]]):
+    """Who called what; ``lenient``: a call that no operation can express runs as it is."""
+
+    lenient = False
+
+
+#: Set while a model is recorded or captured: the interfaces below then emit semantic operations and note who called.
+_emitting: ContextVar[_Callers | None] = ContextVar("moefx_emitting", default=None)
+
+
+@contextmanager
+def emitting(lenient: bool = False) -> Iterator[list[tuple[str, nn.Module]]]:
+    """Within: experts and attention calls become ``moefx.experts`` and ``moefx.attention``; yields who called what.
+
+    A call that these cannot express raises CaptureError, or runs as the model wrote it if ``lenient`` (while recording).
+    """
+    callers = _Callers()
+    callers.lenient = lenient
+    token = _emitting.set(callers)
+    collecting = _active_collector.set(None)  # type: ignore[func-returns-value]  # nothing traced belongs to the user's outputs
+    try:
+        yield callers
+    finally:
+        _active_collector.reset(collecting)
+        _emitting.reset(token)
+
+
+@contextmanager
+def unpacked_on_meta() -> Iterator[None]:
+    """Within: Transformers does not look at the values of position ids on the meta device for packed sequences."""
+    look = masking_utils.find_packed_sequence_indices
+    with _looking_for_packing(lambda position_ids: None if position_ids.is_meta else look(position_ids)):
+        yield
+
+
+@contextmanager
+def without_packages() -> Iterator[None]:
+    """Within: what Transformers takes from other packages where they are installed (Mamba's scan, causal convolutions) is its
+    own PyTorch code, as in an export: their kernels read memory, which there is none of on the meta device."""
+    before = hub_kernels.is_torchdynamo_exporting
+    hub_kernels.is_torchdynamo_exporting = lambda: True
+    try:
+        yield
+    finally:
+        hub_kernels.is_torchdynamo_exporting = before
+
+
+def unpacked() -> AbstractContextManager[None]:
+    """Within: no packed sequences are looked for. For a call without position ids, whose positions the model numbers
+    itself: reading them back would make the host wait, once a step, until the device has done all that is queued."""
+    return _looking_for_packing(lambda position_ids: None)
+
+
+def packed() -> AbstractContextManager[None]:
+    """Within: position ids that a call has are taken to be those of packed sequences, without reading them back to see."""
+
+    def number(position_ids: Tensor) -> Tensor:
+        return (torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
+
+    return _looking_for_packing(number)
+
+
+@contextmanager
+def _looking_for_packing(look: Callable) -> Iterator[None]:
+    before = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = look
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = before
+
+
+class OwnAttention(CaptureError):
+    """Attention of the model's own kind: what it gives Transformers' interface is not all that it says."""
+
+    def __init__(self, reason: str, module: nn.Module):
+        super().__init__(reason)
+        self.module = module
+
+
+def is_emitting() -> bool:
+    return _emitting.get() is not None
