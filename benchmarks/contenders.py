@@ -109,7 +109,7 @@ def main(rank: int, ranks: int, port: int, job: Job, events: Sequence[Any]) -> N
 
 def _failure(error: BaseException, here: Rank) -> dict[str, Any]:
     lines = (str(error).strip() or "?").splitlines()
-    text = " ... ".join([lines[0][:300], *lines[-1:][: len(lines) - 1]])  # NCCL says what is wrong last
+    text = " ... ".join([lines[0][:300], *lines[1:][-1:]])  # NCCL says what is wrong last
     if "Duplicate GPU detected" in text:
         text += ": ranks share a GPU, which takes NCCL 2.30 or later"
     return {

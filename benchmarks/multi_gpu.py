@@ -321,14 +321,9 @@ class Run:
             record["targets"] = [t for row in record["rows"] if row["who"] == "moefx" for t in _targets(row)]
         missed = [t for t in record["targets"] if not t["reached"]]
         record["problems"] = [f"{t['row']}: {t['found']:.2f} {t['what']}, {t['wanted']} wanted" for t in missed]
-        everyone = dict.fromkeys([*record["contenders"], *(f["who"] for f in record["failed"])])
+        everyone = dict.fromkeys([*record["contenders"], *(x["who"] for x in (*record["failed"], *record["skipped"]))])
         for name in (c for c in everyone if c.startswith("moefx")):
             record["problems"] += self._problems(name)
-        left = dict.fromkeys(s["who"] for s in record["skipped"] if s["who"].startswith("moefx"))
-        record["problems"] += [
-            f"{name}: nothing of it was measured, {next(s['why'] for s in record['skipped'] if s['who'] == name)}"
-            for name in left if not any(r["who"] == name for r in record["rows"])
-        ]  # fmt: skip
 
     def _problems(self, name: str) -> list[str]:
         record = self.record
@@ -338,6 +333,8 @@ class Run:
             if f["who"] == name and not (f["row"] and self._row(name, f["routing"], f["mbs"])):
                 found.append(f"{name}, {f['row'] or f['during']}: {f['why']}")
         timed = dict.fromkeys(r["routing"] for r in record["rows"] if r["who"] == name)
+        if not timed:
+            found += [f"{name}: nothing of it was measured, {s['why']}" for s in record["skipped"] if s["who"] == name][:1]
         if self.args.check:
             found += [f"{name}, {r}: timed and not checked" for r in timed if name not in record["checks"].get(r, {})]
         return found + [f"{name} ran the original forward: {f}" for f in record["contenders"].get(name, {}).get("fallbacks", [])]

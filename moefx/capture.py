@@ -59,6 +59,25 @@ class Template:
 
         return make(self.args), make(self.kwargs)
 
+    def names(self) -> dict[int, str]:
+        """What the call names its tensors, by position: of ``block(hidden, position_embeddings=(cos, sin))`` "input",
+        "position_embeddings 0", "position_embeddings 1"."""
+        found: dict[int, str] = {}
+
+        def walk(part: Any, name: str) -> None:
+            kind, what = part
+            if kind in ("t", "packed"):
+                found[what if kind == "t" else what[1]] = name
+            elif kind in ("tuple", "list", "dict"):
+                for key, inner in what if kind == "dict" else enumerate(what):
+                    walk(inner, f"{name} {key}")
+
+        for i, part in enumerate(self.args[1]):
+            walk(part, f"input {i}" if i else "input")
+        for key, part in self.kwargs[1]:
+            walk(part, key)
+        return found
+
     @property
     def window(self) -> int | None:
         """The sliding window that the call's mask stands for, if it does."""

@@ -12,7 +12,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from .graph import op_name, value
+from .graph import nodes_of, op_name, value
 
 #: Static sizes above this are shrunk for the run (a vocabulary of 151,936 would take seconds and gigabytes).
 _LARGE = 1024
@@ -60,12 +60,6 @@ class Sizes:
 def _inputs(nodes: tuple[fx.Node, ...]) -> list[fx.Node]:
     inside = set(nodes)
     return list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
-
-
-def _nodes_of(args: Any) -> list[fx.Node]:
-    found: dict[fx.Node, None] = {}
-    fx.node.map_arg(args, lambda a: found.setdefault(a))
-    return list(found)
 
 
 def _sample(val: Any, sizes: Sizes, generator: torch.Generator) -> Any:
@@ -116,7 +110,7 @@ def _environment(nodes, args, kwargs, sizes: Sizes, seed: int, wide: bool = Fals
         return _wide(sample) if wide else sample
 
     env = {n: made(n) for n in _inputs(nodes)}
-    for n in _nodes_of((args, kwargs)):  # an input, a view of inputs made for the replacement, or new
+    for n in nodes_of((args, kwargs)):  # an input, a view of inputs made for the replacement, or new
         if n not in env and n.all_input_nodes and all(a in env for a in n.all_input_nodes):
             _run((n,), env, sizes, exact=wide)
         elif n not in env:

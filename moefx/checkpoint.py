@@ -190,20 +190,26 @@ def check_files(folder: Path, model: Any) -> None:
     readable = {**_without(prefix, own), **_without(prefix, wanted), **own, **wanted}
     kinds = {_kind(name) for name in wanted.keys() & there.keys()}  # laid out in the way of the model
     ignored = [re.compile(p) for p in (getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])]
-    turned = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightConverter) and _leaves_what_fits(c)]
     for name in sorted(readable.keys() | there.keys()):
         if name in readable and name in there:
-            either = any(re.search(pattern, name) for c in turned for pattern in c.source_patterns)
-            if readable[name] != there[name] and not (either and sorted(readable[name]) == sorted(there[name])):
+            if readable[name] != there[name] and not _turns(model, name, there[name], readable[name]):
                 raise MoefxError(f"{folder} has {name} of shape {there[name]}, the model of {readable[name]}: {_BELONGS}")
         elif (name in wanted or name in there) and _kind(name) in kinds and not any(p.search(name) for p in ignored):
             said = "lacks" if name in wanted else "has, and the model has not,"
             raise MoefxError(f"{folder} {said} {name}: {_BELONGS}")
 
 
-def _leaves_what_fits(converter: WeightConverter) -> bool:
-    """Does it turn a tensor only if it has another shape than the parameter?"""
-    return any(isinstance(op, Transpose) and op.check_dims for op in converter.operations)
+def _turns(model: Any, name: str, there: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Does Transformers' loading turn a tensor of this shape into the wanted one, which it also takes as it is?"""
+
+    def turned(op: Transpose) -> tuple[int, ...]:
+        return tuple(torch.empty(there, device="meta").transpose(op.dim0, op.dim1).shape)
+
+    return any(
+        isinstance(op, Transpose) and op.check_dims and turned(op) == wanted
+        for c in get_model_conversion_mapping(model) if isinstance(c, WeightConverter)
+        and any(re.search(pattern, name) for pattern in c.source_patterns) for op in c.operations
+    )  # fmt: skip
 
 
 def _without(prefix: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
-from .graph import CASTS, VIEWS, Listing, aten, op_name, shape_text
+from .graph import CASTS, VIEWS, Listing, aten, nodes_of, op_name, shape_text
 
 if TYPE_CHECKING:
     from .program import Function
@@ -43,17 +43,18 @@ def mermaid(stages: Mapping[str, tuple[Function, Listing]]) -> str:
 
 
 def _drawn(function: Function, listing: Listing, prefix: str) -> Iterator[str]:
-    inputs = dict(zip(function.inputs, _called(function), strict=True))
+    called = function.call.template.names()
+    inputs = {name: called.get(i, name) for i, name in enumerate(function.inputs)}
     owned = [*function.parameters, *("constant" for _ in function.constants)]
     parameters = dict(zip(function.placeholders, owned, strict=False))
-    used = {s for _, _, args, kwargs, _ in listing.nodes for s in _nodes_of((args, kwargs))}
+    used = {s for _, _, args, kwargs, _ in listing.nodes for s in nodes_of((args, kwargs))}
     sizes = _sizes(listing, parameters)
     shown: dict[fx.Node, str] = {}  # a node -> its box
     through: dict[fx.Node, list[fx.Node]] = {}  # a node without a box -> those that it looks at
     for (node, target, args, kwargs, val), note in zip(listing.nodes, listing.origins, strict=True):
         if node.op == "placeholder" and (node.name in parameters or node not in used):
             continue
-        sources = _nodes_of((args, kwargs))
+        sources = nodes_of((args, kwargs))
         if node.op == "call_function" and (target in _THROUGH or not _tensors(val)):
             through[node] = [s for s in sources if _tensors(s.meta.get("val"))] if _tensors(val) else []
             continue
@@ -70,27 +71,6 @@ def _drawn(function: Function, listing: Listing, prefix: str) -> Iterator[str]:
         for source in dict.fromkeys(s for n in sources for s in _seen(n, through)):
             if source in shown:
                 yield f"{shown[source]} --> {shown[node]}"
-
-
-def _called(function: Function) -> list[str]:
-    """What the block's call names its tensors: of ``block(hidden, position_embeddings=(cos, sin))`` "input",
-    "position_embeddings 0", "position_embeddings 1"."""
-    found: dict[int, str] = {}
-
-    def walk(part: Any, name: str) -> None:
-        kind, what = part
-        if kind in ("t", "packed"):
-            found[what if kind == "t" else what[1]] = name.strip()
-        elif kind in ("tuple", "list", "dict"):
-            for key, inner in what if kind == "dict" else enumerate(what):
-                walk(inner, f"{name} {key}")
-
-    positional, keywords = function.call.template.args[1], function.call.template.kwargs[1]
-    for i, part in enumerate(positional):
-        walk(part, "input" if i == 0 else f"input {i}")
-    for key, part in keywords:
-        walk(part, key)
-    return [found.get(i, name) for i, name in enumerate(function.inputs)]
 
 
 def _operation(target: Any, kernel: str) -> tuple[str, str]:
@@ -111,12 +91,6 @@ def _spelled(val: Any) -> str:
     every = [shape_text(t) for t in _tensors(val)]
     more = len(every) - _SPELLED
     return ", ".join(every[:_SPELLED]) + (f" and {more} more" if more > 0 else "")
-
-
-def _nodes_of(args: Any) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    fx.node.map_arg(args, found.append)
-    return found
 
 
 def _seen(node: fx.Node, through: Mapping[fx.Node, list[fx.Node]]) -> list[fx.Node]:

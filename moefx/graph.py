@@ -177,6 +177,13 @@ def getitems(node: fx.Node) -> dict[int, fx.Node]:
     return {u.args[1]: u for u in node.users if is_call(u, operator.getitem)}  # type: ignore[misc]
 
 
+def nodes_of(args: Any) -> list[fx.Node]:
+    """The nodes among (nested) arguments, each once, in order."""
+    found: dict[fx.Node, None] = {}
+    fx.node.map_arg(args, lambda a: found.setdefault(a))
+    return list(found)
+
+
 def compute(target: Callable, args: tuple, kwargs: dict, fake_mode: Any) -> Any:
     """The fake value of ``target(*args)`` where arguments may be nodes."""
     args, kwargs = fx.node.map_arg((args, kwargs), value)  # type: ignore[assignment,misc]

@@ -205,11 +205,11 @@ class Site:
                 self.watched = None
                 return self.intact(module)
             reason = f"the forward hook {hook} was added after optimize"
-        self.state.report.fell_back(
-            self.path, f"{reason}: its original forward runs; moefx.restore(model) and optimize again",
-            warn=module.training and torch.is_grad_enabled(),
-        )
+        self._fell_back(module, f"{reason}: its original forward runs; moefx.restore(model) and optimize again")
         return False
+
+    def _fell_back(self, module: nn.Module, reason: str) -> None:
+        self.state.report.fell_back(self.path, reason, warn=module.training and torch.is_grad_enabled())
 
     def find(self, module: nn.Module, args: tuple, kwargs: dict) -> Function | None:
         """The function that covers this call, captured now if none does; None: the original forward must run."""
@@ -222,7 +222,7 @@ class Site:
                 raise CaptureError(f"it was captured for {MAX_VARIANTS} kinds of calls already")
             function = self.capture(module, Call.of(tensors, template, module.training, sizes_of(module)))
         except CaptureError as error:
-            self.state.report.fell_back(self.path, str(error), warn=module.training and torch.is_grad_enabled())
+            self._fell_back(module, str(error))
             return None
         self.functions.append(function)
         return function

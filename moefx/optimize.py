@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -33,8 +34,7 @@ Model = TypeVar("Model")
 
 def _reads_positions(function: Function) -> bool:
     """Does the function read the tables that it is called with? Layers without positions get them too."""
-    given = dict(function.call.template.kwargs[1]).get("position_embeddings", ("c", None))
-    tables = [given[1]] if given[0] == "t" else [i for kind, i in given[1] if kind == "t"] if given[0] == "tuple" else []
+    tables = [i for i, name in function.call.template.names().items() if re.fullmatch(r"position_embeddings( \d+)?", name)]
     places = {n.name: n for n in function.graph.nodes if n.op == "placeholder"}
     return any(isinstance(value(u), Tensor) for i in tables for u in places[function.inputs[i]].users)
 

@@ -34,7 +34,7 @@ class Report:
     fallbacks: dict[tuple[str, str], int] = field(default_factory=dict)  #: (path, reason) -> calls
     notes: dict[tuple[str, str], int] = field(default_factory=dict)  #: (path, what else is worth knowing) -> calls
     seconds: dict[str, float] = field(default_factory=dict)
-    _warned: set[str] = field(default_factory=set)
+    _warned: set[str] = field(default_factory=set)  #: reasons; a fallback that did not train was not warned of
 
     def __getitem__(self, name: str) -> PassReport:
         for p in self.passes:

@@ -77,10 +77,10 @@ def restore(model: PreTrainedModel, before: tuple[str | None, str | None]) -> No
         module.__dict__.pop("_moefx_layout", None)
         if adapters.is_wrapper(module) or loops.is_loop(module):
             module.__class__ = getattr(type(module), "_moefx_base", type(module))
-    _name(model, before)
+    _set_names(model, before)
 
 
-def _name(model: PreTrainedModel, names: tuple[str | None, str | None]) -> None:
+def _set_names(model: PreTrainedModel, names: tuple[str | None, str | None]) -> None:
     # not through set_attn_implementation: it checks again that, say, flash attention can be imported
     for module in model.modules():
         config = getattr(module, "config", None) if isinstance(module, PreTrainedModel) else None
@@ -92,8 +92,8 @@ def _name(model: PreTrainedModel, names: tuple[str | None, str | None]) -> None:
 def named(model: PreTrainedModel, names: tuple[str | None, str | None]) -> Iterator[None]:
     """Within: the model's implementations of attention and experts go by these names, which models look at."""
     before = _names(model)
-    _name(model, names)
+    _set_names(model, names)
     try:
         yield
     finally:
-        _name(model, before)
+        _set_names(model, before)

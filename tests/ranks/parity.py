@@ -1,11 +1,27 @@
-"""A checkpoint over ranks against one process: what ranks of several tests do."""
+"""Comparisons that several tests make: in 16 bits, and of a checkpoint over ranks with one process."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 import moefx
+
+
+def distances_in_bf16(plain: Any, batch: Mapping[str, Any], **options: Any) -> tuple[float, float]:
+    """How far all gradients in bf16 are from fp32's, relatively: with moefx, and without. No gradient counts as zeros."""
+    rounded = copy.deepcopy(plain).bfloat16()
+    model = moefx.optimize(copy.deepcopy(rounded), compile=False, **options)
+    found = []
+    for m in (copy.deepcopy(plain), rounded, model):
+        m.zero_grad()
+        m(**batch).loss.backward()
+        found.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().double() for p in m.parameters()]))
+    own, ours = (float((g - found[0]).norm() / found[0].norm()) for g in found[1:])
+    return ours, own
 
 
 def of_a_checkpoint(rank: int, world: int, folder: str, auto: Any, batches: Sequence[Mapping[str, Any]]) -> list[str]:
