@@ -215,7 +215,7 @@ def transformers(here: Rank, ep_size: int = 1, dtype: torch.dtype | None = None,
     config, _, meshes = model.prepare_distribute_model(DistributedConfig(**sizes))
     model = model.maybe_distribute_model(model, config, meshes)
     torch.manual_seed(SEED)
-    initialize(model)
+    initialize(model, here.device)
 
     def route(name: str, tokens: int) -> None:
         for router in routing.routers(model).values():

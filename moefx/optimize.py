@@ -76,7 +76,8 @@ def optimize(
     Args:
         model: a ``PreTrainedModel`` with experts (a language model, with images or without, a reward model, a classifier, a
             bare model), or a PEFT model around one, on one device (or on meta), before DDP, FSDP or torch.compile.
-        ep_size: over how many ranks the experts are spread. Their parameters become DTensors; build the optimizer after.
+        ep_size: over how many ranks the experts are spread. Their parameters become DTensors; build the optimizer after. Under
+            NCCL a model on the CPU is moved to this rank's GPU: the current one, else that of LOCAL_RANK.
         mesh: instead of ``ep_size``, a DeviceMesh with a dimension "ep" (and optionally "dp_replicate"). With a dimension
             "efsdp" too it says how :func:`moefx.parallelize` spreads the whole model, dense parameters by FSDP2.
         example: keyword arguments of the model's forward that show what kinds of inputs it gets (default: input_ids, labels).
@@ -134,6 +135,8 @@ def optimize(
         plan, router_z_loss=float(router_z_loss), balanced_routing=balanced_routing, check_numerics=check_numerics,
         dispatch_capacity=dispatch_capacity, tune=tuning.Tune.of(tune), dispatch_dtype=dispatch_dtype or "",
     )  # fmt: skip
+    if mesh is not None:
+        parallel.move_to_mesh(model, mesh)  # type: ignore[arg-type]
     started = time.perf_counter()
     program = capture(model, example)
     captured = time.perf_counter()

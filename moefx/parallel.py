@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from . import exchange, grouped, hf, sharded
+from . import devices, exchange, grouped, hf, sharded
 from .errors import MoefxError
 
 if TYPE_CHECKING:
@@ -57,10 +57,15 @@ def make_mesh(model: nn.Module, ep_size: int, mesh: DeviceMesh | None) -> tuple[
     if world % ep_size:
         raise MoefxError(f"ep_size={ep_size} does not divide the {world} ranks: start a multiple of {ep_size}")
     if mesh is None:
-        device = next(model.parameters()).device.type
-        kind = device if device != "meta" else ("cuda" if torch.cuda.is_available() else "cpu")
+        kind = devices.of_rank(model).type
         mesh = init_device_mesh(kind, (world // ep_size, ep_size), mesh_dim_names=("dp_replicate", "ep"))
     return ep_size, mesh
+
+
+def move_to_mesh(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Moves a model from the CPU to this rank's GPU, where the mesh is one of GPUs."""
+    if mesh.device_type != "cpu" and next(model.parameters()).device.type == "cpu":
+        model.to(devices.of_rank(model))
 
 
 def check_experts(model: nn.Module, ep_size: int) -> None:

@@ -28,7 +28,7 @@ from transformers.distributed import DistributedConfig
 from transformers.distributed.utils import TransformersDeviceMesh
 from transformers.utils import is_accelerate_available
 
-from . import checkpoint, faults, hf, parallel, sharded
+from . import checkpoint, devices, faults, hf, parallel, sharded
 from .adapters import inside
 from .auto import auto_class
 from .errors import MoefxError
@@ -48,6 +48,7 @@ class Layout:
     mp_policy: MixedPrecisionPolicy
     reshard_after_forward: bool | int
     offload_policy: OffloadPolicy
+    device: torch.device  #: where this rank's shards lie
 
     @property
     def efsdp(self) -> int:
@@ -77,7 +78,8 @@ def parallelize(
 ) -> Any:
     """Spreads a model over all ranks (FSDP2, HSDP, expert parallelism) and optimizes it. Returns the model.
 
-    Call it on every rank, after ``torch.distributed.init_process_group``. Every decoder block is an FSDP2 unit, its experts
+    Call it on every rank, after ``torch.distributed.init_process_group``. Under NCCL each rank trains on the current CUDA device,
+    if one was chosen, else on that of LOCAL_RANK. Every decoder block is an FSDP2 unit, its experts
     are another on the ranks that hold the same experts; embeddings, final norm and lm_head belong to the root. Where each rank
     is alone with its experts (``ep_size`` is all ranks) these are in no unit, and neighbouring blocks share one. All ranks see
     their own batches; gradients come out as the mean over all ranks.
@@ -98,7 +100,8 @@ def parallelize(
     Raises:
         MoefxError: bad sizes; a checkpoint that lacks a tensor of the model, has one too many, or one of another shape.
     """
-    layout = _layout(ep_size, dp_replicate, mp_policy, reshard_after_forward, offload_policy)
+    there = None if isinstance(model, (str, os.PathLike)) else inside(model)
+    layout = _layout(ep_size, dp_replicate, mp_policy, reshard_after_forward, offload_policy, there)
     if lost_after:
         faults.watch(lost_after)
     for name in ("mesh", "verify"):
@@ -117,7 +120,7 @@ def parallelize(
     meta = next(model.parameters()).is_meta
     _distribute(model, layout, _meshes(layout))
     if meta:
-        initialize(model)
+        initialize(model, layout.device)
     return _optimize(given, global_aux_loss, options)
 
 
@@ -144,7 +147,7 @@ def _optimize(model: Any, global_aux_loss: bool, options: dict[str, Any]) -> Any
     return model
 
 
-def _layout(ep_size: int, dp_replicate: int, mp: Any, reshard: bool | int, offload: Any) -> Layout:
+def _layout(ep_size: int, dp_replicate: int, mp: Any, reshard: bool | int, offload: Any, model: Any = None) -> Layout:
     for name, n in (("ep_size", ep_size), ("dp_replicate", dp_replicate)):
         if not isinstance(n, int) or n < 1:
             raise MoefxError(f"{name}={n!r} is not a positive whole number")
@@ -162,7 +165,8 @@ def _layout(ep_size: int, dp_replicate: int, mp: Any, reshard: bool | int, offlo
             f"dp_replicate={dp_replicate})"
         )
     fsdp = world // dp_replicate
-    return Layout(ep_size, dp_replicate, fsdp, mp or MixedPrecisionPolicy(), reshard, offload or OffloadPolicy())
+    device = devices.of_rank(model if isinstance(model, torch.nn.Module) else None)
+    return Layout(ep_size, dp_replicate, fsdp, mp or MixedPrecisionPolicy(), reshard, offload or OffloadPolicy(), device)
 
 
 def _check_experts(model: PreTrainedModel, layout: Layout) -> None:
@@ -170,16 +174,11 @@ def _check_experts(model: PreTrainedModel, layout: Layout) -> None:
         parallel.check_experts(model, layout.ep_size)
 
 
-def _device() -> torch.device:
-    """Where this rank's shards lie: the current CUDA device (``torch.cuda.set_device`` says which), or the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
 def _meshes(layout: Layout) -> TransformersDeviceMesh | None:
     """The two views of the ranks, as ``transformers.distributed`` names their dimensions; None for one rank."""
     if layout.dp_replicate * layout.fsdp == 1:
         return None
-    kind, names = _device().type, ("pp", "dp_replicate")
+    kind, names = layout.device.type, ("pp", "dp_replicate")
     dense = init_device_mesh(kind, (1, layout.dp_replicate, layout.fsdp, 1), mesh_dim_names=(*names, "fsdp", "tp"))
     sizes = (1, layout.dp_replicate, layout.efsdp, layout.ep_size)
     return TransformersDeviceMesh(dense, init_device_mesh(kind, sizes, mesh_dim_names=(*names, "efsdp", "ep")))
@@ -190,8 +189,8 @@ def _meshes(layout: Layout) -> TransformersDeviceMesh | None:
 
 def _distribute(model: Any, layout: Layout, meshes: TransformersDeviceMesh | None) -> Any:
     """Cuts the parameters and marks the model as Transformers marks what it cut itself: its Trainer reads that."""
-    if meshes is None:
-        return model  # one rank
+    if meshes is None:  # one rank
+        return model if next(model.parameters()).is_meta else model.to(layout.device)
     replicated = ("dp_replicate",) if layout.dp_replicate > 1 else ()
     dense, policies = meshes.get_mesh((*replicated, "fsdp")), _policies(layout)
     if layout.ep_size > 1:
@@ -280,10 +279,9 @@ def _of_another_dtype(block: nn.Module, ignored: Set[nn.Parameter]) -> list[nn.M
     return [m for m in block.modules() if any(p.dtype != usual for p in m.parameters(recurse=False) if p not in ignored)]
 
 
-def initialize(model: Any) -> None:
+def initialize(model: Any, device: torch.device) -> None:
     """Random weights for a model on meta, module by module: each rank draws a whole module's (the same: the first rank's seed)
     and keeps its shards, since initializations are written for whole tensors."""
-    device = _device()
     seed = [torch.initial_seed()]
     dist.broadcast_object_list(seed)
     model._move_missing_keys_from_meta_to_device(set(model.state_dict()), {"": device}, model._device_mesh, None)
@@ -338,7 +336,7 @@ def _distributing(layout: Layout, folder: Path) -> Iterator[None]:
     """Within: ``from_pretrained`` checks the files and cuts the empty model as ``parallelize`` does, before it reads any."""
 
     def prepare(cls: type, config: Any, device_map: Any = None) -> tuple[Any, Any, TransformersDeviceMesh | None]:
-        return layout.config, _device(), _meshes(layout)
+        return layout.config, layout.device, _meshes(layout)
 
     def distribute(cls: type, model: Any, config: Any, meshes: TransformersDeviceMesh | None) -> Any:
         checkpoint.check_files(folder, model)
