@@ -37,12 +37,8 @@ parser.add_argument("--resume", action="store_true")
 args = parser.parse_args()
 
 rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-device = torch.device("cpu")
-if torch.cuda.is_available():
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(device)
 if ranks > 1:
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 torch.manual_seed(0)
 config = Qwen3MoeConfig(
@@ -50,11 +46,12 @@ config = Qwen3MoeConfig(
     intermediate_size=128, moe_intermediate_size=64, num_experts=8, num_experts_per_tok=2,
 )  # fmt: skip
 if ranks > 1:
-    model = args.model or AutoModelForCausalLM.from_config(config).to(device)
+    model = args.model or AutoModelForCausalLM.from_config(config)  # goes to the GPU of LOCAL_RANK
     model = moefx.parallelize(model, ep_size=args.ep_size, dp_replicate=args.dp_replicate, compile=args.compile)
 else:
     model = AutoModelForCausalLM.from_pretrained(args.model) if args.model else AutoModelForCausalLM.from_config(config)
-    model = moefx.optimize(model.to(device).train(), compile=args.compile)
+    model = moefx.optimize(model.to("cuda" if torch.cuda.is_available() else "cpu").train(), compile=args.compile)
+device = next(model.parameters()).device
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, eps=1e-5)  # after: the parameters are others now
 
 

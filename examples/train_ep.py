@@ -28,15 +28,16 @@ ranks = int(os.environ.get("WORLD_SIZE", 1))
 if ranks > 1:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 rank = dist.get_rank() if ranks > 1 else 0
-device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
 
 torch.manual_seed(0)
 config = Qwen3MoeConfig(
     vocab_size=256, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
     intermediate_size=256, moe_intermediate_size=128, num_experts=8, num_experts_per_tok=2,
 )  # fmt: skip
-model = AutoModelForCausalLM.from_config(config).to(device).train()
-model = moefx.optimize(model, ep_size=ranks, compile=args.compile)
+model = AutoModelForCausalLM.from_config(config).train()
+if ranks == 1 and torch.cuda.is_available():
+    model.cuda()
+model = moefx.optimize(model, ep_size=ranks, compile=args.compile)  # over ranks: on the GPU of LOCAL_RANK
 if rank == 0:
     print(moefx.report(model))
 
@@ -45,7 +46,7 @@ step_model = torch.nn.parallel.DistributedDataParallel(model) if ranks > 1 else 
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)  # after optimize: experts' parameters are DTensors now
 data = batches(8, 64, rank=rank, ranks=ranks)
 for _ in (steps := trange(args.steps, disable=rank > 0)):
-    batch = {k: v.to(device) for k, v in next(data).items()}
+    batch = {k: v.to(model.device) for k, v in next(data).items()}
     loss = step_model(**batch).loss
     loss.backward()
     optimizer.step()
