@@ -8,7 +8,7 @@ STAMP := $(VENV)/.made-$(subst =,-,$(TORCH))
 # A process imports 2,300 files of Python: 16 s of compiling on a slow core, or 6 without, where a shell forbids to keep bytecode.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint clean
+.PHONY: demo test gpu-check lint clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/quickstart.py
@@ -19,6 +19,10 @@ test: $(STAMP)
 	@$(BIN)/python -m mypy > $(VENV)/mypy.txt 2>&1 & types=$$!; \
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 40; tests=$$?; \
 	wait $$types; types=$$?; cat $(VENV)/mypy.txt; exit $$((tests + types))
+
+# in the environment that has the GPU's torch: PYTHON
+gpu-check:
+	$(PYTHON) tests/gpu/check.py
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

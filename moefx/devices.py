@@ -23,7 +23,7 @@ def of_rank(model: nn.Module | None = None) -> torch.device:
 
     The CPU where there is no CUDA device, or where CUDA tensors do not travel by NCCL (``init_process_group("gloo")``) and
     the model is not on a GPU already. Else the model's GPU; else the current one, if somebody has chosen it
-    (``torch.cuda.set_device``); else that of LOCAL_RANK, which torchrun, accelerate and Slurm's launchers set. All ranks call it.
+    (``torch.cuda.set_device``); else that of LOCAL_RANK, which torchrun and accelerate set, or SLURM_LOCALID. All ranks call it.
 
     Raises:
         MoefxError: two ranks would use one GPU, which NCCL refuses with "invalid usage".
@@ -65,6 +65,6 @@ def _refuse_sharing(device: torch.device) -> None:
         first, second = sorted((rank, others[0]))
         raise MoefxError(
             f"ranks {first} and {second} both use {device} of {socket.gethostname()}, which shows {torch.cuda.device_count()} "
-            "GPU(s): start one rank per GPU with torchrun and call torch.cuda.set_device(int(os.environ['LOCAL_RANK'])) before the "
-            "model is moved to the GPU; NCCL 2.30 and later let ranks share one with NCCL_MULTI_RANK_GPU_ENABLE=1"
+            "GPU(s): start one rank per GPU and call torch.cuda.set_device(int(os.environ['LOCAL_RANK'])) before the model is "
+            "moved to the GPU; NCCL 2.30 and later let ranks share one with NCCL_MULTI_RANK_GPU_ENABLE=1"
         )

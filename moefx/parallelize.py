@@ -78,11 +78,11 @@ def parallelize(
 ) -> Any:
     """Spreads a model over all ranks (FSDP2, HSDP, expert parallelism) and optimizes it. Returns the model.
 
-    Call it on every rank, after ``torch.distributed.init_process_group``. Under NCCL each rank trains on the current CUDA device,
-    if one was chosen, else on that of LOCAL_RANK. Every decoder block is an FSDP2 unit, its experts
-    are another on the ranks that hold the same experts; embeddings, final norm and lm_head belong to the root. Where each rank
-    is alone with its experts (``ep_size`` is all ranks) these are in no unit, and neighbouring blocks share one. All ranks see
-    their own batches; gradients come out as the mean over all ranks.
+    Call it on every rank, after ``torch.distributed.init_process_group``. Under NCCL a rank trains on the current CUDA device
+    if one was chosen, else on that of LOCAL_RANK. Every decoder block is an FSDP2 unit, its experts are another on the ranks
+    that hold the same experts; embeddings, final norm and lm_head belong to the root. Where each rank is alone with its experts
+    (``ep_size`` is all ranks) these are in no unit, and neighbouring blocks share one. All ranks see their own batches;
+    gradients come out as the mean over all ranks.
 
     Args:
         model: a checkpoint folder in Hugging Face layout, of which each rank reads only its own shards; or a model, with or

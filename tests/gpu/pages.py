@@ -1,0 +1,95 @@
+"""Every command and code block of README, docs and examples, as a new user would run it, at the sizes of this machine."""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+EXAMPLES = sorted(f"examples/{p.name}" for p in (ROOT / "examples").glob("*.py"))
+_COMMAND = re.compile(r"^ *((?:moefx|python|torchrun|accelerate|make) (?:[^\\\n]|\\\n)+)$", re.MULTILINE)  # with its continuations
+_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+#: What is not run as written, by its beginning: another command that does the same, or why there is none.
+INSTEAD = {
+    "make demo": "python examples/quickstart.py",  # what it runs once .venv is made
+    "make test": "skip: the tests themselves",
+    "make gpu-check": "skip: this is it",
+    "torchrun --nnodes": "skip: needs several machines",
+    "moefx models  ": "moefx models mixtral deepseek_v3 nemotron_h",  # of all families: minutes
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    where: str
+    text: str  #: as written, without its comment
+
+    def here(self, ranks: int, folder: str) -> str:
+        """At most ``ranks`` ranks, a checkpoint folder for FOLDER; "skip: ..." with the reason where it cannot be run here."""
+        text = next((i for start, i in INSTEAD.items() if f"{self.text}  ".startswith(start)), self.text)
+        text = re.sub(r"(--nproc-per-node|--num_processes) 8", rf"\1 {ranks}", text)
+        text = re.sub(r"(torchrun.*--ep-size) 8", rf"\1 {ranks}", text).replace("FOLDER", folder)
+        wanted = _ranks_of(text)
+        return f"skip: {wanted} ranks, {ranks} can be had" if wanted > ranks else text
+
+    @property
+    def over_ranks(self) -> bool:
+        return _ranks_of(self.text) > 1 or "quickstart" in self.text or self.text == "make demo"
+
+
+def _ranks_of(text: str) -> int:
+    found = re.search(r"(?:--nproc-per-node|--num_processes) (\d+)", text)
+    return int(found[1]) if found else 1
+
+
+def commands() -> list[Command]:
+    found = []
+    for page in PAGES:  # in a page a command is indented, or quoted within a sentence
+        text = _without_blocks((ROOT / page).read_text())
+        found += [Command(page, c) for c in map(_plain, _COMMAND.findall(text)) if c]
+    for example in EXAMPLES:  # in an example it stands in the docstring
+        found += [Command(example, c) for c in map(_plain, _COMMAND.findall((ROOT / example).read_text().split('"""')[1]))]
+    return found
+
+
+def _without_blocks(text: str) -> str:
+    """Without fenced blocks and unindented lines: a sentence may begin with "make"."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    return "\n".join(line for line in text.splitlines() if line.startswith("    "))
+
+
+def _plain(command: str) -> str:
+    """Without its comment; empty for a sentence that begins with the name of a program."""
+    text = re.sub(r"\\\n *", "", re.sub(r"(^| ) *#.*$", "", command)).strip()
+    return text if text.startswith(("moefx", "make")) or ".py" in text else ""
+
+
+@dataclass(frozen=True)
+class Block:
+    where: str
+    code: str
+
+    @property
+    def over_ranks(self) -> bool:
+        return "parallelize(" in self.code or "init_process_group" in self.code
+
+    def takes(self, name: str) -> bool:
+        """Does it read a variable before it assigns it?"""
+        uses = [n for n in ast.walk(ast.parse(self.code)) if isinstance(n, ast.Name) and n.id == name]
+        uses.sort(key=lambda n: (n.lineno, isinstance(n.ctx, ast.Store)))  # of `model = f(model)` the right side comes first
+        return bool(uses) and isinstance(uses[0].ctx, ast.Load)
+
+    def with_optimizer(self, line: str) -> str:
+        """``line`` goes after that which makes the model, else before all: parameters may be new objects after it."""
+        lines = self.code.splitlines(keepends=True)
+        made = next((i + 1 for i, text in enumerate(lines) if text.startswith("model = ")), 0)
+        return "".join([*lines[:made], line, *lines[made:]])
+
+
+def blocks() -> list[Block]:
+    """The Python of pages whose blocks stand alone; those of docs/extending.md are one program (tests/test_docs.py)."""
+    pages = [p for p in PAGES if p != "docs/extending.md"]
+    return [Block(f"{p}, block {i + 1}", c) for p in pages for i, c in enumerate(_BLOCK.findall((ROOT / p).read_text()))]

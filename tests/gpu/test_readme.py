@@ -1,0 +1,132 @@
+"""README, docs and examples on a GPU machine, as a new user meets them: each command and code block as it is written.
+
+Fresh environment variables, models loaded on the CPU and moved. Over ranks: one on each GPU, or two that share the only one
+(NCCL 2.30 and later).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parent))
+from pages import ROOT, Command, blocks, commands  # noqa: E402
+
+GPUS = torch.cuda.device_count()
+SHARED = GPUS == 1 and torch.cuda.nccl.version() >= (2, 30)
+RANKS = 4 if SHARED else max(GPUS, 1)
+#: Put before a block of a page: what the page takes for granted.
+BEFORE = """
+import os, sys, torch, moefx
+from moefx import passes
+from transformers import AutoModelForCausalLM
+folder, n, EP = sys.argv[1], 1, int(os.environ.get("WORLD_SIZE", 1))
+class Batches:
+    def __iter__(self):
+        g = torch.Generator().manual_seed(int(os.environ.get("RANK", 0)))
+        for _ in range(6):
+            ids = torch.randint(0, 256, (1, 64), generator=g).to(next(model.parameters()).device)
+            yield {"input_ids": ids, "labels": ids}
+loader = batches = Batches()
+"""
+#: What a block needs that begins in the middle.
+MODEL = """
+if EP > 1 and not torch.distributed.is_initialized():
+    torch.distributed.init_process_group("nccl")
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).train()
+"""
+OPTIMIZED = """
+model = moefx.parallelize(model, ep_size=EP) if EP > 1 else moefx.optimize(model)
+"""
+OPTIMIZER = "optimizer = torch.optim.AdamW(model.parameters())\n"
+#: After it: it trains, whatever the block has left, once it is on the GPU.
+AFTER = """
+if next(model.parameters()).device.type == "cpu":
+    model.cuda()
+    optimizer = torch.optim.AdamW(model.parameters())
+for batch in batches:
+    loss = model(**batch).loss
+    loss.backward()
+    moefx.clip_grad_norm_(model, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+assert next(model.parameters()).is_cuda and bool(loss.isfinite()) and not moefx.report(model).fallbacks, moefx.report(model)
+print("trained", float(loss.detach()))
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=256, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+        intermediate_size=128, moe_intermediate_size=128, num_experts=8, num_experts_per_tok=2,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("checkpoint")
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def shell(command: str, folder: Path) -> str:
+    """What a new user's shell prints: none of the tests' own variables."""
+    ours = ("TRITON_", "TORCH", "MOEFX_", "OMP_", "PYTEST_", "CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "LOCAL_", "NCCL_MULTI")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    if SHARED and Command("", command).over_ranks:
+        env |= {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MAX_NCHANNELS": "2"}
+    for name in ("examples", "tests"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(ROOT / name)
+    done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=400, env=env)
+    assert done.returncode == 0, f"$ {command}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    return done.stdout
+
+
+def placed(cases: list) -> list:
+    """With an id each; those over ranks one after the other: they share the GPUs, and accelerate takes a fixed port."""
+    return [pytest.param(c, id=f"{c.where}: {getattr(c, 'text', 'code')}", marks=_group(c)) for c in cases]
+
+
+def _group(case) -> pytest.MarkDecorator:
+    return pytest.mark.xdist_group("ranks" if case.over_ranks else case.where + getattr(case, "text", ""))
+
+
+@pytest.mark.parametrize("command", placed(commands()))
+def test_command(command, checkpoint, tmp_path):
+    text = command.here(RANKS, str(checkpoint))
+    if text.startswith("skip: "):
+        pytest.skip(text.removeprefix("skip: "))
+    shell(text, tmp_path)
+
+
+@pytest.mark.parametrize("block", placed(blocks()))
+def test_code_block(block, checkpoint, tmp_path):
+    ranks = RANKS if block.over_ranks else 1
+    if ranks == 1 and block.over_ranks:
+        pytest.skip("one rank can be had")
+    before = ""
+    if block.takes("model"):
+        before = MODEL if "moefx.optimize(" in block.code or "moefx.parallelize(" in block.code else MODEL + OPTIMIZED
+    code = block.with_optimizer(OPTIMIZER) if block.takes("optimizer") else block.code
+    code = code.replace("from_pretrained(...)", "from_pretrained(folder)").replace("ep_size=8", f"ep_size={ranks}")
+    script = tmp_path / "block.py"
+    script.write_text(BEFORE + before + code + AFTER)
+    start = f"torchrun --standalone --nproc-per-node {ranks}" if ranks > 1 else "python"
+    assert "trained" in shell(f"{start} {script} {checkpoint}", tmp_path)
+
+
+def test_the_program_of_extending(tmp_path):
+    import re
+
+    pieces = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/extending.md").read_text(), re.DOTALL | re.MULTILINE)
+    (tmp_path / "program.py").write_text("\n".join(pieces))
+    shell("python program.py", tmp_path)
