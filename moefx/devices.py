@@ -23,7 +23,7 @@ def of_rank(model: nn.Module | None = None) -> torch.device:
 
     The CPU where there is no CUDA device, or where CUDA tensors do not travel by NCCL (``init_process_group("gloo")``) and
     the model is not on a GPU already. Else the model's GPU; else the current one, if somebody has chosen it
-    (``torch.cuda.set_device``); else that of LOCAL_RANK, which torchrun and accelerate set, or SLURM_LOCALID. All ranks call it.
+    (``torch.cuda.set_device``); else that of LOCAL_RANK (torchrun, accelerate) or SLURM_LOCALID. All ranks call it.
 
     Raises:
         MoefxError: two ranks would use one GPU, which NCCL refuses with "invalid usage".
