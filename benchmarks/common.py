@@ -29,6 +29,8 @@ from moefx.cuda_graph import GraphedStep
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
+#: Whole records, with what is too long for the repository.
+DETAILED = HERE.parent / "build/benchmarks"
 #: Packages that are in a record where they are installed.
 OPTIONAL = ("transformer-engine", "quack-kernels", "nemo-automodel", "mamba-ssm", "causal-conv1d", "deep-ep", "flash-attn-4")
 _START = time.perf_counter()
@@ -304,12 +306,24 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     return record
 
 
+#: What only the run itself wants to look into: kernels, each step's time, each parameter's distance.
+DETAILS = {"top", "steps_ms", "distances", "gradients", "flipped", "losses", "trace"}
+
+
+def summary(record: Any) -> Any:
+    """A record without its details: what stays in the repository (rows, machine, versions, checks)."""
+    if isinstance(record, Mapping):
+        return {k: summary(v) for k, v in record.items() if k not in DETAILS}
+    return [summary(v) for v in record] if isinstance(record, (list, tuple)) else record
+
+
 def save(name: str, record: Mapping[str, Any]) -> Path:
-    """Writes ``benchmarks/results/<name>.json``."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    say(f"wrote {path.relative_to(HERE.parent)}")
+    """Writes ``benchmarks/results/<name>.json``, and all of the record to ``build/benchmarks/<name>.json``, which git ignores."""
+    path, whole = RESULTS / f"{name}.json", DETAILED / f"{name}.json"
+    for file, content in ((whole, record), (path, summary(record))):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content, indent=1) + "\n")
+    say(f"wrote {path.relative_to(HERE.parent)} (its details: {whole.relative_to(HERE.parent)})")
     return path
 
 

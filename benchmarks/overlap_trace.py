@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 benchmarks/overlap_trace.py --chunks 2           # NCCL; --backends deepep triton torch for DeepEP
     torchrun --nproc-per-node 2 benchmarks/overlap_trace.py --chunks 2 --cpu     # gloo: tries the script
 
-Writes results/overlap-<device>-<transport>-<n>-chunks.trace.json.gz (open it in chrome://tracing or ui.perfetto.dev) and .svg. The
+Writes results/overlap-<device>-<transport>-<n>-chunks.svg and build/benchmarks/....trace.json.gz (chrome://tracing opens it). The
 number is the share of the time of communication during which this rank computes. On CUDA: kernels of NCCL or DeepEP, against all
 others, on any stream; a kernel that waits for another rank counts as communication. On a CPU: gloo's transfers from start to end,
 against operations that run meanwhile; the operation that waits for the rows does not count, nor does Python between operations.
@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import RESULTS, machine, save, say, slug, synchronize
+from common import DETAILED, RESULTS, machine, save, say, slug, synchronize
 
 import moefx
 
@@ -203,14 +203,13 @@ if __name__ == "__main__":
             f"{a.family}, rank 0 of {world}, {by}, {a.chunks} chunks of {ids.shape[1]} tokens, forward and backward: {moving / 1e3:.2f} ms of "
             f"communication, {under / moving if moving else 0:.0%} of it hidden under compute"
         )
-        RESULTS.mkdir(exist_ok=True)
-        with gzip.open(RESULTS / f"{name}.trace.json.gz", "wt") as file:
-            json.dump(trace, file)
-        (RESULTS / f"{name}.svg").write_text(svg(found, title))
         save(name, {
             "machine": machine(device), "family": a.family, "ranks": world, "transport": by, "chunks": a.chunks, "tokens": ids.shape[1],
             "ranks_share_a_gpu": not a.cpu and world > torch.cuda.device_count(), "communication_us": moving, "hidden_us": under,
         })  # fmt: skip
+        (RESULTS / f"{name}.svg").write_text(svg(found, title))
+        with gzip.open(DETAILED / f"{name}.trace.json.gz", "wt") as file:
+            json.dump(trace, file)
         say(title)
         if not moving:
             say("FAILED: nothing of communication is in the trace")
