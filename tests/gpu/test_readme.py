@@ -86,18 +86,19 @@ def shell(command: str, folder: Path) -> str:
     for name in ("examples", "tests"):
         if not (folder / name).exists():
             (folder / name).symlink_to(ROOT / name)
-    done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=400, env=env)
+    done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=150, env=env)
     assert done.returncode == 0, f"$ {command}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     return done.stdout
 
 
 def placed(cases: list) -> list:
-    """With an id each; those over ranks one after the other: they share the GPUs, and accelerate takes a fixed port."""
+    """With an id each; those that accelerate starts one after the other: it takes a fixed port."""
     return [pytest.param(c, id=f"{c.where}: {getattr(c, 'text', 'code')}", marks=_group(c)) for c in cases]
 
 
 def _group(case) -> pytest.MarkDecorator:
-    return pytest.mark.xdist_group("ranks" if case.over_ranks else case.where + getattr(case, "text", ""))
+    text = getattr(case, "text", "")
+    return pytest.mark.xdist_group("accelerate" if text.startswith("accelerate") else case.where + text)
 
 
 @pytest.mark.parametrize("command", placed(commands()))
