@@ -8,7 +8,7 @@ import logging
 import sys
 import warnings
 from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,6 +26,7 @@ from .functional import functionalize
 from .graph import aten
 from .lengths import refuse_limits, refusing_questions
 from .program import Function, Left, Program
+from .readings import Sizes, readings
 
 # --- calls -----------------------------------------------------------------------------------------------------------
 
@@ -153,7 +154,7 @@ class Call:
     template: Template
     dtypes: tuple[torch.dtype, ...]
     device: torch.device
-    sizes: tuple[tuple[int | str, ...], ...]
+    sizes: tuple[Sizes, ...]
     training: bool
     outputs: Any = None  #: template of what the module returns
     routers: tuple[tuple[str, Any], ...] = ()  #: path inside the block, template of what it returned
@@ -161,29 +162,24 @@ class Call:
 
     @staticmethod
     def of(tensors: list[Tensor], template: Template, training: bool, known: Set[int] = frozenset()) -> Call:
-        """``known``: sizes of the module. A leading size of the first tensor, after two, that is one of these is no length: the
-        streams of hyper-connections [B, S, streams, H]."""
+        """The likeliest of ``Call.readings``: the only one where no two sizes are equal, and none is 1."""
+        return next(Call.readings(tensors, template, training, known))
+
+    @staticmethod
+    def readings(
+        tensors: list[Tensor], template: Template, training: bool, known: Set[int] = frozenset(), others: Iterable[Call] = ()
+    ) -> Iterator[Call]:
+        """The kinds of calls that this one can be of: see :mod:`moefx.readings`. ``known``: sizes of the module; ``others``:
+        other kinds of calls of it."""
         if not tensors:
             raise CaptureError("it is called without tensors")
-        lead = tensors[0].shape[:-1] if tensors[0].dim() > 1 else tensors[0].shape
-        first = [x if i < 2 or int(n) not in known else int(n) for i, (x, n) in enumerate(zip("abcdefg", lead))]
-
-        def name(t: Tensor, i: int) -> int | str:
-            n = int(t.shape[i])
-            # the last size of a table (cos, sin, or both as complex numbers) counts features, whatever the sequence length is
-            feature = t.dim() in (2, 3) and i == t.dim() - 1 and (t.dtype.is_floating_point or t.dtype.is_complex)
-            if n == 1 or feature:
-                return n
-            same = [x for x, size in zip(first, lead, strict=True) if size == n and isinstance(x, str)]
-            if same:
-                return same[0] if i == 0 else same[-1]  # batch before sequence, where they are equal
-            return "ab" if len(lead) == 2 and n == lead[0] * lead[1] else n
-
-        rest = (tuple(name(t, i) for i in range(t.dim())) for t in tensors[1:])
-        return Call(
-            template, tuple(t.dtype for t in tensors), tensors[0].device,
-            ((*first, *map(int, tensors[0].shape[len(lead) :])), *rest), training,
-        )  # fmt: skip
+        before: dict[str, list[Sizes]] = {}
+        for other in others:
+            for i, name in other.template.names().items():
+                before.setdefault(name, []).append(other.sizes[i])
+        dtypes = tuple(t.dtype for t in tensors)
+        for sizes in readings(tensors, known, template.names(), before):
+            yield Call(template, dtypes, tensors[0].device, sizes, training)
 
     def covers(self, tensors: list[Tensor], template: Template, training: bool) -> bool:
         if (
@@ -207,8 +203,8 @@ class Call:
         return True
 
     def example(self, taken: set[int]) -> list[Tensor]:
-        """Tensors of this call at sizes that are unlike each other and unlike every number in ``taken``."""
-        sizes = distinct_sizes(taken)
+        """Tensors of this call at sizes that are unlike each other, the call's own numbers and those in ``taken``."""
+        sizes = distinct_sizes(taken | {n for shape in self.sizes for n in shape if isinstance(n, int)})
         letters = {"a": sizes[0], "b": sizes[1], "ab": sizes[0] * sizes[1], "c": sizes[1] + 2, "d": sizes[1] + 4}
         shapes = [[letters[n] if isinstance(n, str) else n for n in shape] for shape in self.sizes]
         return [torch.zeros(shape, dtype=d, device=self.device) for shape, d in zip(shapes, self.dtypes, strict=True)]

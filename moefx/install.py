@@ -220,12 +220,25 @@ class Site:
                     return function
             if len(self.functions) >= MAX_VARIANTS:
                 raise CaptureError(f"it was captured for {MAX_VARIANTS} kinds of calls already")
-            function = self.capture(module, Call.of(tensors, template, module.training, sizes_of(module)))
+            others = [f.call for f in self.functions]
+            calls = Call.readings(tensors, template, module.training, sizes_of(module), others)
+            function = self.capture_one_of(module, list(calls))
         except CaptureError as error:
             self._fell_back(module, str(error))
             return None
         self.functions.append(function)
         return function
+
+    def capture_one_of(self, module: nn.Module, calls: list[Call]) -> Function:
+        """The function of the first reading of a call that can be captured; raises CaptureError, the first's, if none can."""
+        first: CaptureError | None = None
+        for call in calls:
+            try:
+                return self.capture(module, call)
+            except CaptureError as error:
+                first = first or error
+        assert first is not None
+        raise first
 
     def capture(self, module: nn.Module, call: Call) -> Function:
         key = (hf.structure(module), call)
