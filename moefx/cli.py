@@ -26,6 +26,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from . import backends, hf, parallel, passes
 from .auto import LANGUAGE_MODELS, auto_class
+from .backends import deepep
 from .capture import capture
 from .errors import MoefxError
 from .optimize import optimize, rewrite
@@ -166,7 +167,8 @@ def family_row(family: str, verify: bool = False, device: str = "cpu") -> dict[s
             _describe(inspect(config, 1, "cpu" if fits else "meta"), row)
     except Exception as error:  # one family must not hide the others
         name = "" if isinstance(error, MoefxError) else f"{type(error).__name__}: "
-        row["notes"].append(f"{name}{error}".splitlines()[0])
+        row["failed"] = f"{name}{error}".splitlines()[0]
+        row["notes"].append(row["failed"])
     return row
 
 
@@ -185,8 +187,7 @@ def _describe(report: Report, row: dict[str, Any]) -> None:
 
 def run_models(args: argparse.Namespace) -> None:
     families = [known_type(f) for f in args.families] or moe_families()
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise MoefxError(f"--device {args.device}, but torch {torch.__version__} sees no CUDA device: `moefx doctor` says more")
+    check_device(args.device)
     rows = [family_row(f, args.verify, args.device) for f in tqdm(families, file=sys.stderr, disable=None)]
     wrong = [r["family"] for r in rows if r.get("verified", "").startswith("WRONG")]
     if args.json:
@@ -195,6 +196,23 @@ def run_models(args: argparse.Namespace) -> None:
         _show_families(rows, args)
     if wrong:
         raise MoefxError(f"the optimized model is not the untouched one: {', '.join(wrong)}")
+    failed = {r["family"]: r["failed"] for r in rows if "failed" in r}
+    if failed:
+        raise MoefxError("could not be tried: " + "; ".join(f"{family}: {why}" for family, why in failed.items()))
+
+
+def check_device(name: str) -> None:
+    """Raises MoefxError if there is no device of this name here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise MoefxError(f"--device {name} is no name of a device: pass cpu, cuda or cuda:1, say") from error
+    if device.type != "cuda":
+        return
+    if not torch.cuda.is_available():
+        raise MoefxError(f"--device {name}, but torch {torch.__version__} sees no CUDA device: `moefx doctor` says more")
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise MoefxError(f"--device {name}, but the last of the CUDA devices here is cuda:{torch.cuda.device_count() - 1}")
 
 
 def _show_families(rows: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> None:
@@ -215,9 +233,9 @@ def shortened(text: str, most: int) -> str:
 
 def cuda_lacks(version: str | None) -> str:
     """What cannot run with this CUDA, and what to do."""
-    if tuple(map(int, (version or "0.0").split("."))) >= backends.deepep.CUDA:
+    if tuple(map(int, (version or "0.0").split("."))) >= deepep.CUDA:
         return ""
-    wanted = ".".join(map(str, backends.deepep.CUDA))
+    wanted = ".".join(map(str, deepep.CUDA))
     return f"; DeepEP needs CUDA {wanted} or later: install a torch that was built with it (torch.version.cuda)"
 
 
@@ -257,7 +275,7 @@ def diagnose() -> list[dict[str, str]]:
     for package, module, how in (
         ("triton", "triton", "pip install moefx[gpu]"),
         ("transformer-engine", "transformer_engine", "pip install moefx[te]"),
-        ("deep_ep", "deep_ep", backends.deepep.INSTALL),
+        ("deep_ep", "deep_ep", deepep.INSTALL),
     ):
         there = importlib.util.find_spec(module) is not None
         rows.append({"what": package, "state": (version(package) or "installed") if there else f"not installed: {how}"})

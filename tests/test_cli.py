@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from moefx import backends, ops
+from moefx import backends, cli, ops
 from moefx.backends import deepep, te_ep
 from moefx.cli import cuda_lacks, main
 
@@ -75,6 +77,72 @@ def test_models_are_verified(capsys, monkeypatch):
 def test_a_device_that_is_not_there(capsys):
     assert main(["models", "olmoe", "--verify", "--device", "cuda"]) == 1
     assert "--device cuda, but torch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name,text", [("gpu", "--device gpu is no name of a device"), ("cuda:2", "the last of the CUDA devices here is cuda:1")])
+def test_other_devices_that_are_not_there(name, text, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert main(["models", "olmoe", "--verify", "--device", name]) == 1
+    assert text in capsys.readouterr().err
+
+
+def test_a_device_that_is_there_runs_the_steps(capsys, monkeypatch):
+    seen = []
+
+    def row(family, verify, device):
+        seen.append((family, verify, device))
+        return {"family": family, "captured": 1, "raised": {}, "notes": [], "verified": "verified: 3 tensors"}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(cli, "family_row", row)
+    assert main(["models", "olmoe", "--verify", "--device", "cuda"]) == 0
+    assert seen == [("olmoe", True, "cuda")] and "verified: 3 tensors" in capsys.readouterr().out
+
+
+def test_a_family_that_cannot_be_tried_is_no_success(capsys, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(cli, "optimize", fail)
+    assert main(["models", "olmoe", "mixtral", "--verify"]) == 1
+    said = capsys.readouterr()
+    assert "out of luck" in said.out and said.err.endswith("olmoe: RuntimeError: out of luck; mixtral: RuntimeError: out of luck\n")
+
+
+@pytest.mark.parametrize("build", ["13.0", "12.8", "12.1", "11.8", None])  # None: a torch for ROCm
+@pytest.mark.parametrize("nccl", [(2, 31, 0), (2, 28, 9)])
+@pytest.mark.parametrize("capability", [(9, 0), (7, 5), (12, 0)])
+@pytest.mark.parametrize("as_json", [True, False])
+def test_doctor_on_a_machine_with_cuda(capsys, monkeypatch, build, nccl, capability, as_json):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: nccl)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", build)
+    assert main(["doctor", *["--json"] * as_json]) == 0
+    said = capsys.readouterr().out
+    assert "Some GPU" in said
+    if as_json:
+        rows = {r["what"]: r["state"] for r in json.loads(said)}
+        old = build in ("12.1", "11.8", None)
+        assert ("DeepEP needs CUDA 12.3 or later" in rows["CUDA"]) == old
+        assert ("need 2.30.4" in rows["NCCL"]) == (nccl < (2, 30)) and rows["NCCL"].startswith(".".join(map(str, nccl)))
+        assert rows["backend triton"] == "usable"
+
+
+def test_doctor_by_itself_imports_what_it_asks():
+    """In a process that has imported no backend yet."""
+    code = (
+        "import torch\ntorch.cuda.is_available = lambda: True\ntorch.cuda.get_device_name = lambda *_: 'Some GPU'\n"
+        "torch.cuda.get_device_capability = lambda *_: (9, 0)\ntorch.cuda.nccl.version = lambda: (2, 28, 9)\n"
+        "torch.version.cuda = '12.1'\nfrom moefx.cli import diagnose\nprint(diagnose()[3]['state'])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.startswith("12.1, Some GPU; DeepEP needs CUDA 12.3")
 
 
 def test_blocks_that_look_at_values_are_left_and_nothing_else_is_said(capsys):
