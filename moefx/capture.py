@@ -27,6 +27,7 @@ from .graph import aten
 from .lengths import refuse_limits, refusing_questions
 from .program import Function, Left, Program
 from .readings import Sizes, readings
+from .untraceable import untraceable
 
 # --- calls -----------------------------------------------------------------------------------------------------------
 
@@ -231,10 +232,11 @@ def sizes_of(module: nn.Module) -> set[int]:
 class _Entry(nn.Module):
     """The module to export, called with its tensors only."""
 
-    def __init__(self, module: nn.Module, template: Template, routers: dict[str, nn.Module], outputs: Callable):
+    def __init__(self, module: nn.Module, call: Call, routers: dict[str, nn.Module], outputs: Callable):
         super().__init__()
         # `outputs` is told the template: torch.export undoes what a forward writes to the module
-        self.block, self.template, self.routers, self.outputs = module, template, list(routers.items()), outputs
+        self.block, self.template, self.routers, self.outputs = module, call.template, list(routers.items()), outputs
+        self.sizes = call.sizes
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         seen: dict[str, Any] = {}  # in the order in which they run, as Transformers collects them
@@ -245,7 +247,7 @@ class _Entry(nn.Module):
             _, before = flatten(args, kwargs)
             out = self.block(*args, **kwargs)
         except RuntimeError as error:  # of one that depends on data torch.export would print the graph so far, a screen or ten
-            raise CaptureError(f"torch.export: {_first_sentence(error)}") from error
+            raise untraceable(error, self.template.names(), self.sizes) from error
         finally:
             for h in hooks:
                 h.remove()
@@ -285,12 +287,15 @@ def _refusing_autograd_functions() -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Within: what fails is not logged with its stack as well: it becomes a sentence of the report."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
+    loggers = [logging.getLogger(f"torch.{n}") for n in ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
     try:
         yield
     finally:
-        logger.disabled = before
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
 
 
 @contextmanager
@@ -330,7 +335,7 @@ def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module],
         raise CaptureError(f"the forward hook {hook} would be baked into the graph")
     tensors = call.example(sizes_of(module))
     returned: list[Any] = []
-    entry = _Entry(module, call.template, routers, returned.append)
+    entry = _Entry(module, call, routers, returned.append)
     entry.training = module.training
     try:
         with (
@@ -348,7 +353,7 @@ def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module],
     except CaptureError:
         raise
     except Exception as error:
-        raise CaptureError(f"torch.export: {_first_sentence(error)}") from error
+        raise untraceable(error, call.template.names(), call.sizes) from error
     names, paths, (outputs, left, *of_routers) = returned[-1]
     written = tuple((name, what) for name, what in zip(names, left[1], strict=True) if what[1])
     call = replace(call, outputs=outputs, routers=tuple(zip(paths, of_routers, strict=True)), written=written)
@@ -648,7 +653,8 @@ def capture_sites(model: Any, recording: Recording, program: Program) -> None:
                 program.add(result)
             result.instances.append(site.path)
             return
-        program.left.append(Left(site.path, type(site.module).__name__, str(result), hf.is_recurrent(site.module)))
+        kind = type(site.module).__name__
+        program.left.append(Left(site.path, kind, str(result), hf.is_recurrent(site.module), result.detail))
         for name, child in site.module.named_children():
             path = f"{site.path}.{name}"
             worth = any(True for _ in child.parameters()) and not type(child).__module__.startswith("torch.nn")

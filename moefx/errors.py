@@ -10,7 +10,11 @@ class MoefxError(ValueError):
 
 
 class CaptureError(MoefxError):
-    """A module cannot be captured exactly; the message is the reason shown in the report."""
+    """A module cannot be captured exactly; the message is the reason shown in the report, ``detail`` what PyTorch said."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason)
+        self.detail = detail
 
 
 class PassError(MoefxError):

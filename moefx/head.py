@@ -201,7 +201,7 @@ def capture_head(model: Any, recording: Recording, program: Program) -> None:
         call = replace(Call.of(tensors, template, model.training), device=recording.device)
         function = capture_head_call(model.loss_function, lm_head, path, call)
     except CaptureError as error:
-        program.left.append(Left(path, "head", str(error)))
+        program.left.append(Left(path, "head", str(error), detail=error.detail))
         return
     function.instances.append(path)
     program.add(function)

@@ -208,8 +208,13 @@ class Site:
         self._fell_back(module, f"{reason}: its original forward runs; moefx.restore(model) and optimize again")
         return False
 
-    def _fell_back(self, module: nn.Module, reason: str) -> None:
-        self.state.report.fell_back(self.path, reason, warn=module.training and torch.is_grad_enabled())
+    def _fell_back(self, module: nn.Module, reason: str, detail: str = "", comes_of_it: str = "") -> None:
+        warn = module.training and torch.is_grad_enabled()
+        self.state.report.fell_back(self.path, reason, warn, detail, comes_of_it)
+
+    def comes_of_it(self, module: nn.Module, args: tuple) -> str:
+        """What it means for the caller that a call runs the original forward."""
+        return "it runs in plain PyTorch"
 
     def find(self, module: nn.Module, args: tuple, kwargs: dict) -> Function | None:
         """The function that covers this call, captured now if none does; None: the original forward must run."""
@@ -224,7 +229,7 @@ class Site:
             calls = Call.readings(tensors, template, module.training, sizes_of(module), others)
             function = self.capture_one_of(module, list(calls))
         except CaptureError as error:
-            self._fell_back(module, str(error))
+            self._fell_back(module, str(error), error.detail, self.comes_of_it(module, args))
             return None
         self.functions.append(function)
         return function
@@ -272,6 +277,10 @@ class HeadSite(Site):
             self.path, self.state, self.functions, copy.deepcopy(self.routing, memo), model_loss=self.model_loss
         )
 
+    def comes_of_it(self, module: nn.Module, args: tuple) -> str:
+        numbers = args[0].numel() // args[0].shape[-1] * module.out_features
+        return f"it runs in plain PyTorch, which stores all logits: {4 * numbers / 2**30:.2g} GiB in fp32"
+
     def _export(self, module: nn.Module, call: Call, routers: dict[str, nn.Module]) -> Function:
         assert isinstance(module, nn.Linear) and self.model_loss is not None
         return capture_head_call(self.model_loss, module, self.path, call)
@@ -297,7 +306,8 @@ class FusedLoss:
         try:
             tensors, template = head_call(logits.hidden, rest, named, logits.steps)
         except CaptureError as error:
-            self.site.state.report.fell_back(self.site.path, str(error))
+            comes_of_it = self.site.comes_of_it(lm_head.module, (logits.hidden,))
+            self.site._fell_back(lm_head.module, str(error), comes_of_it=comes_of_it)
             return original()
         args, kwargs = template.fill(tensors)
         return self.site(lm_head.module, args, kwargs, original)

@@ -21,6 +21,7 @@ class Left:
     module: str
     reason: str
     by_design: bool = False  #: a recurrent mixer, say: no shortfall, only worth knowing
+    detail: str = ""  #: what PyTorch said, where it was PyTorch that refused
 
     def __str__(self) -> str:
         return f"{self.path} ({self.module}): {self.reason}"

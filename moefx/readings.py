@@ -70,7 +70,8 @@ def _of_size(n: int, at: int, dimensions: int, values: Mapping[str, int]) -> lis
     same = [x for x, value in values.items() if value == n and x != "ab"]
     product = ["ab"] if values.get("ab") == n else []
     if n == 1:
-        usual = "a" if at == 0 else "b" if (at > 1 if dimensions == 4 else at == 1) else ""  # a mask is [B, 1, S, S]
+        # a mask is [B, 1, S, S]; a lone number, of items say, stays one
+        usual = "" if dimensions == 1 else "a" if at == 0 else "b" if (at > 1 if dimensions == 4 else at == 1) else ""
         return [*(x for x in same if x == usual), 1, *(x for x in same if x != usual), *product]
     if at:
         same.reverse()  # batch before sequence, where they are equal

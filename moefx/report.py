@@ -32,6 +32,7 @@ class Report:
     passes: list[PassReport]
     promised: dict[str, list[str]] = field(default_factory=dict)  #: operation -> module paths that promise one
     fallbacks: dict[tuple[str, str], int] = field(default_factory=dict)  #: (path, reason) -> calls
+    details: dict[tuple[str, str], str] = field(default_factory=dict)  #: (path, reason) -> what PyTorch said
     notes: dict[tuple[str, str], int] = field(default_factory=dict)  #: (path, what else is worth knowing) -> calls
     seconds: dict[str, float] = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set)  #: reasons; a fallback that did not train was not warned of
@@ -46,12 +47,15 @@ class Report:
     def left(self) -> list[Left]:
         return self.program.left
 
-    def fell_back(self, path: str, reason: str, warn: bool = False) -> None:
-        """Counts a call that ran the original forward. ``warn``: it trains, so says it, once a reason."""
+    def fell_back(self, path: str, reason: str, warn: bool = False, detail: str = "", comes_of_it: str = "") -> None:
+        """Counts a call that ran the original forward. ``warn``: it trains, so says it, once a reason, and what comes of it.
+        ``detail``: what PyTorch said."""
         if warn and reason not in self._warned:
             self._warned.add(reason)
             text = f"{self.program.model_class} trains without its graph of {path} in this call: {reason}"
-            warnings.warn(text, ShortfallWarning, stacklevel=2)
+            warnings.warn(text + (f"; {comes_of_it}" if comes_of_it else ""), ShortfallWarning, stacklevel=2)
+        if detail:
+            self.details[path, reason] = detail
         self.fallbacks[path, reason] = self.fallbacks.get((path, reason), 0) + 1
 
     def note(self, path: str, text: str) -> None:
@@ -94,7 +98,8 @@ class Report:
                     found.append(
                         f"{op}: {len(outside)} of {len(paths)} stay Python, {outside[0]} first: {'; '.join(sorted(reasons))}"
                     )
-            found += [f"head: {x.reason}" for x in self.left if x.module == "head" and not x.by_design]
+            heads = [x for x in self.left if x.module == "head" and not x.by_design]
+            found += [f"head: {x.reason}; the logits of all tokens are stored" for x in heads]
         return found
 
     def warn_or_raise(self, shortfall: list[str], strict: bool) -> None:
@@ -155,8 +160,14 @@ class Report:
                 for p in self.passes
             ],
             "kernels": [{"op": op, "backend": b, "count": n, "why": why} for (op, b), (n, why) in self.kernels().items()],
-            "left": [{"path": x.path, "module": x.module, "reason": x.reason, "by_design": x.by_design} for x in self.left],
-            "fallbacks": [{"path": p, "reason": r, "calls": n} for (p, r), n in self.fallbacks.items()],
+            "left": [
+                {"path": x.path, "module": x.module, "reason": x.reason, "by_design": x.by_design, "detail": x.detail}
+                for x in self.left
+            ],
+            "fallbacks": [
+                {"path": p, "reason": r, "calls": n, "detail": self.details.get((p, r), "")}
+                for (p, r), n in self.fallbacks.items()
+            ],
             "notes": [{"path": p, "text": t, "calls": n} for (p, t), n in self.notes.items()],
             "shortfall": self.shortfall(),
         }  # fmt: skip
