@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
 pytest.importorskip("accelerate")
 
+import transformers  # noqa: E402
 from transformers import TrainingArguments  # noqa: E402
 
 import moefx  # noqa: E402
 from moefx import hf, trainer  # noqa: E402
+from moefx.report import ShortfallWarning  # noqa: E402
 
 from .families import batch, build  # noqa: E402
 
@@ -63,6 +67,42 @@ def test_what_is_recorded_is_the_trainers_own_step(tmp_path, monkeypatch, smooth
     # five micro-batches: the last optimizer step has one
     assert [g["accumulated"] for g in step.seen] == [2, 2, 2, 2, 1]
     assert all({"input_ids", "labels", "num_items_in_batch"} <= set(g) for g in step.seen)
+
+
+def padded(rows):
+    """A batch padded on the right, longer than its longest row."""
+    length = max(len(r) for r in rows) + 2
+    fill = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+    given = {k: [([1] * len(r) if k == "attention_mask" else r) + [v] * (length - len(r)) for r in rows] for k, v in fill.items()}
+    return {k: torch.tensor(v) for k, v in given.items()}
+
+
+def test_one_row_at_a_time(tmp_path):
+    """The Trainer's usual call: a number of items, a padded row; then evaluation and prediction with labels."""
+    rows = [batch(1, length)["input_ids"][0].tolist() for length in (5, 9, 7, 12, 5, 6)]
+    found = []
+    for optimized in (False, True):
+        model = build("qwen3_moe", num_hidden_layers=1)
+        model = moefx.optimize(model, compile=False, strict=True) if optimized else model
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=3, per_device_train_batch_size=1, per_device_eval_batch_size=1, gradient_accumulation_steps=2,
+            learning_rate=1e-2, logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
+            average_tokens_across_devices=True, label_names=["labels"], train_sampling_strategy="sequential",
+            remove_unused_columns=False,
+        )  # fmt: skip
+        made = transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:2], data_collator=padded)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ShortfallWarning)
+            made.train()
+            evaluated = made.evaluate()["eval_loss"]
+            predicted = torch.tensor(made.predict(rows[2:3]).predictions)
+        found.append(([h["loss"] for h in made.state.log_history if "loss" in h] + [evaluated], predicted))
+    (wanted, logits), (losses, same) = found
+    assert len(wanted) == 4 and losses == pytest.approx(wanted, rel=1e-5)
+    torch.testing.assert_close(same, logits, rtol=1e-3, atol=1e-3)
+    assert not moefx.report(model).fallbacks
+    heads = [f for f in moefx.report(model).program if f.name.startswith("head")]
+    assert len(heads) == 3  # as optimize records it, with a number of items, in evaluation
 
 
 def test_on_the_cpu_and_with_arguments_that_cannot_be_recorded_it_says_so(tmp_path):
