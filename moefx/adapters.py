@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .errors import CaptureError
+from .subclass import subclass
 
 #: On an experts module while its wrapper's forward runs: parameter -> factors of its updates.
 _FACTORS = "_moefx_factors"
@@ -70,26 +70,32 @@ def saving(base: type) -> type:
     return subclass(base, save_pretrained=functools.wraps(plain)(save_pretrained))
 
 
-def subclass(base: type, **members: Any) -> type:
-    named = {"__module__": base.__module__, "__qualname__": base.__qualname__, "_moefx_base": base}
-    return type(base.__name__, (base,), {**named, **members})
-
-
 def _is_adapter(name: str, parameter: nn.Parameter) -> bool:
     return parameter.requires_grad or "lora_" in name or "modules_to_save" in name
 
 
 @contextmanager
 def _adapted(wrapper: Any) -> Iterator[None]:
-    experts, name = wrapper.get_base_layer(), wrapper.parameter_name
-    if wrapper.num_experts < 2:
-        raise CaptureError(f"PEFT adapts {name}, which has {getattr(experts, name).dim()} dimensions: experts have 3")
-    factors = experts.__dict__.setdefault(_FACTORS, {})
-    factors[name] = [wrapper.get_delta_factors(a) for a in wrapper.active_adapters if a in wrapper.lora_A]
+    """Within: the module that ``wrapper`` adapts finds its parameter with the update, or, where that is spread over ranks, the
+    factors of the update."""
+    module, name = wrapper.get_base_layer(), wrapper.parameter_name
+    active = [a for a in wrapper.active_adapters if a in wrapper.lora_A]
+    parameter = getattr(module, name)
+    if isinstance(parameter, DTensor):
+        factors = module.__dict__.setdefault(_FACTORS, {})
+        factors[name] = [wrapper.get_delta_factors(a) for a in active]
+    elif wrapper.num_experts > 1:
+        for a in active:
+            left, right, scaling = wrapper.get_delta_factors(a)
+            parameter = torch.baddbmm(parameter, left, right, alpha=scaling)
+        module.__dict__[name] = parameter  # found before the parameters are looked at
+    elif active:
+        module.__dict__[name] = parameter + sum(map(wrapper.get_delta_weight, active[1:]), wrapper.get_delta_weight(active[0]))
     try:
         yield
     finally:
-        del factors[name]
+        module.__dict__.pop(name, None)
+        module.__dict__.get(_FACTORS, {}).pop(name, None)
 
 
 def weight(experts: nn.Module, name: str) -> Tensor:
@@ -98,12 +104,29 @@ def weight(experts: nn.Module, name: str) -> Tensor:
     factors = experts.__dict__.get(_FACTORS, {}).get(name)
     if not factors:
         return found
-    mine: Any = slice(None)
-    if isinstance(found, DTensor):
-        found, mine = found.to_local(), experts_of_rank(found)
+    mine = experts_of_rank(found)
+    found = found.to_local()
     for left, right, scaling in factors:
         found = torch.baddbmm(found, left[mine], right[mine], alpha=scaling)
     return found
+
+
+def layers(module: nn.Module) -> list[Any]:
+    """PEFT's layers inside: those that can be switched off, merged, and told which adapters to use."""
+    return [m for m in module.modules() if hasattr(m, "disable_adapters") and hasattr(m, "active_adapters")]
+
+
+def switches(layers: list[Any]) -> tuple:
+    """How PEFT's layers are switched, hashable: a graph holds the updates of one such state."""
+    return tuple(
+        (
+            m.disable_adapters,
+            tuple(m.active_adapters),
+            tuple(getattr(m, "merged_adapters", ())),
+            tuple((k, float(v)) for k, v in getattr(m, "scaling", {}).items()),
+        )
+        for m in layers
+    )
 
 
 def experts_of_rank(spread: DTensor) -> slice:

@@ -20,7 +20,7 @@ from torch.autograd import function as autograd_function
 from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 
-from . import hf, sharded
+from . import adapters, hf, sharded, surroundings
 from .errors import CaptureError, MoefxError
 from .functional import functionalize
 from .graph import aten
@@ -160,6 +160,7 @@ class Call:
     outputs: Any = None  #: template of what the module returns
     routers: tuple[tuple[str, Any], ...] = ()  #: path inside the block, template of what it returned
     written: tuple[tuple[str, Any], ...] = ()  #: argument, template of what the module leaves in this dictionary
+    adapters: tuple = ()  #: how PEFT's layers inside are switched
 
     @staticmethod
     def of(tensors: list[Tensor], template: Template, training: bool, known: Set[int] = frozenset()) -> Call:
@@ -182,10 +183,11 @@ class Call:
         for sizes in readings(tensors, known, template.names(), before):
             yield Call(template, dtypes, tensors[0].device, sizes, training)
 
-    def covers(self, tensors: list[Tensor], template: Template, training: bool) -> bool:
+    def covers(self, tensors: list[Tensor], template: Template, training: bool, adapters: tuple = ()) -> bool:
         if (
-            template != self.template or training != self.training or len(tensors) != len(self.dtypes)
-            or tensors[0].device != self.device or any(t.dtype != d for t, d in zip(tensors, self.dtypes, strict=True))
+            template != self.template or training != self.training or adapters != self.adapters
+            or len(tensors) != len(self.dtypes) or tensors[0].device != self.device
+            or any(t.dtype != d for t, d in zip(tensors, self.dtypes, strict=True))
         ):  # fmt: skip
             return False
         known: dict[str, int] = {}
@@ -333,6 +335,8 @@ def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module],
     hook = foreign_hooks(module)
     if hook:
         raise CaptureError(f"the forward hook {hook} would be baked into the graph")
+    if any(disabled and merged for disabled, _, merged, _ in call.adapters):
+        raise CaptureError("PEFT takes merged adapters out of the weights in this call, since they are switched off")
     tensors = call.example(sizes_of(module))
     returned: list[Any] = []
     entry = _Entry(module, call, routers, returned.append)
@@ -631,7 +635,8 @@ def site_of(path: str, module: nn.Module, recording: Recording, routers: dict, l
     try:
         tensors, template = flatten(args, kwargs)
         structure = recording.structures.get(path) or hf.structure(module)
-        call = replace(Call.of(tensors, template, module.training, sizes_of(module)), device=recording.device)
+        call = Call.of(tensors, template, module.training, sizes_of(module))
+        call = replace(call, device=recording.device, adapters=adapters.switches(adapters.layers(module)))
         return Site(path, module, call, structure, inner)
     except CaptureError as error:
         left.append(Left(path, type(module).__name__, str(error)))
@@ -678,6 +683,7 @@ def _try(site: Site) -> Function | CaptureError:
         return error
 
 
+@surroundings.none_of_them()
 def capture(model: Any, example: Mapping[str, Any] | None = None) -> Program:
     """Captures ``model``'s training graph, one function per distinct block plus the head, without changing the model.
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import itertools
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from . import aux_loss, checkpoint, exchange, faults, hf, ops, sharded
+from . import adapters, aux_loss, checkpoint, exchange, faults, hf, ops, sharded, surroundings
 from .adapters import unwrap
 from .capture import Call, capture_module, flatten, foreign_hooks, sizes_of
 from .compiling import compiled
@@ -24,6 +24,7 @@ from .errors import CaptureError, MoefxError
 from .head import LazyLogits, capture_head_call, head_call, split_logits
 from .program import Function, Program
 from .routing import Routing
+from .subclass import pickling, remove, subclass
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -77,7 +78,7 @@ class Optimized:
         if id(function) not in self.replaying:
             assert function.captured is not None
             twin = function.captured.replaying()
-            with _unseen():
+            with _unseen(), surroundings.none_of_them():
                 self.pipeline.run(Program(self.program.model_class, {twin.name: twin}, []), self.plan)
             self.replaying[id(function)] = twin
         return self.replaying[id(function)]
@@ -106,20 +107,28 @@ class Site:
     owners: dict[int, list[tuple[dict, str]]] = field(default_factory=dict)
     watched: list[tuple[dict, dict, int, nn.Module]] | None = None
     units: list[nn.Module] = field(default_factory=list)  #: FSDP's units inside the module
+    adapters: list[nn.Module] = field(default_factory=list)  #: PEFT's layers inside the module
+    holders: list[nn.Module] = field(default_factory=list)  #: modules inside that have parameters themselves
+    weights: list[tuple] | None = None  #: dtypes and sizes of these parameters
 
     def __deepcopy__(self, memo: dict) -> Site:
         return type(self)(self.path, self.state, self.functions, copy.deepcopy(self.routing, memo), self.routers)
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, original: Callable) -> Any:
+        if hf.is_traced():
+            if _only_graphs(self.state, self.routing, module.training):
+                return _untraced(self, module, args, kwargs, original)
+            return original(*args, **kwargs)
         requested = hf.requested()
         if self.state.bypass or hf.is_emitting() or "attentions" in requested or not self.intact(module):
             return original(*args, **kwargs)
         tensors: list[Tensor] = []
-        key = (module.training, *_key(args, tensors), *_key(tuple(kwargs.items()), tensors))
+        switches = adapters.switches(self.adapters)
+        key = (module.training, switches, *_key(args, tensors), *_key(tuple(kwargs.items()), tensors))
         try:
             function = self.memo[key]
         except KeyError:
-            function = self.memo[key] = self.find(module, args, kwargs)
+            function = self.memo[key] = self.find(module, args, kwargs, switches)
             if len(self.memo) > 4096:  # a new length every step, for days
                 self.memo.clear()
         if function is None:
@@ -184,11 +193,20 @@ class Site:
             self.watched = [
                 (m._modules, dict(m._modules), self._hooks(m), m) for path, m in module.named_modules() if m is not module
             ] + [(module._modules, dict(module._modules), -1, module)]
-            self.units = sharded.units(module)
+            self.units, self.adapters = sharded.units(module), adapters.layers(module)
+            self.holders = [m for m in module.modules() if m._parameters]
+            self.weights = None if self.units or sharded.is_unit(module) else self._weights(module)
         for children, before, hooks, m in self.watched:
             if children != before or hooks >= 0 and len(m._forward_hooks) + len(m._forward_pre_hooks) != hooks:
                 return self._still_exact(module, children, before)
+        if self.weights is not None and self.weights != self._weights(module):
+            self.functions, self.memo, self.owners, self.weights = [], {}, {}, self._weights(module)  # of other numbers
         return True
+
+    def _weights(self, module: nn.Module) -> list[tuple] | None:
+        """What graphs hold of the parameters inside: dtypes and sizes. None: FSDP gathers them, in a dtype of its own."""
+        found = [p for m in self.holders for p in m._parameters.values() if p is not None]
+        return None if any(type(p.data) is DTensor for p in found) else [(p.dtype, p.shape) for p in found]
 
     @staticmethod
     def _hooks(m: nn.Module) -> int:
@@ -216,18 +234,18 @@ class Site:
         """What it means for the caller that a call runs the original forward."""
         return "it runs in plain PyTorch"
 
-    def find(self, module: nn.Module, args: tuple, kwargs: dict) -> Function | None:
+    def find(self, module: nn.Module, args: tuple, kwargs: dict, switches: tuple) -> Function | None:
         """The function that covers this call, captured now if none does; None: the original forward must run."""
         try:
             tensors, template = flatten(args, kwargs)
             for function in self.functions:
-                if function.call.covers(tensors, template, module.training):
+                if function.call.covers(tensors, template, module.training, switches):
                     return function
-            if len(self.functions) >= MAX_VARIANTS:
+            if sum(f.call.device == tensors[0].device for f in self.functions) >= MAX_VARIANTS:
                 raise CaptureError(f"it was captured for {MAX_VARIANTS} kinds of calls already")
-            others = [f.call for f in self.functions]
+            others = [f.call for f in self.functions if f.call.adapters == switches]
             calls = Call.readings(tensors, template, module.training, sizes_of(module), others)
-            function = self.capture_one_of(module, list(calls))
+            function = self.capture_one_of(module, [replace(call, adapters=switches) for call in calls])
         except CaptureError as error:
             self._fell_back(module, str(error), error.detail, self.comes_of_it(module, args))
             return None
@@ -250,7 +268,7 @@ class Site:
         if key not in self.state.shared:
             routers = {p: module.get_submodule(p) for p in self.routers}
             try:
-                with torch.enable_grad(), _unseen():
+                with surroundings.none_of_them(), torch.enable_grad(), _unseen():
                     function = self._export(module, call, routers)
                     self.state.lower(function)
                 self.state.shared[key] = function
@@ -360,17 +378,54 @@ def _fill(template: Any, out: tuple) -> Any:
     return {k: _fill(v, out) for k, v in what} if kind == "dict" else what
 
 
+# --- under another tool's trace --------------------------------------------------------------------------------------
+
+
+def _only_graphs(state: Optimized, routing: Routing, training: bool) -> bool:
+    """Do the graphs do what the original forward does not? Then nobody may trace that instead."""
+    plan = state.plan
+    always = plan.ep_size > 1 or plan.balanced_routing or plan.check_numerics
+    asked = routing.recorded is not None or routing.replayed is not None
+    return always or asked or training and (plan.router_z_loss > 0 or routing.counting or state.global_aux_loss)
+
+
+@torch.compiler.disable(
+    reason="an optimized model with ep_size above 1, router_z_loss, balanced_routing, check_numerics, or whose routes are "
+    "recorded, replayed or counted, runs moefx's graphs, which are compiled already: call it without torch.compile, or without "
+    "fullgraph"
+)
+def _untraced(run: Callable, *args: Any) -> Any:
+    """Dynamo breaks its graph here; torch.export and torch.jit.trace, which cannot, get an error."""
+    if hf.is_traced():
+        raise MoefxError(
+            "torch.export and torch.jit.trace see the model's own forward, which knows nothing of ep_size above 1, "
+            "router_z_loss, balanced_routing, check_numerics, or of routes that are recorded, replayed or counted: "
+            "moefx.restore(model) first"
+        )
+    return run(*args)
+
+
+@torch._dynamo.assume_constant_result
+def _say_what_is_compiled() -> None:
+    """Runs while Dynamo traces, once for each graph that it makes."""
+    warnings.warn(
+        "torch.compile sees an optimized model: it compiles the model's own forward, not moefx's graphs, which are compiled "
+        "already and faster; call the model without torch.compile",
+        stacklevel=2,
+    )
+
+
 # --- classes ---------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def _class(base: type, make: Callable[[type], Callable]) -> type:
-    """A subclass of ``base`` with another forward and the same name: Transformers and FSDP wrap by class and by name."""
-    forward = functools.wraps(base.forward)(make(base))  # type: ignore[attr-defined]
-    names = {"forward": forward, "__module__": base.__module__, "__qualname__": base.__qualname__, "_moefx_base": base}
+    """A subclass of ``base`` with another forward."""
+    members: dict[str, Any] = {"forward": functools.wraps(base.forward)(make(base))}  # type: ignore[attr-defined]
     if issubclass(base, PreTrainedModel):
-        names["save_pretrained"] = functools.wraps(base.save_pretrained)(_save_pretrained(base))  # type: ignore[attr-defined]
-    return type(base.__name__, (base,), names)
+        members["save_pretrained"] = functools.wraps(base.save_pretrained)(_save_pretrained(base))
+        members["__reduce_ex__"] = pickling(uninstall)
+    return subclass(base, **members)
 
 
 def _save_pretrained(base: type) -> Callable:
@@ -404,7 +459,7 @@ def _lm_head_forward(base: type) -> Callable:
     plain = base.forward  # type: ignore[attr-defined]
 
     def forward(self, hidden):
-        if not self._moefx_active or hf.is_emitting() or sharded.frees_weights(self):
+        if not self._moefx_active or hf.is_emitting() or hf.is_traced() or sharded.frees_weights(self):
             return plain(self, hidden)
         return LazyLogits(hidden, _Projection(self, functools.partial(plain, self)), self.out_features, hidden.dtype)
 
@@ -425,6 +480,16 @@ def _model_forward(base: type) -> Callable:
     plain = base.forward  # type: ignore[attr-defined]
 
     def forward(self, *args, **kwargs):
+        state: Optimized = self._moefx
+        if hf.is_traced():
+            if _only_graphs(state, self._moefx_routing, self.training):
+                return _untraced(untraced, self, args, kwargs)
+            if self.training:
+                _say_what_is_compiled()
+            return plain(self, *args, **kwargs)
+        return untraced(self, args, kwargs)
+
+    def untraced(self, args, kwargs):
         state: Optimized = self._moefx
         self._moefx_routing.start()
         mean = kwargs.get("num_items_in_batch") is None
@@ -506,12 +571,7 @@ def install(model: Any, state: Optimized) -> None:
 def uninstall(model: Any) -> None:
     """The model as it was before ``install``."""
     state: Optimized = model._moefx
-    for module in itertools.chain([model], model.modules()):
-        base = getattr(type(module), "_moefx_base", None)
-        if base is not None:
-            module.__class__ = base
-        for name in ("_moefx_site", "_moefx_active", "_moefx", "_moefx_routing"):
-            module.__dict__.pop(name, None)
+    remove(model)
     if state.after_forward is not None:
         state.after_forward.remove()
     if isinstance(vars(model).get("_loss_function"), FusedLoss):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .adapters import subclass
+from .subclass import subclass
 
 
 class Loop(NamedTuple):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
-from . import adapters, exchange, hf, parallel, sharded, tuning
+from . import adapters, exchange, hf, parallel, sharded, surroundings, tuning
 from . import backends as backends_
 from .adapters import unwrap
 from .capture import capture
@@ -22,6 +22,7 @@ from .program import Function, Program
 from .report import Explanation, Report
 from .report import explain as explain_report
 from .routing import warn_balanced
+from .subclass import own_class
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -39,6 +40,7 @@ def _reads_positions(function: Function) -> bool:
     return any(isinstance(value(u), Tensor) for i in tables for u in places[function.inputs[i]].users)
 
 
+@surroundings.none_of_them()
 def rewrite(program: Program, plan: Plan, pipeline: Pipeline, model: Any = None) -> Report:
     """Runs ``pipeline`` over a captured program; the report of what it did. The program's graphs are changed."""
     for function in program:
@@ -149,7 +151,8 @@ def optimize(
     state.shards_experts = ep_size > 1 and sharded.experts_mesh(model) is None  # type: ignore[arg-type]
     if state.shards_experts:
         parallel.shard_experts(model, plan)  # type: ignore[arg-type]
-    install(model, state)
+    with surroundings.none_of_them():
+        install(model, state)
     if balanced_routing:
         warn_balanced(model)
     if verify:
@@ -188,7 +191,7 @@ def restore(model: Model) -> Model:
     if state.plan.ep_group:
         exchange.release(state.plan.ep_group)
     uninstall(inner)
-    model.__class__ = getattr(type(model), "_moefx_base", type(model))  # type: ignore[assignment]
+    model.__class__ = own_class(type(model))  # type: ignore[assignment]
     return model
 
 

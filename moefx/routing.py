@@ -123,8 +123,10 @@ class Routing:
                 self.nonfinite.append((path, out[r.nonfinite]))
 
     def _count(self, path: str, route: Route, index: Tensor) -> None:
-        if path not in self.counts:
-            self.counts[path] = torch.zeros(route.num_experts, dtype=torch.int64, device=index.device)
+        before = self.counts.get(path)
+        if before is None or before.device != index.device:  # the model may have moved
+            before = torch.zeros(route.num_experts, dtype=torch.int64) if before is None else before
+            self.counts[path] = before.to(index.device)
         flat = index.detach().reshape(-1)
         self.counts[path].scatter_add_(0, flat, torch.ones_like(flat))
 
@@ -251,13 +253,13 @@ def expert_load(model: Any, reader: str = "") -> dict[str, Tensor]:
         raise MoefxError(f"nothing is counted yet: call moefx.count_routes({type(inner).__name__}) before the forward")
     experts = {f"{path}.{r.experts}": r.num_experts for path, r in _routes(inner)}
     device = next(inner.parameters()).device
-    mine = [routing.counts.get(p, torch.zeros(n, dtype=torch.int64, device=device)) for p, n in experts.items()]
+    mine = [routing.counts.get(p, torch.zeros(n, dtype=torch.int64)).to(device) for p, n in experts.items()]
     total = torch.cat(mine)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(total)
     everywhere = dict(zip(experts, total.split(list(experts.values())), strict=True))
     before, routing.read[reader] = routing.read.get(reader), everywhere
-    return everywhere if before is None else {p: n - before[p] for p, n in everywhere.items()}
+    return everywhere if before is None else {p: n - before[p].to(device) for p, n in everywhere.items()}
 
 
 def load_metrics(load: Mapping[str, Tensor]) -> dict[str, float]:

@@ -11,8 +11,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import ops
 from ..errors import CaptureError
+from . import recording
 from .masks import _known_window, packed_of
-from .recording import OwnAttention, _emitting
+from .recording import OwnAttention
 
 
 def attention_forward(
@@ -30,7 +31,7 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The "moefx" entry of Transformers' attention interface; query [B, A, S, D] -> [B, S, A, Dv]."""
-    callers = _emitting.get()
+    callers = recording.callers()
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     indices = kwargs.pop("indices", None)
     if indices is not None:

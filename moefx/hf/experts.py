@@ -17,7 +17,7 @@ from transformers.integrations.moe import ExpertsInterface
 from .. import adapters, loops, ops
 from ..activations import ACTIVATIONS
 from ..errors import CaptureError
-from .recording import _emitting
+from . import recording
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     Emits ``moefx.experts`` while capturing. Otherwise this is a call that no captured graph covers (generation with a
     cache, say): the implementation that the model had before, or, where experts are spread over ranks, the exchange.
     """
-    callers = _emitting.get()
+    callers = recording.callers()
     if callers is not None and callers.lenient and not _expressible(self):
         callers = None
     layout = experts_layout(self) if callers is not None or isinstance(next(self.parameters()), DTensor) else None
@@ -169,7 +169,7 @@ def _activation_of_loop(module: nn.Module) -> tuple[str, float, float] | str:
 
 def _emitter(module: nn.Module) -> Callable[..., Tensor] | None:
     """While capturing: emits ``moefx.experts`` for a module of :mod:`loops`."""
-    callers, known = _emitting.get(), module.__dict__.get("_moefx_layout")
+    callers, known = recording.callers(), module.__dict__.get("_moefx_layout")
     if callers is None or known is None or isinstance(known, str) and callers.lenient:
         return None
     if isinstance(known, str):

@@ -12,6 +12,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from .. import adapters, loops
 from ..errors import CaptureError
+from ..subclass import own_class
 from .attention import attention_forward
 from .experts import _activation_of_loop, _emitter, experts_forward, experts_layout, is_experts
 from .masks import attention_mask
@@ -76,7 +77,7 @@ def restore(model: PreTrainedModel, before: tuple[str | None, str | None]) -> No
         module.__dict__.pop("_moefx_previous", None)
         module.__dict__.pop("_moefx_layout", None)
         if adapters.is_wrapper(module) or loops.is_loop(module):
-            module.__class__ = getattr(type(module), "_moefx_base", type(module))
+            module.__class__ = own_class(type(module))  # type: ignore[assignment]
     _set_names(model, before)
 
 

@@ -14,6 +14,7 @@ from transformers import masking_utils
 from transformers.masking_utils import sdpa_mask
 
 from .. import ops
+from .recording import is_traced
 
 #: Set while a block is captured whose mask says nothing but this causal sliding window: attention says it instead.
 _known_window: ContextVar[int | None] = ContextVar("moefx_known_window", default=None)
@@ -57,6 +58,10 @@ def attention_mask(
 ) -> Tensor | None:
     """The "moefx" entry of Transformers' mask interface: SDPA's boolean mask, which notes if it is only a sliding window, or
     only that of packed sequences."""
+    if is_traced():  # such a mask is an input of the graph: nobody asks what it says
+        return sdpa_mask(
+            mask_function=mask_function, local_size=local_size, allow_is_causal_skip=allow_is_causal_skip, **kwargs
+        )
     said = _said(mask_function)
     sliding, packed = said.pop(_SLIDING, None), said.pop(_PACKED, None)
     plain = (

@@ -8,6 +8,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from transformers import masking_utils
 from transformers.integrations import hub_kernels
 from transformers.utils.output_capturing import _active_collector
@@ -95,5 +96,19 @@ class OwnAttention(CaptureError):
         self.module = module
 
 
+def callers() -> _Callers | None:
+    """Who has called what so far, while a model is recorded or captured; else None. Dynamo cannot read a ContextVar, and what
+    it traces is never a capture of ours."""
+    return None if torch.compiler.is_dynamo_compiling() else _emitting.get()
+
+
 def is_emitting() -> bool:
-    return _emitting.get() is not None
+    return callers() is not None
+
+
+def is_traced() -> bool:
+    """Does torch.compile, torch.export, torch.jit.trace or make_fx of somebody else's follow this call?"""
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    followed = torch.compiler.is_compiling() or torch.jit.is_tracing() or get_proxy_mode() is not None
+    return followed and not is_emitting()

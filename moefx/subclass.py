@@ -1,0 +1,72 @@
+"""The class of a module under moefx: that of its own with another forward, and in all else taken for it.
+
+It has the same name, since Transformers and FSDP wrap by class and by name. Whoever calls it, ``type(model)(config)`` or
+``type(model).from_pretrained(folder)``, gets a module of the own class; a copy of a module stays what the module is; what is
+pickled is a module of the own class, which moefx need not be there to read.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+#: What moefx leaves on modules.
+ATTRIBUTES = ("_moefx", "_moefx_active", "_moefx_layout", "_moefx_previous", "_moefx_routing", "_moefx_site")
+
+
+def subclass(base: type, **members: Any) -> type:
+    """A subclass of ``base``, a module's class, with ``members``."""
+    construct: Any = base.__init__  # type: ignore[misc]
+
+    @functools.wraps(construct)
+    def __init__(self, *args, **kwargs):
+        self.__class__ = base
+        construct(self, *args, **kwargs)
+
+    def __deepcopy__(self, memo):
+        _, _, state, *_ = base.__reduce_ex__(self, 4)
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(state, memo))
+        return copied
+
+    def __copy__(self):
+        _, _, state, *_ = base.__reduce_ex__(self, 4)
+        copied = type(self).__new__(type(self))
+        copied.__setstate__(state)
+        return copied
+
+    own: dict[str, Any] = {"__init__": __init__, "__reduce_ex__": pickling(remove)}
+    own |= {f.__name__: f for f in (__deepcopy__, __copy__) if not hasattr(base, f.__name__)}
+    named = {"__module__": base.__module__, "__qualname__": base.__qualname__, "_moefx_base": base}
+    return type(base.__name__, (base,), {**own, **named, **members})
+
+
+def pickling(undo: Callable[[Any], None]) -> Callable:
+    """``__reduce_ex__`` of a module as a copy of it is after ``undo``; parameters and buffers are not copied."""
+
+    def __reduce_ex__(self, protocol):
+        kept = {id(t): t for m in self.modules() for t in (*m._parameters.values(), *m._buffers.values())}
+        copied = copy.deepcopy(self, kept)
+        undo(copied)
+        return copied.__reduce_ex__(1)  # from 2 on, pickle compares the class with that of the module which it was given
+
+    return __reduce_ex__
+
+
+def remove(module: nn.Module) -> None:
+    """Gives ``module`` and all in it their own classes back."""
+    for m in module.modules():
+        m.__class__ = own_class(type(m))
+        for name in ATTRIBUTES:
+            m.__dict__.pop(name, None)
+
+
+def own_class(cls: type) -> type:
+    """The class that stood there before moefx came."""
+    while hasattr(cls, "_moefx_base"):
+        cls = cls._moefx_base
+    return cls
