@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +111,7 @@ class Site:
     adapters: list[nn.Module] = field(default_factory=list)  #: PEFT's layers inside the module
     holders: list[nn.Module] = field(default_factory=list)  #: modules inside that have parameters themselves
     weights: list[tuple] | None = None  #: dtypes and sizes of these parameters
+    numbers: list[tuple[Callable, dict, Any]] = field(default_factory=list)  #: see ``_numbers``
 
     def __deepcopy__(self, memo: dict) -> Site:
         return type(self)(self.path, self.state, self.functions, copy.deepcopy(self.routing, memo), self.routers)
@@ -194,14 +196,22 @@ class Site:
                 (m._modules, dict(m._modules), self._hooks(m), m) for path, m in module.named_modules() if m is not module
             ] + [(module._modules, dict(module._modules), -1, module)]
             self.units, self.adapters = sharded.units(module), adapters.layers(module)
+            self.numbers = list(_numbers(module))
             self.holders = [m for m in module.modules() if m._parameters]
             self.weights = None if self.units or sharded.is_unit(module) else self._weights(module)
         for children, before, hooks, m in self.watched:
-            if children != before or hooks >= 0 and len(m._forward_hooks) + len(m._forward_pre_hooks) != hooks:
+            if children != before or hooks >= 0 and self._hooks(m) != hooks:
                 return self._still_exact(module, children, before)
-        if self.weights is not None and self.weights != self._weights(module):
-            self.functions, self.memo, self.owners, self.weights = [], {}, {}, self._weights(module)  # of other numbers
+        if self.weights is not None and self.weights != self._weights(module) or any(
+            read(held) != before for read, held, before in self.numbers
+        ):
+            self.forget()
+            return self.intact(module)
         return True
+
+    def forget(self) -> None:
+        """The module, or what graphs hold of it, has changed: calls are captured anew."""
+        self.functions, self.memo, self.owners, self.watched = [], {}, {}, None
 
     def _weights(self, module: nn.Module) -> list[tuple] | None:
         """What graphs hold of the parameters inside: dtypes and sizes. None: FSDP gathers them, in a dtype of its own."""
@@ -210,7 +220,7 @@ class Site:
 
     @staticmethod
     def _hooks(m: nn.Module) -> int:
-        return len(m._forward_hooks) + len(m._forward_pre_hooks)
+        return sum(map(len, (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)))
 
     def _still_exact(self, module: nn.Module, children: dict, before: dict) -> bool:
         """Slow path of ``intact``: Transformers' own recording hooks are served, anything else means the original forward."""
@@ -343,6 +353,15 @@ class _Projection:
                 "the logits are read when lm_head's weight is spread over the ranks again: read them before loss.backward()"
             )
         return self.forward(hidden)
+
+
+def _numbers(module: nn.Module) -> Iterator[tuple[Callable, dict, Any]]:
+    """What graphs hold of the modules' own attributes: readers that are quick, what they read, and what it is now."""
+    for m in module.modules():
+        names = hf.numbers(m)
+        if names and (not type(m).__module__.startswith("torch.nn") or isinstance(m, nn.modules.dropout._DropoutNd)):
+            read = operator.itemgetter(*names)
+            yield read, vars(m), read(vars(m))
 
 
 def _key(value: Any, tensors: list[Tensor]) -> tuple:
@@ -511,6 +530,8 @@ def _model_forward(base: type) -> Callable:
             kwargs["use_cache"] = False  # a training step fills no cache that anybody reads
         fused = isinstance(vars(self).get("_loss_function"), FusedLoss) and not state.bypass
         lm_head = self.get_output_embeddings()
+        if fused and not hasattr(lm_head, "_moefx_active"):
+            _take_head(lm_head, self._loss_function.site)
         numbered = len(args) <= 1 and kwargs.get("position_ids") is None and kwargs.get("past_key_values") is None
         with hf.unpacked() if numbered and training else contextlib.nullcontext():
             if not fused or kwargs.get("labels") is None or not hasattr(lm_head, "_moefx_active"):
@@ -522,6 +543,17 @@ def _model_forward(base: type) -> Callable:
                 lm_head._moefx_active = False
 
     return forward
+
+
+def _take_head(lm_head: Any, site: HeadSite) -> None:
+    """Makes ``lm_head`` give lazy logits; of a head that came after optimize, the loss is captured anew."""
+    if not isinstance(lm_head, nn.Linear):
+        what = f"lm_head is a {type(lm_head).__name__}, put there after optimize, and not linear: its logits are stored"
+        site.state.report.fell_back(site.path, what, warn=torch.is_grad_enabled())
+        return
+    lm_head.__dict__["_moefx_active"] = False
+    lm_head.__class__ = _class(type(lm_head), _lm_head_forward)  # type: ignore[arg-type]
+    site.forget()
 
 
 def _after_forward(model: Any, args: Any, out: Any) -> None:
@@ -554,9 +586,9 @@ def install(model: Any, state: Optimized) -> None:
         loss = model.loss_function
         state.loss = vars(model).get("_loss_function")
         lm_head = model.get_submodule(head.instances[0])
-        site = HeadSite(head.instances[0], state, [head], routing, model_loss=loss)
-        lm_head.__dict__["_moefx_active"] = False
-        lm_head.__class__ = _class(type(lm_head), _lm_head_forward)  # type: ignore[arg-type]
+        site = HeadSite(head.instances[0], state, [], routing, model_loss=loss)
+        _take_head(lm_head, site)
+        site.functions = [head]
         model.loss_function = FusedLoss(site, loss)
     for path, functions in by_path.items():
         if functions[0].name != "head":

@@ -126,6 +126,15 @@ def count_as_tensor(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {**kwargs, "num_items_in_batch": torch.full((), count, device=device)}
 
 
+def numbers(module: nn.Module) -> list[str]:
+    """The module's own attributes, numbers and the like, that its forward may compute with."""
+    return [
+        k for k, v in vars(module).items()
+        if not k.startswith("_") and k not in ("training", "gradient_checkpointing")
+        and isinstance(v, (int, float, str, bool, tuple, type(None)))
+    ]  # fmt: skip
+
+
 def structure(module: nn.Module) -> tuple:
     """Equal for two modules that compute the same function of their parameters and inputs."""
     found = []
@@ -135,11 +144,7 @@ def structure(module: nn.Module) -> tuple:
             for n, p in [*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)]
         ]
         ignored = set() if reads_layer_index(type(m)) else INDEX_NAMES  # type: ignore[arg-type]
-        simple = {
-            k: v for k, v in vars(m).items()
-            if not k.startswith("_") and k not in ("training", "gradient_checkpointing") and k not in ignored
-            and isinstance(v, (int, float, str, bool, tuple, type(None)))
-        }  # fmt: skip
+        simple = {k: vars(m)[k] for k in numbers(m) if k not in ignored}
         functions = {k: getattr(v, "__qualname__", type(v).__name__) for k, v in vars(m).items() if callable(v)}
         found.append(
             (
