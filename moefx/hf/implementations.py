@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -34,15 +33,27 @@ def implementations(model: PreTrainedModel, attention: bool = True) -> Iterator[
         restore(model, before)
 
 
-#: Implementations that configurations named before moefx came, by id: models built from one configuration share it.
-_named_before: dict[int, tuple[str | None, str | None]] = {}
+#: By what a configuration named before moefx came: the "moefx" that it names since, an object of its own. Configurations are
+#: shared by models, and copied; ``copy.deepcopy`` keeps strings, so that a copy knows too what stood there.
+_marks: dict[str | None, str] = {}
+
+
+def _mark(before: str | None) -> str:
+    if before not in _marks:
+        _marks[before] = "".join(("moe", "fx"))  # a literal would be the same object each time
+    return _marks[before]
+
+
+def _before(name: str | None, usual: str) -> str | None:
+    """What a configuration said before it said ``name``; ``usual`` if that is lost: it was pickled, say."""
+    return next((b for b, mark in _marks.items() if mark is name), usual) if name == "moefx" else name
 
 
 def previous(model: PreTrainedModel) -> tuple[str | None, str | None]:
     """What the model calls for its attention and experts; where its configuration says "moefx", for this model or another that
-    shares it, what it said before."""
-    before = _named_before.get(id(model.config), (None, None))
-    return tuple(b if n == "moefx" else n for n, b in zip(_names(model), before, strict=True))  # type: ignore[return-value]
+    shares or copied it, what it said before."""
+    attention, experts = _names(model)
+    return _before(attention, "sdpa" if model._supports_sdpa else "eager"), _before(experts, "grouped_mm")
 
 
 def _names(model: PreTrainedModel) -> tuple[str | None, str | None]:
@@ -51,10 +62,7 @@ def _names(model: PreTrainedModel) -> tuple[str | None, str | None]:
 
 def use(model: PreTrainedModel, attention: bool = True) -> None:
     """Makes the model call moefx for its experts, and for its attention if ``attention``."""
-    attention_before, experts = names = previous(model)
-    if id(model.config) not in _named_before:
-        weakref.finalize(model.config, _named_before.pop, id(model.config), None)
-    _named_before[id(model.config)] = names
+    attention_before, experts = previous(model)
     for module in model.modules():
         if is_experts(module):
             module.__dict__.setdefault("_moefx_previous", experts)
@@ -70,6 +78,7 @@ def use(model: PreTrainedModel, attention: bool = True) -> None:
     if attention:
         model.set_attn_implementation("moefx")
     model.set_experts_implementation("moefx")
+    _set_names(model, (_mark(attention_before) if attention else attention_before, _mark(experts)))
 
 
 def restore(model: PreTrainedModel, before: tuple[str | None, str | None]) -> None:
