@@ -442,7 +442,7 @@ def _class(base: type, make: Callable[[type], Callable]) -> type:
     """A subclass of ``base`` with another forward."""
     members: dict[str, Any] = {"forward": functools.wraps(base.forward)(make(base))}  # type: ignore[attr-defined]
     if issubclass(base, PreTrainedModel):
-        members["save_pretrained"] = functools.wraps(base.save_pretrained)(_save_pretrained(base))
+        members["save_pretrained"] = functools.wraps(base.save_pretrained)(_save_pretrained(base))  # type: ignore[attr-defined]
         members["__reduce_ex__"] = pickling(uninstall)
     return subclass(base, **members)
 

@@ -33,8 +33,8 @@ def assert_same_step(model: Any, other: Any) -> None:
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def optimized(family: str = "qwen3_moe", **options: Any) -> Any:
-    return moefx.optimize(build(family), compile=False, **options)
+def optimized(family: str = "qwen3_moe", layers: int = 2, **options: Any) -> Any:
+    return moefx.optimize(build(family, num_hidden_layers=layers), compile=False, **options)
 
 
 # --- other tools ---
@@ -44,14 +44,14 @@ def test_torch_compile_makes_one_graph():
     """Training and evaluation under ``fullgraph=True``; the bits of the untouched model compiled the same way, and a word that
     nothing is gained."""
     found = []
-    for model in (build("qwen3_moe"), optimized()):
+    for model in (build("qwen3_moe", num_hidden_layers=1), optimized(layers=1)):
         torch._dynamo.reset()
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             compiled = torch.compile(model, backend="eager", fullgraph=True)
             loss, gradients = step(compiled)
         with torch.no_grad():
-            logits = compiled.eval()(**batch(3, 14, labels=False), use_cache=False).logits
+            logits = compiled.eval()(**batch(2, 9, labels=False), use_cache=False).logits
         found.append((loss, list(gradients.values()), logits, any("moefx's graphs" in str(w.message) for w in said)))
     (*plain, silent), (*ours, told) = found
     torch.testing.assert_close(ours, plain, rtol=0, atol=0)
@@ -62,7 +62,7 @@ def test_generate_with_a_static_cache_compiled():
     config = CompileConfig(backend="eager", mode=None, fullgraph=True)
     config._compile_all_devices = True  # else a CPU is never compiled for
     tokens = []
-    for model in (build("qwen3_moe"), optimized()):
+    for model in (build("qwen3_moe", num_hidden_layers=1), optimized(layers=1)):
         torch._dynamo.reset()
         options = dict(max_new_tokens=4, do_sample=False, cache_implementation="static", compile_config=config)
         tokens.append(model.eval().generate(batch(2, 5)["input_ids"], **options))
@@ -72,7 +72,7 @@ def test_generate_with_a_static_cache_compiled():
 @pytest.mark.parametrize("strict", [False, True])
 def test_torch_export(strict):
     given = dict(batch(2, 9, labels=False), use_cache=False)
-    model = optimized().eval()
+    model = optimized(layers=1).eval()
     exported = torch.export.export(model, (), given, strict=strict).module()
     torch.testing.assert_close(exported(**given).logits, model(**given).logits)
 
@@ -80,10 +80,11 @@ def test_torch_export(strict):
 def test_what_only_graphs_do_is_not_compiled_away():
     """The z-loss is no part of the model's own forward: Dynamo breaks its graph, torch.export gets a sentence."""
     torch._dynamo.reset()
-    model = optimized(router_z_loss=0.5)
+    model = optimized(layers=1, router_z_loss=0.5)
     wanted, _ = step(model)
     assert torch.equal(step(torch.compile(model, backend="eager"))[0], wanted)
-    with pytest.raises(Exception, match="router_z_loss"):
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="router_z_loss"):
         step(torch.compile(model, backend="eager", fullgraph=True))
     with pytest.raises(MoefxError, match=r"moefx.restore\(model\) first"):
         torch.export.export(model, (), batch(2, 9), strict=False)
@@ -169,7 +170,7 @@ def test_changed_after_a_forward(change):
 
 def test_a_router_cast_to_another_dtype():
     """A graph that was captured with a float32 router has no cast of its weight."""
-    model, plain = optimized("deepseek_v3"), build("deepseek_v3")
+    model, plain = optimized("deepseek_v3", 2), build("deepseek_v3", num_hidden_layers=2)
     model(**batch(2, 9))
     for m in (model, plain):
         m.model.layers[1].mlp.gate.to(torch.bfloat16)
