@@ -251,7 +251,7 @@ class Site:
             for function in self.functions:
                 if function.call.covers(tensors, template, module.training, switches):
                     return function
-            if sum(f.call.device == tensors[0].device for f in self.functions) >= MAX_VARIANTS:
+            if tensors and sum(f.call.device == tensors[0].device for f in self.functions) >= MAX_VARIANTS:
                 raise CaptureError(f"it was captured for {MAX_VARIANTS} kinds of calls already")
             others = [f.call for f in self.functions if f.call.adapters == switches]
             calls = Call.readings(tensors, template, module.training, sizes_of(module), others)
