@@ -34,9 +34,9 @@ from .untraceable import untraceable
 
 @dataclass(frozen=True)
 class Template:
-    """A call's arguments with its tensors taken out: nested tuples of ("t", position), constants, ("window", n) for a mask
-    that says nothing but a causal sliding window of n, ("packed", (n, position)) for one that says besides where packed
-    sequences begin, which is then the tensor, and ("written", (class, name)) for a dictionary that takes results."""
+    """A call's arguments with its tensors taken out: nested tuples of ("t", position), constants, ("said", (dtype, window,
+    position)) for a mask that says nothing but who comes before whom (:class:`hf.Said`), the tensor being where packed
+    sequences begin if any are, and ("written", (class, name)) for a dictionary that takes results."""
 
     args: Any
     kwargs: Any
@@ -46,12 +46,12 @@ class Template:
 
         def make(x: Any) -> Any:
             kind, what = x
-            if kind == "window":  # the attention says it instead: see hf.windowed
-                return None
             if kind == "t":
                 return tensors[what]
-            if kind == "packed":
-                return hf.packed_mask(tensors[what[1]], what[0])
+            if kind == "said":
+                dtype, window, starts = what
+                rows, length = tensors[0].shape[:2]
+                return hf.Said(dtype, window, None if starts is None else tensors[starts]).mask(rows, length, tensors[0].device)
             if kind == "written":
                 cls, name = what
                 return _written_only(cls, name, {} if written is None else written.setdefault(name, {}))
@@ -68,8 +68,8 @@ class Template:
 
         def walk(part: Any, name: str) -> None:
             kind, what = part
-            if kind in ("t", "packed"):
-                found[what if kind == "t" else what[1]] = name
+            if kind == "t" or kind == "said" and what[2] is not None:
+                found[what if kind == "t" else what[2]] = name
             elif kind in ("tuple", "list", "dict"):
                 for key, inner in what if kind == "dict" else enumerate(what):
                     walk(inner, f"{name} {key}")
@@ -79,22 +79,6 @@ class Template:
         for key, part in self.kwargs[1]:
             walk(part, key)
         return found
-
-    @property
-    def window(self) -> int | None:
-        """The sliding window that the call's mask stands for, if it does."""
-
-        def find(x: Any) -> set[int]:
-            kind, what = x
-            if kind == "window":
-                return {what}
-            parts = [v for _, v in what] if kind == "dict" else what if kind in ("tuple", "list") else ()
-            return set().union(*map(find, parts))
-
-        found = find(self.args) | find(self.kwargs)
-        if len(found) > 1:
-            raise CaptureError(f"its masks have different sliding windows: {sorted(found)}")
-        return found.pop() if found else None
 
 
 def _written_only(cls: type, name: str, into: dict) -> Any:
@@ -112,6 +96,12 @@ def _written_only(cls: type, name: str, into: dict) -> Any:
     return object.__new__(type(cls.__name__, (cls,), methods))
 
 
+def said_beside(tensors: list[Tensor], mask: Tensor) -> hf.Said | None:
+    """What the mask says, if its sizes are those of a call's first tensor [B, S, ...]: a graph makes it again by them."""
+    fits = bool(tensors) and (*tensors[0].shape[:1], 1, *tensors[0].shape[1:2], *tensors[0].shape[1:2]) == tuple(mask.shape)
+    return hf.said_of(mask) if fits else None
+
+
 def flatten(args: tuple, kwargs: dict) -> tuple[list[Tensor], Template]:
     """Separates tensors from constants; raises CaptureError for an argument that is neither (a cache, say).
 
@@ -120,12 +110,13 @@ def flatten(args: tuple, kwargs: dict) -> tuple[list[Tensor], Template]:
     tensors: list[Tensor] = []
 
     def take(x: Any, name: str) -> Any:
-        if isinstance(x, Tensor) and hf.window_of(x) is not None:
-            return ("window", hf.window_of(x))
-        packed = hf.packed_of(x) if isinstance(x, Tensor) else None
-        if packed is not None:
-            tensors.append(packed[0])
-            return ("packed", (packed[1], len(tensors) - 1))
+        if type(x) is hf.SaidMask or hf.said_of(x) is not None:
+            said = said_beside(tensors, x)
+            if said is not None and said.starts is not None:
+                tensors.append(said.starts)
+            if said is not None:
+                return ("said", (said.dtype, said.window, None if said.starts is None else len(tensors) - 1))
+            x = x.read() if type(x) is hf.SaidMask else x
         if isinstance(x, Tensor):
             tensors.append(x)
             return ("t", len(tensors) - 1)
@@ -344,7 +335,7 @@ def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module],
     try:
         with (
             warnings.catch_warnings(), _quiet(), _without_checkpointing(module), sharded.as_one_process(module),
-            hf.emitting() as callers, hf.windowed(call.template.window), _refusing_autograd_functions(),
+            hf.emitting() as callers, _refusing_autograd_functions(),
             refusing_questions(), torch.enable_grad(),
             torch._dynamo.config.patch(fake_tensor_cache_enabled=False),  # with symbolic sizes it costs more than it saves
             torch.autocast(call.device.type if call.device.type != "meta" else "cpu", enabled=False),

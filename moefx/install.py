@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from . import adapters, aux_loss, checkpoint, exchange, faults, hf, ops, sharded, surroundings
 from .adapters import unwrap
-from .capture import Call, capture_module, flatten, foreign_hooks, sizes_of
+from .capture import Call, capture_module, flatten, foreign_hooks, said_beside, sizes_of
 from .compiling import compiled
 from .errors import CaptureError, MoefxError
 from .head import LazyLogits, capture_head_call, head_call, split_logits
@@ -49,7 +49,7 @@ class Optimized:
     plan: Plan
     pipeline: Pipeline
     report: Report
-    implementations: tuple[str | None, str | None]
+    implementations: hf.Names  #: of experts, before
     loss: Callable | None = None  #: the model's own loss function; None: it had the default
     runners: dict[int, Callable] = field(default_factory=dict)  #: by id of function
     replaying: dict[int, Function] = field(default_factory=dict)  #: by id of function: its twin that is told the routes
@@ -62,6 +62,11 @@ class Optimized:
 
     def __deepcopy__(self, memo: dict) -> Optimized:
         return self  # a copied model shares graphs and compiled code; parameters are read from the module that is called
+
+    def masks(self) -> contextlib.AbstractContextManager[None]:
+        """Within: masks are made as graphs can do without them."""
+        plain = self.bypass or self.program.own_attention or hf.is_emitting()
+        return contextlib.nullcontext() if plain else hf.saying_masks()
 
     def runner(self, function: Function) -> Callable:
         """The function as a callable, compiled once however many instances share it."""
@@ -122,8 +127,10 @@ class Site:
                 return _untraced(self, module, args, kwargs, original)
             return original(*args, **kwargs)
         requested = hf.requested()
-        if self.state.bypass or hf.is_emitting() or "attentions" in requested or not self.intact(module):
+        if self.state.bypass or hf.is_emitting():
             return original(*args, **kwargs)
+        if "attentions" in requested or not self.intact(module):
+            return original(*hf.own_masks(args), **hf.own_masks(kwargs))
         tensors: list[Tensor] = []
         switches = adapters.switches(self.adapters)
         key = (module.training, switches, *_key(args, tensors), *_key(tuple(kwargs.items()), tensors))
@@ -134,7 +141,7 @@ class Site:
             if len(self.memo) > 4096:  # a new length every step, for days
                 self.memo.clear()
         if function is None:
-            return original(*args, **kwargs)
+            return original(*hf.own_masks(args), **hf.own_masks(kwargs))
         if not function.routes:
             out = self.run(module, function, tensors)
         else:
@@ -368,12 +375,14 @@ def _key(value: Any, tensors: list[Tensor]) -> tuple:
     """What decides which function a call takes, hashable; collects the tensors on the way, in ``flatten``'s order."""
     parts: list[Any] = []
     for v in value:
-        if isinstance(v, Tensor) and hf.window_of(v) is not None:
-            parts.append(("window", hf.window_of(v)))
-        elif isinstance(v, Tensor) and (packed := hf.packed_of(v)) is not None:
-            tensors.append(packed[0])
-            parts.append(("packed", packed[1], packed[0].shape, packed[0].device))
-        elif isinstance(v, Tensor):
+        if type(v) is hf.SaidMask:
+            said = said_beside(tensors, v)
+            if said is None:
+                v = v.read()
+            else:
+                parts.append(("said", said.dtype, said.window, said.starts is None))
+                v = said.starts
+        if isinstance(v, Tensor):
             tensors.append(v)
             parts.append((v.shape, v.dtype, v.device))
         elif type(v) is tuple or type(v) is list:
@@ -441,7 +450,7 @@ def _say_what_is_compiled() -> None:
 def _class(base: type, make: Callable[[type], Callable]) -> type:
     """A subclass of ``base`` with another forward."""
     members: dict[str, Any] = {"forward": functools.wraps(base.forward)(make(base))}  # type: ignore[attr-defined]
-    if issubclass(base, PreTrainedModel):
+    if make is _model_forward:
         members["save_pretrained"] = functools.wraps(base.save_pretrained)(_save_pretrained(base))  # type: ignore[attr-defined]
         members["__reduce_ex__"] = pickling(uninstall)
     return subclass(base, **members)
@@ -495,6 +504,19 @@ def _aux_loss(model: Any, state: Optimized, mean_of_ranks: bool, everywhere: boo
     return aux_loss.by_kernel(model, found.fn)
 
 
+def _part_forward(base: type) -> Callable:
+    """Of a model within the model: whoever calls it by itself gets graphs for the same masks."""
+    plain = base.forward  # type: ignore[attr-defined]
+
+    def forward(self, *args, **kwargs):
+        if hf.is_traced():
+            return plain(self, *args, **kwargs)
+        with self._moefx_state.masks():
+            return plain(self, *args, **kwargs)
+
+    return forward
+
+
 def _model_forward(base: type) -> Callable:
     plain = base.forward  # type: ignore[attr-defined]
 
@@ -517,7 +539,7 @@ def _model_forward(base: type) -> Callable:
         def total(x: Tensor) -> Tensor:
             return aux_loss.SumOverRanks.apply(x, aux_loss.gradient_scale(mean))  # type: ignore[no-untyped-call]
 
-        with faults.named(), _aux_loss(self, state, mean, everywhere):
+        with faults.named(), state.masks(), _aux_loss(self, state, mean, everywhere):
             out = run(self, args, kwargs)
             return self._moefx_routing.finish(state, out, kwargs.get("attention_mask"), total if everywhere else lambda x: x)
 
@@ -594,6 +616,10 @@ def install(model: Any, state: Optimized) -> None:
         if functions[0].name != "head":
             module = model.get_submodule(path)
             module._moefx_site.intact(module)  # from here on, what is replaced inside is noticed
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part is not model and not hasattr(type(part), "_moefx_base"):
+            part.__dict__["_moefx_state"] = state
+            part.__class__ = _class(type(part), _part_forward)  # type: ignore[arg-type]
     model.__dict__["_moefx"], model.__dict__["_moefx_routing"] = state, routing
     if sharded.is_unit(model):
         state.after_forward = model.register_forward_hook(_after_forward)

@@ -15,7 +15,10 @@ from typing import Any
 from torch import nn
 
 #: What moefx leaves on modules.
-ATTRIBUTES = ("_moefx", "_moefx_active", "_moefx_layout", "_moefx_previous", "_moefx_routing", "_moefx_site")
+ATTRIBUTES = (
+    "_moefx", "_moefx_active", "_moefx_layout", "_moefx_own_attention", "_moefx_previous", "_moefx_routing", "_moefx_site",
+    "_moefx_state",
+)  # fmt: skip
 
 
 def subclass(base: type, **members: Any) -> type:

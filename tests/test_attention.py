@@ -16,17 +16,21 @@ from .families import batch, build
 
 
 def mask(function, length=6, local_size=4, **kwargs):
-    return hf.attention_mask(
-        batch_size=1, q_length=length, kv_length=length, mask_function=function, local_size=local_size, device="cpu", **kwargs
-    )
+    given = {"batch_size": 1, "q_length": length, "kv_length": length, "local_size": local_size, "device": "cpu", **kwargs}
+    return hf.attention_mask(masking_utils.sdpa_mask, mask_function=function, **given)
+
+
+def window_of(found):
+    said = hf.said_of(found)
+    return None if said is None or said.starts is not None else said.window
 
 
 def test_a_sliding_window_is_noted():
     found = mask(masking_utils.sliding_window_causal_mask_function(4))
-    assert hf.window_of(found) == 4
+    assert window_of(found) == 4
     distance = torch.arange(6)[:, None] - torch.arange(6)
     assert torch.equal(found[0, 0], (distance >= 0) & (distance < 4))
-    assert hf.window_of(mask(masking_utils.sliding_window_causal_mask_function(4), length=3)) == 4
+    assert window_of(mask(masking_utils.sliding_window_causal_mask_function(4), length=3)) == 4
 
 
 @pytest.mark.parametrize("what", ["chunks", "padding", "packing", "more queries than keys"])
@@ -40,8 +44,8 @@ def test_other_masks_are_not(what):
         packed = masking_utils.packed_sequence_mask_function(torch.tensor([[0, 0, 1, 1, 1, 1]]))
         found = mask(masking_utils.and_masks(window, packed))
     else:
-        found = hf.attention_mask(batch_size=1, q_length=1, kv_length=6, q_offset=5, mask_function=window, local_size=4, device="cpu")
-    assert found is not None and hf.window_of(found) is None
+        found = mask(window, q_length=1, kv_length=6, q_offset=5)
+    assert found is not None and window_of(found) is None
 
 
 def test_the_captured_block_knows_its_window_and_needs_no_mask():

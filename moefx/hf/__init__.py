@@ -1,8 +1,9 @@
 """What moefx asks of Transformers: its experts, attention and mask interfaces, and what a model is made of."""
 
+from .attention import attention_forward
 from .experts import ExpertsLayout, experts_layout, is_dense_experts, is_experts
-from .implementations import implementations, named, previous, restore, use
-from .masks import attention_mask, packed_mask, packed_of, window_of, windowed
+from .implementations import Names, implementations, named, previous, restore, use
+from .masks import Said, SaidMask, attention_mask, own_masks, said_of, saying_masks
 from .model import (
     INDEX_NAMES,
     blocks,
@@ -22,9 +23,9 @@ from .model import (
 from .recording import OwnAttention, emitting, is_emitting, is_traced, packed, unpacked, unpacked_on_meta, without_packages
 
 __all__ = [
-    "INDEX_NAMES", "ExpertsLayout", "OwnAttention", "attention_mask", "blocks", "check", "count_as_tensor", "emitting",
-    "experts_in", "experts_layout", "experts_modules", "implementations", "is_dense_experts", "is_emitting", "is_experts",
-    "is_language_model", "is_norm", "is_recurrent", "is_traced", "named", "numbers", "packed", "packed_mask", "packed_of",
-    "previous", "reads_layer_index", "requested", "restore", "routers", "structure", "unpacked", "unpacked_on_meta", "use",
-    "window_of", "windowed", "without_packages",
+    "INDEX_NAMES", "ExpertsLayout", "Names", "OwnAttention", "Said", "SaidMask", "attention_forward", "attention_mask",
+    "blocks", "check", "count_as_tensor", "emitting", "experts_in", "experts_layout", "experts_modules", "implementations",
+    "is_dense_experts", "is_emitting", "is_experts", "is_language_model", "is_norm", "is_recurrent", "is_traced", "named",
+    "numbers", "own_masks", "packed", "previous", "reads_layer_index", "requested", "restore", "routers", "said_of",
+    "saying_masks", "structure", "unpacked", "unpacked_on_meta", "use", "without_packages",
 ]  # fmt: skip
