@@ -551,13 +551,17 @@ def _model_forward(base: type) -> Callable:
         if training and kwargs.get("use_cache") is None:
             kwargs["use_cache"] = False  # a training step fills no cache that anybody reads
         fused = isinstance(vars(self).get("_loss_function"), FusedLoss) and not state.bypass
+        unasked = not state.bypass and all(kwargs.get(k) is None for k in ("use_cache", "past_key_values", "cache"))
         lm_head = self.get_output_embeddings()
         if fused and not hasattr(lm_head, "_moefx_active"):
             _take_head(lm_head, self._loss_function.site)
         numbered = len(args) <= 1 and kwargs.get("position_ids") is None and kwargs.get("past_key_values") is None
         with hf.unpacked() if numbered and training else contextlib.nullcontext():
             if not fused or kwargs.get("labels") is None or not hasattr(lm_head, "_moefx_active"):
-                return plain(self, *args, **kwargs)
+                out = plain(self, *args, **kwargs)
+                if unasked and any(getattr(out, k, None) is not None for k in ("past_key_values", "cache")):
+                    state.report.filled_a_cache()
+                return out
             lm_head._moefx_active = True
             try:
                 return plain(self, *args, **kwargs)

@@ -58,6 +58,16 @@ class Report:
             self.details[path, reason] = detail
         self.fallbacks[path, reason] = self.fallbacks.get((path, reason), 0) + 1
 
+    def filled_a_cache(self) -> None:
+        """Says, once, that a call filled a cache that nobody had asked for: whoever reads it must find it right."""
+        text = (
+            f"{self.program.model_class} fills a cache in this call, so its blocks run without their graphs: pass "
+            "use_cache=False, or set model.config.use_cache = False, where nobody reads past_key_values (scores, rewards, a teacher's logits)"
+        )
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, ShortfallWarning, stacklevel=2)
+
     def note(self, path: str, text: str) -> None:
         self.notes[path, text] = self.notes.get((path, text), 0) + 1
 

@@ -184,8 +184,8 @@ def test_attention_over_more_keys_than_queries_stays_the_models():
 
     torch.manual_seed(0)
     model = moefx.optimize(AutoModelForCausalLM.from_config(tiny_config("deepseek_v4")), compile=False)
-    (why,) = (x for x in moefx.report(model).program.left if "queries" in x.reason)
-    assert why.module == "DeepseekV4Attention" and why.reason.startswith("it attends 17 queries to 21 keys")
+    functions = moefx.report(model).program.functions.values()
+    assert not any(n.target is moefx.ops.attention for f in functions for n in f.graph.nodes)
     assert moefx.report(model).kernels()["experts", "torch"][0] == 3
     assert model.config._attn_implementation == "eager"
     for b, s in ((1, 1), (2, 13), (2, 131)):  # no, some, and all kinds of windows of compressed keys
