@@ -61,8 +61,8 @@ class Report:
     def filled_a_cache(self) -> None:
         """Says, once, that a call filled a cache that nobody had asked for: whoever reads it must find it right."""
         text = (
-            f"{self.program.model_class} fills a cache in this call, so its blocks run without their graphs: pass "
-            "use_cache=False, or set model.config.use_cache = False, where nobody reads past_key_values (scores, rewards, a teacher's logits)"
+            f"{self.program.model_class} fills a cache in this call, so its blocks run without their graphs: where nobody "
+            "reads past_key_values (scores, rewards, a teacher's logits), pass use_cache=False, or set it in model.config"
         )
         if text not in self._warned:
             self._warned.add(text)
