@@ -57,7 +57,7 @@ class Optimized:
     shared: dict[tuple, Function | CaptureError] = field(default_factory=dict)
     bypass: bool = False  #: run the original forwards (moefx.verify)
     global_aux_loss: bool = False  #: the auxiliary loss is that of all ranks' tokens
-    after_forward: RemovableHandle | None = None  #: of the hook that frees FSDP's root after an evaluation
+    hooks: list[RemovableHandle] = field(default_factory=list)  #: that the model has while it is optimized
     shards_experts: bool = False  #: ``optimize`` spread the experts over ranks: ``restore`` brings them back
 
     def __deepcopy__(self, memo: dict) -> Optimized:
@@ -626,7 +626,7 @@ def install(model: Any, state: Optimized) -> None:
             part.__class__ = _class(type(part), _part_forward)  # type: ignore[arg-type]
     model.__dict__["_moefx"], model.__dict__["_moefx_routing"] = state, routing
     if sharded.is_unit(model):
-        state.after_forward = model.register_forward_hook(_after_forward)
+        state.hooks.append(model.register_forward_hook(_after_forward))
     model.__class__ = _class(type(model), _model_forward)  # type: ignore[arg-type]
 
 
@@ -634,8 +634,8 @@ def uninstall(model: Any) -> None:
     """The model as it was before ``install``."""
     state: Optimized = model._moefx
     remove(model)
-    if state.after_forward is not None:
-        state.after_forward.remove()
+    for hook in state.hooks:
+        hook.remove()
     if isinstance(vars(model).get("_loss_function"), FusedLoss):
         if state.loss is None:
             del model._loss_function

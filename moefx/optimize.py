@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from . import adapters, exchange, hf, parallel, sharded, surroundings, tuning
+from . import adapters, dtensor_ops, exchange, hf, parallel, sharded, state_dict, surroundings, tuning
 from . import backends as backends_
 from .adapters import unwrap
 from .capture import capture
@@ -153,6 +154,10 @@ def optimize(
         parallel.shard_experts(model, plan)  # type: ignore[arg-type]
     with surroundings.none_of_them():
         install(model, state)
+    spread = next((p for p in model.parameters() if isinstance(p, DTensor)), None)  # type: ignore[attr-defined]
+    if spread is not None:
+        dtensor_ops.install(spread.device_mesh)
+        state.hooks += state_dict.take_whole_tensors(model)  # type: ignore[arg-type]
     if balanced_routing:
         warn_balanced(model)
     if verify:
