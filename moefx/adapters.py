@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .subclass import subclass
+from . import sharded
+from .subclass import own_class, subclass
 
 #: On an experts module while its wrapper's forward runs: parameter -> factors of its updates.
 _FACTORS = "_moefx_factors"
@@ -48,7 +49,70 @@ def adapting(base: type, emitting: Callable[[], bool]) -> type:
         with _adapted(self):
             return self.base_layer(x, *args, **kwargs)
 
-    return subclass(base, forward=forward)
+    def get_delta_weight(self, adapter_name, *args, **kwargs):
+        weight = self.get_param()
+        if not isinstance(weight, DTensor):
+            return plain_delta(self, adapter_name, *args, **kwargs)
+        part = sharded.local_slices(weight)
+        with _whole_factors(self, adapter_name):
+            if self.num_experts > 1:
+                delta = _delta_of_experts(self, adapter_name, part[0])[:, part[1], part[2]]
+            else:
+                delta = plain_delta(self, adapter_name, *args, **kwargs)[part]
+        how = {"run_check": False, "shape": weight.shape, "stride": weight.stride()}
+        return DTensor.from_local(delta.to(weight.dtype).contiguous(), weight.device_mesh, weight.placements, **how)
+
+    plain_delta = base.get_delta_weight  # type: ignore[attr-defined]
+    return subclass(base, forward=forward, get_delta_weight=get_delta_weight)
+
+
+def _delta_of_experts(wrapper: Any, adapter: str, experts: slice) -> Tensor:
+    """PEFT's ``get_delta_weight`` of some experts. (It has no way to ask for some, and all are as large as all weights.)"""
+    up, down = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
+    up = up.reshape(wrapper.num_experts, -1, up.shape[-1])[experts]  # [E, rank, in]
+    down = down.reshape(down.shape[0], -1, wrapper.num_experts)[..., experts]  # [out, rank, E]
+    order = "o r e, e r i -> e o i" if wrapper._did_swap_in_out_features else "o r e, e r i -> e i o"
+    return torch.einsum(order, down, up) * wrapper.scaling[adapter]
+
+
+@contextmanager
+def _whole_factors(wrapper: Any, adapter: str) -> Iterator[None]:
+    """Within: the factors of an adapter are plain tensors, whole on every rank."""
+    linears = [factors[adapter] for factors in (wrapper.lora_A, wrapper.lora_B)]
+    kept = [linear._parameters["weight"] for linear in linears]
+    try:
+        for linear, weight in zip(linears, kept, strict=True):
+            if isinstance(weight, DTensor):
+                linear._parameters["weight"] = nn.Parameter(weight.detach().full_tensor(), requires_grad=False)
+        yield
+    finally:
+        for linear, weight in zip(linears, kept, strict=True):
+            linear._parameters["weight"] = weight
+
+
+#: What changes weights, or which adapters count, on the model that PEFT puts between its own and Transformers'.
+_MERGING = ("merge_adapter", "unmerge_adapter", "merge_and_unload", "unload", "disable_adapter_layers")
+
+
+@functools.cache
+def merging(base: type) -> type:
+    """A subclass of PEFT's tuner (``LoraModel``) that merges into the weights that stay. FSDP shows others within and after a
+    forward; PEFT takes merged adapters out in the next forward once they are disabled, where these are all there is."""
+
+    def on_shards(name: str) -> Callable:
+        plain = getattr(base, name)
+
+        @functools.wraps(plain)
+        def call(self, *args, **kwargs):
+            sharded.reshard(self)
+            if name == "disable_adapter_layers" and any(getattr(m, "merged_adapters", ()) for m in layers(self)):
+                self.unmerge_adapter()
+            with torch.no_grad():
+                return plain(self, *args, **kwargs)
+
+        return call
+
+    return subclass(base, **{name: on_shards(name) for name in _MERGING if hasattr(base, name)})
 
 
 @functools.cache
@@ -68,6 +132,20 @@ def saving(base: type) -> type:
         return plain(self, save_directory, *args, **kwargs)
 
     return subclass(base, save_pretrained=functools.wraps(plain)(save_pretrained))
+
+
+def wrap(model: Any) -> None:
+    """PEFT's model, and the tuner inside it, save and merge what is spread over ranks."""
+    model.__class__ = saving(type(model))
+    if hasattr(model.base_model, "merge_adapter"):
+        model.base_model.__class__ = merging(type(model.base_model))
+
+
+def unwrap_classes(model: Any) -> None:
+    """The reverse of ``wrap``."""
+    for m in (model, vars(model).get("_modules", {}).get("base_model")):
+        if m is not None:
+            m.__class__ = own_class(type(m))
 
 
 def _is_adapter(name: str, parameter: nn.Parameter) -> bool:

@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from . import sharded
 from .errors import MoefxError
 
 aten = torch.ops.aten
@@ -36,6 +37,8 @@ ELEMENTWISE = (
 FUSED = ("adam", "adamw", "sgd", "adagrad")
 
 Handler = Callable[[Any, tuple, dict[str, Any]], Any]
+
+_TENSOR_DATA: Any = torch._C.TensorBase.data  # the descriptor that all tensors share
 
 _thread = threading.local()
 _works: bool | None = None  #: None: not tried yet
@@ -55,6 +58,7 @@ def install(mesh: DeviceMesh) -> None:
         kept = dict(registered)
         registered.update(ours)
         dispatcher.__class__ = _dispatcher(before, ours, kept)
+        DTensor.data = property(_TENSOR_DATA.__get__, _set_data)  # type: ignore[assignment]
         with torch.no_grad():
             _try(mesh)
         register_optimizer_step_pre_hook(_no_lbfgs)
@@ -62,6 +66,8 @@ def install(mesh: DeviceMesh) -> None:
     except Exception as error:
         _works = False
         dispatcher.__class__ = before
+        if "data" in vars(DTensor):
+            del DTensor.data
         for op in ours if kept else ():
             if op in kept:
                 registered[op] = kept[op]
@@ -333,6 +339,25 @@ def _masked(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     return x
 
 
+def _set_data(tensor: DTensor, value: Any) -> None:
+    """``p.data = value``, as averages of weights and ``vector_to_parameters`` do, which DTensor takes and forgets: the value is
+    written where the parameter lies, since FSDP reads it there."""
+    if not isinstance(value, Tensor) or value.shape != tensor.shape or value.dtype != tensor.dtype or _is_partial(tensor):
+        raise MoefxError(
+            f".data of a parameter of shape {tuple(tensor.shape)} and {tensor.dtype}, spread over ranks as {tensor.placements}, "
+            f"cannot become {_described(value)}: convert the model before it is spread"
+        )
+    with torch.no_grad():
+        if isinstance(value, DTensor) and value.device_mesh == tensor.device_mesh:
+            tensor._local_tensor.copy_(value.redistribute(placements=tensor.placements)._local_tensor)
+        else:
+            sharded.fill(tensor, _whole(value))
+
+
+def _described(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)} and {value.dtype}" if isinstance(value, Tensor) else repr(value)
+
+
 # --- does it hold? ---------------------------------------------------------------------------------------------------
 
 
@@ -358,6 +383,8 @@ def _try(mesh: DeviceMesh) -> None:
     x = spread([-1.0, 3.0])
     x[x.lt(0)] = 0
     _expect("a masked assignment", x.to_local(), plain([0.0, 3.0]))
+    x.data = DTensor.from_local(plain([2.0, 5.0]), mesh, x.placements, run_check=False)
+    _expect("a new value of .data", x.to_local(), plain([2.0, 5.0]))
     norms = torch._foreach_norm([plain([3.0, 4.0]), spread([5.0, 0.0], everywhere)])
     _expect("norms of a list", torch.stack(list(norms)), plain([5.0, 5.0]))
     infinite, gradient = plain(0.0), plain([float("inf")])

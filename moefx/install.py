@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from . import adapters, aux_loss, checkpoint, exchange, faults, hf, ops, sharded, surroundings
+from . import adapters, aux_loss, checkpoint, exchange, faults, hf, ops, parallel, sharded, surroundings
 from .adapters import unwrap
 from .capture import Call, capture_module, flatten, foreign_hooks, said_beside, sizes_of
 from .compiling import compiled
@@ -533,6 +533,8 @@ def _model_forward(base: type) -> Callable:
     def untraced(self, args, kwargs):
         state: Optimized = self._moefx
         self._moefx_routing.start()
+        if state.shards_experts and state.plan.mesh is not None and torch.is_grad_enabled():
+            parallel.average_over_replicas(self, parallel.replicas_of(state.plan.mesh))
         mean = kwargs.get("num_items_in_batch") is None
         everywhere = state.global_aux_loss and self.training and not state.bypass
 

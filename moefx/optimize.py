@@ -23,7 +23,6 @@ from .program import Function, Program
 from .report import Explanation, Report
 from .report import explain as explain_report
 from .routing import warn_balanced
-from .subclass import own_class
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -164,7 +163,7 @@ def optimize(
         _verify_or_restore(model, example)
     if given is not model:
         parallel.tell_ddp(given)  # type: ignore[arg-type]
-        given.__class__ = adapters.saving(type(given))  # type: ignore[assignment,arg-type]
+        adapters.wrap(given)
     return given
 
 
@@ -196,7 +195,7 @@ def restore(model: Model) -> Model:
     if state.plan.ep_group:
         exchange.release(state.plan.ep_group)
     uninstall(inner)
-    model.__class__ = own_class(type(model))  # type: ignore[assignment]
+    adapters.unwrap_classes(model)
     return model
 
 

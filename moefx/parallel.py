@@ -106,10 +106,13 @@ def shard_experts(model: nn.Module, plan: Plan) -> list[str]:
     averaged over the replicas as they accumulate; DDP is told to leave them alone.
     """
     assert plan.mesh is not None
-    replicas = plan.mesh["dp_replicate"] if "dp_replicate" in (plan.mesh.mesh_dim_names or ()) else None
-    names = shard_parameters(model, plan.mesh["ep"], replicas)
+    names = shard_parameters(model, plan.mesh["ep"], replicas_of(plan.mesh))
     tell_ddp(model)
     return names
+
+
+def replicas_of(mesh: DeviceMesh) -> DeviceMesh | None:
+    return mesh["dp_replicate"] if "dp_replicate" in (mesh.mesh_dim_names or ()) else None
 
 
 def tell_ddp(model: nn.Module) -> None:
@@ -128,13 +131,25 @@ def shard_parameters(model: nn.Module, ep: DeviceMesh, replicas: DeviceMesh | No
             new = nn.Parameter(_shard(full.detach(), ep, replicas), requires_grad=full.requires_grad)
             for key, kept in vars(full).items():  # what Transformers notes on parameters
                 setattr(new, key, kept)
-            if replicas is not None and replicas.size() > 1 and full.requires_grad:
-                new.register_post_accumulate_grad_hook(_average_over(replicas))
             setattr(module, name, new)
             names.append(f"{path}.{name}")
         if hf.is_dense_experts(module):
             module.forward = functools.partial(_dense_over_ranks, module)
+    average_over_replicas(model, replicas)
     return names
+
+
+def average_over_replicas(model: nn.Module, replicas: DeviceMesh | None) -> None:
+    """Experts' gradients are averaged as they accumulate, over the ranks that hold the same experts. Called again in each
+    forward: parameters of a copied model have lost the hook."""
+    if replicas is None or replicas.size() == 1:
+        return
+    average = _average_over(replicas)
+    for module in hf.experts_modules(model).values():
+        for p in module.parameters(recurse=False):
+            hooks: Any = getattr(p, "_post_accumulate_grad_hooks", None) or {}
+            if p.requires_grad and isinstance(p, DTensor) and average not in hooks.values():
+                p.register_post_accumulate_grad_hook(average)
 
 
 def _dense_over_ranks(module: nn.Module, hidden_states: Tensor) -> Tensor:
@@ -160,6 +175,7 @@ def _shard(full: Tensor, ep: DeviceMesh, replicas: DeviceMesh | None) -> DTensor
     return sharded
 
 
+@functools.cache
 def _average_over(replicas: DeviceMesh) -> Any:
     group, many = replicas.get_group(), replicas.size()
 
