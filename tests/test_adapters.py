@@ -77,3 +77,14 @@ def test_adapters_that_are_switched():
     plain, ours = losses
     assert ours == pytest.approx(plain, abs=2e-5)
     assert len({round(x, 4) for x in plain}) >= 4  # they differ, so that a mistake shows
+
+
+def test_layers_that_differ_in_scaling_alone():
+    options = {"target_modules": ["q_proj"], "alpha_pattern": {"layers.1.self_attn.q_proj": 32}}
+    assert_same_step(adapted("qwen3_moe", True, **options), adapted("qwen3_moe", False, **options))
+
+
+def test_restore_gives_peft_its_classes_back():
+    model = adapted("qwen3_moe", True, target_modules=["q_proj"])
+    moefx.restore(model)
+    assert type(model) is peft.PeftModel and type(model.base_model) is peft.LoraModel

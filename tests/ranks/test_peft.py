@@ -107,3 +107,48 @@ def saved_as_one(name, path, one):
 )
 def test_lora(world, cases, tmp_path):
     assert [w for wrong in run(agrees, world, cases, str(tmp_path), timeout=300) for w in wrong] == []
+
+
+def merges(rank, world, name, how, ep, folder):
+    """Runs in each rank: merged, taken out, disabled, merged for good and saved; what differs from PEFT alone, as sentences."""
+    start()
+    import moefx
+    from tests.families import batch
+
+    one, model = adapted(name), adapted(name)
+    if how == "parallelize":
+        model = moefx.parallelize(model, ep_size=ep, compile=False, lost_after=0)
+    else:
+        model = moefx.optimize(model, ep_size=ep, compile=False)
+    wrong = []
+
+    def compare(what, model, one):
+        with torch.no_grad():
+            found, wanted = (m(**batch(2, 9, seed=rank)).logits for m in (model, one))
+        if not torch.allclose(found, wanted, atol=1e-4):
+            wrong.append(f"{name} {how} ep={ep} rank {rank} {what}: {float((found - wanted).abs().max()):.1e}")
+
+    for what, do in (
+        ("merged", lambda m: m.merge_adapter()), ("taken out", lambda m: m.unmerge_adapter()),
+        ("merged safely", lambda m: m.merge_adapter(safe_merge=True)),
+    ):  # fmt: skip
+        compare(f"before it is {what}", model, one)  # a forward leaves FSDP's root gathered
+        for m in (model, one):
+            do(m)
+        compare(what, model, one)
+    with model.disable_adapter(), one.disable_adapter():
+        compare("disabled", model, one)
+    compare("enabled again", model, one)
+    model, one = (m.merge_and_unload() for m in (model, one))
+    compare("merged for good", model, one)
+    model.save_pretrained(folder)
+    torch.distributed.barrier()
+    saved, wanted = dict(type(one).from_pretrained(folder).named_parameters()), dict(one.named_parameters())
+    if saved.keys() != wanted.keys() or not all(torch.allclose(saved[n], p, atol=1e-5) for n, p in wanted.items()):
+        wrong.append(f"{name} {how} rank {rank}: the saved model is another")
+    return wrong
+
+
+@pytest.mark.parametrize("how, name, world, ep", [("optimize", "qwen3_moe", 2, 2), ("parallelize", "gpt_oss", 4, 2)])
+def test_merging(how, name, world, ep, tmp_path):
+    assert [w for wrong in run(merges, world, name, how, ep, str(tmp_path), timeout=300) for w in wrong] == []
