@@ -79,11 +79,11 @@ def _delta_of_experts(wrapper: Any, adapter: str, experts: slice) -> Tensor:
 def _whole_factors(wrapper: Any, adapter: str) -> Iterator[None]:
     """Within: the factors of an adapter are plain tensors, whole on every rank."""
     linears = [factors[adapter] for factors in (wrapper.lora_A, wrapper.lora_B)]
-    kept = [linear._parameters["weight"] for linear in linears]
+    kept: list[Any] = [linear._parameters["weight"] for linear in linears]
     try:
         for linear, weight in zip(linears, kept, strict=True):
             if isinstance(weight, DTensor):
-                linear._parameters["weight"] = nn.Parameter(weight.detach().full_tensor(), requires_grad=False)
+                linear._parameters["weight"] = nn.Parameter(weight.full_tensor().detach(), requires_grad=False)
         yield
     finally:
         for linear, weight in zip(linears, kept, strict=True):
@@ -136,9 +136,11 @@ def saving(base: type) -> type:
 
 def wrap(model: Any) -> None:
     """PEFT's model, and the tuner inside it, save and merge what is spread over ranks."""
-    model.__class__ = saving(type(model))
+    cls: Any = type(model)
+    model.__class__ = saving(cls)
     if hasattr(model.base_model, "merge_adapter"):
-        model.base_model.__class__ = merging(type(model.base_model))
+        cls = type(model.base_model)
+        model.base_model.__class__ = merging(cls)
 
 
 def unwrap_classes(model: Any) -> None:

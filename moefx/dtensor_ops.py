@@ -1,12 +1,12 @@
-"""Operations on parameters of several meshes, which ``torch.optim``, gradient clipping and ``GradScaler`` call and DTensor lacks.
+"""Operations on parameters of several meshes that ``torch.optim``, gradient clipping and ``GradScaler`` call and DTensor lacks.
 
 Under expert parallelism a model's parameters are plain tensors and DTensors, or DTensors of several meshes. DTensor refuses
 operations on lists of both, has no rule for some that optimizers call, and reads a number that is still to be summed over ranks
 (``float(norm)``) as this rank's summand. :func:`install` registers handlers for these where DTensor has a place for them. What
 DTensor can do it does: a list of DTensors of one mesh goes its own way.
 
-All this hangs on how DTensor dispatches, so :func:`install` tries the handlers on known cases before they are relied on. Seen in
-torch 2.13.
+All this hangs on how DTensor dispatches, so :func:`install` tries the handlers on known cases before they are relied on. Seen
+in torch 2.13.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ aten = torch.ops.aten
 
 #: Operations on lists that take each number by itself: what is true of whole tensors is true of each rank's parts of them.
 ELEMENTWISE = (
-    "abs", "add", "addcdiv", "addcmul", "clamp_max", "clamp_min", "copy", "div", "exp", "lerp", "log", "maximum", "minimum", "mul",
-    "neg", "pow", "reciprocal", "rsqrt", "sign", "sqrt", "sub", "zero",
+    "abs", "add", "addcdiv", "addcmul", "clamp_max", "clamp_min", "copy", "div", "exp", "lerp", "log", "maximum", "minimum",
+    "mul", "neg", "pow", "reciprocal", "rsqrt", "sign", "sqrt", "sub", "zero",
 )  # fmt: skip
 FUSED = ("adam", "adamw", "sgd", "adagrad")
 
@@ -45,8 +45,8 @@ _works: bool | None = None  #: None: not tried yet
 
 
 def install(mesh: DeviceMesh) -> None:
-    """Registers the handlers, once a process, and tries them; all ranks of ``mesh`` call it. If they do not do what is said here
-    (another torch), they are taken back with a warning that says what to call instead."""
+    """Registers the handlers, once a process, and tries them; all ranks of ``mesh`` call it. If they do not do what is said
+    here (another torch), they are taken back with a warning that says what to call instead."""
     global _works
     if _works is not None:
         return
@@ -113,7 +113,7 @@ def _dispatcher(base: type, ours: dict[Any, Handler], kept: dict[Any, Handler]) 
 
         @_custom_op_handlers.setter
         def _custom_op_handlers(self, handlers: dict[Any, Handler]) -> None:
-            vars(self)["_custom_op_handlers"] = handlers
+            self.__dict__["_custom_op_handlers"] = handlers
 
     return Dispatcher
 
@@ -174,7 +174,7 @@ def _elementwise(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     )
     if not isinstance(out, (list, tuple)):
         return out
-    return [_spread_as(t, l) if l is not None else t for t, l in zip(out, like, strict=True)]
+    return [t if as_this is None else _spread_as(t, as_this) for t, as_this in zip(out, like, strict=True)]
 
 
 def _to_local(tensors: list[Any], changes: list[bool], op: Any, local: list[list[Any]], i: int) -> DTensor | None:
@@ -311,10 +311,11 @@ def _number(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 def _no_lbfgs(optimizer: Any, args: Any, kwargs: Any) -> None:
-    if isinstance(optimizer, torch.optim.LBFGS) and any(isinstance(p, DTensor) for g in optimizer.param_groups for p in g["params"]):
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if isinstance(optimizer, torch.optim.LBFGS) and any(isinstance(p, DTensor) for p in parameters):
         raise MoefxError(
-            "LBFGS lays all parameters end to end and looks at this rank's loss alone, so that ranks which share parameters would "
-            "stop at different points: take another optimizer, or train in one process"
+            "LBFGS lays all parameters end to end and looks at this rank's loss alone, so that ranks which share parameters "
+            "would stop at different points: take another optimizer, or train in one process"
         )
 
 
@@ -340,12 +341,12 @@ def _masked(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 def _set_data(tensor: DTensor, value: Any) -> None:
-    """``p.data = value``, as averages of weights and ``vector_to_parameters`` do, which DTensor takes and forgets: the value is
-    written where the parameter lies, since FSDP reads it there."""
+    """``p.data = value``, as averages of weights and ``vector_to_parameters`` do, which DTensor takes and forgets: the value
+    is written where the parameter lies, since FSDP reads it there."""
     if not isinstance(value, Tensor) or value.shape != tensor.shape or value.dtype != tensor.dtype or _is_partial(tensor):
         raise MoefxError(
-            f".data of a parameter of shape {tuple(tensor.shape)} and {tensor.dtype}, spread over ranks as {tensor.placements}, "
-            f"cannot become {_described(value)}: convert the model before it is spread"
+            f".data of a parameter of shape {tuple(tensor.shape)} and {tensor.dtype}, spread over ranks as "
+            f"{tensor.placements}, cannot become {_described(value)}: convert the model before it is spread"
         )
     with torch.no_grad():
         if isinstance(value, DTensor) and value.device_mesh == tensor.device_mesh:
@@ -365,11 +366,11 @@ def _try(mesh: DeviceMesh) -> None:
     """One case of each handler, on this rank but for one number that all ranks of ``mesh`` sum."""
     device, everywhere = mesh.device_type, [Replicate()] * mesh.ndim
 
-    def spread(value: Any, placements: Any = (Shard(0), *everywhere[1:])) -> DTensor:
-        return DTensor.from_local(torch.tensor(value, device=device), mesh, placements, run_check=False)
-
     def plain(value: Any) -> Tensor:
         return torch.tensor(value, device=device)
+
+    def spread(value: Any, first: Placement = Shard(0)) -> DTensor:  # noqa: B008
+        return DTensor.from_local(plain(value), mesh, [first, *everywhere[1:]], run_check=False)
 
     mixed = torch._foreach_add([plain([1.0]), spread([1.0, 4.0])], 1.0)
     torch._foreach_sqrt_(mixed[1:])
@@ -378,14 +379,14 @@ def _try(mesh: DeviceMesh) -> None:
     _expect("a list of a plain tensor and a DTensor", torch.cat(local), plain([2.0, 2 * 2**0.5, 2 * 5**0.5]))
     if not isinstance(mixed[1], DTensor) or mixed[1].placements[0] != Shard(0):
         raise AssertionError("the result of a list is not spread as the list is")
-    summed = spread(1.0, [Partial(), *everywhere[1:]])
+    summed = spread(1.0, Partial())
     _expect("a sum over ranks as a number", plain(float(summed)), plain(float(mesh.size(0))))
     x = spread([-1.0, 3.0])
     x[x.lt(0)] = 0
     _expect("a masked assignment", x.to_local(), plain([0.0, 3.0]))
     x.data = DTensor.from_local(plain([2.0, 5.0]), mesh, x.placements, run_check=False)
     _expect("a new value of .data", x.to_local(), plain([2.0, 5.0]))
-    norms = torch._foreach_norm([plain([3.0, 4.0]), spread([5.0, 0.0], everywhere)])
+    norms = torch._foreach_norm([plain([3.0, 4.0]), spread([5.0, 0.0], Replicate())])
     _expect("norms of a list", torch.stack(list(norms)), plain([5.0, 5.0]))
     infinite, gradient = plain(0.0), plain([float("inf")])
     torch._amp_foreach_non_finite_check_and_unscale_([gradient, spread([1.0])], infinite, plain(1.0))

@@ -253,6 +253,11 @@ class Site:
 
     def find(self, module: nn.Module, args: tuple, kwargs: dict, switches: tuple) -> Function | None:
         """The function that covers this call, captured now if none does; None: the original forward must run."""
+        if (self.units or sharded.is_unit(module)) and any(disabled and merged for disabled, _, merged, _ in switches):
+            raise MoefxError(
+                f"an adapter of {self.path} is merged into the weights and disabled: PEFT would take it out of what FSDP has "
+                "gathered for this call alone; call unmerge_adapter() on PEFT's model"
+            )
         try:
             tensors, template = flatten(args, kwargs)
             for function in self.functions:

@@ -60,7 +60,7 @@ class _Hook:
                 continue  # torch says what is missing or of another shape
             if metadata.get("assign_to_params_buffers"):
                 raise MoefxError(
-                    f"load_state_dict(assign=True) would put another parameter in the place of {prefix + name}, whose gradients "
-                    "are averaged over ranks and which an optimizer may hold: leave assign out"
+                    f"load_state_dict(assign=True) would put another parameter in the place of {prefix + name}, whose "
+                    "gradients are averaged over ranks and which an optimizer may hold: leave assign out"
                 )
             state_dict[prefix + name] = cut(whole)

@@ -139,6 +139,19 @@ def merges(rank, world, name, how, ep, folder):
     with model.disable_adapter(), one.disable_adapter():
         compare("disabled", model, one)
     compare("enabled again", model, one)
+    if how == "parallelize":  # not by PEFT's model, which takes merged ones out first
+        model.merge_adapter()
+        layers = [m for m in model.modules() if hasattr(m, "enable_adapters")]
+        for layer in layers:
+            layer.enable_adapters(False)
+        with pytest.raises(moefx.MoefxError, match="merged into the weights and disabled"):
+            model(**batch(2, 9, seed=rank))
+        for layer in layers:
+            layer.enable_adapters(True)
+        for layer in model.modules():
+            if isinstance(layer, torch.distributed.fsdp.FSDPModule):
+                layer.reshard()
+        model.unmerge_adapter()
     model, one = (m.merge_and_unload() for m in (model, one))
     compare("merged for good", model, one)
     model.save_pretrained(folder)
