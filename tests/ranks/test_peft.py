@@ -141,7 +141,7 @@ def merges(rank, world, name, how, ep, folder):
     compare("enabled again", model, one)
     if how == "parallelize":  # not by PEFT's model, which takes merged ones out first
         model.merge_adapter()
-        layers = [m for m in model.modules() if hasattr(m, "enable_adapters")]
+        layers = [m for m in model.modules() if hasattr(m, "merged_adapters")]
         for layer in layers:
             layer.enable_adapters(False)
         with pytest.raises(moefx.MoefxError, match="merged into the weights and disabled"):
