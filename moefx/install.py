@@ -155,7 +155,7 @@ class Site:
     def run_routed(self, module: nn.Module, function: Function, tensors: list[Tensor]) -> Any:
         """Runs a function with routers: tells it whom to choose where that is decided, and notes whom it chose."""
         x, dispatches = tensors[0], None
-        told = self.routing.told(self, function, x, module.training)
+        told = self.routing.told(self, function, tensors, module.training)
         if told is None:
             out = self.run(module, function, tensors)
         else:

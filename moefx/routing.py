@@ -54,6 +54,7 @@ class Routing:
     z_loss: Tensor | None = None  #: of the last forward with labels
     nonfinite: list[tuple[str, Tensor]] = field(default_factory=list)
     forwards: int = 0
+    differentiates: bool = False  #: does the running forward of the model have gradients?
     step: int | None = None  #: of the optimizer, where somebody counts: the Trainer
 
     def __deepcopy__(self, memo: dict) -> Routing:
@@ -61,12 +62,14 @@ class Routing:
 
     # --- around a function's call ---
 
-    def told(self, site: Site, function: Function, x: Tensor, training: bool) -> tuple[list[Tensor], Dispatches] | None:
+    def told(
+        self, site: Site, function: Function, tensors: list[Tensor], training: bool
+    ) -> tuple[list[Tensor], Dispatches] | None:
         """The choices that this call must use, whether it must, and the dispatches that belong to them.
 
         None: nothing depends on them, the routers choose.
         """
-        index, dispatches = None, Dispatches()
+        index, dispatches, x = None, Dispatches(), tensors[0]
         if recomputing():
             kept = next((k for k in site.kept if k.where == _where(x) and not k.storage.expired()), None)
             fixed = next((r.fixed for r in function.routes if r.fixed), "")
@@ -76,28 +79,30 @@ class Routing:
             else:
                 index, dispatches = kept.index, kept.dispatches
         elif self.replayed is not None:
-            index = [self._replayed(f"{site.path}.{r.experts}", r, x) for r in function.routes]
+            counts = zip(function.routes, function.routed(tensors), strict=True)
+            index = [self._replayed(f"{site.path}.{r.experts}", r, tokens, x.device) for r, tokens in counts]
         if index is None and not (training and _checkpointed()):
             return None
         # forward and recomputation must save the same tensors: both run the function that can be told
-        tokens = x.shape[:-1].numel()
-        blank = index or [torch.zeros(tokens, r.top_k, dtype=torch.int64, device=x.device) for r in function.routes]
-        return [*blank, torch.full((), index is not None, device=x.device)], dispatches
+        told = index is not None
+        if index is None:
+            counts = zip(function.routes, function.routed(tensors), strict=True)
+            index = [torch.zeros(tokens, r.top_k, dtype=torch.int64, device=x.device) for r, tokens in counts]
+        return [*index, torch.full((), told, device=x.device)], dispatches
 
-    def _replayed(self, path: str, route: Route, x: Tensor) -> Tensor:
+    def _replayed(self, path: str, route: Route, tokens: int, device: torch.device) -> Tensor:
         assert self.replayed is not None
         if route.fixed:
             raise MoefxError(f"the routes of {path} cannot be replayed: {route.fixed}")
         index = self.replayed.get(path)
         if index is None:
             raise MoefxError(f"the routes to replay have none for {path}: they are of {', '.join(self.replayed) or 'nothing'}")
-        tokens = x.shape[:-1].numel()
         if tuple(index.shape) != (tokens, route.top_k):
             raise MoefxError(
                 f"the routes to replay for {path} are {list(index.shape)}, this call wants [{tokens}, {route.top_k}] (tokens, "
                 "experts per token): replay the batch that was recorded"
             )
-        return index.to(device=x.device, dtype=torch.int64)
+        return index.to(device=device, dtype=torch.int64)
 
     def saw(
         self, site: Site, function: Function, x: Tensor, training: bool, out: tuple, dispatches: Dispatches | None
@@ -118,6 +123,11 @@ class Routing:
             if self.counting and training:
                 self._count(path, r, out[r.index])
             if r.logits is not None and training:
+                if self.differentiates and not torch.is_grad_enabled():
+                    raise MoefxError(
+                        f"router_z_loss: {site.path} is checkpointed with use_reentrant=True, which hides its routers' logits from "
+                        "the loss, so that they would get no gradient of it: pass use_reentrant=False"
+                    )
                 self.logits.append(out[r.logits])
             if r.nonfinite is not None:
                 self.nonfinite.append((path, out[r.nonfinite]))
@@ -133,6 +143,7 @@ class Routing:
     def start(self) -> None:
         self.logits, self.nonfinite, self.z_loss = [], [], None
         self.forwards += 1
+        self.differentiates = torch.is_grad_enabled()
 
     def finish(self, state: Optimized, out: Any, mask: Tensor | None, total: Callable[[Tensor], Tensor]) -> Any:
         """Checks the forward's numbers and adds to its loss what the plan asks for.
@@ -152,12 +163,14 @@ class Routing:
         return out
 
     def _mean_square_logsumexp(self, mask: Tensor | None, total: Callable[[Tensor], Tensor]) -> Tensor:
-        squares = torch.stack([torch.logsumexp(x.float(), dim=-1).square() for x in self.logits]).sum(0)  # [T]
-        counts = torch.ones_like(squares)
-        if mask is not None and mask.numel() == counts.numel():
-            counts = mask.reshape(-1).to(counts)
-        squares, tokens = total(torch.stack(((squares * counts).sum(), counts.sum()))).unbind()
-        return squares / tokens
+        parts = []
+        for x in self.logits:  # [T, E], and an encoder has other tokens than a decoder
+            squares = torch.logsumexp(x.float(), dim=-1).square()
+            fits = mask is not None and mask.numel() == squares.numel()
+            counts = mask.reshape(-1).to(squares) if fits else torch.ones_like(squares)  # type: ignore[union-attr]
+            parts.append(torch.stack(((squares * counts).sum(), counts.sum())))
+        squares, tokens = total(torch.stack(parts)).unbind(-1)
+        return (squares / tokens).sum()
 
     def _raise_if_not_finite(self) -> None:
         many = torch.stack([n for _, n in self.nonfinite]).tolist()  # the only time that the host waits
