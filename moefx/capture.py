@@ -4,9 +4,6 @@ into a graph."""
 from __future__ import annotations
 
 import itertools
-import logging
-import sys
-import warnings
 from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, nullcontext
@@ -16,15 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.autograd import function as autograd_function
 from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 
 from . import hf, sharded
 from .errors import CaptureError, MoefxError
 from .functional import functionalize
+from .gradients import custom_gradients_are_seen, no_grad_is_seen, refuse_no_grad_values, refusing_custom_gradients
 from .graph import aten
-from .lengths import refuse_limits, refusing_questions
+from .lengths import questions_are_seen, refuse_limits, refusing_questions
+from .patches import silent
 from .program import Function, Left, Program
 from .readings import Sizes, readings
 from .untraceable import untraceable
@@ -261,44 +259,6 @@ class _Entry(nn.Module):
 
 
 @contextmanager
-def _refusing_autograd_functions() -> Iterator[None]:
-    """torch.export drops the backward of a ``torch.autograd.Function`` without a word: refuse instead.
-
-    ``Function.apply`` may have been bound long ago (``op = Fn.apply`` in a module), so it is not what is replaced but a
-    helper that it calls first, which sees the class in its caller's frame.
-    """
-    look = autograd_function._is_setup_context_defined
-
-    def refuse(setup_context: Any) -> Any:
-        cls = sys._getframe(1).f_locals.get("cls")
-        # a custom operator's registered backward stays with its node
-        if isinstance(cls, type) and not cls.__module__.startswith("torch._library"):
-            name = f"{cls.__module__}.{cls.__qualname__}"
-            raise CaptureError(f"it calls the autograd.Function {name}, whose backward a captured graph would lose")
-        return look(setup_context)
-
-    autograd_function._is_setup_context_defined = refuse  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        autograd_function._is_setup_context_defined = look  # type: ignore[assignment]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Within: what fails is not logged with its stack as well: it becomes a sentence of the report."""
-    loggers = [logging.getLogger(f"torch.{n}") for n in ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")]
-    before = [logger.disabled for logger in loggers]
-    for logger in loggers:
-        logger.disabled = True
-    try:
-        yield
-    finally:
-        for logger, disabled in zip(loggers, before, strict=True):
-            logger.disabled = disabled
-
-
-@contextmanager
 def _without_checkpointing(module: nn.Module) -> Iterator[None]:
     """Activation checkpointing wraps a block's call from outside: it is no part of the graph."""
     before = [(m, m.gradient_checkpointing) for m in module.modules() if getattr(m, "gradient_checkpointing", False)]
@@ -330,6 +290,8 @@ def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module],
     Raises CaptureError, with the reason, if the graph would not be exact: a size or a value of data decides the Python
     control flow, a custom backward would be lost, a buffer is written, a hook would be baked in.
     """
+    for assumption in (custom_gradients_are_seen, no_grad_is_seen, questions_are_seen):
+        assumption()
     hook = foreign_hooks(module)
     if hook:
         raise CaptureError(f"the forward hook {hook} would be baked into the graph")
@@ -339,15 +301,15 @@ def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module],
     entry.training = module.training
     try:
         with (
-            warnings.catch_warnings(), _quiet(), _without_checkpointing(module), sharded.as_one_process(module),
-            hf.emitting() as callers, hf.windowed(call.template.window), _refusing_autograd_functions(),
+            # what fails is not logged with its stack as well: it becomes a sentence of the report
+            silent("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes"), _without_checkpointing(module), sharded.as_one_process(module),
+            hf.emitting() as callers, hf.windowed(call.template.window), refusing_custom_gradients(),
             refusing_questions(), torch.enable_grad(),
             torch._dynamo.config.patch(fake_tensor_cache_enabled=False),  # with symbolic sizes it costs more than it saves
             torch.autocast(call.device.type if call.device.type != "meta" else "cpu", enabled=False),
         ):  # fmt: skip
-            warnings.simplefilter("ignore")
             exported = _export(entry, tensors, call)
-            _refuse_no_grad_values(exported.graph_module)
+            refuse_no_grad_values(exported.graph_module)
             if not functionalize(exported.graph):
                 exported = exported.run_decompositions({})
     except CaptureError:
@@ -381,17 +343,6 @@ def _export(entry: _Entry, tensors: list[Tensor], call: Call) -> Any:
 def _first_sentence(error: BaseException) -> str:
     lines = [x.strip() for x in str(error).splitlines() if x.strip()] or [type(error).__name__]
     return f"{type(error).__name__}: {' '.join(lines[:2])[:300]}"
-
-
-def _refuse_no_grad_values(graph_module: fx.GraphModule) -> None:
-    """Decomposition inlines ``torch.no_grad()`` regions and so lets gradients into them: fine only for integers and masks."""
-    for node in graph_module.graph.nodes:
-        if node.op == "call_function" and "wrap_with_set_grad_enabled" in str(node.target):
-            vals = node.meta.get("val", ())
-            floats = [v for v in (vals if isinstance(vals, (tuple, list)) else (vals,))
-                      if isinstance(v, Tensor) and v.dtype.is_floating_point]  # fmt: skip
-            if floats and not node.args[0]:
-                raise CaptureError("a torch.no_grad() region in it computes floating-point values")
 
 
 def _function(module: nn.Module, exported: Any, call: Call, name: str, callers: list) -> Function:
@@ -692,6 +643,7 @@ def capture(model: Any, example: Mapping[str, Any] | None = None) -> Program:
         raise MoefxError(
             f"{type(model).__name__} is already optimized: read moefx.report(model).program, or moefx.restore(model) first"
         )
+    hf.outputs_are_collected()
     program = Program(type(model).__name__, {}, [])
     try:
         _fill(program, model, example)

@@ -23,7 +23,7 @@ from .compiling import compiled
 from .errors import CaptureError, MoefxError
 from .head import LazyLogits, capture_head_call, head_call, split_logits
 from .program import Function, Program
-from .routing import Routing
+from .routing import Routing, recomputation_is_seen
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -471,6 +471,7 @@ def _after_forward(model: Any, args: Any, out: Any) -> None:
 
 def install(model: Any, state: Optimized) -> None:
     """Makes every instance of every function run it. Nothing else of the model changes: same names, same parameters."""
+    recomputation_is_seen()
     hf.use(model, not state.program.own_attention)
     routers, routing = hf.routers(model), Routing()
     by_path: dict[str, list[Function]] = {}

@@ -57,14 +57,15 @@ def _without_z_loss(report: Report, model: Any) -> list[str]:
     """What a router z-loss would leave out. Raises MoefxError if that is everything."""
     if not report.plan.router_z_loss:
         return []
-    routes = {f"{path}.{r.experts}": r for f in report.program for r in f.routes for path in f.instances}
+    routes = {r.path(path): r for f in report.program for r in f.routes for path in f.instances}
     without = [path for path, r in routes.items() if r.logits is None]
     if len(without) == len(routes):
         raise MoefxError(
             f"router_z_loss={report.plan.router_z_loss}, but no router of {type(model).__name__} was captured, so there are no "
             "logits to take it from: leave it out, or add it to the loss yourself"
         )
-    return [f"router_z_loss: without the logits of {len(without)} of {len(routes)} routers, of {without[0]} first"] if without else []
+    some = f"router_z_loss: without the logits of {len(without)} of {len(routes)} routers"
+    return [f"{some}, of {without[0]} first"] if without else []
 
 
 def optimize(

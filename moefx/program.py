@@ -40,6 +40,10 @@ class Route:
     nonfinite: int | None = None  #: how many logits are NaN or infinite
     fixed: str = ""  #: why its choice cannot be given
 
+    def path(self, block: str) -> str:
+        """Of the experts in the model: they may be the block themselves."""
+        return f"{block}.{self.experts}" if self.experts else block
+
 
 @dataclass(eq=False)
 class Function:
@@ -70,8 +74,8 @@ class Function:
         self.placeholders = [n.name for n in self.graph.nodes if n.op == "placeholder"]
 
     def routed(self, tensors: Sequence[torch.Tensor]) -> list[int]:
-        """How many tokens each of ``routes`` has in a call with these inputs, as the graph says: which of an input's sizes count
-        tokens is the block's own affair (hyper-connections take [B, S, streams, H])."""
+        """How many tokens each of ``routes`` has in a call with these inputs, as the graph says: which of an input's sizes
+        count tokens is the block's own affair (hyper-connections take [B, S, streams, H])."""
         sizes = tuple(n for t in tensors for n in t.shape)
         if sizes not in self._routed:
             nodes = {n.name: n for n in self.graph.nodes if n.op == "placeholder"}

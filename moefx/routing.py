@@ -17,9 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 from . import sharded
 from .adapters import unwrap
+from .assumptions import assumed
 from .errors import MoefxError
 from .exchange import Dispatches
 
@@ -80,7 +82,7 @@ class Routing:
                 index, dispatches = kept.index, kept.dispatches
         elif self.replayed is not None:
             counts = zip(function.routes, function.routed(tensors), strict=True)
-            index = [self._replayed(f"{site.path}.{r.experts}", r, tokens, x.device) for r, tokens in counts]
+            index = [self._replayed(r.path(site.path), r, tokens, x.device) for r, tokens in counts]
         if index is None and not (training and _checkpointed()):
             return None
         # forward and recomputation must save the same tensors: both run the function that can be told
@@ -117,7 +119,7 @@ class Routing:
         elif site.kept:
             site.kept = []
         for r in function.routes:
-            path = f"{site.path}.{r.experts}"
+            path = r.path(site.path)
             if self.recorded is not None:
                 self.recorded[path] = out[r.index].detach().clone()
             if self.counting and training:
@@ -125,8 +127,8 @@ class Routing:
             if r.logits is not None and training:
                 if self.differentiates and not torch.is_grad_enabled():
                     raise MoefxError(
-                        f"router_z_loss: {site.path} is checkpointed with use_reentrant=True, which hides its routers' logits from "
-                        "the loss, so that they would get no gradient of it: pass use_reentrant=False"
+                        f"router_z_loss: {site.path} is checkpointed with use_reentrant=True, which hides its routers' logits "
+                        "from the loss, so that they would get no gradient of it: pass use_reentrant=False"
                     )
                 self.logits.append(out[r.logits])
             if r.nonfinite is not None:
@@ -198,6 +200,25 @@ def _checkpointed() -> bool:
     return hooked or not torch.is_grad_enabled() or recomputing()
 
 
+@assumed("autograd says whether it runs a backward, whether what is saved is hooked, and whether memory still exists",
+         "torch 2.11 to 2.14")  # fmt: skip
+def recomputation_is_seen() -> bool:
+    seen: list[tuple[bool, bool]] = []
+
+    def note(x: Tensor) -> Tensor:
+        seen.append((recomputing(), _checkpointed()))
+        return x.sin()
+
+    x = torch.ones(1, requires_grad=True)
+    note(x)
+    for reentrant in (False, True):
+        checkpoint(note, x, use_reentrant=reentrant).backward()
+    kept = StorageWeakRef((y := torch.ones(1)).untyped_storage())
+    alive = not kept.expired()
+    del y
+    return alive and kept.expired() and seen == [(False, False), *[(False, True), (True, True)] * 2]
+
+
 def _where(x: Tensor) -> tuple:
     return x.data_ptr(), tuple(x.shape), x.dtype
 
@@ -262,7 +283,7 @@ def expert_load(model: Any, reader: str = "") -> dict[str, Tensor]:
     inner, _, routing = _of(model)
     if not routing.counting:
         raise MoefxError(f"nothing is counted yet: call moefx.count_routes({type(inner).__name__}) before the forward")
-    experts = {f"{path}.{r.experts}": r.num_experts for path, r in _routes(inner)}
+    experts = {r.path(path): r.num_experts for path, r in _routes(inner)}
     device = next(inner.parameters()).device
     mine = [routing.counts.get(p, torch.zeros(n, dtype=torch.int64, device=device)) for p, n in experts.items()]
     total = torch.cat(mine)
@@ -300,7 +321,7 @@ def update_router_bias(model: Any, rate: float = 1e-3, load: Mapping[str, Tensor
         MoefxError: no router of the model has a bias for its choice, or one is kept in 16 bits, where a step would be lost.
     """
     inner, _, _ = _of(model)
-    biased = [(f"{path}.{r.experts}", f"{path}.{r.bias}") for path, r in _routes(inner) if r.bias is not None]
+    biased = [(r.path(path), f"{path}.{r.bias}") for path, r in _routes(inner) if r.bias is not None]
     if not biased:
         raise MoefxError(f"no router of {type(inner).__name__} has a bias that is added for the choice only: use its aux loss")
     load = expert_load(inner, "update_router_bias") if load is None else load

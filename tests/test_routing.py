@@ -14,7 +14,6 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import AutoModelForCausalLM
 
 import moefx
-
 from moefx.tiny import tiny_config
 from moefx.verify import against
 

@@ -13,6 +13,7 @@ from .model import (
     is_language_model,
     is_norm,
     is_recurrent,
+    outputs_are_collected,
     reads_layer_index,
     requested,
     routers,
@@ -23,7 +24,8 @@ from .recording import OwnAttention, emitting, is_emitting, packed, unpacked, un
 __all__ = [
     "INDEX_NAMES", "ExpertsLayout", "OwnAttention", "attention_mask", "blocks", "check", "count_as_tensor", "emitting",
     "experts_in", "experts_layout", "experts_modules", "implementations", "is_dense_experts", "is_emitting", "is_experts",
-    "is_language_model", "is_norm", "is_recurrent", "named", "packed", "packed_mask", "packed_of", "previous",
+    "is_language_model", "is_norm", "is_recurrent", "named", "outputs_are_collected", "packed", "packed_mask",
+    "packed_of", "previous",
     "reads_layer_index", "requested", "restore", "routers", "structure", "unpacked", "unpacked_on_meta", "use", "window_of",
     "windowed", "without_packages",
 ]  # fmt: skip
