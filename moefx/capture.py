@@ -41,58 +41,65 @@ class Template:
 
     def fill(self, tensors: tuple | list, written: dict[str, dict] | None = None) -> tuple[tuple, dict]:
         """The arguments; what they leave in dictionaries for others goes to ``written``, by the argument's name."""
-
-        def make(x: Any) -> Any:
-            kind, what = x
-            if kind == "window":  # the attention says it instead: see hf.windowed
-                return None
-            if kind == "t":
-                return tensors[what]
-            if kind == "packed":
-                return hf.packed_mask(tensors[what[1]], what[0])
-            if kind == "written":
-                cls, name = what
-                return _written_only(cls, name, {} if written is None else written.setdefault(name, {}))
-            if kind == "dict":
-                return {k: make(v) for k, v in what}
-            return tuple(map(make, what)) if kind == "tuple" else [make(v) for v in what] if kind == "list" else what
-
-        return make(self.args), make(self.kwargs)
+        return _filled(self.args, tensors, written), _filled(self.kwargs, tensors, written)
 
     def names(self) -> dict[int, str]:
         """What the call names its tensors, by position: of ``block(hidden, position_embeddings=(cos, sin))`` "input",
         "position_embeddings 0", "position_embeddings 1"."""
         found: dict[int, str] = {}
-
-        def walk(part: Any, name: str) -> None:
-            kind, what = part
-            if kind in ("t", "packed"):
-                found[what if kind == "t" else what[1]] = name
-            elif kind in ("tuple", "list", "dict"):
-                for key, inner in what if kind == "dict" else enumerate(what):
-                    walk(inner, f"{name} {key}")
-
         for i, part in enumerate(self.args[1]):
-            walk(part, f"input {i}" if i else "input")
+            _name(part, f"input {i}" if i else "input", found)
         for key, part in self.kwargs[1]:
-            walk(part, key)
+            _name(part, key, found)
         return found
 
     @property
     def window(self) -> int | None:
         """The sliding window that the call's mask stands for, if it does."""
-
-        def find(x: Any) -> set[int]:
-            kind, what = x
-            if kind == "window":
-                return {what}
-            parts = [v for _, v in what] if kind == "dict" else what if kind in ("tuple", "list") else ()
-            return set().union(*map(find, parts))
-
-        found = find(self.args) | find(self.kwargs)
+        found = _windows(self.args) | _windows(self.kwargs)
         if len(found) > 1:
             raise CaptureError(f"its masks have different sliding windows: {sorted(found)}")
         return found.pop() if found else None
+
+
+# Functions that call themselves stand here: one inside another function is a cycle, which keeps the tensors that it knows, and
+# with them a step's graph, until the collector comes.
+
+
+def _filled(part: Any, tensors: tuple | list, written: dict[str, dict] | None) -> Any:
+    kind, what = part
+    if kind == "window":  # the attention says it instead: see hf.windowed
+        return None
+    if kind == "t":
+        return tensors[what]
+    if kind == "packed":
+        return hf.packed_mask(tensors[what[1]], what[0])
+    if kind == "written":
+        cls, name = what
+        return _written_only(cls, name, {} if written is None else written.setdefault(name, {}))
+    if kind == "dict":
+        return {k: _filled(v, tensors, written) for k, v in what}
+    if kind in ("tuple", "list"):
+        made = [_filled(v, tensors, written) for v in what]
+        return tuple(made) if kind == "tuple" else made
+    return what
+
+
+def _name(part: Any, name: str, found: dict[int, str]) -> None:
+    kind, what = part
+    if kind in ("t", "packed"):
+        found[what if kind == "t" else what[1]] = name
+    elif kind in ("tuple", "list", "dict"):
+        for key, inner in what if kind == "dict" else enumerate(what):
+            _name(inner, f"{name} {key}", found)
+
+
+def _windows(part: Any) -> set[int]:
+    kind, what = part
+    if kind == "window":
+        return {what}
+    parts = [v for _, v in what] if kind == "dict" else what if kind in ("tuple", "list") else ()
+    return set().union(*map(_windows, parts))
 
 
 def _written_only(cls: type, name: str, into: dict) -> Any:
@@ -116,30 +123,30 @@ def flatten(args: tuple, kwargs: dict) -> tuple[list[Tensor], Template]:
     In a ``UserDict`` Gemma 4 hands keys and values from layer to layer: what a module leaves there is part of its results.
     """
     tensors: list[Tensor] = []
-
-    def take(x: Any, name: str) -> Any:
-        if isinstance(x, Tensor) and hf.window_of(x) is not None:
-            return ("window", hf.window_of(x))
-        packed = hf.packed_of(x) if isinstance(x, Tensor) else None
-        if packed is not None:
-            tensors.append(packed[0])
-            return ("packed", (packed[1], len(tensors) - 1))
-        if isinstance(x, Tensor):
-            tensors.append(x)
-            return ("t", len(tensors) - 1)
-        if x is None or isinstance(x, (bool, int, float, str, torch.dtype)):
-            return ("c", x)
-        if type(x) in (tuple, list):
-            return (type(x).__name__, tuple(take(v, f"{name}[{i}]") for i, v in enumerate(x)))
-        if type(x) is dict:
-            return ("dict", tuple((k, take(v, f"{name}[{k!r}]")) for k, v in x.items()))
-        if isinstance(x, UserDict) and "[" not in name:
-            return ("written", (vars(type(x)).get("_moefx_base", type(x)), name))
-        raise CaptureError(f"its argument {name} is a {type(x).__name__}, neither tensor nor constant")
-
-    a = ("tuple", tuple(take(v, f"number {i}") for i, v in enumerate(args)))
-    k = ("dict", tuple((n, take(v, n)) for n, v in kwargs.items()))
+    a = ("tuple", tuple(_taken(v, f"number {i}", tensors) for i, v in enumerate(args)))
+    k = ("dict", tuple((n, _taken(v, n, tensors)) for n, v in kwargs.items()))
     return tensors, Template(a, k)
+
+
+def _taken(x: Any, name: str, tensors: list[Tensor]) -> Any:
+    if isinstance(x, Tensor) and hf.window_of(x) is not None:
+        return ("window", hf.window_of(x))
+    packed = hf.packed_of(x) if isinstance(x, Tensor) else None
+    if packed is not None:
+        tensors.append(packed[0])
+        return ("packed", (packed[1], len(tensors) - 1))
+    if isinstance(x, Tensor):
+        tensors.append(x)
+        return ("t", len(tensors) - 1)
+    if x is None or isinstance(x, (bool, int, float, str, torch.dtype)):
+        return ("c", x)
+    if type(x) in (tuple, list):
+        return (type(x).__name__, tuple(_taken(v, f"{name}[{i}]", tensors) for i, v in enumerate(x)))
+    if type(x) is dict:
+        return ("dict", tuple((k, _taken(v, f"{name}[{k!r}]", tensors)) for k, v in x.items()))
+    if isinstance(x, UserDict) and "[" not in name:
+        return ("written", (vars(type(x)).get("_moefx_base", type(x)), name))
+    raise CaptureError(f"its argument {name} is a {type(x).__name__}, neither tensor nor constant")
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class _Watching(TorchFunctionMode):
                 )
         saving = _saving()
         if saving is not self.saving and saving is not None:
-            module = getattr(saving[0], "__module__", None) or ""
+            module = getattr(saving, "__module__", None) or ""
             if module.partition(".")[0] != "torch":  # PyTorch's own compute again, or move, what is saved: the same numbers
                 raise CaptureError(
                     f"it saves tensors for the backward by hooks of {module} (saved_tensors_hooks), which a captured graph "
@@ -72,8 +72,9 @@ _ASKED = {vars(torch._C.TensorBase)[name].__get__: name for name in ("requires_g
 
 
 def _saving() -> Any:
-    """The innermost hooks on what autograd saves."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+    """What packs tensors that autograd saves: the innermost hook, if there is one."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else hooks[0]
 
 
 @contextmanager

@@ -52,7 +52,7 @@ class Optimized:
     runners: dict[int, Callable] = field(default_factory=dict)  #: by id of function
     replaying: dict[int, Function] = field(default_factory=dict)  #: by id of function: its twin that is told the routes
     compiled: dict[tuple, Callable] = field(default_factory=dict)  #: by what the graph says: equal graphs share code
-    shared: dict[tuple, Function | CaptureError] = field(default_factory=dict)
+    shared: dict[tuple, Function | str] = field(default_factory=dict)  #: captured later, or why it cannot be
     bypass: bool = False  #: run the original forwards (moefx.verify)
     global_aux_loss: bool = False  #: the auxiliary loss is that of all ranks' tokens
     after_forward: RemovableHandle | None = None  #: of the hook that frees FSDP's root after an evaluation
@@ -255,10 +255,10 @@ class Site:
                     self.state.lower(function)
                 self.state.shared[key] = function
             except CaptureError as error:
-                self.state.shared[key] = error
+                self.state.shared[key] = str(error)  # an error would keep its frames, with the tensors of this step
         found = self.state.shared[key]
-        if isinstance(found, CaptureError):
-            raise found
+        if isinstance(found, str):
+            raise CaptureError(found)
         found.instances.append(self.path)
         return found
 

@@ -358,8 +358,8 @@ def _distributing(layout: Layout, folder: Path) -> Iterator[None]:
         yield
     if not asked:
         raise MoefxError(
-            f"transformers {transformers.__version__} loaded {folder} without asking PreTrainedModel.maybe_distribute_model how "
-            "to spread it: use transformers 5.23 to 5.24"
+            f"transformers {transformers.__version__} loaded {folder} without asking PreTrainedModel.maybe_distribute_model "
+            "how to spread it: use transformers 5.23 to 5.24"
         )
 
 

@@ -154,25 +154,16 @@ class Routing:
         """
         if self.nonfinite:
             self._raise_if_not_finite()
+        logits, self.logits, self.nonfinite = self.logits, [], []  # kept, they would keep the graph
         loss = out[0] if isinstance(out, tuple) and out else getattr(out, "loss", None)
-        if self.logits and isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad:
-            z = self._mean_square_logsumexp(mask, total)
-            self.z_loss, self.logits = z.detach(), []
+        if logits and isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad:
+            z = _mean_square_logsumexp(logits, mask, total)
+            self.z_loss = z.detach()
             loss = loss + state.plan.router_z_loss * z
             if isinstance(out, tuple):
                 return (loss, *out[1:])
             out.loss = loss
         return out
-
-    def _mean_square_logsumexp(self, mask: Tensor | None, total: Callable[[Tensor], Tensor]) -> Tensor:
-        parts = []
-        for x in self.logits:  # [T, E], and an encoder has other tokens than a decoder
-            squares = torch.logsumexp(x.float(), dim=-1).square()
-            fits = mask is not None and mask.numel() == squares.numel()
-            counts = mask.reshape(-1).to(squares) if fits else torch.ones_like(squares)  # type: ignore[union-attr]
-            parts.append(torch.stack(((squares * counts).sum(), counts.sum())))
-        squares, tokens = total(torch.stack(parts)).unbind(-1)
-        return (squares / tokens).sum()
 
     def _raise_if_not_finite(self) -> None:
         many = torch.stack([n for _, n in self.nonfinite]).tolist()  # the only time that the host waits
@@ -184,6 +175,18 @@ class Routing:
                 f"{when}{rank}: {bad[1]} of the routing logits of {bad[0].removesuffix('.experts')} are NaN "
                 "or infinite, the first layer to have any: look at the batch, the learning rate and the gradients before"
             )
+
+
+def _mean_square_logsumexp(logits: list[Tensor], mask: Tensor | None, total: Callable[[Tensor], Tensor]) -> Tensor:
+    """The sum over layers of the mean over tokens, [T, E] a layer: an encoder has other tokens than a decoder."""
+    parts = []
+    for x in logits:
+        squares = torch.logsumexp(x.float(), dim=-1).square()
+        fits = mask is not None and mask.numel() == squares.numel()
+        counts = mask.reshape(-1).to(squares) if fits else torch.ones_like(squares)  # type: ignore[union-attr]
+        parts.append(torch.stack(((squares * counts).sum(), counts.sum())))
+    squares, tokens = total(torch.stack(parts)).unbind(-1)
+    return (squares / tokens).sum()
 
 
 def recomputing() -> bool:
