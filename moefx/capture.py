@@ -4,6 +4,7 @@ into a graph."""
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, nullcontext
@@ -231,6 +232,10 @@ def sizes_of(module: nn.Module) -> set[int]:
     return found | {1, 2}
 
 
+#: Held while modules are captured and their graphs rewritten: torch.export and fx keep notes that are of all threads.
+CAPTURING = threading.RLock()
+
+
 # --- one module ------------------------------------------------------------------------------------------------------
 
 
@@ -309,7 +314,8 @@ def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module],
     try:
         with (
             # what fails is not logged with its stack as well: it becomes a sentence of the report
-            silent("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes"), _without_checkpointing(module), sharded.as_one_process(module),
+            silent("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes"),
+            CAPTURING, _without_checkpointing(module), sharded.as_one_process(module),
             hf.emitting() as callers, hf.windowed(call.template.window), refusing_custom_gradients(),
             refusing_questions(), torch.enable_grad(),
             torch._dynamo.config.patch(fake_tensor_cache_enabled=False),  # with symbolic sizes it costs more than it saves

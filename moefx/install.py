@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from . import aux_loss, checkpoint, exchange, faults, hf, ops, sharded
 from .adapters import unwrap
-from .capture import Call, capture_module, flatten, foreign_hooks, sizes_of
+from .capture import CAPTURING, Call, capture_module, flatten, foreign_hooks, sizes_of
 from .compiling import compiled
 from .errors import CaptureError, MoefxError
 from .head import LazyLogits, capture_head_call, head_call, split_logits
@@ -52,7 +52,7 @@ class Optimized:
     runners: dict[int, Callable] = field(default_factory=dict)  #: by id of function
     replaying: dict[int, Function] = field(default_factory=dict)  #: by id of function: its twin that is told the routes
     compiled: dict[tuple, Callable] = field(default_factory=dict)  #: by what the graph says: equal graphs share code
-    shared: dict[tuple, Function | str] = field(default_factory=dict)  #: captured later, or why it cannot be
+    shared: dict[tuple, Function | tuple[str, str]] = field(default_factory=dict)  #: captured later, or why it cannot be
     bypass: bool = False  #: run the original forwards (moefx.verify)
     global_aux_loss: bool = False  #: the auxiliary loss is that of all ranks' tokens
     after_forward: RemovableHandle | None = None  #: of the hook that frees FSDP's root after an evaluation
@@ -227,7 +227,8 @@ class Site:
                 raise CaptureError(f"it was captured for {MAX_VARIANTS} kinds of calls already")
             others = [f.call for f in self.functions]
             calls = Call.readings(tensors, template, module.training, sizes_of(module), others)
-            function = self.capture_one_of(module, list(calls))
+            with CAPTURING:
+                function = self.capture_one_of(module, list(calls))
         except CaptureError as error:
             self._fell_back(module, str(error), error.detail, self.comes_of_it(module, args))
             return None
@@ -255,10 +256,11 @@ class Site:
                     self.state.lower(function)
                 self.state.shared[key] = function
             except CaptureError as error:
-                self.state.shared[key] = str(error)  # an error would keep its frames, with the tensors of this step
+                # an error would keep its frames, with the tensors of this step
+                self.state.shared[key] = str(error), error.detail
         found = self.state.shared[key]
-        if isinstance(found, str):
-            raise CaptureError(found)
+        if isinstance(found, tuple):
+            raise CaptureError(*found)
         found.instances.append(self.path)
         return found
 

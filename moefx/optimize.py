@@ -13,7 +13,7 @@ from torch import Tensor
 from . import adapters, exchange, hf, parallel, sharded, tuning
 from . import backends as backends_
 from .adapters import unwrap
-from .capture import capture
+from .capture import CAPTURING, capture
 from .errors import MoefxError
 from .graph import value
 from .install import Optimized, install, state_of, uninstall
@@ -153,9 +153,10 @@ def optimize(
     if mesh is not None:
         parallel.move_to_mesh(model, mesh)  # type: ignore[arg-type]
     started = time.perf_counter()
-    program = capture(model, example)
-    captured = time.perf_counter()
-    report = rewrite(program, plan, pipeline, model)
+    with CAPTURING:
+        program = capture(model, example)
+        captured = time.perf_counter()
+        report = rewrite(program, plan, pipeline, model)
     report.seconds = {"capture": captured - started, "passes": time.perf_counter() - captured}
     shortfall = report.shortfall() + _without_z_loss(report, model)
     if shortfall:
