@@ -6,6 +6,7 @@ and it makes each rank's few sequences balanced rather than the batch (arXiv 250
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .patches import Patch
 
 #: What Transformers' modeling files call it.
 NAME = "load_balancing_loss_func"
@@ -118,17 +121,18 @@ def _served(logits: Tensor) -> bool:
     return logits.is_cuda and logits.numel() > 0
 
 
+@cache
+def _patch(module: Any) -> Patch:
+    return Patch(module, NAME)
+
+
 @contextmanager
 def _replaced(model: Any, instead_of: Callable[[Callable], Callable]) -> Iterator[None]:
     """Within: the model's family calls ``instead_of(its function)``, if that function is the one of this file."""
     modules = [sys.modules[c.__module__] for c in type(model).__mro__]  # FSDP's and moefx's classes come first
     module = next((m for m in modules if hasattr(m, NAME)), None)
-    theirs = getattr(module, NAME, None)
-    if theirs is None or not _same(theirs):
+    if module is None or not _same(inspect.unwrap(getattr(module, NAME))):
         yield
         return
-    setattr(module, NAME, instead_of(theirs))
-    try:
+    with _patch(module).by(lambda theirs, *args, **kwargs: instead_of(theirs)(*args, **kwargs)):
         yield
-    finally:
-        setattr(module, NAME, theirs)

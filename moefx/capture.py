@@ -4,9 +4,7 @@ into a graph."""
 from __future__ import annotations
 
 import itertools
-import logging
-import sys
-import warnings
+import threading
 from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, nullcontext
@@ -16,15 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.autograd import function as autograd_function
 from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 
 from . import adapters, hf, sharded, surroundings
 from .errors import CaptureError, MoefxError
 from .functional import functionalize
+from .gradients import custom_gradients_are_seen, no_grad_is_seen, refuse_no_grad_values, refusing_custom_gradients
 from .graph import aten
-from .lengths import refuse_limits, refusing_questions
+from .lengths import questions_are_seen, refuse_limits, refusing_questions
+from .patches import silent
 from .program import Function, Left, Program
 from .readings import Sizes, readings
 from .untraceable import untraceable
@@ -43,42 +42,49 @@ class Template:
 
     def fill(self, tensors: tuple | list, written: dict[str, dict] | None = None) -> tuple[tuple, dict]:
         """The arguments; what they leave in dictionaries for others goes to ``written``, by the argument's name."""
-
-        def make(x: Any) -> Any:
-            kind, what = x
-            if kind == "t":
-                return tensors[what]
-            if kind == "said":
-                dtype, window, starts = what
-                rows, length = tensors[0].shape[:2]
-                return hf.Said(dtype, window, None if starts is None else tensors[starts]).mask(rows, length, tensors[0].device)
-            if kind == "written":
-                cls, name = what
-                return _written_only(cls, name, {} if written is None else written.setdefault(name, {}))
-            if kind == "dict":
-                return {k: make(v) for k, v in what}
-            return tuple(map(make, what)) if kind == "tuple" else [make(v) for v in what] if kind == "list" else what
-
-        return make(self.args), make(self.kwargs)
+        return _filled(self.args, tensors, written), _filled(self.kwargs, tensors, written)
 
     def names(self) -> dict[int, str]:
         """What the call names its tensors, by position: of ``block(hidden, position_embeddings=(cos, sin))`` "input",
         "position_embeddings 0", "position_embeddings 1"."""
         found: dict[int, str] = {}
-
-        def walk(part: Any, name: str) -> None:
-            kind, what = part
-            if kind == "t" or kind == "said" and what[2] is not None:
-                found[what if kind == "t" else what[2]] = name
-            elif kind in ("tuple", "list", "dict"):
-                for key, inner in what if kind == "dict" else enumerate(what):
-                    walk(inner, f"{name} {key}")
-
         for i, part in enumerate(self.args[1]):
-            walk(part, f"input {i}" if i else "input")
+            _name(part, f"input {i}" if i else "input", found)
         for key, part in self.kwargs[1]:
-            walk(part, key)
+            _name(part, key, found)
         return found
+
+
+# Functions that call themselves stand here: one inside another function is a cycle, which keeps the tensors that it knows, and
+# with them a step's graph, until the collector comes.
+
+
+def _filled(part: Any, tensors: tuple | list, written: dict[str, dict] | None) -> Any:
+    kind, what = part
+    if kind == "t":
+        return tensors[what]
+    if kind == "said":
+        dtype, window, starts = what
+        rows, length = tensors[0].shape[:2]
+        return hf.Said(dtype, window, None if starts is None else tensors[starts]).mask(rows, length, tensors[0].device)
+    if kind == "written":
+        cls, name = what
+        return _written_only(cls, name, {} if written is None else written.setdefault(name, {}))
+    if kind == "dict":
+        return {k: _filled(v, tensors, written) for k, v in what}
+    if kind in ("tuple", "list"):
+        made = [_filled(v, tensors, written) for v in what]
+        return tuple(made) if kind == "tuple" else made
+    return what
+
+
+def _name(part: Any, name: str, found: dict[int, str]) -> None:
+    kind, what = part
+    if kind == "t" or kind == "said" and what[2] is not None:
+        found[what if kind == "t" else what[2]] = name
+    elif kind in ("tuple", "list", "dict"):
+        for key, inner in what if kind == "dict" else enumerate(what):
+            _name(inner, f"{name} {key}", found)
 
 
 def _written_only(cls: type, name: str, into: dict) -> Any:
@@ -108,31 +114,31 @@ def flatten(args: tuple, kwargs: dict) -> tuple[list[Tensor], Template]:
     In a ``UserDict`` Gemma 4 hands keys and values from layer to layer: what a module leaves there is part of its results.
     """
     tensors: list[Tensor] = []
-
-    def take(x: Any, name: str) -> Any:
-        if type(x) is hf.SaidMask or hf.said_of(x) is not None:
-            said = said_beside(tensors, x)
-            if said is not None and said.starts is not None:
-                tensors.append(said.starts)
-            if said is not None:
-                return ("said", (said.dtype, said.window, None if said.starts is None else len(tensors) - 1))
-            x = x.read() if type(x) is hf.SaidMask else x
-        if isinstance(x, Tensor):
-            tensors.append(x)
-            return ("t", len(tensors) - 1)
-        if x is None or isinstance(x, (bool, int, float, str, torch.dtype)):
-            return ("c", x)
-        if type(x) in (tuple, list):
-            return (type(x).__name__, tuple(take(v, f"{name}[{i}]") for i, v in enumerate(x)))
-        if type(x) is dict:
-            return ("dict", tuple((k, take(v, f"{name}[{k!r}]")) for k, v in x.items()))
-        if isinstance(x, UserDict) and "[" not in name:
-            return ("written", (vars(type(x)).get("_moefx_base", type(x)), name))
-        raise CaptureError(f"its argument {name} is a {type(x).__name__}, neither tensor nor constant")
-
-    a = ("tuple", tuple(take(v, f"number {i}") for i, v in enumerate(args)))
-    k = ("dict", tuple((n, take(v, n)) for n, v in kwargs.items()))
+    a = ("tuple", tuple(_taken(v, f"number {i}", tensors) for i, v in enumerate(args)))
+    k = ("dict", tuple((n, _taken(v, n, tensors)) for n, v in kwargs.items()))
     return tensors, Template(a, k)
+
+
+def _taken(x: Any, name: str, tensors: list[Tensor]) -> Any:
+    if type(x) is hf.SaidMask or hf.said_of(x) is not None:
+        said = said_beside(tensors, x)
+        if said is not None and said.starts is not None:
+            tensors.append(said.starts)
+        if said is not None:
+            return ("said", (said.dtype, said.window, None if said.starts is None else len(tensors) - 1))
+        x = x.read() if type(x) is hf.SaidMask else x
+    if isinstance(x, Tensor):
+        tensors.append(x)
+        return ("t", len(tensors) - 1)
+    if x is None or isinstance(x, (bool, int, float, str, torch.dtype)):
+        return ("c", x)
+    if type(x) in (tuple, list):
+        return (type(x).__name__, tuple(_taken(v, f"{name}[{i}]", tensors) for i, v in enumerate(x)))
+    if type(x) is dict:
+        return ("dict", tuple((k, _taken(v, f"{name}[{k!r}]", tensors)) for k, v in x.items()))
+    if isinstance(x, UserDict) and "[" not in name:
+        return ("written", (vars(type(x)).get("_moefx_base", type(x)), name))
+    raise CaptureError(f"its argument {name} is a {type(x).__name__}, neither tensor nor constant")
 
 
 @dataclass(frozen=True)
@@ -219,6 +225,10 @@ def sizes_of(module: nn.Module) -> set[int]:
     return found | {1, 2}
 
 
+#: Held while modules are captured and their graphs rewritten: torch.export and fx keep notes that are of all threads.
+CAPTURING = threading.RLock()
+
+
 # --- one module ------------------------------------------------------------------------------------------------------
 
 
@@ -254,44 +264,6 @@ class _Entry(nn.Module):
 
 
 @contextmanager
-def _refusing_autograd_functions() -> Iterator[None]:
-    """torch.export drops the backward of a ``torch.autograd.Function`` without a word: refuse instead.
-
-    ``Function.apply`` may have been bound long ago (``op = Fn.apply`` in a module), so it is not what is replaced but a
-    helper that it calls first, which sees the class in its caller's frame.
-    """
-    look = autograd_function._is_setup_context_defined
-
-    def refuse(setup_context: Any) -> Any:
-        cls = sys._getframe(1).f_locals.get("cls")
-        # a custom operator's registered backward stays with its node
-        if isinstance(cls, type) and not cls.__module__.startswith("torch._library"):
-            name = f"{cls.__module__}.{cls.__qualname__}"
-            raise CaptureError(f"it calls the autograd.Function {name}, whose backward a captured graph would lose")
-        return look(setup_context)
-
-    autograd_function._is_setup_context_defined = refuse  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        autograd_function._is_setup_context_defined = look  # type: ignore[assignment]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Within: what fails is not logged with its stack as well: it becomes a sentence of the report."""
-    loggers = [logging.getLogger(f"torch.{n}") for n in ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")]
-    before = [logger.disabled for logger in loggers]
-    for logger in loggers:
-        logger.disabled = True
-    try:
-        yield
-    finally:
-        for logger, disabled in zip(loggers, before, strict=True):
-            logger.disabled = disabled
-
-
-@contextmanager
 def _without_checkpointing(module: nn.Module) -> Iterator[None]:
     """Activation checkpointing wraps a block's call from outside: it is no part of the graph."""
     before = [(m, m.gradient_checkpointing) for m in module.modules() if getattr(m, "gradient_checkpointing", False)]
@@ -323,6 +295,8 @@ def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module],
     Raises CaptureError, with the reason, if the graph would not be exact: a size or a value of data decides the Python
     control flow, a custom backward would be lost, a buffer is written, a hook would be baked in.
     """
+    for assumption in (custom_gradients_are_seen, no_grad_is_seen, questions_are_seen):
+        assumption()
     hook = foreign_hooks(module)
     if hook:
         raise CaptureError(f"the forward hook {hook} would be baked into the graph")
@@ -334,15 +308,16 @@ def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module],
     entry.training = module.training
     try:
         with (
-            warnings.catch_warnings(), _quiet(), _without_checkpointing(module), sharded.as_one_process(module),
-            hf.emitting() as callers, _refusing_autograd_functions(),
+            # what fails is not logged with its stack as well: it becomes a sentence of the report
+            silent("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes"),
+            CAPTURING, _without_checkpointing(module), sharded.as_one_process(module),
+            hf.emitting() as callers, refusing_custom_gradients(),
             refusing_questions(), torch.enable_grad(),
             torch._dynamo.config.patch(fake_tensor_cache_enabled=False),  # with symbolic sizes it costs more than it saves
             torch.autocast(call.device.type if call.device.type != "meta" else "cpu", enabled=False),
         ):  # fmt: skip
-            warnings.simplefilter("ignore")
             exported = _export(entry, tensors, call)
-            _refuse_no_grad_values(exported.graph_module)
+            refuse_no_grad_values(exported.graph_module)
             if not functionalize(exported.graph):
                 exported = exported.run_decompositions({})
     except CaptureError:
@@ -376,17 +351,6 @@ def _export(entry: _Entry, tensors: list[Tensor], call: Call) -> Any:
 def _first_sentence(error: BaseException) -> str:
     lines = [x.strip() for x in str(error).splitlines() if x.strip()] or [type(error).__name__]
     return f"{type(error).__name__}: {' '.join(lines[:2])[:300]}"
-
-
-def _refuse_no_grad_values(graph_module: fx.GraphModule) -> None:
-    """Decomposition inlines ``torch.no_grad()`` regions and so lets gradients into them: fine only for integers and masks."""
-    for node in graph_module.graph.nodes:
-        if node.op == "call_function" and "wrap_with_set_grad_enabled" in str(node.target):
-            vals = node.meta.get("val", ())
-            floats = [v for v in (vals if isinstance(vals, (tuple, list)) else (vals,))
-                      if isinstance(v, Tensor) and v.dtype.is_floating_point]  # fmt: skip
-            if floats and not node.args[0]:
-                raise CaptureError("a torch.no_grad() region in it computes floating-point values")
 
 
 def _function(module: nn.Module, exported: Any, call: Call, name: str, callers: list) -> Function:
@@ -689,6 +653,7 @@ def capture(model: Any, example: Mapping[str, Any] | None = None) -> Program:
         raise MoefxError(
             f"{type(model).__name__} is already optimized: read moefx.report(model).program, or moefx.restore(model) first"
         )
+    hf.outputs_are_collected()
     program = Program(type(model).__name__, {}, [])
     try:
         _fill(program, model, example)

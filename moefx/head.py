@@ -96,14 +96,7 @@ class LazyLogits(Tensor):
             if func is Tensor.register_hook and not kwargs:
                 return me.hooks.append(args[1])
 
-        def real(x: Any) -> Any:
-            if isinstance(x, LazyLogits):
-                return x.materialize()
-            if isinstance(x, (tuple, list)):
-                return type(x)(map(real, x))
-            return x
-
-        return func(*real(tuple(args)), **{k: real(v) for k, v in kwargs.items()})
+        return func(*_real(tuple(args)), **{k: _real(v) for k, v in kwargs.items()})
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -112,6 +105,14 @@ class LazyLogits(Tensor):
 
         args, kwargs = tree_map_only(LazyLogits, lambda x: x.materialize(), (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def _real(x: Any) -> Any:
+    if isinstance(x, LazyLogits):
+        return x.materialize()
+    if isinstance(x, (tuple, list)):
+        return type(x)(map(_real, x))
+    return x
 
 
 def split_logits(args: tuple, kwargs: dict) -> tuple[Any, tuple, dict]:

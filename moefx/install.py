@@ -19,12 +19,12 @@ from transformers import PreTrainedModel
 
 from . import adapters, aux_loss, checkpoint, exchange, faults, hf, ops, parallel, sharded, surroundings
 from .adapters import unwrap
-from .capture import Call, capture_module, flatten, foreign_hooks, said_beside, sizes_of
+from .capture import CAPTURING, Call, capture_module, flatten, foreign_hooks, said_beside, sizes_of
 from .compiling import compiled
 from .errors import CaptureError, MoefxError
 from .head import LazyLogits, capture_head_call, head_call, split_logits
 from .program import Function, Program
-from .routing import Routing
+from .routing import Routing, recomputation_is_seen
 from .subclass import pickling, remove, subclass
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Optimized:
     runners: dict[int, Callable] = field(default_factory=dict)  #: by id of function
     replaying: dict[int, Function] = field(default_factory=dict)  #: by id of function: its twin that is told the routes
     compiled: dict[tuple, Callable] = field(default_factory=dict)  #: by what the graph says: equal graphs share code
-    shared: dict[tuple, Function | CaptureError] = field(default_factory=dict)
+    shared: dict[tuple, Function | tuple[str, str]] = field(default_factory=dict)  #: captured later, or why it cannot be
     bypass: bool = False  #: run the original forwards (moefx.verify)
     global_aux_loss: bool = False  #: the auxiliary loss is that of all ranks' tokens
     hooks: list[RemovableHandle] = field(default_factory=list)  #: that the model has while it is optimized
@@ -173,7 +173,7 @@ class Site:
     def run_routed(self, module: nn.Module, function: Function, tensors: list[Tensor]) -> Any:
         """Runs a function with routers: tells it whom to choose where that is decided, and notes whom it chose."""
         x, dispatches = tensors[0], None
-        told = self.routing.told(self, function, x, module.training)
+        told = self.routing.told(self, function, tensors, module.training)
         if told is None:
             out = self.run(module, function, tensors)
         else:
@@ -267,7 +267,8 @@ class Site:
                 raise CaptureError(f"it was captured for {MAX_VARIANTS} kinds of calls already")
             others = [f.call for f in self.functions if f.call.adapters == switches]
             calls = Call.readings(tensors, template, module.training, sizes_of(module), others)
-            function = self.capture_one_of(module, [replace(call, adapters=switches) for call in calls])
+            with CAPTURING:
+                function = self.capture_one_of(module, [replace(call, adapters=switches) for call in calls])
         except CaptureError as error:
             self._fell_back(module, str(error), error.detail, self.comes_of_it(module, args))
             return None
@@ -295,10 +296,11 @@ class Site:
                     self.state.lower(function)
                 self.state.shared[key] = function
             except CaptureError as error:
-                self.state.shared[key] = error
+                # an error would keep its frames, with the tensors of this step
+                self.state.shared[key] = str(error), error.detail
         found = self.state.shared[key]
-        if isinstance(found, CaptureError):
-            raise found
+        if isinstance(found, tuple):
+            raise CaptureError(*found)
         found.instances.append(self.path)
         return found
 
@@ -601,6 +603,7 @@ def _after_forward(model: Any, args: Any, out: Any) -> None:
 
 def install(model: Any, state: Optimized) -> None:
     """Makes every instance of every function run it. Nothing else of the model changes: same names, same parameters."""
+    recomputation_is_seen()
     hf.use(model, not state.program.own_attention)
     routers, routing = hf.routers(model), Routing()
     by_path: dict[str, list[Function]] = {}

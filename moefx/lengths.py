@@ -9,15 +9,17 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import sympy
 import torch
 
+from .assumptions import assumed, exported
 from .errors import CaptureError
+from .patches import Patch
 
 #: Lengths for which a question is answered, besides those around the numbers in it.
 LENGTHS = (1, 2, 3, 4, 5, 7, 8, 16, 17, 30, 61, 64, 97, 128, 1000, 1024, 4096, 2**20)
@@ -62,26 +64,41 @@ def refuse_limits(exported: torch.export.ExportedProgram) -> None:
             raise CaptureError(f"its graph holds for lengths from {allowed.lower} {end} only")
 
 
-@contextmanager
-def refusing_questions() -> Iterator[None]:
+def _truth(take: Callable[[torch.SymBool], bool], self: torch.SymBool) -> bool:
+    frame = sys._getframe(2)  # after Patch's
+    if frame.f_code is torch.SymInt.__bool__.__code__ and frame.f_back is not None:
+        frame = frame.f_back  # ``if length % 2``
+    asker = frame.f_globals.get("__name__", "")
+    written = not frame.f_code.co_filename.startswith("<")  # generated code asks again what export has kept
+    if written and asker.partition(".")[0] not in _OURS and depends(question := _question(self)):
+        raise CaptureError(
+            f"whether {question}, for lengths, decides what its Python does "
+            f"({Path(frame.f_code.co_filename).name}:{frame.f_lineno}): here it is {'so' if take(self) else 'not so'}"
+        )
+    return take(self)
+
+
+_TRUTH = Patch(torch.SymBool, "__bool__")
+
+
+def refusing_questions() -> AbstractContextManager[None]:
     """Within: Python code that takes one way for some lengths and another for others raises CaptureError."""
-    take = torch.SymBool.__bool__
+    return _TRUTH.by(_truth)
 
-    def truth(self: torch.SymBool) -> bool:
-        frame = sys._getframe(1)
-        if frame.f_code is torch.SymInt.__bool__.__code__ and frame.f_back is not None:
-            frame = frame.f_back  # ``if length % 2``
-        asker = frame.f_globals.get("__name__", "")
-        written = not frame.f_code.co_filename.startswith("<")  # generated code asks again what export has kept
-        if written and asker.partition(".")[0] not in _OURS and depends(question := _question(self)):
-            raise CaptureError(
-                f"whether {question}, for lengths, decides what its Python does "
-                f"({Path(frame.f_code.co_filename).name}:{frame.f_lineno}): here it is {'so' if take(self) else 'not so'}"
-            )
-        return take(self)
 
-    torch.SymBool.__bool__ = truth  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.SymBool.__bool__ = take  # type: ignore[method-assign]
+@assumed("Python that asks whether a symbolic size is larger than another calls SymBool.__bool__", "torch 2.11 to 2.14")
+def questions_are_seen() -> bool:
+    def refuses(*questions: str) -> bool:
+        def tries(x: torch.Tensor) -> torch.Tensor:
+            for asks in questions:
+                eval(compile(asks, "tried.py", "eval"), {"__name__": "tried"})(x.shape[0])
+            return x * 1
+
+        try:
+            with refusing_questions():
+                exported(tries)
+        except CaptureError:
+            return True
+        return False
+
+    return refuses("lambda n: 1 if n > 5 else 2") and refuses("lambda n: 1 if n % 2 else 2")

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from . import adapters, dtensor_ops, exchange, hf, parallel, sharded, state_dict, surroundings, tuning
 from . import backends as backends_
 from .adapters import unwrap
-from .capture import capture
+from .capture import CAPTURING, capture
 from .errors import MoefxError
 from .graph import value
 from .install import Optimized, install, state_of, uninstall
@@ -53,6 +53,21 @@ def rewrite(program: Program, plan: Plan, pipeline: Pipeline, model: Any = None)
     if model is not None:
         report.promised["experts"] = list(hf.experts_modules(model))
     return report
+
+
+def _without_z_loss(report: Report, model: Any) -> list[str]:
+    """What a router z-loss would leave out. Raises MoefxError if that is everything."""
+    if not report.plan.router_z_loss:
+        return []
+    routes = {r.path(path): r for f in report.program for r in f.routes for path in f.instances}
+    without = [path for path, r in routes.items() if r.logits is None]
+    if len(without) == len(routes):
+        raise MoefxError(
+            f"router_z_loss={report.plan.router_z_loss}, but no router of {type(model).__name__} was captured, so there are no "
+            "logits to take it from: leave it out, or add it to the loss yourself"
+        )
+    some = f"router_z_loss: without the logits of {len(without)} of {len(routes)} routers"
+    return [f"{some}, of {without[0]} first"] if without else []
 
 
 def optimize(
@@ -140,11 +155,12 @@ def optimize(
     if mesh is not None:
         parallel.move_to_mesh(model, mesh)  # type: ignore[arg-type]
     started = time.perf_counter()
-    program = capture(model, example)
-    captured = time.perf_counter()
-    report = rewrite(program, plan, pipeline, model)
+    with CAPTURING:
+        program = capture(model, example)
+        captured = time.perf_counter()
+        report = rewrite(program, plan, pipeline, model)
     report.seconds = {"capture": captured - started, "passes": time.perf_counter() - captured}
-    shortfall = report.shortfall()
+    shortfall = report.shortfall() + _without_z_loss(report, model)
     if shortfall:
         report.warn_or_raise(shortfall, strict)
     state = Optimized(program, plan, pipeline, report, hf.previous(model))  # type: ignore[arg-type]

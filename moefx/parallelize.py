@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -338,7 +339,10 @@ def _distributing(layout: Layout, folder: Path) -> Iterator[None]:
     def prepare(cls: type, config: Any, device_map: Any = None) -> tuple[Any, Any, TransformersDeviceMesh | None]:
         return layout.config, layout.device, _meshes(layout)
 
+    asked = []
+
     def distribute(cls: type, model: Any, config: Any, meshes: TransformersDeviceMesh | None) -> Any:
+        asked.append(model)
         checkpoint.check_files(folder, model)
         return _distribute(model, layout, meshes)
 
@@ -352,6 +356,11 @@ def _distributing(layout: Layout, folder: Path) -> Iterator[None]:
         undo.callback(setattr, Transpose, "convert", Transpose.convert)
         Transpose.convert = _transposing_parts(Transpose.convert)  # type: ignore[method-assign]
         yield
+    if not asked:
+        raise MoefxError(
+            f"transformers {transformers.__version__} loaded {folder} without asking PreTrainedModel.maybe_distribute_model "
+            "how to spread it: use transformers 5.23 to 5.24"
+        )
 
 
 def _transposing_parts(convert: Callable[..., Any]) -> Callable[..., Any]:

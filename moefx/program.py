@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,6 +40,10 @@ class Route:
     nonfinite: int | None = None  #: how many logits are NaN or infinite
     fixed: str = ""  #: why its choice cannot be given
 
+    def path(self, block: str) -> str:
+        """Of the experts in the model: they may be the block themselves."""
+        return f"{block}.{self.experts}" if self.experts else block
+
 
 @dataclass(eq=False)
 class Function:
@@ -64,9 +68,25 @@ class Function:
     routes: tuple[Route, ...] = ()
     captured: Function | None = None  #: before any pass but those that raise experts, where it has some
     given: tuple[str, ...] = ()  #: in a replaying function: the inputs that choose experts, one per route, and whether they do
+    _routed: dict[tuple[int, ...], list[int]] = field(default_factory=dict, init=False)  #: by the inputs' sizes: see routed
 
     def __post_init__(self) -> None:
         self.placeholders = [n.name for n in self.graph.nodes if n.op == "placeholder"]
+
+    def routed(self, tensors: Sequence[torch.Tensor]) -> list[int]:
+        """How many tokens each of ``routes`` has in a call with these inputs, as the graph says: which of an input's sizes
+        count tokens is the block's own affair (hyper-connections take [B, S, streams, H])."""
+        sizes = tuple(n for t in tensors for n in t.shape)
+        if sizes not in self._routed:
+            nodes = {n.name: n for n in self.graph.nodes if n.op == "placeholder"}
+            symbolic = [n for name in self.inputs for n in nodes[name].meta["val"].shape]
+            known = {n.node.expr: size for n, size in zip(symbolic, sizes, strict=True) if isinstance(n, torch.SymInt)}
+            (results,) = next(n for n in self.graph.nodes if n.op == "output").args
+            counts = [results[r.index].meta["val"].shape[0] for r in self.routes]  # type: ignore[index,union-attr]
+            if len(self._routed) > 4096:  # a new length every step, for days
+                self._routed.clear()
+            self._routed[sizes] = [n if isinstance(n, int) else int(n.node.expr.subs(known)) for n in counts]
+        return self._routed[sizes]
 
     def copy(self) -> Function:
         """The same function over a graph of its own."""

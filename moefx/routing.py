@@ -17,9 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 from . import sharded
 from .adapters import unwrap
+from .assumptions import assumed
 from .errors import MoefxError
 from .exchange import Dispatches
 
@@ -54,6 +56,7 @@ class Routing:
     z_loss: Tensor | None = None  #: of the last forward with labels
     nonfinite: list[tuple[str, Tensor]] = field(default_factory=list)
     forwards: int = 0
+    differentiates: bool = False  #: does the running forward of the model have gradients?
     step: int | None = None  #: of the optimizer, where somebody counts: the Trainer
 
     def __deepcopy__(self, memo: dict) -> Routing:
@@ -61,12 +64,14 @@ class Routing:
 
     # --- around a function's call ---
 
-    def told(self, site: Site, function: Function, x: Tensor, training: bool) -> tuple[list[Tensor], Dispatches] | None:
+    def told(
+        self, site: Site, function: Function, tensors: list[Tensor], training: bool
+    ) -> tuple[list[Tensor], Dispatches] | None:
         """The choices that this call must use, whether it must, and the dispatches that belong to them.
 
         None: nothing depends on them, the routers choose.
         """
-        index, dispatches = None, Dispatches()
+        index, dispatches, x = None, Dispatches(), tensors[0]
         if recomputing():
             kept = next((k for k in site.kept if k.where == _where(x) and not k.storage.expired()), None)
             fixed = next((r.fixed for r in function.routes if r.fixed), "")
@@ -76,28 +81,30 @@ class Routing:
             else:
                 index, dispatches = kept.index, kept.dispatches
         elif self.replayed is not None:
-            index = [self._replayed(f"{site.path}.{r.experts}", r, x) for r in function.routes]
+            counts = zip(function.routes, function.routed(tensors), strict=True)
+            index = [self._replayed(r.path(site.path), r, tokens, x.device) for r, tokens in counts]
         if index is None and not (training and _checkpointed()):
             return None
         # forward and recomputation must save the same tensors: both run the function that can be told
-        tokens = x.shape[:-1].numel()
-        blank = index or [torch.zeros(tokens, r.top_k, dtype=torch.int64, device=x.device) for r in function.routes]
-        return [*blank, torch.full((), index is not None, device=x.device)], dispatches
+        told = index is not None
+        if index is None:
+            counts = zip(function.routes, function.routed(tensors), strict=True)
+            index = [torch.zeros(tokens, r.top_k, dtype=torch.int64, device=x.device) for r, tokens in counts]
+        return [*index, torch.full((), told, device=x.device)], dispatches
 
-    def _replayed(self, path: str, route: Route, x: Tensor) -> Tensor:
+    def _replayed(self, path: str, route: Route, tokens: int, device: torch.device) -> Tensor:
         assert self.replayed is not None
         if route.fixed:
             raise MoefxError(f"the routes of {path} cannot be replayed: {route.fixed}")
         index = self.replayed.get(path)
         if index is None:
             raise MoefxError(f"the routes to replay have none for {path}: they are of {', '.join(self.replayed) or 'nothing'}")
-        tokens = x.shape[:-1].numel()
         if tuple(index.shape) != (tokens, route.top_k):
             raise MoefxError(
                 f"the routes to replay for {path} are {list(index.shape)}, this call wants [{tokens}, {route.top_k}] (tokens, "
                 "experts per token): replay the batch that was recorded"
             )
-        return index.to(device=x.device, dtype=torch.int64)
+        return index.to(device=device, dtype=torch.int64)
 
     def saw(
         self, site: Site, function: Function, x: Tensor, training: bool, out: tuple, dispatches: Dispatches | None
@@ -112,12 +119,17 @@ class Routing:
         elif site.kept:
             site.kept = []
         for r in function.routes:
-            path = f"{site.path}.{r.experts}"
+            path = r.path(site.path)
             if self.recorded is not None:
                 self.recorded[path] = out[r.index].detach().clone()
             if self.counting and training:
                 self._count(path, r, out[r.index])
             if r.logits is not None and training:
+                if self.differentiates and not torch.is_grad_enabled():
+                    raise MoefxError(
+                        f"router_z_loss: {site.path} is checkpointed with use_reentrant=True, which hides its routers' logits "
+                        "from the loss, so that they would get no gradient of it: pass use_reentrant=False"
+                    )
                 self.logits.append(out[r.logits])
             if r.nonfinite is not None:
                 self.nonfinite.append((path, out[r.nonfinite]))
@@ -135,6 +147,7 @@ class Routing:
     def start(self) -> None:
         self.logits, self.nonfinite, self.z_loss = [], [], None
         self.forwards += 1
+        self.differentiates = torch.is_grad_enabled()
 
     def finish(self, state: Optimized, out: Any, mask: Tensor | None, total: Callable[[Tensor], Tensor]) -> Any:
         """Checks the forward's numbers and adds to its loss what the plan asks for.
@@ -143,23 +156,16 @@ class Routing:
         """
         if self.nonfinite:
             self._raise_if_not_finite()
+        logits, self.logits, self.nonfinite = self.logits, [], []  # kept, they would keep the graph
         loss = out[0] if isinstance(out, tuple) and out else getattr(out, "loss", None)
-        if self.logits and isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad:
-            z = self._mean_square_logsumexp(mask, total)
-            self.z_loss, self.logits = z.detach(), []
+        if logits and isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad:
+            z = _mean_square_logsumexp(logits, mask, total)
+            self.z_loss = z.detach()
             loss = loss + state.plan.router_z_loss * z
             if isinstance(out, tuple):
                 return (loss, *out[1:])
             out.loss = loss
         return out
-
-    def _mean_square_logsumexp(self, mask: Tensor | None, total: Callable[[Tensor], Tensor]) -> Tensor:
-        squares = torch.stack([torch.logsumexp(x.float(), dim=-1).square() for x in self.logits]).sum(0)  # [T]
-        counts = torch.ones_like(squares)
-        if mask is not None and mask.numel() == counts.numel():
-            counts = mask.reshape(-1).to(counts)
-        squares, tokens = total(torch.stack(((squares * counts).sum(), counts.sum()))).unbind()
-        return squares / tokens
 
     def _raise_if_not_finite(self) -> None:
         many = torch.stack([n for _, n in self.nonfinite]).tolist()  # the only time that the host waits
@@ -171,6 +177,18 @@ class Routing:
                 f"{when}{rank}: {bad[1]} of the routing logits of {bad[0].removesuffix('.experts')} are NaN "
                 "or infinite, the first layer to have any: look at the batch, the learning rate and the gradients before"
             )
+
+
+def _mean_square_logsumexp(logits: list[Tensor], mask: Tensor | None, total: Callable[[Tensor], Tensor]) -> Tensor:
+    """The sum over layers of the mean over tokens, [T, E] a layer: an encoder has other tokens than a decoder."""
+    parts = []
+    for x in logits:
+        squares = torch.logsumexp(x.float(), dim=-1).square()
+        fits = mask is not None and mask.numel() == squares.numel()
+        counts = mask.reshape(-1).to(squares) if fits else torch.ones_like(squares)  # type: ignore[union-attr]
+        parts.append(torch.stack(((squares * counts).sum(), counts.sum())))
+    squares, tokens = total(torch.stack(parts)).unbind(-1)
+    return (squares / tokens).sum()
 
 
 def recomputing() -> bool:
@@ -185,6 +203,25 @@ def _checkpointed() -> bool:
     """
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     return hooked or not torch.is_grad_enabled() or recomputing()
+
+
+@assumed("autograd says whether it runs a backward, whether what is saved is hooked, and whether memory still exists",
+         "torch 2.11 to 2.14")  # fmt: skip
+def recomputation_is_seen() -> bool:
+    seen: list[tuple[bool, bool]] = []
+
+    def note(x: Tensor) -> Tensor:
+        seen.append((recomputing(), _checkpointed()))
+        return x.sin()
+
+    x = torch.ones(1, requires_grad=True)
+    note(x)
+    for reentrant in (False, True):
+        checkpoint(note, x, use_reentrant=reentrant).backward()
+    kept = StorageWeakRef((y := torch.ones(1)).untyped_storage())
+    alive = not kept.expired()
+    del y
+    return alive and kept.expired() and seen == [(False, False), *[(False, True), (True, True)] * 2]
 
 
 def _where(x: Tensor) -> tuple:
@@ -251,7 +288,7 @@ def expert_load(model: Any, reader: str = "") -> dict[str, Tensor]:
     inner, _, routing = _of(model)
     if not routing.counting:
         raise MoefxError(f"nothing is counted yet: call moefx.count_routes({type(inner).__name__}) before the forward")
-    experts = {f"{path}.{r.experts}": r.num_experts for path, r in _routes(inner)}
+    experts = {r.path(path): r.num_experts for path, r in _routes(inner)}
     device = next(inner.parameters()).device
     mine = [routing.counts.get(p, torch.zeros(n, dtype=torch.int64)).to(device) for p, n in experts.items()]
     total = torch.cat(mine)
@@ -289,7 +326,7 @@ def update_router_bias(model: Any, rate: float = 1e-3, load: Mapping[str, Tensor
         MoefxError: no router of the model has a bias for its choice, or one is kept in 16 bits, where a step would be lost.
     """
     inner, _, _ = _of(model)
-    biased = [(f"{path}.{r.experts}", f"{path}.{r.bias}") for path, r in _routes(inner) if r.bias is not None]
+    biased = [(r.path(path), f"{path}.{r.bias}") for path, r in _routes(inner) if r.bias is not None]
     if not biased:
         raise MoefxError(f"no router of {type(inner).__name__} has a bias that is added for the choice only: use its aux loss")
     load = expert_load(inner, "update_router_bias") if load is None else load

@@ -27,7 +27,14 @@ def is_fsdp_hook(hook: Callable) -> bool:
 
 def units(module: nn.Module) -> list[nn.Module]:
     """The FSDP units inside ``module``, itself excluded: their hooks must run around a graph that stands for them."""
-    return [m for m in module.modules() if m is not module and any(map(is_fsdp_hook, m._forward_pre_hooks.values()))]
+    found = [m for m in module.modules() if m is not module and any(map(is_fsdp_hook, m._forward_pre_hooks.values()))]
+    for m in module.modules():
+        if isinstance(m, FSDPModule) and m is not module and m not in found:
+            raise MoefxError(
+                f"the hooks of an FSDP2 unit ({type(m).__name__}) are not those that moefx knows, it would train on parameters "
+                f"that nobody gathers (torch {torch.__version__}): use torch 2.11 to 2.14"
+            )
+    return found
 
 
 def enter(inside: list[nn.Module], tensors: list[Tensor]) -> list[Tensor]:
@@ -61,6 +68,8 @@ def _groups(module: FSDPModule) -> list[Any]:
     state: Any = module._get_fsdp_state()
     many = getattr(state, "_fsdp_param_groups", None)
     one = getattr(state, "_fsdp_param_group", None)
+    if many is None and not hasattr(state, "_fsdp_param_group"):  # torch 2.11 to 2.14 have the one or the other
+        raise MoefxError(f"FSDP2 of torch {torch.__version__} does not say which parameters a unit has: use torch 2.11 to 2.14")
     return list(many) if many is not None else [one] if one is not None else []
 
 

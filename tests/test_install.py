@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -70,6 +72,49 @@ def test_a_copy_trains_on_its_own_parameters():
         torch.testing.assert_close(p.grad, w.grad, rtol=1e-3, atol=1e-6)
     moefx.restore(other)
     assert moefx.verify(model, batch(2, 9)).ok  # the first is still optimized
+
+
+PACKED = {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * 2)}
+
+
+@pytest.mark.parametrize("train, checkpointed, kind", [
+    (True, False, {}), (True, True, {}), (True, False, {"labels": None}), (True, False, {"num_items_in_batch": 5}),
+    (True, False, PACKED), (False, False, {}),
+])  # fmt: skip
+def test_nothing_of_a_step_outlives_it(train, checkpointed, kind, remembered_captures):
+    """Without the collector, which comes when many objects are there, and knows nothing of how large they are."""
+    model = moefx.optimize(build("qwen3_moe"), compile=False, router_z_loss=0.1).train(train)
+    for module in (model.model.layers[0], model.model.norm):
+        module.register_forward_hook(lambda *call: seen.extend(map(weakref.ref, (call[1][0], call[2]))))
+    if checkpointed:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    given = {k: v for k, v in {**batch(2, 9), "use_cache": False, **kind}.items() if v is not None}
+    for last in (False, True):
+        seen = []
+        gc.collect()
+        gc.disable()
+        try:
+            out = model(**given)
+            (out.logits.sum() if out.loss is None else out.loss).backward()
+            model.zero_grad()
+            del out
+            alive = [r for r in seen if r() is not None]
+        finally:
+            gc.enable()
+        assert seen and not (last and alive)  # the first call may be one that is captured
+    assert not moefx.report(model).fallbacks
+
+
+def test_embeddings_are_resized_between_steps():
+    model = moefx.optimize(build("qwen3_moe"), compile=False)
+    gc.disable()
+    try:
+        model(**batch(2, 9)).loss.backward()
+        model.zero_grad()
+        model.resize_token_embeddings(300)
+    finally:
+        gc.enable()
+    assert moefx.verify(model, batch(2, 9)).ok
 
 
 def test_ddp_of_an_optimized_model(tmp_path):

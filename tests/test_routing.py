@@ -11,8 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers import AutoModelForCausalLM
 
 import moefx
+from moefx.tiny import tiny_config
+from moefx.verify import against
 
 from .families import FAMILIES, batch, build, experts_of
 
@@ -132,6 +135,29 @@ def test_accumulated_forwards_keep_their_own_routes():
     for loss in losses:
         loss.backward()
     assert far(gradients(plain), gradients(model)) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["deepseek_v4", "hy_v4"])
+def test_blocks_between_streams_of_hidden_states(family):
+    """Hyper-connections: a block takes [B, S, streams, H], its router B * S tokens."""
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(tiny_config(family)).train()
+    model = moefx.optimize(copy.deepcopy(plain), compile=False)
+    b = batch(2, 13)
+    for reentrant in (False, True):
+        for m in (plain, model):
+            m.activation_checkpointing_enable({"use_reentrant": reentrant})
+        against(plain, model, b).raise_if_wrong()
+    moefx.count_routes(model)
+    with moefx.record_routes(model) as routes:
+        wanted = model(**b).loss
+    assert {tuple(r.shape) for r in routes.values()} == {(26, 2)}
+    assert all(torch.equal(n, torch.bincount(routes[p].flatten(), minlength=8)) for p, n in moefx.expert_load(model).items())
+    if family == "hy_v4":  # the other's first layers take their experts from a table
+        with moefx.replay_routes(model, routes):
+            assert torch.equal(model(**b).loss, wanted)
+        with moefx.replay_routes(model, routes), pytest.raises(moefx.MoefxError, match=r"are \[26, 2\], this call wants \[24, 2\]"):
+            model(**batch(2, 12))
 
 
 def test_a_lost_input_is_said():
@@ -287,6 +313,22 @@ def test_router_z_loss(checkpointed, return_dict):
     assert far(gradients(plain), gradients(model)) < 1e-5
     with pytest.raises(moefx.MoefxError, match="router_z_loss=-1 is not a coefficient"):
         optimized(plain, router_z_loss=-1)
+
+
+def test_router_z_loss_that_would_be_lost():
+    model = optimized(build("qwen3_moe"), router_z_loss=0.1)
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(moefx.MoefxError, match="hides its routers' logits from the loss.*pass use_reentrant=False"):
+        model(**batch(2, 9))
+    with torch.no_grad():
+        model(**batch(2, 9))  # nobody wants gradients of it
+    own = AutoModelForCausalLM.from_config(tiny_config("doge"))
+    with pytest.raises(moefx.MoefxError, match="no router of DogeForCausalLM was captured"):
+        moefx.optimize(own, compile=False, router_z_loss=0.1)
+    assert not hasattr(own, "_moefx")
+    some = AutoModelForCausalLM.from_config(tiny_config("deepseek_v4"))
+    with pytest.warns(moefx.ShortfallWarning, match="router_z_loss: without the logits of 1 of 3 routers, of model.layers.0.mlp"):
+        moefx.optimize(some, compile=False, router_z_loss=0.1)
 
 
 def test_balanced_routing_is_balanced_and_loud():

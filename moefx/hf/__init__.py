@@ -15,6 +15,7 @@ from .model import (
     is_norm,
     is_recurrent,
     numbers,
+    outputs_are_collected,
     reads_layer_index,
     requested,
     routers,
@@ -26,6 +27,6 @@ __all__ = [
     "INDEX_NAMES", "ExpertsLayout", "Names", "OwnAttention", "Said", "SaidMask", "attention_forward", "attention_mask",
     "blocks", "check", "count_as_tensor", "emitting", "experts_in", "experts_layout", "experts_modules", "implementations",
     "is_dense_experts", "is_emitting", "is_experts", "is_language_model", "is_norm", "is_recurrent", "is_traced", "named",
-    "numbers", "own_masks", "packed", "previous", "reads_layer_index", "requested", "restore", "routers", "said_of",
-    "saying_masks", "structure", "unpacked", "unpacked_on_meta", "use", "without_packages",
+    "numbers", "outputs_are_collected", "own_masks", "packed", "previous", "reads_layer_index", "requested", "restore",
+    "routers", "said_of", "saying_masks", "structure", "unpacked", "unpacked_on_meta", "use", "without_packages",
 ]  # fmt: skip

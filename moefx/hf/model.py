@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils.output_capturing import OutputRecorder, _active_collector
+from transformers.utils import ModelOutput
+from transformers.utils.output_capturing import OutputRecorder, _active_collector, capture_outputs
 
+from ..assumptions import assumed
 from ..errors import MoefxError
 from .experts import is_experts
 
@@ -85,6 +87,33 @@ def _gives_a_factor(module: nn.Module) -> bool:
 def requested() -> set[str]:
     """Which outputs the running forward collects ("router_logits", "attentions", "hidden_states")."""
     return set(_active_collector.get() or ())
+
+
+@assumed("a forward's collected outputs are in output_capturing._active_collector, put there by output_capturing_hook",
+         "transformers 5.23 to 5.24")  # fmt: skip
+def outputs_are_collected() -> bool:
+    found = []
+
+    class Tried(PreTrainedModel):
+        config_class = PreTrainedConfig
+        _can_record_outputs = {"router_logits": OutputRecorder(nn.Identity, index=0)}
+
+        def __init__(self, config: Any):
+            super().__init__(config)
+            self.gate = nn.Identity()
+
+        @capture_outputs
+        def forward(self, x: Tensor, **kwargs: Any) -> Any:
+            self.gate(x)
+            found.append(requested())
+            return ModelOutput(logits=x)
+
+    x, model = torch.ones(1), Tried(PreTrainedConfig())
+    collected = model(x, output_router_logits=True)["router_logits"]
+    (hook,) = model.gate._forward_hooks.values()
+    model(x)
+    named = "output_capturing_hook" in getattr(hook, "__qualname__", "")
+    return found == [{"router_logits"}, set()] and requested() == set() and collected[0] is x and named
 
 
 #: Attributes that number a block: no sizes.

@@ -9,11 +9,13 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from transformers import masking_utils
+from transformers import PreTrainedConfig, masking_utils
 from transformers.integrations import hub_kernels
 from transformers.utils.output_capturing import _active_collector
 
+from ..assumptions import assumed
 from ..errors import CaptureError
+from ..patches import Patch
 
 
 class _Callers(list[tuple[str, nn.Module]]):
@@ -43,49 +45,45 @@ def emitting(lenient: bool = False) -> Iterator[list[tuple[str, nn.Module]]]:
         _emitting.reset(token)
 
 
-@contextmanager
-def unpacked_on_meta() -> Iterator[None]:
+#: What Transformers asks to see whether position ids are those of packed sequences.
+_PACKING = Patch(masking_utils, "find_packed_sequence_indices")
+_EXPORTING = Patch(hub_kernels, "is_torchdynamo_exporting")
+
+
+@assumed("masks are made after asking masking_utils.find_packed_sequence_indices", "transformers 5.23 to 5.24")
+def packing_is_looked_for() -> bool:
+    asked, config = [], PreTrainedConfig()
+    config._attn_implementation = "sdpa"
+    with _PACKING.by(lambda look, position_ids: asked.append(position_ids)):
+        masking_utils.create_causal_mask(config, torch.ones(1, 3, 1), None, None, torch.arange(3)[None])
+    return len(asked) == 1
+
+
+def unpacked_on_meta() -> AbstractContextManager[None]:
     """Within: Transformers does not look at the values of position ids on the meta device for packed sequences."""
-    look = masking_utils.find_packed_sequence_indices
-    with _looking_for_packing(lambda position_ids: None if position_ids.is_meta else look(position_ids)):
-        yield
+    return _PACKING.by(lambda look, position_ids: None if position_ids.is_meta else look(position_ids))
 
 
-@contextmanager
-def without_packages() -> Iterator[None]:
+def without_packages() -> AbstractContextManager[None]:
     """Within: what Transformers takes from other packages where they are installed (Mamba's scan, causal convolutions) is its
     own PyTorch code, as in an export: their kernels read memory, which there is none of on the meta device."""
-    before = hub_kernels.is_torchdynamo_exporting
-    hub_kernels.is_torchdynamo_exporting = lambda: True
-    try:
-        yield
-    finally:
-        hub_kernels.is_torchdynamo_exporting = before
+    return _EXPORTING.by(lambda exporting: True)
 
 
 def unpacked() -> AbstractContextManager[None]:
     """Within: no packed sequences are looked for. For a call without position ids, whose positions the model numbers
     itself: reading them back would make the host wait, once a step, until the device has done all that is queued."""
-    return _looking_for_packing(lambda position_ids: None)
+    return _PACKING.by(lambda look, position_ids: None)
 
 
 def packed() -> AbstractContextManager[None]:
     """Within: position ids that a call has are taken to be those of packed sequences, without reading them back to see."""
 
-    def number(position_ids: Tensor) -> Tensor:
+    def number(_: Callable, position_ids: Tensor) -> Tensor:
         return (torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
 
-    return _looking_for_packing(number)
-
-
-@contextmanager
-def _looking_for_packing(look: Callable) -> Iterator[None]:
-    before = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = look
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = before
+    packing_is_looked_for()
+    return _PACKING.by(number)
 
 
 class OwnAttention(CaptureError):
