@@ -557,15 +557,19 @@ def _model_forward(base: type) -> Callable:
         if not state.bypass:
             kwargs = hf.count_as_tensor(args, kwargs)
         training = kwargs.get("labels") is not None or (self.training and torch.is_grad_enabled())
-        if training and kwargs.get("use_cache") is None:
+        ignores_packing = False
+        if training and not state.bypass and kwargs.get("use_cache") is None:
+            ignores_packing = _fills_a_cache(self)
             kwargs["use_cache"] = False  # a training step fills no cache that anybody reads
+            if ignores_packing:
+                state.report.ignored_packing(kwargs.get("position_ids"))
         fused = isinstance(vars(self).get("_loss_function"), FusedLoss) and not state.bypass
         unasked = not state.bypass and all(kwargs.get(k) is None for k in ("use_cache", "past_key_values", "cache"))
         lm_head = self.get_output_embeddings()
         if fused and not hasattr(lm_head, "_moefx_active"):
             _take_head(lm_head, self._loss_function.site)
         numbered = len(args) <= 1 and kwargs.get("position_ids") is None and kwargs.get("past_key_values") is None
-        with hf.unpacked() if numbered and training else contextlib.nullcontext():
+        with hf.unpacked() if numbered and training or ignores_packing else contextlib.nullcontext():
             if not fused or kwargs.get("labels") is None or not hasattr(lm_head, "_moefx_active"):
                 out = plain(self, *args, **kwargs)
                 if unasked and any(getattr(out, k, None) is not None for k in ("past_key_values", "cache")):
@@ -578,6 +582,12 @@ def _model_forward(base: type) -> Callable:
                 lm_head._moefx_active = False
 
     return forward
+
+
+def _fills_a_cache(model: Any) -> bool:
+    """Would the model as it was fill a cache in this call, which does not say? Then it does not look for packed sequences."""
+    recomputes = model.is_gradient_checkpointing and model.training and torch.is_grad_enabled()
+    return bool(getattr(model.config.get_text_config(), "use_cache", False)) and not recomputes
 
 
 def _take_head(lm_head: Any, site: HeadSite) -> None:

@@ -13,6 +13,8 @@ from .pipeline import PassReport
 from .program import Function, Left, Program
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .plan import Plan
 
 #: Which pass makes which promised operation. Experts and attention are raised by capture.
@@ -36,6 +38,7 @@ class Report:
     notes: dict[tuple[str, str], int] = field(default_factory=dict)  #: (path, what else is worth knowing) -> calls
     seconds: dict[str, float] = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set)  #: reasons; a fallback that did not train was not warned of
+    _has_positions: bool = False  #: has seen what position_ids look like
 
     def __getitem__(self, name: str) -> PassReport:
         for p in self.passes:
@@ -57,6 +60,20 @@ class Report:
         if detail:
             self.details[path, reason] = detail
         self.fallbacks[path, reason] = self.fallbacks.get((path, reason), 0) + 1
+
+    def ignored_packing(self, position_ids: Tensor | None) -> None:
+        """Says once that packed sequences see one another, as in the model without moefx. It looks at the first positions only:
+        the host waits for them."""
+        if position_ids is None or position_ids.dim() != 2 or self._has_positions:
+            return
+        self._has_positions = True
+        if bool((position_ids.diff(dim=-1) != 1).any()):
+            warnings.warn(
+                f"{self.program.model_class} is called with position_ids that begin anew within a row, and use_cache is on (its "
+                "default): Transformers then does not keep packed sequences apart, and so does moefx; pass use_cache=False",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def filled_a_cache(self) -> None:
         """Says, once, that a call filled a cache that nobody had asked for: whoever reads it must find it right."""

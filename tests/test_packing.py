@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 
@@ -31,7 +32,7 @@ def test_a_packed_row_is_its_sequences(name):
     moefx.optimize(model, compile=False)
     with torch.no_grad():
         alone = [plain(input_ids=t, use_cache=False).logits for t in given["input_ids"].split(PARTS, dim=1)]
-    out = model(**given)
+    out = model(**given, use_cache=False)
     torch.testing.assert_close(out.logits, torch.cat(alone, 1), rtol=1e-4, atol=1e-4)
     wanted = plain(**given, use_cache=False)  # with a cache Transformers does not look for packing
     torch.testing.assert_close(out.loss, wanted.loss)
@@ -47,6 +48,22 @@ def test_a_packed_row_is_its_sequences(name):
     # where sequences begin, and no mask of all pairs anywhere
     assert {None if m is None else (m.dtype, m.dim()) for m in masks} == {None, (torch.int32, 2)}
     assert not [n for f in functions for n in f.graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor) and v.dtype == torch.bool and v.dim() == 4]
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gemma4_text"])
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_with_a_cache_nothing_is_kept_apart(name, recomputed):
+    """As in Transformers, whose default is a cache, which it leaves out where activations are checkpointed."""
+    model = build(name)
+    if recomputed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    plain, given = copy.deepcopy(model), packed()
+    moefx.optimize(model, compile=False)
+    with pytest.warns(UserWarning, match="pass use_cache=False") if not recomputed else contextlib.nullcontext():
+        found = model(**given).loss
+    torch.testing.assert_close(found, plain(**given).loss)
+    assert torch.allclose(found, plain(**given, use_cache=False).loss) == recomputed
+    assert not moefx.report(model).fallbacks
 
 
 def test_a_mask_that_says_more_than_packing_stays_one():
