@@ -25,7 +25,8 @@ from .graph import aten
 from .lengths import questions_are_seen, refuse_limits, refusing_questions
 from .patches import silent
 from .program import Function, Left, Program
-from .readings import Sizes, readings
+from .readings import OWN, Sizes, readings
+from .unread import Unread, name_and_kind
 from .untraceable import untraceable
 
 # --- calls -----------------------------------------------------------------------------------------------------------
@@ -33,9 +34,10 @@ from .untraceable import untraceable
 
 @dataclass(frozen=True)
 class Template:
-    """A call's arguments with its tensors taken out: nested tuples of ("t", position), constants, ("said", (dtype, window,
-    position)) for a mask that says nothing but who comes before whom (:class:`hf.Said`), the tensor being where packed
-    sequences begin if any are, and ("written", (class, name)) for a dictionary that takes results."""
+    """A call's arguments with its tensors taken out: nested tuples of ("t", position), constants, ("any", (name, type)) for a
+    number that the module does not read, ("said", (dtype, window, position)) for a mask that says nothing but who comes before
+    whom (:class:`hf.Said`), the tensor being where packed sequences begin if any are, and ("written", (class, name)) for a
+    dictionary that takes results."""
 
     args: Any
     kwargs: Any
@@ -54,6 +56,22 @@ class Template:
             _name(part, key, found)
         return found
 
+    def numbers(self) -> dict[str, float]:
+        """The numbers in the call, by the argument's name."""
+        found: dict[str, float] = {}
+        _numbers(self.args, "", found)
+        _numbers(self.kwargs, "", found)
+        return found
+
+    def covers(self, other: Template) -> bool:
+        """Is ``other`` the same but for numbers that this one leaves open?"""
+        return self == other or _covers(self.args, other.args) and _covers(self.kwargs, other.kwargs)
+
+    def opened(self, other: Template) -> Template:
+        """This one with the numbers left open in which ``other``, the same in all else, differs; itself if more differs."""
+        kwargs = [_opened(mine, theirs, "") for mine, theirs in ((self.args, other.args), (self.kwargs, other.kwargs))]
+        return self if None in kwargs else Template(*kwargs)
+
 
 # Functions that call themselves stand here: one inside another function is a cycle, which keeps the tensors that it knows, and
 # with them a step's graph, until the collector comes.
@@ -67,6 +85,8 @@ def _filled(part: Any, tensors: tuple | list, written: dict[str, dict] | None) -
         dtype, window, starts = what
         rows, length = tensors[0].shape[:2]
         return hf.Said(dtype, window, None if starts is None else tensors[starts]).mask(rows, length, tensors[0].device)
+    if kind == "any":
+        return Unread(*what)
     if kind == "written":
         cls, name = what
         return _written_only(cls, name, {} if written is None else written.setdefault(name, {}))
@@ -76,6 +96,43 @@ def _filled(part: Any, tensors: tuple | list, written: dict[str, dict] | None) -
         made = [_filled(v, tensors, written) for v in what]
         return tuple(made) if kind == "tuple" else made
     return what
+
+
+def _numbers(part: Any, name: str, found: dict[str, float]) -> None:
+    kind, what = part
+    if kind == "c" and type(what) in (int, float):
+        found[name] = what
+    elif kind in ("tuple", "list", "dict"):
+        for key, inner in what if kind == "dict" else enumerate(what):
+            _numbers(inner, f"{name} {key}".strip(), found)
+
+
+def _covers(part: Any, other: Any) -> bool:
+    (kind, what), (theirs, is_) = part, other
+    if kind == "any":
+        return theirs == "c" and type(is_).__name__ == what[1] or other == part
+    if kind != theirs or kind not in ("tuple", "list", "dict") or len(what) != len(is_):
+        return bool(part == other)
+    pairs = zip(what, is_, strict=True)
+    return all(k == n and _covers(v, w) for (k, v), (n, w) in pairs) if kind == "dict" else all(_covers(v, w) for v, w in pairs)
+
+
+def _opened(part: Any, other: Any, name: str) -> Any:
+    """``part`` with what differs left open; None if that is not numbers."""
+    (kind, what), (theirs, is_) = part, other
+    if part == other:
+        return part
+    if kind == "c" and type(what) in (int, float) and (theirs == "any" or theirs == "c" and type(is_) is type(what)):
+        return ("any", (name, type(what).__name__))
+    if kind != theirs or kind not in ("tuple", "list", "dict") or len(what) != len(is_):
+        return None
+    if kind == "dict":
+        if [k for k, _ in what] != [k for k, _ in is_]:
+            return None
+        made = [(k, _opened(v, w, f"{name} {k}".strip())) for (k, v), (_, w) in zip(what, is_, strict=True)]
+        return None if any(v is None for _, v in made) else (kind, tuple(made))
+    made = [_opened(v, w, f"{name} {i}".strip()) for i, (v, w) in enumerate(zip(what, is_, strict=True))]
+    return None if None in made else (kind, tuple(made))
 
 
 def _name(part: Any, name: str, found: dict[int, str]) -> None:
@@ -130,6 +187,8 @@ def _taken(x: Any, name: str, tensors: list[Tensor]) -> Any:
     if isinstance(x, Tensor):
         tensors.append(x)
         return ("t", len(tensors) - 1)
+    if type(x) is Unread:
+        return ("any", name_and_kind(x))
     if x is None or isinstance(x, (bool, int, float, str, torch.dtype)):
         return ("c", x)
     if type(x) in (tuple, list):
@@ -146,7 +205,8 @@ class Call:
     """Which calls a captured graph covers: the template, and of each tensor its dtype, device and sizes.
 
     A size is an int, or a letter: "a", "b", ... are the leading sizes of the first tensor (batch, sequence), "ab" their
-    product. A graph captured with a letter covers every number, 1 included; one captured with 1 covers only 1.
+    product, "s", "t", ... are lengths of other tensors' own. A graph captured with a letter covers every number, 1 included;
+    one captured with 1 covers only 1.
     """
 
     template: Template
@@ -182,14 +242,13 @@ class Call:
 
     def covers(self, tensors: list[Tensor], template: Template, training: bool, adapters: tuple = ()) -> bool:
         if (
-            template != self.template or training != self.training or adapters != self.adapters
+            not self.template.covers(template) or training != self.training or adapters != self.adapters
             or len(tensors) != len(self.dtypes) or tensors[0].device != self.device
-            or any(t.dtype != d for t, d in zip(tensors, self.dtypes, strict=True))
         ):  # fmt: skip
             return False
         known: dict[str, int] = {}
-        for t, sizes in zip(tensors, self.sizes, strict=True):
-            if len(sizes) != t.dim():
+        for t, dtype, sizes in zip(tensors, self.dtypes, self.sizes, strict=True):
+            if t.dtype != dtype or len(sizes) != t.dim():
                 return False
             for n, s in zip(t.shape, sizes, strict=True):
                 if s == "ab":
@@ -206,6 +265,8 @@ class Call:
         """Tensors of this call at sizes that are unlike each other, the call's own numbers and those in ``taken``."""
         sizes = distinct_sizes(taken | {n for shape in self.sizes for n in shape if isinstance(n, int)})
         letters = {"a": sizes[0], "b": sizes[1], "ab": sizes[0] * sizes[1], "c": sizes[1] + 2, "d": sizes[1] + 4}
+        unlike = (n for n in itertools.count(sizes[1] + 6) if n not in taken and n != letters["ab"])
+        letters |= dict(zip(OWN, unlike))
         shapes = [[letters[n] if isinstance(n, str) else n for n in shape] for shape in self.sizes]
         return [torch.zeros(shape, dtype=d, device=self.device) for shape, d in zip(shapes, self.dtypes, strict=True)]
 
@@ -337,7 +398,7 @@ def _export(entry: _Entry, tensors: list[Tensor], call: Call) -> Any:
         shapes = tuple({i: names(n) for i, n in enumerate(size) if isinstance(n, str)} for size in call.sizes)
         return torch.export.export(entry, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
 
-    named = {n: Dim(f"size_{n}") for n in "abcdefg"}
+    named = {n: Dim(f"size_{n}") for n in ("a", "b", "c", "d", "e", "f", "g", *OWN)}
     try:
         # one name, one symbol: batch and sequence are the same in every input
         return export(lambda n: named.get(n, Dim.DYNAMIC))

@@ -264,16 +264,31 @@ class Site:
                 if function.call.covers(tensors, template, module.training, switches):
                     return function
             if tensors and sum(f.call.device == tensors[0].device for f in self.functions) >= MAX_VARIANTS:
-                raise CaptureError(f"it was captured for {MAX_VARIANTS} kinds of calls already")
+                raise CaptureError(f"it was captured for {MAX_VARIANTS} kinds of calls already{self._what_differs()}")
             others = [f.call for f in self.functions if f.call.adapters == switches]
-            calls = Call.readings(tensors, template, module.training, sizes_of(module), others)
+            # numbers that differ from those of other calls are left open first: a graph that does not read them holds for all
+            opened = [template.opened(other.template) for other in others]
+            templates = dict.fromkeys([*(t for t in opened if t != template), template])
+            calls = [
+                replace(call, template=t, adapters=switches) for t in templates
+                for call in Call.readings(tensors, template, module.training, sizes_of(module), others)
+            ]  # fmt: skip
             with CAPTURING:
-                function = self.capture_one_of(module, [replace(call, adapters=switches) for call in calls])
+                function = self.capture_one_of(module, calls)
         except CaptureError as error:
             self._fell_back(module, str(error), error.detail, self.comes_of_it(module, args))
             return None
         self.functions.append(function)
         return function
+
+    def _what_differs(self) -> str:
+        """The arguments whose numbers differ in most of the calls that the module was captured for: it reads them."""
+        found: dict[str, set[float]] = {}
+        for function in self.functions:
+            for name, number in function.call.template.numbers().items():
+                found.setdefault(name, set()).add(number)
+        names = [name for name, numbers in found.items() if len(numbers) > MAX_VARIANTS // 2]
+        return f", and computes with {', '.join(names)}, which differs each time" if names else ""
 
     def capture_one_of(self, module: nn.Module, calls: list[Call]) -> Function:
         """The function of the first reading of a call that can be captured; raises CaptureError, the first's, if none can."""

@@ -14,6 +14,8 @@ from torch import Tensor
 
 #: A number, or a letter: see :class:`moefx.capture.Call`.
 Sizes = tuple[int | str, ...]
+#: Letters for the lengths of lists of integers that are neither batch nor sequence: where packed sequences begin, say.
+OWN = ("s", "t", "u", "v", "w")
 #: So many readings are tried of one call. Each that does not export costs about a second.
 MOST = 8
 
@@ -31,9 +33,10 @@ def readings(
 ) -> Iterator[tuple[Sizes, ...]]:
     """Of each tensor its sizes, likeliest reading of all together first, at most ``MOST``. ``names``: what the call names its
     tensors, by position; ``before``: how tensors of these names were read in other calls of the module."""
-    first = leading(tensors[0], known)
+    first, own = leading(tensors[0], known), iter(OWN)
     each = [
-        _of_tensor(t, _values(first, tensors[0]), before.get(names.get(i, ""), ())) for i, t in enumerate(tensors[1:], start=1)
+        _of_tensor(t, _values(first, tensors[0]), before.get(names.get(i, ""), ()), next(own, "") if _is_list(t) else "")
+        for i, t in enumerate(tensors[1:], start=1)
     ]
     while math.prod(map(len, each)) > 1000:
         max(each, key=len).pop()
@@ -52,15 +55,21 @@ def _values(first: Sizes, tensor: Tensor) -> dict[str, int]:
     return values
 
 
-def _of_tensor(tensor: Tensor, values: Mapping[str, int], before: Sequence[Sizes]) -> list[Sizes]:
-    """The readings of one tensor, given what the letters stand for; likeliest first."""
+def _is_list(tensor: Tensor) -> bool:
+    return tensor.dim() == 1 and len(tensor) > 1 and not (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
+
+
+def _of_tensor(tensor: Tensor, values: Mapping[str, int], before: Sequence[Sizes], own: str = "") -> list[Sizes]:
+    """The readings of one tensor, given what the letters stand for; likeliest first. ``own``: a letter for its length."""
     shape = tuple(map(int, tensor.shape))
     again = [s for s in before if tuple(values.get(n, 0) if isinstance(n, str) else n for n in s) == shape]
     # the last size of a table (cos, sin, or both as complex numbers) counts features, whatever the sequence length is
     table = tensor.dim() in (2, 3) and (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
-    each = [
+    each: list[list[int | str]] = [
         [n] if table and i == tensor.dim() - 1 else _of_size(n, i, tensor.dim(), values) for i, n in enumerate(shape)
     ]
+    if own:
+        each[0].insert(len(each[0]) - 1, own)  # before the number itself
     ranked = sorted(itertools.product(*map(range, map(len, each))), key=sum)
     new = [tuple(options[i] for options, i in zip(each, which, strict=True)) for which in ranked]
     return list(dict.fromkeys([*again, *new]))

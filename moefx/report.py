@@ -69,8 +69,8 @@ class Report:
         self._has_positions = True
         if bool((position_ids.diff(dim=-1) != 1).any()):
             warnings.warn(
-                f"{self.program.model_class} is called with position_ids that begin anew within a row, and use_cache is on (its "
-                "default): Transformers then does not keep packed sequences apart, and so does moefx; pass use_cache=False",
+                f"{self.program.model_class} is called with position_ids that begin anew within a row, and use_cache is on, "
+                "its default: Transformers does not keep packed sequences apart then, nor does moefx; pass use_cache=False",
                 UserWarning,
                 stacklevel=2,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -94,7 +95,7 @@ def test_likely_readings_come_first():
     assert read((2, 1, 64), (2, 1, 1, 1), dtype=torch.bool)[0][1] == ("a", 1, "b", "b")
     assert [r[1] for r in read((1, 9, 64), (9,))[:2]] == [("b",), ("ab",)]
     assert read((1, 9, 64), (1,))[0][1] == (1,)
-    assert read((3, 5, 64), (3, 5), (15,), (7,)) [0][1:] == (("a", "b"), ("ab",), (7,))
+    assert read((3, 5, 64), (3, 5), (15,), (7,))[0][1:] == (("a", "b"), ("ab",), ("t",))  # a list has a length of its own
     assert read((1, 64, 64), (1, 64, 16), dtype=torch.float32)[0][1] == ("a", "b", 16)
 
 
@@ -110,3 +111,38 @@ def test_a_recorded_call_has_one_reading():
     tensors, template = flatten((torch.empty(3, 17, 64), torch.empty(1, 17, 16)), {"mask": torch.empty(3, 1, 17, 17)})
     call = Call.of(tensors, template, True, {64})
     assert call.sizes == (("a", "b", 64), (1, "b", 16), ("a", 1, "b", "b"))
+
+
+def padding_free(step):
+    """As TRL's collator passes a row of sequences: their lengths, number and longest differ from step to step."""
+    total = 20 + step
+    cuts = sorted({3, 7 + step, *range(5, 5 + step % 3)})
+    starts = torch.tensor([0, *cuts, total], dtype=torch.int32)
+    positions = torch.cat([torch.arange(int(n)) for n in starts.diff()])[None]
+    ids = torch.randint(0, 256, (1, total), generator=torch.Generator().manual_seed(step))
+    longest = int(starts.diff().max())
+    return {
+        "input_ids": ids, "labels": ids, "position_ids": positions, "use_cache": False, "cu_seq_lens_q": starts, "cu_seq_lens_k": starts,
+        "max_length_q": longest, "max_length_k": longest, "num_items_in_batch": total + step,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_numbers_that_change_each_step_and_nobody_reads(family):
+    plain = build(family)
+    model = moefx.optimize(copy.deepcopy(plain), compile=False)
+    for step in range(11):
+        torch.testing.assert_close(model(**padding_free(step)).loss, plain(**padding_free(step)).loss)
+    report = moefx.report(model)
+    assert not report.fallbacks
+    assert len([f for f in report.program if f.name.startswith("head")]) == 3  # as captured first, with these arguments, with any
+
+
+def test_a_number_that_changes_each_step_and_is_read_is_named():
+    plain = build("qwen3_moe")
+    model = moefx.optimize(copy.deepcopy(plain), compile=False)
+    with pytest.warns(UserWarning, match="computes with ignore_index, which differs each time"):
+        for number in range(10):
+            given = padding_free(0) | {"ignore_index": number}
+            torch.testing.assert_close(model(**given).loss, plain(**given).loss)
+    assert [path for path, _ in moefx.report(model).fallbacks] == ["lm_head"]
