@@ -19,11 +19,13 @@ from .errors import MoefxError
 
 def take_whole_tensors(model: nn.Module) -> list[RemovableHandle]:
     """From here on ``load_state_dict`` of ``model``, of what is around it and of its modules takes whole tensors too."""
+    cuts = {p: _Cut.of(p) for p in model.parameters() if isinstance(p, DTensor)}
     handles = []
     for module in model.modules():
-        spread = {n: _Cut.of(p) for n, p in module.named_parameters(recurse=False) if isinstance(p, DTensor)}
-        if spread:
-            handles.append(module.register_load_state_dict_pre_hook(_Hook(spread)))
+        # of what is below it too, so that what is refused is refused before anything is loaded
+        inside = {n: cuts[p] for n, p in module.named_parameters(remove_duplicate=False) if p in cuts}  # type: ignore[index]
+        if inside:
+            handles.append(module.register_load_state_dict_pre_hook(_Hook(inside)))
     return handles
 
 

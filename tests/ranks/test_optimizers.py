@@ -183,8 +183,10 @@ def calls_agree(rank, world, how, ep):
     lost = {n: t for n, t in one.state_dict().items() if not n.endswith("experts.down_proj")}
     with pytest.raises(RuntimeError, match="Missing key"):
         model.load_state_dict(lost)
+    kept = [id(p) for p in model.parameters()]
     with pytest.raises(moefx.MoefxError, match="assign=True"):
         model.load_state_dict(one.state_dict(), assign=True)
+    check("a parameter was replaced", kept == [id(p) for p in model.parameters()])
     with torch.no_grad():
         vector = torch.nn.utils.parameters_to_vector(one.parameters())
         torch.nn.utils.vector_to_parameters(vector, model.parameters())
