@@ -9,6 +9,10 @@ All print the same losses. The adapter in --out is PEFT's: PeftModel.from_pretra
 
 import argparse
 import os
+
+if "WORLD_SIZE" not in os.environ:  # one process trains on one GPU: for several the Trainer would take nn.DataParallel
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+
 from pydoc_data.topics import topics
 
 import torch

@@ -13,6 +13,9 @@ import os
 import sys
 from pathlib import Path
 
+if "WORLD_SIZE" not in os.environ:  # one process trains on one GPU: for several the Trainer would take nn.DataParallel
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, TrainingArguments

@@ -96,7 +96,7 @@ class GraphedStep:
         parts = [(n, (v.shape, v.dtype, v.device) if isinstance(v, Tensor) else v) for n, v in sorted(batch.items())]
         inner = unwrap(self.model)
         state = inner._moefx_routing
-        asked = state.counting, state.recorded is None, state.replayed is None, inner.is_gradient_checkpointing
+        asked = state.counting, state.recorded is None, state.replayed is None, hf.is_checkpointed(inner)
         return *parts, inner.training, *asked, *(p.requires_grad for p in self._parameters)
 
     def _check(self, found: Recorded) -> None:

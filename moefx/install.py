@@ -126,6 +126,8 @@ class Site:
             if _only_graphs(self.state, self.routing, module.training):
                 return _untraced(self, module, args, kwargs, original)
             return original(*args, **kwargs)
+        if getattr(module, "_is_replica", False):
+            return original(*args, **kwargs)
         requested = hf.requested()
         if self.state.bypass or hf.is_emitting():
             return original(*args, **kwargs)
@@ -550,6 +552,9 @@ def _model_forward(base: type) -> Callable:
             if self.training:
                 _say_what_is_compiled()
             return plain(self, *args, **kwargs)
+        if getattr(self, "_is_replica", False):
+            _refuse_replica(state)
+            return plain(self, *args, **kwargs)
         return untraced(self, args, kwargs)
 
     def untraced(self, args, kwargs):
@@ -574,7 +579,7 @@ def _model_forward(base: type) -> Callable:
         training = kwargs.get("labels") is not None or (self.training and torch.is_grad_enabled())
         ignores_packing = False
         if training and not state.bypass and kwargs.get("use_cache") is None:
-            ignores_packing = _fills_a_cache(self)
+            ignores_packing = (len(args) > 1 or kwargs.get("position_ids") is not None) and _fills_a_cache(self)
             kwargs["use_cache"] = False  # a training step fills no cache that anybody reads
             if ignores_packing:
                 state.report.ignored_packing(kwargs.get("position_ids"))
@@ -599,9 +604,19 @@ def _model_forward(base: type) -> Callable:
     return forward
 
 
+def _refuse_replica(state: Optimized) -> None:
+    """nn.DataParallel runs copies of the model, whose parameters are none, in threads that share all else."""
+    if state.plan.ep_size > 1 or state.plan.router_z_loss or state.plan.balanced_routing or state.plan.check_numerics:
+        raise MoefxError(
+            "nn.DataParallel runs copies of the model that know nothing of ep_size, router_z_loss, balanced_routing and "
+            "check_numerics: start one process per GPU with torchrun"
+        )
+    state.report.runs_replicas()
+
+
 def _fills_a_cache(model: Any) -> bool:
     """Would the model as it was fill a cache in this call, which does not say? Then it does not look for packed sequences."""
-    recomputes = model.is_gradient_checkpointing and model.training and torch.is_grad_enabled()
+    recomputes = model.training and torch.is_grad_enabled() and hf.is_checkpointed(model)
     return bool(getattr(model.config.get_text_config(), "use_cache", False)) and not recomputes
 
 

@@ -61,6 +61,16 @@ class Report:
             self.details[path, reason] = detail
         self.fallbacks[path, reason] = self.fallbacks.get((path, reason), 0) + 1
 
+    def runs_replicas(self) -> None:
+        """Says once that nn.DataParallel runs copies of the model."""
+        text = (
+            f"nn.DataParallel runs copies of {self.program.model_class} in plain PyTorch, without its graphs: start one "
+            "process per GPU with torchrun, or show this one a single GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, ShortfallWarning, stacklevel=2)
+
     def ignored_packing(self, position_ids: Tensor | None) -> None:
         """Says once that packed sequences see one another, as in the model without moefx. It looks at the first positions only:
         the host waits for them."""

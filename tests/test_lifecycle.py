@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, CompileConfig
 
 import moefx
 from moefx.errors import MoefxError
+from moefx.report import ShortfallWarning
 
 from .families import batch, build
 
@@ -186,3 +187,31 @@ def test_counts_follow_the_model():
     routing.counts = {p: n.to("meta") for p, n in routing.counts.items()}
     routing._count(path, model._moefx.program["Qwen3MoeDecoderLayer"].routes[0], torch.zeros(3, 2, dtype=torch.int64, device="meta"))
     assert routing.counts[path].is_meta
+
+
+def replica_of(model):
+    """What nn.DataParallel calls on each GPU: modules that share all but their tables, whose parameters are tensors."""
+    modules = list(model.modules())
+    copies = [m._replicate_for_data_parallel() for m in modules]
+    at = {id(m): c for m, c in zip(modules, copies, strict=True)}
+    for m, c in zip(modules, copies, strict=True):
+        for name, child in m._modules.items():
+            if child is not None:
+                setattr(c, name, at[id(child)])
+        for name, p in m._parameters.items():
+            if p is not None:
+                setattr(c, name, p * 1)
+            else:
+                c._parameters[name] = None
+        c._buffers.update(m._buffers)
+    return copies[0]
+
+
+def test_copies_of_data_parallel_run_the_models_own_forward():
+    plain = build("qwen3_moe")
+    model = moefx.optimize(copy.deepcopy(plain), compile=False)
+    with pytest.warns(ShortfallWarning, match="start one process per GPU with torchrun"):
+        replica_of(model)(**batch(2, 9)).loss.backward()
+    plain(**batch(2, 9)).loss.backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)

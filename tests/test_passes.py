@@ -554,9 +554,9 @@ def test_capture_refuses_a_baked_length_and_data_dependent_python():
     def loops(x):
         return sum(x[:, i] for i in range(x.shape[1]))
 
-    with pytest.raises(moefx.CaptureError, match="torch.export"):
+    with pytest.raises(moefx.CaptureError, match="its graph would hold for one value only of the sequence length"):
         captured(loops, [torch.randn(3, 17, 4)])
-    with pytest.raises(moefx.CaptureError, match="torch.export"):
+    with pytest.raises(moefx.CaptureError, match="data"):
         captured(lambda x: x * 2 if x.sum() > 0 else x, [torch.randn(3, 17, 4)])
 
 

@@ -11,6 +11,7 @@ from .model import (
     count_as_tensor,
     experts_in,
     experts_modules,
+    is_checkpointed,
     is_language_model,
     is_norm,
     is_recurrent,
@@ -26,7 +27,8 @@ from .recording import OwnAttention, emitting, is_emitting, is_traced, packed, u
 __all__ = [
     "INDEX_NAMES", "ExpertsLayout", "Names", "OwnAttention", "Said", "SaidMask", "attention_forward", "attention_mask",
     "blocks", "check", "count_as_tensor", "emitting", "experts_in", "experts_layout", "experts_modules", "implementations",
-    "is_dense_experts", "is_emitting", "is_experts", "is_language_model", "is_norm", "is_recurrent", "is_traced", "named",
-    "numbers", "outputs_are_collected", "own_masks", "packed", "previous", "reads_layer_index", "requested", "restore",
-    "routers", "said_of", "saying_masks", "structure", "unpacked", "unpacked_on_meta", "use", "without_packages",
+    "is_checkpointed", "is_dense_experts", "is_emitting", "is_experts", "is_language_model", "is_norm", "is_recurrent",
+    "is_traced", "named", "numbers", "outputs_are_collected", "own_masks", "packed", "previous", "reads_layer_index",
+    "requested", "restore", "routers", "said_of", "saying_masks", "structure", "unpacked", "unpacked_on_meta", "use",
+    "without_packages",
 ]  # fmt: skip

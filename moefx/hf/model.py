@@ -189,6 +189,11 @@ def structure(module: nn.Module) -> tuple:
     return tuple(found)
 
 
+def is_checkpointed(model: nn.Module) -> bool:
+    """Are activations dropped and made again in the backward? (Transformers 5.24 renames its own property for it.)"""
+    return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
 def is_language_model(model: Any) -> bool:
     """Does it predict tokens, and not classes, say, or nothing?"""
     return model.get_output_embeddings() is not None
