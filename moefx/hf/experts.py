@@ -145,7 +145,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     callers = recording.callers()
     if callers is not None and callers.lenient and not _expressible(self):
         callers = None
-    layout = experts_layout(self) if callers is not None or isinstance(next(self.parameters()), DTensor) else None
+    layout = experts_layout(self) if callers is not None or isinstance(next(self.parameters(), None), DTensor) else None
     if callers is not None and layout is not None:
         callers.append(("experts", self))
         return ops.experts(hidden_states, top_k_index, top_k_weights, *layout.weights(self), **layout.options)
