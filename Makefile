@@ -16,6 +16,7 @@ demo: $(STAMP)
 # mypy beside the tests: it takes half a minute of one core. tests/conftest.py puts the long files first.
 test: $(STAMP)
 	$(BIN)/python -m ruff check .
+	$(BIN)/lint-imports
 	@$(BIN)/python -m mypy > $(VENV)/mypy.txt 2>&1 & types=$$!; \
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 40; tests=$$?; \
 	wait $$types; types=$$?; cat $(VENV)/mypy.txt; exit $$((tests + types))
@@ -26,6 +27,7 @@ gpu-check:
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
+	$(BIN)/lint-imports
 	$(BIN)/python -m mypy
 
 # torch is named, so that nothing chooses another build of it; what is imported is compiled then, most is never imported

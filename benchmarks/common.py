@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import moefx
-from moefx.cuda_graph import GraphedStep
+from moefx.runtime.cuda_graph import GraphedStep
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -229,12 +229,12 @@ def simulated_ep(ep_size: int, device: torch.device | str, backends: Sequence[st
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from moefx import exchange
     from moefx.backends import Backend, Kernel
+    from moefx.ops import dispatch_combine
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ep_size)
     try:
-        loop = Backend("loop_back", {exchange.dispatch: Kernel(exchange.dispatch_by("loop_back"), why="simulated")})
+        loop = Backend("loop_back", {dispatch_combine.dispatch: Kernel(dispatch_combine.dispatch_by("loop_back"), why="simulated")})
         mesh = init_device_mesh(torch.device(device).type, (ep_size,), mesh_dim_names=("ep",))
         usable = [name for name, b in moefx.backends.builtin().items() if b.available() is None and name != "deepep"]
         yield {"mesh": mesh, "backends": (loop, *(backends or usable))}

@@ -33,8 +33,9 @@ from common import machine, save, say, show, slug, synchronize, time_once, verdi
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from moefx import exchange, rows
 from moefx.backends import deepep, deepep_elastic, te_ep
+from moefx.ops import dispatch_combine
+from moefx.transports import permute as rows
 
 #: Tokens a rank, H, experts, K.
 SHAPES: dict[str, tuple[int, int, int, int]] = {
@@ -95,7 +96,7 @@ def measure(shape: str, transport: str, capacity: bool, device: torch.device, si
     weights, index = torch.rand(tokens, experts, device=device, generator=g).topk(k, dim=1)
     weights = (weights / weights.sum(1, keepdim=True)).requires_grad_()
     where = {"num_experts": experts, "group": group, "capacity": tokens if capacity else 0}
-    send = exchange.dispatch_by("" if transport.startswith("all") else transport)
+    send = dispatch_combine.dispatch_by("" if transport.startswith("all") else transport)
     made: dict[str, Any] = {}
 
     def forward_dispatch() -> None:
@@ -103,7 +104,7 @@ def measure(shape: str, transport: str, capacity: bool, device: torch.device, si
 
     def forward_combine() -> None:
         each, _, _, *way, _ = made["d"]
-        made["y"] = exchange.combine(each, index, *way, num_experts=experts, group=group)
+        made["y"] = dispatch_combine.combine(each, index, *way, num_experts=experts, group=group)
 
     def both() -> None:
         forward_dispatch()
@@ -116,7 +117,7 @@ def measure(shape: str, transport: str, capacity: bool, device: torch.device, si
     grad = torch.randn(tokens, h, device=device, generator=g).bfloat16()
     # the experts only weight their rows: the sums are known
     each, row_weights, _, *way, _ = send(x, index, weights, **where)
-    made["y"] = exchange.combine((each * row_weights.unsqueeze(1)).to(each.dtype), index, *way, num_experts=experts, group=group)
+    made["y"] = dispatch_combine.combine((each * row_weights.unsqueeze(1)).to(each.dtype), index, *way, num_experts=experts, group=group)
     to_x, to_weights = torch.autograd.grad(made["y"], (x, weights), grad)
     right = x.float() * weights.sum(1, keepdim=True)
     problems = []
@@ -222,10 +223,10 @@ def host(device: torch.device, sizes: tuple[int, int, int, int], ep: int = 8, st
     where = {"num_experts": experts, "group": dist.group.WORLD.group_name}
     x = torch.randn(tokens, h, device=device).bfloat16().requires_grad_()
     weights, index = torch.rand(tokens, experts, device=device).topk(k, dim=1)
-    weights, grad, send = weights.requires_grad_(), torch.randn_like(x), exchange.dispatch_by("loop_back")
+    weights, grad, send = weights.requires_grad_(), torch.randn_like(x), dispatch_combine.dispatch_by("loop_back")
 
     def combine(sent: tuple) -> Tensor:
-        return exchange.combine(sent[0], index, *sent[3:7], **where)
+        return dispatch_combine.combine(sent[0], index, *sent[3:7], **where)
 
     def both() -> tuple[tuple, tuple]:
         sent = send(x, index, weights, **where)
@@ -301,7 +302,7 @@ if __name__ == "__main__":
             problems += results[-1].pop("problems")
             if dist.get_rank() == 0:
                 say(f"{shape} {results[-1]['transport']}: {results[-1]['ms']}")
-        exchange.release(dist.group.WORLD.group_name)
+        dispatch_combine.release(dist.group.WORLD.group_name)
         taken = floor(results[-1]["bytes"], device)
         results.append({"shape": shape, "transport": "NCCL alone", "ms": {"dispatch": taken}, "bytes": results[-1]["bytes"],
                         "gb_per_s": {"dispatch": results[-1]["bytes"] / taken / 1e6}})  # fmt: skip

@@ -36,7 +36,8 @@ from transformers.distributed import DistributedConfig
 from transformers.utils.logging import set_verbosity_error
 
 import moefx
-from moefx import hf, sharded
+from moefx.integrations import fsdp as sharded
+from moefx.integrations import transformers as hf
 
 WHO = ("hf_fsdp", "hf_ep", "moefx")
 
@@ -55,7 +56,7 @@ def spread(who: str, name: str, layers: int, ranks: int, dtype: torch.dtype) -> 
     """The contender's model on meta, cut for ``ranks`` ranks as it cuts it."""
     model: Any = models.build(name, layers, dtype, "meta").train()
     if who == "moefx":
-        cutting = importlib.import_module("moefx.parallelize")
+        cutting = importlib.import_module("moefx.distributed.parallelize")
         layout = cutting._layout(ranks, 1, MixedPrecisionPolicy(), True, None)
         return cutting._distribute(model, layout, cutting._meshes(layout))
     config, _, meshes = model.prepare_distribute_model(DistributedConfig(fsdp_size=ranks, ep_size=ranks if who == "hf_ep" else 1))

@@ -18,7 +18,7 @@ import models
 import torch
 
 import moefx
-from moefx import hf
+from moefx.integrations import transformers as hf
 
 
 def run(args: argparse.Namespace) -> int:

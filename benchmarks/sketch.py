@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moefx import sharded
+from moefx.integrations import fsdp
 
 LEAST = 1024
 DRAWS = 32
@@ -64,7 +64,7 @@ def part(name: str, local: Tensor, where: tuple[slice, ...], shape: tuple[int, .
 def _part(name: str, tensor: Tensor, draws: int = DRAWS) -> Tensor:
     """What this rank has to add: a DTensor's parts are each held once, anything else whole and the same everywhere."""
     if isinstance(tensor, DTensor):
-        return part(name, tensor.to_local(), sharded.local_slices(tensor), tuple(tensor.shape), draws)
+        return part(name, tensor.to_local(), fsdp.local_slices(tensor), tuple(tensor.shape), draws)
     whole = tuple(slice(0, n) for n in tensor.shape)
     return part(name, tensor, whole, tuple(tensor.shape), draws) / dist.get_world_size()
 

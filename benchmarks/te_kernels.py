@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from common import finish, relative_l2, say, show, time_once, verdict
 from torch import Tensor
 
-from moefx import aux_loss, ops
+from moefx import ops
 from moefx.backends import te, triton
 from moefx.backends import torch as plain
+from moefx.distributed import aux_loss
 from moefx.kernels.te import attention, available, grouped, linear, permute
 
 DEVICE = torch.device("cuda")

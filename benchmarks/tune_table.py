@@ -19,7 +19,7 @@ import torch
 from models import MODELS, build
 
 import moefx
-from moefx import tuning
+from moefx.backends import tuning
 
 #: Whose sites the table has.
 TABLED = ("qwen3_30b", "nemotron_nano", "gpt_oss_20b")

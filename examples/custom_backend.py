@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import moefx
 from moefx import ops
-from moefx.graph import value
+from moefx.ir.graph import value
 
 
 def rms_norm(x, weight, eps, *, cast_first=True, offset=0.0):

@@ -1,25 +1,24 @@
 """moefx: Hugging Face mixture-of-experts models, captured, rewritten and trained with expert parallelism."""
 
-from . import passes
-from .backends import Backend, Kernel, resolve
-from .capture import capture
-from .checkpoint import load_checkpoint, save_checkpoint
-from .clip import clip_grad_norm_
-from .cuda_graph import cuda_graph
-from .errors import CaptureError, ExchangeError, MoefxError, PassError, RankLostError, VerifyError
-from .faults import watch as watch_ranks
-from .graph import insert
-from .match import Match, Miss, Pattern, f64
-from .ops import op
-from .optimize import explain, optimize, report, restore, rewrite
-from .parallelize import parallelize
-from .pipeline import Changes, Pass, Pipeline
-from .plan import Plan
-from .program import Function, Program
-from .raising import Raise
-from .report import Report, ShortfallWarning
-from .routing import count_routes, expert_load, load_metrics, record_routes, replay_routes, update_router_bias
-from .verify import Verification, verify
+from moefx import passes
+from moefx.analysis.report import Report, ShortfallWarning
+from moefx.api import explain, optimize, parallelize, report, restore, rewrite
+from moefx.backends import Backend, Kernel, resolve
+from moefx.distributed.checkpoint import load_checkpoint, save_checkpoint
+from moefx.distributed.clip_grad import clip_grad_norm_
+from moefx.distributed.rank_monitor import watch as watch_ranks
+from moefx.errors import CaptureError, ExchangeError, MoefxError, PassError, RankLostError, VerifyError
+from moefx.frontend.capture import capture
+from moefx.ir.graph import insert
+from moefx.ir.plan import Plan
+from moefx.ir.program import Function, Program
+from moefx.ops import op
+from moefx.rewrite.pattern import Match, Miss, Pattern, f64
+from moefx.rewrite.pipeline import Changes, Pass, Pipeline
+from moefx.rewrite.raise_ops import Raise
+from moefx.runtime.cuda_graph import cuda_graph
+from moefx.runtime.router_state import count_routes, expert_load, load_metrics, record_routes, replay_routes, update_router_bias
+from moefx.runtime.verify import Verification, verify
 
 __version__ = "0.1.0"
 

@@ -24,17 +24,20 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedConfig
 
-from . import backends, hf, parallel, passes
-from .auto import LANGUAGE_MODELS, auto_class
-from .backends import deepep
-from .capture import capture
-from .errors import MoefxError
-from .optimize import optimize, rewrite
-from .optimize import report as report_of
-from .report import Report
-from .show import render
-from .tiny import tiny_config
-from .verify import against
+from moefx import backends, passes
+from moefx.analysis.report import Report
+from moefx.analysis.text import render
+from moefx.api import optimize, rewrite
+from moefx.api import report as report_of
+from moefx.backends import deepep
+from moefx.distributed import expert_sharding
+from moefx.errors import MoefxError
+from moefx.frontend.capture import capture
+from moefx.integrations import transformers as hf
+from moefx.integrations.transformers.auto import LANGUAGE_MODELS, auto_class
+from moefx.integrations.transformers.tiny_config import tiny_config
+from moefx.ir.plan import Options
+from moefx.runtime.verify import against
 
 
 def read_config(model: str, tiny: bool) -> PreTrainedConfig:
@@ -89,8 +92,8 @@ def inspect(config: PreTrainedConfig, ep_size: int, device: str = "meta") -> Rep
         model = auto_class(config).from_config(config)
     hf.check(model)
     with ranks(ep_size) as mesh:
-        ep_size, mesh = parallel.make_mesh(model, ep_size, mesh)
-        plan = parallel.plan(model, backends.resolve(None), ep_size, mesh, True, False)
+        ep_size, mesh = expert_sharding.make_mesh(model, ep_size, mesh)
+        plan = expert_sharding.plan(model, Options(), backends.resolve(None), ep_size, mesh)
         return rewrite(capture(model), plan, passes.default(), model)
 
 

@@ -1,24 +1,24 @@
 """The passes of moefx, one a file, and the default pipeline: one visible tuple."""
 
-from moefx.pipeline import Change, Changes, Pass, Pipeline
+from moefx.passes.canonicalize import Canonicalize
+from moefx.passes.dense_experts import RaiseDenseExperts
+from moefx.passes.expert_parallel import ExpertParallel
+from moefx.passes.fp8 import FP8
+from moefx.passes.linear_cross_entropy import RaiseLinearCrossEntropy
+from moefx.passes.linear_to_fp32 import LinearToFP32
+from moefx.passes.lower import Lower
+from moefx.passes.norm_rotary import FuseNormRotary
+from moefx.passes.norm_streams import NormStreams
+from moefx.passes.overlap import Overlap
+from moefx.passes.recompute_experts import RecomputeExperts
+from moefx.passes.residual_rms_norm import FuseResidualRMSNorm
+from moefx.passes.rms_norm import RaiseRMSNorm
+from moefx.passes.rotary import RaiseRotary
+from moefx.passes.route import RaiseRoute
+from moefx.passes.routes import Routes
+from moefx.passes.swiglu import RaiseSwiGLU
 
-from .canonicalize import Canonicalize
-from .dense_experts import RaiseDenseExperts
-from .expert_parallel import ExpertParallel
-from .fp8 import FP8
-from .linear_cross_entropy import RaiseLinearCrossEntropy
-from .linear_to_fp32 import LinearToFP32
-from .lower import Lower
-from .norm_rotary import FuseNormRotary
-from .norm_streams import NormStreams
-from .overlap import Overlap
-from .recompute_experts import RecomputeExperts
-from .residual_rms_norm import FuseResidualRMSNorm
-from .rms_norm import RaiseRMSNorm
-from .rotary import RaiseRotary
-from .route import RaiseRoute
-from .routes import Routes
-from .swiglu import RaiseSwiGLU
+from moefx.rewrite.pipeline import Change, Changes, Pass, Pipeline
 
 __all__ = [
     "Canonicalize", "Change", "Changes", "ExpertParallel", "FP8", "FuseNormRotary", "FuseResidualRMSNorm", "LinearToFP32",

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moefx import ops
-from moefx.certify import certify
-from moefx.graph import aten, compute, inherit, insert, value
-from moefx.match import Match, f64
-from moefx.pipeline import Changes
-from moefx.raising import Raise
+from moefx.ir.graph import aten, compute, inherit, insert, value
+from moefx.rewrite.certify import certify
+from moefx.rewrite.pattern import Match, f64
+from moefx.rewrite.pipeline import Changes
+from moefx.rewrite.raise_ops import Raise
 
 #: How such a router scores, in the words of ``moefx.route``: the sigmoid of the logit that was chosen.
 _SCORES = {"score": "sigmoid", "topk_first": True, "fp32": True, "cast": True}

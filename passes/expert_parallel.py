@@ -8,10 +8,12 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from moefx import exchange, grouped, ops
+from moefx import ops
 from moefx.errors import MoefxError
-from moefx.graph import arguments, aten, compute, describe, inherit, insert, is_call, value
-from moefx.pipeline import Changes
+from moefx.ir.graph import arguments, aten, compute, describe, inherit, insert, is_call, value
+from moefx.ops import dispatch_combine
+from moefx.ops import grouped_mlp as grouped
+from moefx.rewrite.pipeline import Changes
 
 _WEIGHTS = ("up", "up_bias", "down", "down_bias")
 
@@ -29,7 +31,7 @@ class ExpertParallel:
     are taken per rank. ``grad_scale`` = 1/ep makes experts' gradients the average over the ranks' losses, as DDP and FSDP
     average the dense ones. Weights with LoRA updates (PEFT's ``target_parameters``) are updated locally, each rank those of its
     own experts. With ``plan.dispatch_dtype`` "fp8" (opt-in) tokens are quantized to be sent: within 2**-4 of each number, see
-    :mod:`moefx.fp8_rows`.
+    :mod:`moefx.transports.fp8_rows`.
     """
 
     name: ClassVar[str] = "expert_parallel"
@@ -73,7 +75,7 @@ class ExpertParallel:
             made.append(new)
             return new
 
-        sent = call(exchange.dispatch, (given["x"], given["index"], given["weights"]), limited)
+        sent = call(dispatch_combine.dispatch, (given["x"], given["index"], given["weights"]), limited)
         items = [self._item(graph, node, sent, i) for i in range(8)]
         rows, row_weights, counts, *way, tokens = items
         place, _, host, _ = way
@@ -81,7 +83,7 @@ class ExpertParallel:
         weights = tuple(local.get(w) for w in _WEIGHTS)
         options |= {"grad_scale": plan.experts_gradient_scale, "row_weights": row_weights, "arrived": [tokens, place, host]}
         done = call(grouped.grouped_mlp, (rows, counts, *weights), options)
-        back = call(exchange.combine, (done, given["index"], *way), where)
+        back = call(dispatch_combine.combine, (done, given["index"], *way), where)
         if value(back).dtype != value(node).dtype:
             back = call(torch.ops.aten._to_copy.default, (back,), {"dtype": value(node).dtype})
         for new in [*made, *items]:

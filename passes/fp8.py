@@ -16,11 +16,11 @@ from torch import fx
 from moefx import ops
 from moefx.backends import quack
 from moefx.errors import MoefxError
-from moefx.graph import VIEWS, arguments, aten, dtype_of, is_call, op_name, origin, value
-from moefx.grouped import grouped_mlp
+from moefx.ir.graph import VIEWS, arguments, aten, dtype_of, is_call, op_name, origin, value
 from moefx.kernels import te
 from moefx.kernels.te import linear
-from moefx.pipeline import Changes
+from moefx.ops.grouped_mlp import grouped_mlp
+from moefx.rewrite.pipeline import Changes
 
 #: Who reads a router's logits, raised or as the model writes it.
 _ROUTERS = (ops.route, ops.route_at, aten.topk.default, aten.softmax.int, aten.sigmoid.default)

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import fx
 
 from moefx import ops
-from moefx.graph import aten, insert, value
-from moefx.match import Match, f64
-from moefx.raising import Raise
+from moefx.ir.graph import aten, insert, value
+from moefx.rewrite.pattern import Match, f64
+from moefx.rewrite.raise_ops import Raise
 
 
 def _written(hidden, weight, labels, ignore_index, reduction, form, scale, divisor, softcap, bias=None):

@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from moefx import ops
-from moefx.certify import certify
-from moefx.graph import arguments, aten, dtype_of, inherit, insert, is_call, value
-from moefx.pipeline import Changes
+from moefx.ir.graph import arguments, aten, dtype_of, inherit, insert, is_call, value
+from moefx.rewrite.certify import certify
+from moefx.rewrite.pipeline import Changes
 
 
 @dataclass(frozen=True)

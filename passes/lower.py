@@ -7,9 +7,10 @@ from typing import ClassVar
 
 import torch
 
-from moefx import backends, tuning
-from moefx.graph import op_name, origin
-from moefx.pipeline import Changes
+from moefx import backends
+from moefx.backends import tuning
+from moefx.ir.graph import op_name, origin
+from moefx.rewrite.pipeline import Changes
 
 
 @dataclass(frozen=True)

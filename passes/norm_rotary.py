@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import fx
 
 from moefx import ops
-from moefx.graph import arguments, aten, describe, getitems, inherit, insert, is_call, value
-from moefx.pipeline import Changes
+from moefx.ir.graph import arguments, aten, describe, getitems, inherit, insert, is_call, value
+from moefx.rewrite.pipeline import Changes
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from moefx import ops
 from moefx.backends import triton
-from moefx.graph import inherit, insert, is_call, origin, value
-from moefx.pipeline import Changes
+from moefx.ir.graph import inherit, insert, is_call, origin, value
+from moefx.rewrite.pipeline import Changes
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from moefx import exchange, grouped
-from moefx.cost import Rates, Sizes, node_cost
-from moefx.graph import VIEWS, arguments, aten, compute, describe, getitems, inherit, insert, is_call, origin, value
-from moefx.pipeline import Changes
+from moefx.analysis.cost import Rates, Sizes, node_cost
+from moefx.ir.graph import VIEWS, arguments, aten, compute, describe, getitems, inherit, insert, is_call, origin, value
+from moefx.ops import dispatch_combine
+from moefx.ops import grouped_mlp as grouped
+from moefx.rewrite.pipeline import Changes
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Overlap:
         if plan.ep_size == 1:
             return changes
         for node in list(function.graph.nodes):
-            if is_call(node) and node.meta.get("semantic", node.target) is exchange.dispatch:
+            if is_call(node) and node.meta.get("semantic", node.target) is dispatch_combine.dispatch:
                 problem = self._rewrite(function, node, plan, changes)
                 if problem:
                     changes.miss(node, problem)
@@ -51,7 +52,7 @@ class Overlap:
         if weights is not None and weights is not items.get(1):
             return f"its experts' rows are weighted by {describe(weights)}, not by the weights that it brings"
         combine = next(iter(experts.users))  # type: ignore[union-attr]
-        if combine.meta.get("semantic", combine.target) is not exchange.combine:
+        if combine.meta.get("semantic", combine.target) is not dispatch_combine.combine:
             return f"its experts' rows go to {combine.name}, not to a combine"
         clock = _Clock(function, plan, self.tokens)
         many = self.chunks or clock.best_chunks(dispatch, experts, combine)
@@ -178,13 +179,13 @@ class _Chunks:
         starts, waits, ends, sent = [], [], [], []
         for i in range(many):
             start = self._call(
-                exchange.dispatch_start, (x[i], index[i], weights[i]), {**where, "transport": transport}, self.dispatch
+                dispatch_combine.dispatch_start, (x[i], index[i], weights[i]), {**where, "transport": transport}, self.dispatch
             )
             starts.append(self._stands_for(start, self.dispatch, many))
             sent.append(self._items(start))
         back = []
         for i in range(many):
-            waits.append(self._call(exchange.dispatch_wait, (x[i], *sent[i]), arrives, self.dispatch))
+            waits.append(self._call(dispatch_combine.dispatch_wait, (x[i], *sent[i]), arrives, self.dispatch))
             waits[-1].meta["share"] = Fraction(1, many)
             rows, row_weights, counts, place, room = self._items(waits[-1])
             handle, host = sent[i][3:5]
@@ -193,12 +194,12 @@ class _Chunks:
             done = self._call(self.experts.target, (rows, counts, *self.experts.args[2:]), options, self.experts)
             self._stands_for(done, self.experts, many)
             start = self._call(
-                exchange.combine_start, (done, index[i], place, handle, host, room), back_where, self.combine
+                dispatch_combine.combine_start, (done, index[i], place, handle, host, room), back_where, self.combine
             )
             back.append(self._items(self._stands_for(start, self.combine, many)))
         for i in range(many):
             ends.append(
-                self._call(exchange.combine_wait, (*back[i], index[i], *sent[i][3:5]), back_where, self.combine)
+                self._call(dispatch_combine.combine_wait, (*back[i], index[i], *sent[i][3:5]), back_where, self.combine)
             )
         y = ends[0] if many == 1 else self._call(aten.cat.default, (ends,), {}, self.combine)
         y.meta["val"] = value(self.combine)

@@ -11,9 +11,9 @@ from typing import ClassVar
 
 from moefx import ops
 from moefx.backends import triton
-from moefx.graph import is_call, op_name, origin
-from moefx.grouped import grouped_mlp
-from moefx.pipeline import Changes
+from moefx.ir.graph import is_call, op_name, origin
+from moefx.ops.grouped_mlp import grouped_mlp
+from moefx.rewrite.pipeline import Changes
 
 
 @dataclass(frozen=True)

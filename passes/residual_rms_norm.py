@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 
 from moefx import ops
-from moefx.graph import aten, describe, inherit, insert, is_call, value
-from moefx.pipeline import Changes
-from moefx.raising import replace_outputs
+from moefx.ir.graph import aten, describe, inherit, insert, is_call, value
+from moefx.rewrite.pipeline import Changes
+from moefx.rewrite.raise_ops import replace_outputs
 
 
 @dataclass(frozen=True)

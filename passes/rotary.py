@@ -10,11 +10,11 @@ import torch
 from torch import fx
 
 from moefx import ops
-from moefx.certify import certify
-from moefx.graph import VIEWS, aten, describe, inherit, insert, is_call, value
-from moefx.match import Match, Pattern, f64
-from moefx.pipeline import Changes
-from moefx.raising import replace_outputs
+from moefx.ir.graph import VIEWS, aten, describe, inherit, insert, is_call, value
+from moefx.rewrite.certify import certify
+from moefx.rewrite.pattern import Match, Pattern, f64
+from moefx.rewrite.pipeline import Changes
+from moefx.rewrite.raise_ops import replace_outputs
 
 
 @cache

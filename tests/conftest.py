@@ -23,7 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # Triton's interpreter, slow but exact: read when Triton is imported
 
-    from moefx.compiling import revision
+    from moefx.backends.compile import revision
 
     # tests compile operations by themselves, without moefx's cache key: code of another version's shapes must not be found
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir(), f"moefx-tests-{os.getuid()}-{revision()[:12]}"))

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from moefx import fp8_rows, rows, transports
+from moefx import transports
+from moefx.transports import fp8_rows
+from moefx.transports import permute as rows
 
 EXPERTS, TOP_K, HIDDEN, INNER = 4, 2, 256, 64
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from moefx import aux_loss, grouped, ops
-from moefx.activations import ACTIVATIONS
+from moefx import ops
 from moefx.backends import te
+from moefx.distributed import aux_loss
+from moefx.ops import grouped_mlp as grouped
+from moefx.ops.activations import ACTIVATIONS
 
 #: A number rounded to float32 is off by up to this times its size.
 ROUNDING = 2.0**-24

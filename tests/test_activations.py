@@ -10,7 +10,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Exper
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.inkling2.modeling_inkling2 import Inkling2SoftcappedSwiGLU
 
-from moefx.activations import ACTIVATIONS, join, split
+from moefx.ops.activations import ACTIVATIONS, join, split
 
 ALPHA, LIMIT = 1.702, 1.5
 SOFTCAPPED = Inkling2SoftcappedSwiGLU(SimpleNamespace(mlp_gate_softcap=ALPHA, mlp_up_softcap=LIMIT))

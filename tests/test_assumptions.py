@@ -12,14 +12,18 @@ from transformers import masking_utils
 from transformers.utils import output_capturing
 
 import moefx
-from moefx import assumptions, gradients, hf, lengths, routing
+from moefx.frontend import custom_gradients as gradients
+from moefx.frontend import length_guards
+from moefx.integrations import transformers as hf
+from moefx.internals import assumptions
+from moefx.runtime import router_state as routing
 
 from .families import build
 
-capture_of = import_module("moefx.capture")  # moefx.capture is a function, too
+capture_of = import_module("moefx.frontend.capture")
 NETS = {
     "custom_gradients": (gradients.custom_gradients_are_seen, gradients._CONTEXTS, BackwardCFunction),
-    "questions": (lengths.questions_are_seen, lengths._TRUTH, torch.SymBool),
+    "questions": (length_guards.questions_are_seen, length_guards._TRUTH, torch.SymBool),
 }
 
 

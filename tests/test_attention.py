@@ -7,10 +7,11 @@ import torch
 from transformers import masking_utils
 
 import moefx
-from moefx import hf, ops
+from moefx import ops
 from moefx.backends import resolve
 from moefx.backends.torch import refuses_flash
-from moefx.graph import arguments
+from moefx.integrations import transformers as hf
+from moefx.ir.graph import arguments
 
 from .families import batch, build
 

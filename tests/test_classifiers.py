@@ -17,9 +17,9 @@ from transformers import (
 )
 
 import moefx
-from moefx.auto import auto_class
-from moefx.tiny import tiny_config
-from moefx.verify import against
+from moefx.integrations.transformers.auto import auto_class
+from moefx.integrations.transformers.tiny_config import tiny_config
+from moefx.runtime.verify import against
 
 KINDS = {"sequence": AutoModelForSequenceClassification, "token": AutoModelForTokenClassification}
 

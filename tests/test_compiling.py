@@ -8,8 +8,9 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_inductor_cache
 
-from moefx import compiling, ops
-from moefx.plan import Plan
+from moefx import ops
+from moefx.backends import compile
+from moefx.ir.plan import Plan
 
 
 def _graph() -> fx.GraphModule:
@@ -23,7 +24,7 @@ def _found(ep_size=1) -> bool:
     """Whether the code of the same graph was in the cache."""
     torch._dynamo.reset()
     counters.clear()
-    compiling.compiled(_graph(), Plan((), ep_size=ep_size))(torch.ones(3, 4), torch.ones(4))
+    compile.compiled(_graph(), Plan((), ep_size=ep_size))(torch.ones(3, 4), torch.ones(4))
     hits, misses = (sum(n for name, n in counters["inductor"].items() if name == f"fxgraph_cache_{w}") for w in ("hit", "miss"))
     hits += counters["aot_autograd"]["autograd_cache_hit"]
     return not misses and hits > 0
@@ -35,7 +36,7 @@ def test_found_again_unless_version_or_group_differ(monkeypatch):
         assert _found()
         assert not _found(ep_size=2)
         assert _found(ep_size=2)
-        monkeypatch.setattr(compiling, "revision", lambda: "another version")
+        monkeypatch.setattr(compile, "revision", lambda: "another version")
         assert not _found()
 
 
@@ -60,8 +61,8 @@ def test_a_pass_of_the_users_still_runs(then, cached):
 
 
 def test_revision_is_of_all_sources(tmp_path, monkeypatch):
-    monkeypatch.setattr(compiling, "__file__", str(tmp_path / "compiling.py"))
-    read = compiling.revision.__wrapped__
+    monkeypatch.setattr(compile, "__file__", str(tmp_path / "compiling.py"))
+    read = compile.revision.__wrapped__
     (tmp_path / "a.py").write_text("1")
     first = read()
     assert first == read()

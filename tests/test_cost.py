@@ -10,10 +10,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import moefx
+from moefx.analysis.cost import EP, B, S, Sizes, node_cost
 from moefx.cli import inspect
-from moefx.cost import EP, B, S, Sizes, node_cost
-from moefx.graph import aten, is_call, op_name
-from moefx.tiny import tiny_config
+from moefx.integrations.transformers.tiny_config import tiny_config
+from moefx.ir.graph import aten, is_call, op_name
 
 from .families import FAMILIES, build
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import moefx
-from moefx.cuda_graph import Recorded, _ran_out
+from moefx.runtime.cuda_graph import Recorded, _ran_out
 
 from .families import batch, build
 

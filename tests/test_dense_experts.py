@@ -11,9 +11,10 @@ from moefx.passes import default
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import moefx
-from moefx import certify, ops
-from moefx.capture import Call, Template
-from moefx.graph import aten
+from moefx import ops
+from moefx.frontend.capture import Call, Template
+from moefx.ir.graph import aten
+from moefx.rewrite import certify
 
 from .families import batch, build
 

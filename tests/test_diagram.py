@@ -8,8 +8,8 @@ import pytest
 
 from moefx.cli import inspect, main
 from moefx.errors import MoefxError
-from moefx.graph import is_call, op_name
-from moefx.tiny import tiny_config
+from moefx.integrations.transformers.tiny_config import tiny_config
+from moefx.ir.graph import is_call, op_name
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "nemotron_h", "longcat_flash", "gemma4_text"])

@@ -180,7 +180,7 @@ def test_frozen_and_tied_parameters():
 def test_attention_over_more_keys_than_queries_stays_the_models():
     from transformers import AutoModelForCausalLM
 
-    from moefx.tiny import tiny_config
+    from moefx.integrations.transformers.tiny_config import tiny_config
 
     torch.manual_seed(0)
     model = moefx.optimize(AutoModelForCausalLM.from_config(tiny_config("deepseek_v4")), compile=False)
@@ -198,7 +198,7 @@ def test_attention_that_is_not_causal_stays_so_where_python_runs_it():
     """Inkling 2 attends over the states of earlier blocks, by the model's own eager attention."""
     from transformers import AutoModelForCausalLM
 
-    from moefx.tiny import tiny_config
+    from moefx.integrations.transformers.tiny_config import tiny_config
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config("inkling2_text"))

@@ -8,8 +8,10 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import moefx
-from moefx import exchange, grouped, ops
+from moefx import ops
 from moefx.errors import MoefxError
+from moefx.ops import dispatch_combine
+from moefx.ops import grouped_mlp as grouped
 
 E, K, H, INNER = 4, 2, 8, 6
 
@@ -34,7 +36,7 @@ def group():
 @pytest.mark.parametrize("tokens", [0, 1, 7])
 def test_rows_arrive_by_expert_in_the_order_of_the_tokens(group, tokens):
     x, index, weights = _random(tokens, H), _index(tokens), _random(tokens, K, seed=1)
-    rows, row_weights, counts, *way, _ = exchange.dispatch(x, index, weights, **group)
+    rows, row_weights, counts, *way, _ = dispatch_combine.dispatch(x, index, weights, **group)
     order = [(t, e) for e in range(E) for t in range(tokens) if e in index[t]]
     assert torch.equal(rows, x[[t for t, _ in order]])
     assert counts.tolist() == [sum(e == expert for _, expert in order) for e in range(E)]
@@ -47,16 +49,16 @@ def test_rows_arrive_by_expert_in_the_order_of_the_tokens(group, tokens):
 @pytest.mark.parametrize("tokens", [0, 1, 7])
 def test_combine_adds_up_the_rows_of_each_token(group, tokens):
     x, index, weights = _random(tokens, H), _index(tokens), _random(tokens, K, seed=1)
-    rows, row_weights, _, *way, _ = exchange.dispatch(x, index, weights, **group)
-    y = exchange.combine(rows * row_weights.unsqueeze(1), index, *way, **group)
+    rows, row_weights, _, *way, _ = dispatch_combine.dispatch(x, index, weights, **group)
+    y = dispatch_combine.combine(rows * row_weights.unsqueeze(1), index, *way, **group)
     torch.testing.assert_close(y, x * weights.sum(dim=1, keepdim=True))
 
 
 def test_combine_adds_in_float32_and_returns_the_dtype_of_the_rows(group):
     x, index = _random(7, H).bfloat16(), _index(7)
-    rows, row_weights, counts, *way, _ = exchange.dispatch(x, index, torch.ones(7, K), **group)
+    rows, row_weights, counts, *way, _ = dispatch_combine.dispatch(x, index, torch.ones(7, K), **group)
     rows = rows * (torch.arange(E).repeat_interleave(counts) + 1).to(rows.dtype).unsqueeze(1)
-    y = exchange.combine(rows, index, *way, **group)
+    y = dispatch_combine.combine(rows, index, *way, **group)
     assert row_weights.dtype == torch.float32 and y.dtype == torch.bfloat16
     assert torch.equal(y, (x[:, None] * (index + 1).bfloat16().unsqueeze(2)).float().sum(dim=1).bfloat16())
 
@@ -66,8 +68,8 @@ def test_gradients_of_rows_and_weights(group):
     index = _index(5)
 
     def there_and_back(x, weights):
-        rows, row_weights, _, *way, _ = exchange.dispatch(x, index, weights, **group)
-        return exchange.combine(rows.square() * row_weights.unsqueeze(1), index, *way, **group)
+        rows, row_weights, _, *way, _ = dispatch_combine.dispatch(x, index, weights, **group)
+        return dispatch_combine.combine(rows.square() * row_weights.unsqueeze(1), index, *way, **group)
 
     inputs = _random(5, 3).requires_grad_(), _random(5, K, seed=1).requires_grad_()
     assert torch.autograd.gradcheck(there_and_back, inputs)
@@ -75,8 +77,8 @@ def test_gradients_of_rows_and_weights(group):
 
 def test_an_exchange_is_differentiated_once(group):
     index, x, weights = _index(5), _random(5, 3).requires_grad_(), _random(5, K, seed=1).requires_grad_()
-    rows, row_weights, _, *way, _ = exchange.dispatch(x, index, weights, **group)
-    y = exchange.combine(rows.square() * row_weights.unsqueeze(1), index, *way, **group)
+    rows, row_weights, _, *way, _ = dispatch_combine.dispatch(x, index, weights, **group)
+    y = dispatch_combine.combine(rows.square() * row_weights.unsqueeze(1), index, *way, **group)
     with pytest.raises(moefx.MoefxError, match="moefx::resend_start belongs to a backward, and cannot be differentiated again"):
         torch.autograd.grad(y.square().sum(), x, create_graph=True)
 
@@ -88,10 +90,10 @@ def test_no_gradient_is_added_to_one_that_is_still_arriving(group, capacity):
     Combine may be in another graph; a link that it read would get zeros from there, added in place while rows arrive.
     """
     x, index, weights = _random(7, H).requires_grad_(), _index(7), _random(7, K, seed=1).requires_grad_()
-    rows, row_weights, *way, _ = exchange.dispatch(x, index, weights, **group, capacity=capacity)
+    rows, row_weights, *way, _ = dispatch_combine.dispatch(x, index, weights, **group, capacity=capacity)
     assert rows.requires_grad and row_weights.requires_grad and not any(t.requires_grad for t in way)
     with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
-        fake = exchange.dispatch(x, index, weights, **group, capacity=capacity)
+        fake = dispatch_combine.dispatch(x, index, weights, **group, capacity=capacity)
     assert fake[0].requires_grad and not any(t.requires_grad for t in fake[2:])
 
 
@@ -99,11 +101,11 @@ def test_no_gradient_is_added_to_one_that_is_still_arriving(group, capacity):
 def test_combine_keeps_no_rows_for_the_backward(group, capacity):
     """Where rows went is kept, 4 bytes for each (token, k); no row of H numbers, and so not the experts' results."""
     x, index, weights = _random(7, 64).requires_grad_(), _index(7), _random(7, K, seed=1)
-    rows, _, _, *way, _ = exchange.dispatch(x, index, weights, **group, capacity=capacity)
+    rows, _, _, *way, _ = dispatch_combine.dispatch(x, index, weights, **group, capacity=capacity)
     each = rows * 2.0
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = exchange.combine(each, index, *way, **group)
+        y = dispatch_combine.combine(each, index, *way, **group)
     place, handle, host, _ = way
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
     assert place.untyped_storage().data_ptr() in storages and each.untyped_storage().data_ptr() not in storages
@@ -121,10 +123,10 @@ def test_compiled_experts_over_the_group_are_the_experts_operation(group, backen
     up, down = (w.float().requires_grad_() for w in weights)
 
     def over_ranks(x, index, scores):
-        rows, row_weights, counts, *way, tokens = exchange.dispatch(x, index, scores, **group, capacity=capacity)
+        rows, row_weights, counts, *way, tokens = dispatch_combine.dispatch(x, index, scores, **group, capacity=capacity)
         options = {"activation": "swiglu", "row_weights": row_weights, "arrived": [tokens, way[0], way[2]]}
         rows = grouped.grouped_mlp(rows * 1.0, counts, up, None, down, None, **options)
-        return exchange.combine(rows, index, *way, **group)
+        return dispatch_combine.combine(rows, index, *way, **group)
 
     compiled = torch.compile(over_ranks, fullgraph=True, dynamic=True, backend=backend)
     for step, tokens in enumerate((9, 14)):
@@ -144,7 +146,7 @@ def test_compiled_experts_over_the_group_are_the_experts_operation(group, backen
 def test_more_tokens_than_there_is_room_for_are_refused(group):
     x, index, weights = _random(21, H), _index(21), _random(21, K)
     with pytest.raises(MoefxError, match="21 tokens .* room for 20: .* as dispatch_capacity"):
-        exchange.dispatch(x, index, weights, **group, capacity=20)
+        dispatch_combine.dispatch(x, index, weights, **group, capacity=20)
 
 
 def test_shapes_for_64_ranks():
@@ -155,8 +157,8 @@ def test_shapes_for_64_ranks():
         with FakeTensorMode(shape_env=ShapeEnv()):
             x, index = torch.randn(5, H, dtype=torch.bfloat16, requires_grad=True), torch.zeros(5, K, dtype=torch.int64)
             weights = torch.rand(5, K, requires_grad=True)
-            rows, row_weights, counts, *way, _ = exchange.dispatch(x, index, weights, **group)
-            y = exchange.combine((rows * row_weights.unsqueeze(1)).to(rows.dtype), index, *way, **group)
+            rows, row_weights, counts, *way, _ = dispatch_combine.dispatch(x, index, weights, **group)
+            y = dispatch_combine.combine((rows * row_weights.unsqueeze(1)).to(rows.dtype), index, *way, **group)
             to_x, to_weights = torch.autograd.grad(y.sum(), (x, weights))
         assert isinstance(rows.shape[0], torch.SymInt) and rows.shape[1] == H and counts.shape == (2,)
         assert y.shape == to_x.shape == x.shape and y.dtype == torch.bfloat16 and to_weights.shape == weights.shape

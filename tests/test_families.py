@@ -10,7 +10,7 @@ import torch
 from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 
 import moefx
-from moefx import hf
+from moefx.integrations import transformers as hf
 
 from .families import EXPECTED, FAMILIES, batch, build, experts_of
 

@@ -6,7 +6,9 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import moefx
-from moefx import exchange, fp8_rows, transports
+from moefx import transports
+from moefx.ops import dispatch_combine
+from moefx.transports import fp8_rows
 from tests.families import build
 
 
@@ -23,7 +25,7 @@ def numbers(kind, rows, hidden, dtype=torch.bfloat16):
 
 
 def bound(x):
-    """That of moefx.fp8_rows, a number for each."""
+    """That of moefx.transports.fp8_rows, a number for each."""
     u = 2.0**-8 if x.dtype == torch.bfloat16 else 2.0**-22
     x = x.double().abs()
     many, hidden = fp8_rows.blocks(x.shape[1]), x.shape[1]
@@ -81,13 +83,13 @@ def test_an_exchange_rounds_tokens_and_neither_results_nor_gradients(capacity):
             x, index = numbers("normal", 9, hidden), torch.rand(9, 4, generator=torch.Generator().manual_seed(1)).topk(2).indices
             for send, wire in ((fp8_rows.decode(fp8_rows.encode(x), hidden), ""), (x, "fp8")):
                 send, weights = send.clone().requires_grad_(), torch.full((9, 2), 0.75).requires_grad_()
-                rows, scores, _, *way, _ = exchange.dispatch(send, index, weights, **where, capacity=capacity, wire=wire)
-                y = exchange.combine((rows * scores.unsqueeze(1)).to(rows.dtype), index, *way, **where)
+                rows, scores, _, *way, _ = dispatch_combine.dispatch(send, index, weights, **where, capacity=capacity, wire=wire)
+                y = dispatch_combine.combine((rows * scores.unsqueeze(1)).to(rows.dtype), index, *way, **where)
                 found.append((rows, y, *torch.autograd.grad(y, (send, weights), numbers("outliers", 9, hidden))))
             for a, b in zip(*found):
                 assert torch.equal(a, b)
         with pytest.raises(moefx.MoefxError, match="rows cannot be sent as 'fp4': wire is one of '', 'fp8'"):
-            exchange.dispatch(x, index, weights, **where, wire="fp4")
+            dispatch_combine.dispatch(x, index, weights, **where, wire="fp4")
     finally:
         dist.destroy_process_group()
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moefx import grouped, transports
-from moefx.activations import ACTIVATIONS
+from moefx import transports
 from moefx.errors import MoefxError
+from moefx.ops import grouped_mlp as grouped
+from moefx.ops.activations import ACTIVATIONS
 
 from . import grouped_checks
 

@@ -6,8 +6,8 @@ from transformers import AutoModelForCausalLM
 
 import moefx
 from moefx import ops
-from moefx.head import LazyLogits
-from moefx.tiny import tiny_config
+from moefx.frontend.head import LazyLogits
+from moefx.integrations.transformers.tiny_config import tiny_config
 
 MODELS = {"granitemoe": {"logits_scaling": 6.0}, "cohere2_moe": {"logit_scale": 0.3}, "beam": {"final_logit_softcapping": 0.5}}
 

@@ -12,10 +12,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask, sdpa_mask
 
 import moefx
-from moefx import hf, ops
-from moefx.report import ShortfallWarning
-from moefx.tiny import tiny_config
-from moefx.verify import against
+from moefx import ops
+from moefx.analysis.report import ShortfallWarning
+from moefx.integrations import transformers as hf
+from moefx.integrations.transformers.tiny_config import tiny_config
+from moefx.runtime.verify import against
 
 from .families import batch, build
 

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, CompileConfig
 
 import moefx
+from moefx.analysis.report import ShortfallWarning
 from moefx.errors import MoefxError
-from moefx.report import ShortfallWarning
 
 from .families import batch, build
 

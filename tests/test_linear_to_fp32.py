@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import moefx
-from moefx import hf, ops
+from moefx import ops
+from moefx.integrations import transformers as hf
 from moefx.kernels import linear_to_fp32 as kernel
 
 from .families import batch, build

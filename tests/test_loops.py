@@ -11,10 +11,11 @@ from parity import distances_in_bf16
 from transformers import AutoModelForCausalLM
 
 import moefx
-from moefx import loops, ops
-from moefx.graph import is_call
-from moefx.tiny import tiny_config
-from moefx.verify import against
+from moefx import ops
+from moefx.integrations.transformers import loop_experts as loops
+from moefx.integrations.transformers.tiny_config import tiny_config
+from moefx.ir.graph import is_call
+from moefx.runtime.verify import against
 
 FAMILIES = {"dbrx": "DbrxExperts", "longcat_flash": "LongcatFlashExperts", "jetmoe": "JetMoeMoE"}
 
@@ -113,7 +114,7 @@ def test_generation_runs_the_models_own_loop(family):
 
 def test_they_are_not_cut_over_ranks(family):
     _, plain, _ = family
-    from moefx.parallel import check_experts
+    from moefx.distributed.expert_sharding import check_experts
 
     with pytest.raises(moefx.MoefxError, match="ep_size=2, but .* cannot be cut over ranks: use ep_size=1"):
         check_experts(plain, 2)

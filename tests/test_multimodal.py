@@ -12,10 +12,10 @@ from spawn import run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import moefx
-from moefx.auto import auto_class
 from moefx.errors import MoefxError
-from moefx.tiny import tiny_config
-from moefx.verify import against
+from moefx.integrations.transformers.auto import auto_class
+from moefx.integrations.transformers.tiny_config import tiny_config
+from moefx.runtime.verify import against
 
 FAMILIES = ["qwen3_vl_moe", "glm4v_moe"]
 IMAGE, START, END = 200, 202, 203

@@ -9,9 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from moefx import chunked
 from moefx.errors import MoefxError
-from moefx.opaque import opaque
+from moefx.kernels import linear_cross_entropy as chunked
+from moefx.ops.custom_op import opaque
 
 CALLS: list[torch.Size] = []
 

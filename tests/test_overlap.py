@@ -10,12 +10,17 @@ import torch
 from moefx.passes import Overlap, default
 
 import moefx
-from moefx import backends, exchange, grouped, hf, parallel
-from moefx.capture import capture
+from moefx import backends
+from moefx.analysis.timeline import timeline
+from moefx.api import rewrite
 from moefx.cli import ranks
-from moefx.graph import aten, is_call, op_name
-from moefx.optimize import rewrite
-from moefx.timeline import timeline
+from moefx.distributed import expert_sharding
+from moefx.frontend.capture import capture
+from moefx.integrations import transformers as hf
+from moefx.ir.graph import aten, is_call, op_name
+from moefx.ir.plan import Options
+from moefx.ops import dispatch_combine
+from moefx.ops import grouped_mlp as grouped
 
 from .families import build
 
@@ -29,8 +34,8 @@ def report_of(name: str, overlap: Overlap | None, ep: int = 4, **changes):
         model = build(name, **changes)
     hf.check(model)
     with ranks(ep) as mesh:
-        size, mesh = parallel.make_mesh(model, ep, mesh)
-        plan = parallel.plan(model, backends.resolve(None), size, mesh, True, False)
+        size, mesh = expert_sharding.make_mesh(model, ep, mesh)
+        plan = expert_sharding.plan(model, Options(), backends.resolve(None), size, mesh)
         report = rewrite(capture(model), plan, pipeline, model)
         schedules = {way: report.timelines(backward=way == "backward", S=4096) for way in ("forward", "backward")}
     return report, schedules
@@ -76,7 +81,7 @@ def test_chunks_take_turns(chunks):
     nodes = report.program["Qwen3MoeDecoderLayer"].graph.nodes
     symbols = {}
     for n in nodes:  # the parts add up to all tokens, whatever their number
-        if is_call(n, exchange.combine_wait, aten.cat.default):
+        if is_call(n, dispatch_combine.combine_wait, aten.cat.default):
             symbols.setdefault(op_name(n.target), []).append(n.meta["val"].shape[0].node.expr)
     whole = symbols["aten.cat"][0]
     for b, s in ((1, 1), (2, 7), (3, 8), (5, 5)):

@@ -12,7 +12,7 @@ from transformers import masking_utils
 from transformers.masking_utils import sdpa_mask
 
 import moefx
-from moefx import hf
+from moefx.integrations import transformers as hf
 
 from .families import build
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from moefx.passes import (
+from moefx.passes import (  # fmt: skip
     Canonicalize,
     Changes,
     FuseNormRotary,
@@ -20,14 +20,14 @@ from moefx.passes import (
     RaiseRoute,
     RaiseSwiGLU,
     default,
-)  # fmt: skip
+)
 from torch import nn
 
 import moefx
 from moefx import f64, ops
-from moefx.capture import Call, capture_module, flatten
-from moefx.graph import aten, is_call
-from moefx.pipeline import run_pass
+from moefx.frontend.capture import Call, capture_module, flatten
+from moefx.ir.graph import aten, is_call
+from moefx.rewrite.pipeline import run_pass
 
 
 class Wrap(nn.Module):

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import moefx
-from moefx import install
-from moefx.capture import Call, flatten
-from moefx.readings import MOST, readings
-from moefx.report import ShortfallWarning
+from moefx.analysis.report import ShortfallWarning
+from moefx.frontend.capture import Call, flatten
+from moefx.frontend.readings import MOST, readings
+from moefx.runtime import install
 
 from .families import batch, build
 

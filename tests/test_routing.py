@@ -14,8 +14,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import AutoModelForCausalLM
 
 import moefx
-from moefx.tiny import tiny_config
-from moefx.verify import against
+from moefx.integrations.transformers.tiny_config import tiny_config
+from moefx.runtime.verify import against
 
 from .families import FAMILIES, batch, build, experts_of
 

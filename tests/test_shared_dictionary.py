@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import moefx
-from moefx.capture import Call, capture_module, flatten
 from moefx.errors import CaptureError
+from moefx.frontend.capture import Call, capture_module, flatten
 
 from .families import batch, build
 

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moefx
-from moefx.tiny import tiny_config
-from moefx.verify import against
+from moefx.integrations.transformers.tiny_config import tiny_config
+from moefx.runtime.verify import against
 
 from .families import batch
 

@@ -10,7 +10,9 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import moefx
-from moefx import exchange, grouped, ops
+from moefx import ops
+from moefx.ops import dispatch_combine
+from moefx.ops import grouped_mlp as grouped
 
 from .families import FAMILIES, build
 
@@ -48,13 +50,13 @@ def test_64_ranks(name):
         found = [n.meta.get("semantic", n.target) for n in function.graph.nodes if n.op == "call_function"]
         many = function.expects.get("experts", 0) + function.expects.get("dense_experts", 0)
         assert ops.experts not in found
-        for op in (exchange.dispatch, grouped.grouped_mlp, exchange.combine):
+        for op in (dispatch_combine.dispatch, grouped.grouped_mlp, dispatch_combine.combine):
             assert found.count(op) == many, (function.name, op)
         for node in function.graph.nodes:
             if node.meta.get("semantic", node.target) is grouped.grouped_mlp:  # it keeps what arrived, and no row
                 tokens, place, host = node.kwargs["arrived"]
                 start, wait = tokens.args[0], place.args[0]
-                assert start.target is exchange.dispatch_start and wait.target is exchange.dispatch_wait
+                assert start.target is dispatch_combine.dispatch_start and wait.target is dispatch_combine.dispatch_wait
                 assert wait.args[1] is tokens and host.args == (start, 4) and node.args[0].args == (wait, 0)
     moefx.restore(model)
     assert not any(isinstance(p, DTensor) for p in model.parameters())

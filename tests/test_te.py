@@ -13,13 +13,14 @@ from torch import fx
 from torch._subclasses import FakeTensorMode
 
 import moefx
-from moefx import grouped, ops
+from moefx import ops
 from moefx.backends import builtin, check_signature, resolve, te
 from moefx.cli import diagnose
-from moefx.graph import aten, is_call
+from moefx.ir.graph import aten, is_call
 from moefx.kernels import te as kernels
 from moefx.kernels.te import linear
-from moefx.pipeline import run_pass
+from moefx.ops import grouped_mlp as grouped
+from moefx.rewrite.pipeline import run_pass
 
 from . import te_standin
 from .test_passes import captured
@@ -174,7 +175,7 @@ def test_the_backend_is_used_by_name_only_and_says_what_is_missing():
 
 def test_the_auxiliary_loss_is_the_kernels_where_nothing_is_padded(monkeypatch):
     """Loss and gradients of a whole model; with padding, and while verifying, the model's own function."""
-    from moefx import aux_loss
+    from moefx.distributed import aux_loss
 
     from .families import batch, build
 

@@ -13,8 +13,9 @@ import transformers  # noqa: E402
 from transformers import TrainingArguments  # noqa: E402
 
 import moefx  # noqa: E402
-from moefx import hf, trainer  # noqa: E402
-from moefx.report import ShortfallWarning  # noqa: E402
+from moefx.analysis.report import ShortfallWarning  # noqa: E402
+from moefx.integrations import trainer
+from moefx.integrations import transformers as hf  # noqa: E402
 
 from .families import batch, build  # noqa: E402
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 import moefx
-from moefx.tiny import tiny_config
+from moefx.integrations.transformers.tiny_config import tiny_config
 
 pytest.importorskip("trl")
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import moefx
-from moefx import ops, tuning
+from moefx import ops
+from moefx.backends import tuning
 from moefx.backends.torch import experts
 
 from .families import batch, build

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import moefx
-from moefx.capture import Call, capture_module, flatten
+from moefx.analysis.report import ShortfallWarning
 from moefx.errors import CaptureError
-from moefx.report import ShortfallWarning
+from moefx.frontend.capture import Call, capture_module, flatten
 
 from .families import batch, build
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from moefx.watch import Watch
+from moefx.transports.hang_monitor import Watch
 
 
 class Event:

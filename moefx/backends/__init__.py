@@ -14,8 +14,8 @@ from typing import Any
 from torch import fx
 from torch._ops import OpOverload  # not `import torch`: the package has a module of that name
 
-from ..errors import MoefxError
-from ..graph import op_name
+from moefx.errors import MoefxError
+from moefx.ir.graph import op_name
 
 
 def accept(node: fx.Node) -> str | None:
@@ -61,7 +61,7 @@ class Choice:
 
 def builtin() -> dict[str, Backend]:
     """The backends of this package by name, in the default order."""
-    from . import deepep, deepep_elastic, fa4, quack, reference, te, te_ep, torch, triton
+    from moefx.backends import deepep, deepep_elastic, fa4, quack, reference, te, te_ep, torch, triton
 
     order = (deepep, deepep_elastic, te_ep, quack, fa4, triton, torch, te, reference)
     return {module.BACKEND.name: module.BACKEND for module in order}

@@ -22,10 +22,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from .. import exchange, fp8_rows, grouped, transports
-from ..graph import arguments, value
-from ..transports import Call, Dispatched, Host, Shapes, Wait, make_host
-from . import Backend, Kernel
+from moefx import transports
+from moefx.backends import Backend, Kernel
+from moefx.ir.graph import arguments, value
+from moefx.ops import dispatch_combine
+from moefx.ops import grouped_mlp as grouped
+from moefx.transports import Call, Dispatched, Host, Shapes, Wait, fp8_rows, make_host
 
 #: Ranks of a node that DeepEP's kernels expect, and the numbers of ranks that it has settings for.
 RANKS_OF_NODE = 8
@@ -103,7 +105,7 @@ def version() -> str:
 
 def refuses_group(name: str) -> str | None:
     """Why DeepEP cannot serve this process group, or None. The first call on a group is collective; all ranks say the same."""
-    return _refuses(exchange._group(name))
+    return _refuses(dispatch_combine._group(name))
 
 
 @functools.cache
@@ -405,8 +407,8 @@ def _refuses_dispatch(node: fx.Node) -> str | None:
         return problem
     group = given["group"]
     problem = refuses_group(group)
-    if problem is None and given["capacity"] and exchange._group(group).size() > RANKS_OF_NODE:
-        return f"DeepEP's Buffer has no dispatch with a capacity between nodes ({exchange._group(group).size()} ranks)"
+    if problem is None and given["capacity"] and dispatch_combine._group(group).size() > RANKS_OF_NODE:
+        return f"DeepEP's Buffer has no dispatch with a capacity between nodes ({dispatch_combine._group(group).size()} ranks)"
     return problem
 
 
@@ -422,7 +424,9 @@ def _dtype_of_results(node: fx.Node) -> torch.dtype | None:
 BACKEND = Backend(
     "deepep",
     {
-        exchange.dispatch: Kernel(exchange.dispatch_by("deepep"), _refuses_dispatch, "DeepEP's kernels, on their own stream"),
+        dispatch_combine.dispatch: Kernel(
+            dispatch_combine.dispatch_by("deepep"), _refuses_dispatch, "DeepEP's kernels, on their own stream"
+        ),
     },
     available,
 )

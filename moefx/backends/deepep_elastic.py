@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .. import exchange, fp8_rows, transports
-from ..graph import arguments, value
-from ..transports import Call, Dispatched, Host, Shapes, Wait, make_host
-from . import Backend, Kernel, deepep
+from moefx import transports
+from moefx.backends import Backend, Kernel, deepep
+from moefx.ir.graph import arguments, value
+from moefx.ops import dispatch_combine
+from moefx.transports import Call, Dispatched, Host, Shapes, Wait, fp8_rows, make_host
 
 #: Fields of DeepEP's EPHandle that are tensors (or None), and those that are numbers.
 _TENSORS = (
@@ -182,7 +183,11 @@ def _refuses(node: fx.Node) -> str | None:
 
 BACKEND = Backend(
     "deepep_elastic",
-    {exchange.dispatch: Kernel(exchange.dispatch_by("deepep_elastic"), _refuses, "DeepEP's ElasticBuffer, no host sync")},
+    {
+        dispatch_combine.dispatch: Kernel(
+            dispatch_combine.dispatch_by("deepep_elastic"), _refuses, "DeepEP's ElasticBuffer, no host sync"
+        )
+    },
     available,
     by_name=True,
 )

@@ -13,11 +13,11 @@ import torch
 from packaging.version import Version
 from torch import Tensor, fx
 
-from .. import ops
-from ..graph import arguments, value
-from ..kernels import attention as flash
-from . import Backend, Kernel
-from .torch import by_position, refuses_flash
+from moefx import ops
+from moefx.backends import Backend, Kernel
+from moefx.backends.torch import by_position, refuses_flash
+from moefx.ir.graph import arguments, value
+from moefx.kernels import attention as flash
 
 #: The first version whose results were compared with float32's.
 LEAST = "4.0.0b36"

@@ -12,9 +12,11 @@ import importlib.util
 import torch
 from torch import fx
 
-from .. import chunked, grouped, ops
-from ..graph import arguments, value
-from . import Backend, Kernel, triton
+from moefx import ops
+from moefx.backends import Backend, Kernel, triton
+from moefx.ir.graph import arguments, value
+from moefx.kernels import linear_cross_entropy as chunked
+from moefx.ops import grouped_mlp as grouped
 
 
 def _refuses(node: fx.Node, multiple: int = 8) -> str | None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .. import exchange, grouped, ops
-from . import Backend, Kernel
+from moefx import ops
+from moefx.backends import Backend, Kernel
+from moefx.ops import dispatch_combine
+from moefx.ops import grouped_mlp as grouped
 
-_OPAQUE = (exchange.dispatch, exchange.combine, grouped.grouped_mlp)
+_OPAQUE = (dispatch_combine.dispatch, dispatch_combine.combine, grouped.grouped_mlp)
 
 
 class _Table(Mapping):

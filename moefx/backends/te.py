@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .. import grouped, ops
-from ..graph import arguments, dtype_of, value
-from ..kernels.te import attention as te_attention
-from ..kernels.te import aux_loss as te_aux_loss
-from ..kernels.te import available, norm, permute, router
-from ..kernels.te import grouped as te_grouped
-from . import Backend, Kernel, triton
+from moefx import ops
+from moefx.backends import Backend, Kernel, triton
+from moefx.ir.graph import arguments, dtype_of, value
+from moefx.kernels.te import attention as te_attention
+from moefx.kernels.te import aux_loss as te_aux_loss
+from moefx.kernels.te import available, norm, permute, router
+from moefx.kernels.te import grouped as te_grouped
+from moefx.ops import grouped_mlp as grouped
 
 #: The length that a symbolic one is taken for where Transformer Engine is asked about sizes.
 TYPICAL_LENGTH = 4096

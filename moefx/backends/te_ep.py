@@ -17,11 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 
-from .. import exchange, transports
-from ..errors import MoefxError
-from ..graph import arguments
-from ..transports import Call, Dispatched, Host, Shapes, Wait, make_host
-from . import Backend, Kernel, deepep
+from moefx import transports
+from moefx.backends import Backend, Kernel, deepep
+from moefx.errors import MoefxError
+from moefx.ir.graph import arguments
+from moefx.ops import dispatch_combine
+from moefx.transports import Call, Dispatched, Host, Shapes, Wait, make_host
 
 
 @functools.cache
@@ -187,14 +188,14 @@ def _refuses(node: fx.Node) -> str | None:
         return "NCCL EP is set up here to send bfloat16, dispatch_dtype asks for FP8"
     if not given["capacity"]:
         return "NCCL EP must know the most tokens of a rank: pass dispatch_capacity to optimize"
-    if exchange._group(given["group"]).size() < 2:
+    if dispatch_combine._group(given["group"]).size() < 2:
         return "NCCL EP wants 2 ranks or more"
     return None
 
 
 BACKEND = Backend(
     "te_ep",
-    {exchange.dispatch: Kernel(exchange.dispatch_by("te_ep"), _refuses, "NCCL EP, no host sync")},
+    {dispatch_combine.dispatch: Kernel(dispatch_combine.dispatch_by("te_ep"), _refuses, "NCCL EP, no host sync")},
     available,
     by_name=True,
 )

@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from .. import exchange, grouped, ops
-from ..activations import ACTIVATIONS
-from ..chunked import linear_cross_entropy
-from ..graph import arguments, dtype_of, value
-from ..kernels.attention import flash_attention
-from ..kernels.linear_to_fp32 import linear_to_fp32
-from . import Backend, Kernel
+from moefx import ops
+from moefx.backends import Backend, Kernel
+from moefx.ir.graph import arguments, dtype_of, value
+from moefx.kernels.attention import flash_attention
+from moefx.kernels.linear_cross_entropy import linear_cross_entropy
+from moefx.kernels.linear_to_fp32 import linear_to_fp32
+from moefx.ops import dispatch_combine
+from moefx.ops import grouped_mlp as grouped
+from moefx.ops.activations import ACTIVATIONS
 
 # --- norms -----------------------------------------------------------------------------------------------------------
 
@@ -233,8 +235,8 @@ BACKEND = Backend(
         ops.linear_to_fp32: Kernel(linear_to_fp32, _refuses_linear_to_fp32, "bf16 tensor cores, float32 sums"),
         ops.experts: Kernel(experts, refuses_experts, "grouped GEMM, one sort, no atomics"),
         ops.linear_cross_entropy: Kernel(linear_cross_entropy, why="chunked: never all logits"),
-        exchange.dispatch: Kernel(exchange.dispatch, why="all-to-all"),
-        exchange.combine: Kernel(exchange.combine, why="the way that its dispatch took"),
+        dispatch_combine.dispatch: Kernel(dispatch_combine.dispatch, why="all-to-all"),
+        dispatch_combine.combine: Kernel(dispatch_combine.combine, why="the way that its dispatch took"),
         grouped.grouped_mlp: Kernel(grouped.grouped_mlp, why="grouped GEMM, activation recomputed"),
     },
 )

@@ -13,15 +13,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from .. import grouped, ops
-from ..graph import arguments, dtype_of, value
-from ..kernels import rms_norm as norms
-from ..kernels.experts import KNOWN, fused_experts, fused_grouped_mlp
-from ..kernels.grouped_gemm import GEMMS
-from ..kernels.norm_rotary import fused_norm_rotary
-from ..kernels.route import fused_route
-from . import Backend, Kernel
-from .torch import refuses_experts as _torch_refuses
+from moefx import ops
+from moefx.backends import Backend, Kernel
+from moefx.backends.torch import refuses_experts as _torch_refuses
+from moefx.ir.graph import arguments, dtype_of, value
+from moefx.kernels import rms_norm as norms
+from moefx.kernels.experts import KNOWN, fused_experts, fused_grouped_mlp
+from moefx.kernels.grouped_gemm import GEMMS
+from moefx.kernels.norm_rotary import fused_norm_rotary
+from moefx.kernels.route import fused_route
+from moefx.ops import grouped_mlp as grouped
 
 #: Below Hopper torch's grouped GEMM is a loop over the experts, which reads the counts back (pytorch#186620).
 CAPABILITY = (9, 0)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import attention as torch_attention
 
-from ..opaque import opaque
+from moefx.ops.custom_op import opaque
 
 aten = torch.ops.aten
 
@@ -100,12 +100,12 @@ def flash_attention(
     see -> out [B, S, A, D] and the logarithm [B, A, S] (fp32) of each query's sum of exponentials, the sink's included.
     ``by`` "fa4": by FlashAttention 4 where that pays; it knows of no starts, and its v may be [B, A/n, S, Dv]."""
     if _by_fa4(q, v, by):
-        from . import flash_attention_4
+        from moefx.kernels import flash_attention_4
 
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         out, lse = flash_attention_4.forward(q, k, v, scale, window)
     elif _by_window(q, k, window, starts):
-        from . import window_attention
+        from moefx.kernels import window_attention
 
         q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
         return window_attention.forward(q, k, v, sinks, scale, window or q.shape[1], starts)
@@ -119,7 +119,7 @@ def flash_attention(
         )
     out, lse = out.contiguous(), lse.contiguous()
     if sinks is not None:
-        from .sinks import join_
+        from moefx.kernels.sinks import join_
 
         join_(out, lse, sinks)
     return out, lse
@@ -140,11 +140,11 @@ def flash_attention_backward(
     by_q, by_k, by_v = (t.transpose(1, 2) for t in (q, k, v))
     delta = None
     if _by_fa4(q, v, by):
-        from . import flash_attention_4
+        from moefx.kernels import flash_attention_4
 
         found = flash_attention_4.backward(grad, by_q, by_k, by_v, out, lse, scale, window)
     elif _by_window(q, k, window, starts):
-        from . import window_attention
+        from moefx.kernels import window_attention
 
         by_q, by_k, by_v = (t.contiguous() for t in (by_q, by_k, by_v))
         *found, delta = window_attention.backward(grad, by_q, by_k, by_v, out, lse, scale, window or q.shape[2], starts)
@@ -152,7 +152,7 @@ def flash_attention_backward(
         found = _torchs_backward(grad, q, k, v, out, lse, scale, window)
     to_sinks = q.new_empty(0)
     if sinks is not None:
-        from . import sinks as sinks_
+        from moefx.kernels import sinks as sinks_
 
         to_sinks = sinks_.gradient(sinks, lse, sinks_.delta(grad, out) if delta is None else delta)
     like_q, like_k, like_v = (_laid_out_like(t.transpose(1, 2), like) for t, like in zip(found, (q, k, v)))

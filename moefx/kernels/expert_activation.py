@@ -15,13 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..activations import ACTIVATIONS
-from .launch import KEPT, Launch, cdiv
+from moefx.kernels.launch import KEPT, Launch, cdiv
+from moefx.ops.activations import ACTIVATIONS
 
 
 @dataclass(frozen=True)
 class Gate:
-    """Which activation: a name of ``moefx.activations``, its numbers, and whether gate and up alternate."""
+    """Which activation: a name of ``moefx.ops.activations``, its numbers, and whether gate and up alternate."""
 
     activation: str
     alpha: float = 0.0

@@ -6,9 +6,9 @@ that its gradient is a sum over the intermediate size and no expert's output is 
 one fixed order. Nothing waits for the device.
 
 ``fused_experts`` is all of a process's, from tokens to tokens; ``fused_grouped_mlp`` one rank's, on the rows that a dispatch
-brought and a combine takes back. They are declared by :mod:`moefx.opaque`: of a small call's forward with gradients the host
-took 137 us around ``torch.library.custom_op`` and takes 71, of its backward 171 and 141 (kernels replaced by stand-ins, two
-shared cores of an EPYC).
+brought and a combine takes back. They are declared by :mod:`moefx.ops.custom_op`: of a small call's forward with gradients the
+host took 137 us around ``torch.library.custom_op`` and takes 71, of its backward 171 and 141 (kernels replaced by stand-ins,
+two shared cores of an EPYC).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..grouped import _matrices
-from ..opaque import FIRST_INPUT, opaque
-from ..ops import has_nobody
-from ..rows import Kept
-from . import grouped_gemm
+from moefx.kernels import grouped_gemm
+from moefx.ops import has_nobody
+from moefx.ops.custom_op import FIRST_INPUT, opaque
+from moefx.ops.grouped_mlp import _matrices
+from moefx.transports.permute import Kept
 
 #: The activations that :mod:`moefx.kernels.expert_activation` has kernels for.
 KNOWN = frozenset({
@@ -37,7 +37,7 @@ Weights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 
 
 def _gate(activation: str, alpha: float, limit: float, interleaved: bool) -> Any:
-    from .expert_activation import Gate
+    from moefx.kernels.expert_activation import Gate
 
     return Gate(activation, alpha, limit, interleaved)
 
@@ -52,7 +52,7 @@ def _gradients(
     That of ``row_weights`` lacks the part of down's bias. ``needs``: of rows and of the four; the rest is None. ``by_down``:
     multiplies to_out with matrices [E, H, I] group by group, where tokens are less to round than rows. The four are
     multiplied by ``grad_scale``."""
-    from . import expert_activation as act
+    from moefx.kernels import expert_activation as act
 
     up, up_bias, down, down_bias = weights
     offsets = bounds[1:]
@@ -100,8 +100,8 @@ def _fused_experts(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y [T, H] in x's dtype; then, for the backward, h [T*K, 2I or I], order and inverse [T*K], bounds [E + 1] (int32). Without
     ``keep`` h is empty, and the backward makes it again."""
-    from . import expert_activation as act
-    from .permute import reduce, sort_by_expert
+    from moefx.kernels import expert_activation as act
+    from moefx.kernels.permute import reduce, sort_by_expert
 
     top_k, experts = index.shape[1], down.shape[0] if has_nobody(up, down) else 0
     order, inverse, bounds = sort_by_expert(index, up.shape[0])
@@ -130,7 +130,7 @@ def fused_experts_backward(
     transposed: bool, interleaved: bool, gemm: str, keep: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weights, up, up_bias, down, down_bias. ``needs``: of which (weights: always); others are empty."""
-    from .permute import expand, reduce
+    from moefx.kernels.permute import expand, reduce
 
     top_k, experts = index.shape[1], down.shape[0] if has_nobody(up, down) else 0
     gate = _gate(activation, alpha, limit, interleaved)
@@ -200,7 +200,7 @@ def _fused_grouped_mlp(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The experts' output [R, H] in the weights' dtype, and the pre-activations h [R, 2I or I] for the backward, which keeps
     tokens, place and host instead of the rows where they are given. Without ``keep`` h is empty, and made again there."""
-    from . import expert_activation as act
+    from moefx.kernels import expert_activation as act
 
     bounds = _bounds(counts)
     h = grouped_gemm.rows(gemm, rows.to(up.dtype), _matrices(up, transposed), bounds)
@@ -226,7 +226,7 @@ def fused_grouped_mlp_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of rows, up, up_bias, down, down_bias, row_weights; ``needs`` says of which, the others are empty."""
-    from . import expert_activation as act
+    from moefx.kernels import expert_activation as act
 
     gate, bounds = _gate(activation, alpha, limit, interleaved), _bounds(counts)
     kept, hidden = Kept(rows, tokens, place, host), _matrices(up, transposed).shape[1]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..grouped import _grouped_gemm
+from moefx.ops.grouped_mlp import _grouped_gemm
 
 LARGEST = 448.0  #: of float8_e4m3fn
 TINY = 1e-30  #: keeps the scale of zeros, and its inverse, finite
@@ -30,7 +30,7 @@ def rows(x: Tensor, weight: Tensor, bounds: Tensor) -> Tensor:
     """x [R, a] times weight [E, a, b] -> [R, b] in x's dtype."""
     if not x.is_cuda:
         return _product(*_rounded(x), weight, bounds, x.dtype)
-    from .fp8_quantize import rows as quantize
+    from moefx.kernels.fp8_quantize import rows as quantize
 
     return _product(*quantize(x), weight, bounds, x.dtype)
 
@@ -39,7 +39,7 @@ def of_tokens(x: Tensor, inverse: Tensor, top_k: int, weight: Tensor, bounds: Te
     """x [T, a], each token in its K rows (``inverse`` [T * K] says which), times weight [E, a, b] -> [T * K, b]. Tokens are
     rounded once and written to their rows in 8 bits."""
     if x.is_cuda:
-        from .fp8_quantize import rows as quantize
+        from moefx.kernels.fp8_quantize import rows as quantize
 
         return _product(*quantize(x, inverse, top_k), weight, bounds, x.dtype)
     token = torch.empty_like(inverse).scatter_(0, inverse.long(), torch.arange(len(inverse), dtype=inverse.dtype) // top_k)
@@ -58,7 +58,7 @@ def _product(q: Tensor, scales: Tensor, weight: Tensor, bounds: Tensor, dtype: t
         w, of_columns = _rounded(weight.transpose(1, 2))
         exact = w.float() * of_columns.unsqueeze(-1)
         return _grouped_gemm(q.float() * scales.unsqueeze(-1), exact.transpose(1, 2), bounds[1:]).to(dtype)
-    from .fp8_quantize import matrices
+    from moefx.kernels.fp8_quantize import matrices
 
     out = torch.empty(q.shape[0], weight.shape[2], dtype=dtype, device=q.device)
     if out.numel():

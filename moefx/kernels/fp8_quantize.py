@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import KEPT, Launch, cdiv
+from moefx.kernels.launch import KEPT, Launch, cdiv
 
 #: Of :func:`_columns`: tile and stages, and programs for each processor; of 16 the fastest on an H200 for experts of
 #: Qwen3-30B-A3B, GPT-OSS-20B and Nemotron 3 Nano. It moves 3.8 TB/s, if nothing that it reads again is in the cache.

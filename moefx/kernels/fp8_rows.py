@@ -1,4 +1,4 @@
-"""Quantizing rows in blocks of 128 and back, each in one kernel: see :mod:`moefx.fp8_rows`."""
+"""Quantizing rows in blocks of 128 and back, each in one kernel: see :mod:`moefx.transports.fp8_rows`."""
 
 from __future__ import annotations
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..grouped import _grouped_gemm, _grouped_outer
-from . import fp8_grouped
-from .gemm import Tile, by_quack
+from moefx.kernels import fp8_grouped
+from moefx.kernels.gemm import Tile, by_quack
+from moefx.ops.grouped_mlp import _grouped_gemm, _grouped_outer
 
 GEMMS = ("torch", "quack", "fp8")
 #: All tiles here are the choice of 54 (218 with the layouts of the operands) by the 36 products of three models' experts on an
@@ -47,7 +47,7 @@ def rows(gemm: str, x: Tensor, weight: Tensor, bounds: Tensor) -> Tensor:
 def of_tokens(gemm: str, x: Tensor, order: Tensor, inverse: Tensor, top_k: int, weight: Tensor, bounds: Tensor) -> Tensor:
     """x [T, a], each token in the K rows that ``order`` and ``inverse`` (:func:`permute.sort_by_expert`) give it, times weight
     [E, a, b] -> [T * K, b]. QuACK gathers the tokens as it reads them, which writes no rows."""
-    from .permute import expand
+    from moefx.kernels.permute import expand
 
     if gemm == "torch" or not x.shape[0]:
         return rows(gemm, expand(x, inverse, top_k), weight, bounds)

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import KEPT, Launch, cdiv
-from .partial_sums import partial_sums
+from moefx.kernels.launch import KEPT, Launch, cdiv
+from moefx.kernels.partial_sums import partial_sums
 
 BLOCK_HEADS = 16  #: of one token that a program holds at a time
 #: Numbers and warps of the backward's tile: 0.17 ms where half as many and four warps take 0.27 (H200, 16,384 tokens, 32 heads

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..opaque import FIRST_INPUT, opaque
+from moefx.ops.custom_op import FIRST_INPUT, opaque
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import KEPT, Launch, cdiv
-from .partial_sums import partial_sums
-from .rms_norm import dtypes
+from moefx.kernels.launch import KEPT, Launch, cdiv
+from moefx.kernels.partial_sums import partial_sums
+from moefx.kernels.rms_norm import dtypes
 
 #: Programs of the backward, two for each of an H200's processors: each adds up its share of the weight's gradient, in order,
 #: before all are added. More would not run at once, and the last would run alone: twice as many took 1.6 times as long.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..opaque import opaque
+from moefx.ops.custom_op import opaque
 
 
 @opaque("fused_norm_rotary")
@@ -13,7 +13,7 @@ def fused_norm_rotary(
     x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float, offset: float, layout: str
 ) -> Tensor:
     """x [B, S, A, D] -> [B, A, S, D], in memory still [B, S, A, D]."""
-    from . import heads
+    from moefx.kernels import heads
 
     return heads.forward(x, weight, cos, sin, eps, offset, layout).transpose(1, 2)
 
@@ -28,7 +28,7 @@ def fused_norm_rotary_backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float, offset: float, layout: str
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the weight (empty if there is none) from that of the result [B, A, S, D]."""
-    from . import heads
+    from moefx.kernels import heads
 
     to_x, to_weight = heads.backward(grad.transpose(1, 2), x, weight, cos, sin, eps, offset, layout)
     return to_x, x.new_empty(0) if to_weight is None else to_weight

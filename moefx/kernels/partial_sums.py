@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import KEPT, Launch, cdiv
+from moefx.kernels.launch import KEPT, Launch, cdiv
 
 
 @triton.jit

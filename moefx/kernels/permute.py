@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import KEPT, Launch, cdiv
+from moefx.kernels.launch import KEPT, Launch, cdiv
 
 #: Elements of the one-hot table of a block of the counting sort: it has to stay in registers.
 TABLE = 1 << 14

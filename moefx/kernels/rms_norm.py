@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..opaque import opaque
+from moefx.ops.custom_op import opaque
 
 
 def dtypes(
@@ -25,7 +25,7 @@ def fused_rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, cast_first: bool, offset: float
 ) -> tuple[Tensor, Tensor]:
     """The norm of x + residual [..., H], and the sum; without ``residual`` that of x, and nothing."""
-    from . import norm
+    from moefx.kernels import norm
 
     return norm.forward(x, residual, weight, eps, cast_first, offset)
 
@@ -41,7 +41,7 @@ def fused_rms_norm_backward(
     grad: Tensor, to_total: Tensor | None, total: Tensor, weight: Tensor | None, eps: float, offset: float
 ) -> tuple[Tensor, Tensor]:
     """The gradient of ``total`` from that of its norm and its own (None: there is none); the weight's (empty: it has none)."""
-    from . import norm
+    from moefx.kernels import norm
 
     to_x, to_weight = norm.backward(grad, to_total, total, weight, eps, offset)
     return to_x, total.new_empty(0) if to_weight is None else to_weight

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..opaque import opaque
-from ..ops import route_body
+from moefx.ops import route_body
+from moefx.ops.custom_op import opaque
 
 
 @opaque("fused_route")
@@ -15,7 +15,7 @@ def fused_route(
     group_score: str, zero_fill: bool, sorted: bool, gather: bool, renormalize: bool, eps: float, scale: float, cast: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Arguments and results of ``moefx.route``. A bias is for the choice only (``gather``), and has no gradient."""
-    from . import router
+    from moefx.kernels import router
 
     dtype = torch.float32 if score == "softmax" and fp32 and not cast else logits.dtype
     if groups == topk_groups:
@@ -40,7 +40,7 @@ def fused_route_backward(
     grad: Tensor, logits: Tensor, index: Tensor, score: str, topk_first: bool, renormalize: bool, eps: float, scale: float
 ) -> Tensor:
     """The gradient of the logits."""
-    from . import router
+    from moefx.kernels import router
 
     return router.backward(
         grad, logits, index, score=score, topk_first=topk_first, renormalize=renormalize, eps=eps, scale=scale

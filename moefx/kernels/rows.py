@@ -1,4 +1,4 @@
-"""The moves of :mod:`moefx.rows` on a CUDA device: each row is read once, sums are taken in float32, nothing is atomic."""
+"""The moves of :mod:`moefx.transports.permute` on a CUDA device: a row is read once, sums are in float32, nothing is atomic."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..transports import wide
+from moefx.transports import wide
 
 #: Numbers of a block's table of (token, bucket): it has to stay in registers.
 TABLE = 1 << 13
@@ -173,7 +173,7 @@ def _inner(x: Tensor) -> Tensor:
 
 
 def spread(x: Tensor, place: Tensor, out: Tensor, values: Tensor | None, row_values: Tensor) -> None:
-    """See :func:`moefx.rows.spread`."""
+    """See :func:`moefx.transports.permute.spread`."""
     (tokens, top_k), width, x = place.shape, x.shape[1], _inner(x)
     if place.numel():
         block = min(2048, max(128, triton.next_power_of_2(width)))
@@ -186,7 +186,7 @@ def spread(x: Tensor, place: Tensor, out: Tensor, values: Tensor | None, row_val
 
 
 def pack(x: Tensor, index: Tensor, weights: Tensor, once: Tensor, local: int, out: Any) -> None:
-    """See :func:`moefx.rows.pack`."""
+    """See :func:`moefx.transports.permute.pack`."""
     (tokens, top_k), width = index.shape, x.shape[1]
     if index.numel():
         block = min(2048, max(128, triton.next_power_of_2(width)))
@@ -229,7 +229,7 @@ def _check(rows: Tensor) -> None:
 
 
 def sum_rows(rows: Tensor, place: Tensor, out: Tensor, picked: Any) -> None:
-    """See :func:`moefx.rows.sum_rows`."""
+    """See :func:`moefx.transports.permute.sum_rows`."""
     _check(rows)
     (tokens, top_k), width, rows = place.shape, rows.shape[1], _inner(rows)
     if not tokens:

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import KEPT, Launch, cdiv
+from moefx.kernels.launch import KEPT, Launch, cdiv
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 #: By head size: rows of queries and of keys in a block, warps and stages, of the forward, the queries' gradient and the keys'.

@@ -1,6 +1,6 @@
 """Transports: how token rows get to the ranks that own their experts, and back. One row per (token, rank), not per expert.
 
-A transport makes four moves; :mod:`moefx.exchange` makes operations with gradients of them:
+A transport makes four moves; :mod:`moefx.ops.dispatch_combine` makes operations with gradients of them:
 
     send        tokens, with their experts and weights, to every rank that has one of their experts
     resend      other rows of the same tokens along the same ways (the gradient that combine gets)
@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import MoefxError
+from moefx.errors import MoefxError
 
 #: Name -> where it is; the place in this order is what ``host`` calls it.
 _PLACES = {
@@ -43,7 +43,7 @@ NAMES = tuple(_PLACES)
 KIND, LAYER, CAPACITY, TOKENS, TOP_K, RECEIVED, ROWS, PAIRS, RANKS, FP8 = range(10)
 _FACTS, OWN = 10, 64
 
-#: What ``Call.wire`` may be: "" sends tokens as they are, "fp8" as :mod:`moefx.fp8_rows` writes them. It is of ``send`` only.
+#: What ``Call.wire`` may be: "" sends tokens as they are, "fp8" as :mod:`moefx.transports.fp8_rows` writes them; ``send`` only.
 WIRES = ("", "fp8")
 
 

@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import fp8_rows
-from . import (
+from moefx.transports import (  # fmt: skip
     CAPACITY,
     FP8,
     KIND,
@@ -31,12 +30,13 @@ from . import (
     Shapes,
     Wait,
     empty_rows,
+    fp8_rows,
     make_host,
     row_bytes,
     unpack,
     wide,
-)  # fmt: skip
-from .all_to_all import all_to_all, parts
+)
+from moefx.transports.all_to_all import all_to_all, parts
 
 
 class AllGather:

@@ -12,9 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import fp8_rows
-from .. import rows as rows_
-from . import (
+from moefx.transports import (  # fmt: skip
     FP8,
     KIND,
     LAYER,
@@ -30,12 +28,14 @@ from . import (
     Shapes,
     Wait,
     empty_rows,
+    fp8_rows,
     make_host,
     reading,
     row_bytes,
     unpack,
     wide,
-)  # fmt: skip
+)
+from moefx.transports import permute as rows_
 
 
 def parts(x: Tensor, top_k: int, dtype: torch.dtype, wire: str = "") -> list[tuple[int, torch.dtype]]:
@@ -109,7 +109,7 @@ class AllToAll:
 
     @staticmethod
     def _tables(handle: Tensor, sizes: Host) -> Tensor:
-        """[2, T, K]: see :func:`moefx.rows.ways`."""
+        """[2, T, K]: see :func:`moefx.transports.permute.ways`."""
         return handle.view(torch.int32).view(2, sizes.facts[TOKENS], sizes.facts[TOP_K])
 
     def opened(self, sent: Dispatched, x: Tensor, wire: str) -> tuple[Tensor, Tensor, Tensor]:

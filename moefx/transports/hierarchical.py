@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import (
+from moefx.transports import (  # fmt: skip
     CAPACITY,
     FP8,
     KIND,
@@ -37,8 +37,8 @@ from . import (
     nodes,
     room,
     row_bytes,
-)  # fmt: skip
-from .all_to_all import AllToAll
+)
+from moefx.transports.all_to_all import AllToAll
 
 
 @functools.cache

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import Call, Wait
-from .all_to_all import AllToAll
+from moefx.transports import Call, Wait
+from moefx.transports.all_to_all import AllToAll
 
 
 class LoopBack(AllToAll):

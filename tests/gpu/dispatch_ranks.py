@@ -34,7 +34,9 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 import moefx
-from moefx import exchange, grouped, ops
+from moefx import ops
+from moefx.ops import dispatch_combine
+from moefx.ops import grouped_mlp as grouped
 
 U = 2.0**-8
 #: What rounding tokens to e4m3 adds: an error of each number of 2**-4 / sqrt(3) in the root mean square at most, independent; it goes
@@ -117,10 +119,10 @@ def transports() -> dict[str, dict[str, Any]]:
 
 
 def spread(transport: str, how: dict, options: dict, x: Tensor, index: Tensor, weights: Tensor, *parameters: Tensor) -> Tensor:
-    rows, row_weights, counts, *way, tokens = exchange.dispatch_by(transport)(x, index, weights, **how)
+    rows, row_weights, counts, *way, tokens = dispatch_combine.dispatch_by(transport)(x, index, weights, **how)
     arrived = [tokens, way[0], way[2]]
     rows = grouped.grouped_mlp(rows, counts, *parameters, **options, row_weights=row_weights, arrived=arrived)
-    return exchange.combine(rows, index, *way, num_experts=how["num_experts"], group=how["group"])
+    return dispatch_combine.combine(rows, index, *way, num_experts=how["num_experts"], group=how["group"])
 
 
 # --- the experts of each family --------------------------------------------------------------------------------------
@@ -185,12 +187,12 @@ def blocks(names: list[str], routings: list[str], tokens: int) -> None:
                     check(f"{family}, {routing}, {mover}, {n}", apart <= 2 * U, f"{apart:.2e} from {same}")
                 say(f"{family:12s} {routing:14s} {mover:22s} {worst[1]} is {worst[2]:.1e} from exact, may be {worst[3]:.1e}")
             del exact, exact_p, one, one_p, results
-        exchange.release(group)
+        dispatch_combine.release(group)
         del up, down, biases
         gc.collect()
         if not CPU:
             torch.cuda.empty_cache()
-    check("after all blocks", not exchange._under_way, f"{len(exchange._under_way)} moves were never waited for")
+    check("after all blocks", not dispatch_combine._under_way, f"{len(dispatch_combine._under_way)} moves were never waited for")
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -283,7 +285,7 @@ def train(family: str, backends: tuple[str, ...], steps: int, compile: bool, chu
         if step % 50 == 49:
             say(f"{family} {backends}: step {step + 1}, loss {found.losses[-1]:.4f}")
     found.late, found.seconds = held(), (time.perf_counter() - started) / steps
-    check(f"{family} {backends}", not exchange._under_way, f"{len(exchange._under_way)} moves were never waited for")
+    check(f"{family} {backends}", not dispatch_combine._under_way, f"{len(dispatch_combine._under_way)} moves were never waited for")
     if not alone:
         used = moefx.report(model).kernels()
         say(f"{family} {backends}: " + ", ".join(f"{op} -> {b}" for (op, b) in used if op in ("dispatch", "combine")))

@@ -16,7 +16,6 @@ from triton.runtime.jit import JITFunction
 warnings.filterwarnings("ignore")
 
 import moefx.kernels  # noqa: E402
-from moefx import rows  # noqa: E402
 from moefx.kernels import (  # noqa: E402
     cross_entropy,
     expert_activation,
@@ -28,8 +27,9 @@ from moefx.kernels import (  # noqa: E402
     router,
     sinks,
     window_attention,
-)  # fmt: skip
+)
 from moefx.kernels import rows as row_kernels  # noqa: E402
+from moefx.transports import permute as rows  # noqa: E402
 
 
 class Hopper:

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from moefx import ops  # noqa: E402
-from moefx.chunked import linear_cross_entropy  # noqa: E402
 from moefx.kernels.cross_entropy import cross_entropy_  # noqa: E402
+from moefx.kernels.linear_cross_entropy import linear_cross_entropy  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = 2**-8 if DEVICE == "cuda" else 2**-7  # Triton's interpreter truncates where a GPU rounds
@@ -81,7 +81,7 @@ def test_strided_rows_are_refused():
 @pytest.mark.parametrize("biased, form", ((False, "plain"), (True, "plain"), (True, "scaled"), (False, "both")))
 def test_linear_cross_entropy(monkeypatch, tokens, biased, form):
     """Chunks that do not divide the tokens; labels that do not count; loss and all gradients in bf16 against fp64."""
-    monkeypatch.setattr("moefx.chunked.CHUNK", 1000 * 128)
+    monkeypatch.setattr("moefx.kernels.linear_cross_entropy.CHUNK", 1000 * 128)
     torch.manual_seed(tokens)
     hidden = torch.randn(tokens, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(1000, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)

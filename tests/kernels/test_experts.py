@@ -11,13 +11,14 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from moefx.passes import RecomputeExperts, default  # noqa: E402
 
 import moefx  # noqa: E402
-from moefx import grouped, ops  # noqa: E402
-from moefx.activations import ACTIVATIONS  # noqa: E402
+from moefx import ops  # noqa: E402
 from moefx.backends import Backend, Kernel  # noqa: E402
 from moefx.backends import torch as torch_backend  # noqa: E402
 from moefx.backends import triton as backend  # noqa: E402
 from moefx.errors import MoefxError  # noqa: E402
 from moefx.kernels import experts  # noqa: E402
+from moefx.ops import grouped_mlp as grouped
+from moefx.ops.activations import ACTIVATIONS  # noqa: E402
 
 from .. import grouped_checks  # noqa: E402
 from ..families import batch, build  # noqa: E402

@@ -7,9 +7,11 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from moefx import chunked, grouped, ops  # noqa: E402
+from moefx import ops  # noqa: E402
 from moefx.backends import quack as backend  # noqa: E402
 from moefx.backends import triton  # noqa: E402
+from moefx.kernels import linear_cross_entropy as chunked
+from moefx.ops import grouped_mlp as grouped
 
 from .. import grouped_checks  # noqa: E402
 from .test_experts import compare, make, run  # noqa: E402

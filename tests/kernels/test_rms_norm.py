@@ -13,9 +13,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import moefx  # noqa: E402
 from moefx import Backend, Kernel, ops  # noqa: E402
+from moefx.analysis.cost import Sizes, node_cost  # noqa: E402
 from moefx.backends import triton as backend  # noqa: E402
-from moefx.cost import Sizes, node_cost  # noqa: E402
-from moefx.graph import value  # noqa: E402
+from moefx.ir.graph import value  # noqa: E402
 from moefx.kernels import norm as kernels  # noqa: E402
 from moefx.kernels.partial_sums import partial_sums  # noqa: E402
 

@@ -7,8 +7,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from moefx import exchange, rows, transports  # noqa: E402
+from moefx import transports  # noqa: E402
 from moefx.kernels import rows as kernels  # noqa: E402
+from moefx.ops import dispatch_combine
+from moefx.transports import permute as rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: tokens, experts, K, ranks
@@ -17,7 +19,7 @@ SIZES = [(1, 8, 2, 2), (37, 16, 4, 4), (140, 12, 3, 3), (5, 8, 8, 8), (0, 8, 2, 
 
 @pytest.fixture
 def both(monkeypatch):
-    """Calls a function of moefx.rows by its plain operations and by its kernels."""
+    """Calls a function of moefx.transports.permute by its plain operations and by its kernels."""
 
     def call(name, *args, **options):
         found = []
@@ -118,9 +120,9 @@ def test_whole_exchanges_and_how_many_kernels_they_launch(monkeypatch, capacity)
             monkeypatch.setattr(rows, "_fused", lambda x, module=module: module)
             x, weights = random(33, 24).requires_grad_(), random(33, 3, seed=1).abs().requires_grad_()
             index, group = choose(33, 8, 3, missing=False), dist.group.WORLD.group_name
-            send = exchange.dispatch_by("loop_back")
+            send = dispatch_combine.dispatch_by("loop_back")
             each, scores, counts, *way, _ = send(x, index, weights, num_experts=8, group=group, capacity=capacity)
-            y = exchange.combine(each * scores.unsqueeze(1), index, *way, num_experts=8, group=group)
+            y = dispatch_combine.combine(each * scores.unsqueeze(1), index, *way, num_experts=8, group=group)
             forward = sum(launched)
             y.backward(random(33, 24, seed=2))
             results.append((counts, y.detach(), x.grad, weights.grad))

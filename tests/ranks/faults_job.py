@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import moefx  # noqa: E402
-from moefx import faults  # noqa: E402
+from moefx.distributed import rank_monitor  # noqa: E402
 from tests.families import batch, build  # noqa: E402
 
 WORLD = 2
@@ -84,14 +84,14 @@ def killed_in_a_checkpoint(rank: int, folder: Path) -> None:
     torch.manual_seed(99)  # the checkpoint brings back the other run's random state
     model, optimizer = run(rank, folder, 3, 4, resume=True)
     if rank == 1:
-        moefx.checkpoint._random_state = die
+        moefx.distributed.checkpoint._random_state = die
     moefx.save_checkpoint(folder / "resume", model, optimizer, step=4)
 
 
 def killed_in_save_pretrained(rank: int, folder: Path) -> None:
     model, _ = run(rank, folder, 3, 4, resume=True)
     if rank == 1:
-        moefx.checkpoint.save_file = lambda tensors, path, metadata: (Path(path).write_bytes(b"half"), die())
+        moefx.distributed.checkpoint.save_file = lambda tensors, path, metadata: (Path(path).write_bytes(b"half"), die())
     model.save_pretrained(folder / "hf", max_shard_size="60KB")
 
 
@@ -128,7 +128,7 @@ def rank_of(scenario, rank: int, folder: Path, port: int) -> None:
     os.dup2(out, 2)
     torch.set_num_threads(1)
     # where moefx's own exception is waited for, a slow machine has the time to raise it
-    faults._GRACE = 10 if scenario in (killed_in_a_forward, first_rank_fails) else 2
+    rank_monitor._GRACE = 10 if scenario in (killed_in_a_forward, first_rank_fails) else 2
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_of(scenario), timeout=timedelta(seconds=60)

@@ -22,8 +22,8 @@ _made: dict[tuple, Any] = {}
 _prepared: dict[str, bool] = {}  #: with all calls?
 
 
-#: Modules of moefx that call capture_module. By import_module: ``moefx.capture`` is a function, too.
-_CALLERS = [import_module(f"moefx.{name}") for name in ("capture", "head", "install")]
+#: Modules of moefx that call capture_module.
+_CALLERS = [import_module(f"moefx.{name}") for name in ("frontend.capture", "frontend.head", "runtime.install")]
 _real = _CALLERS[0].capture_module
 
 
@@ -49,7 +49,7 @@ def stop() -> None:
 def _structure(module: Any) -> tuple:
     """As moefx knows equal blocks, between models too: by what their configurations say, not by which objects they are. FSDP gives
     a module a class of its own with the same forward."""
-    from moefx import hf
+    from moefx.integrations import transformers as hf
 
     parts = [(path, name.removeprefix("FSDP"), *rest) for path, _, name, *rest, _ in hf.structure(module)]
     configs = {id(m.config): m.config.to_dict() for m in module.modules() if hasattr(m, "config")}
@@ -85,11 +85,11 @@ def prepare(names: set[str], *, all_calls: bool = False) -> None:
 def _uncertified() -> Iterator[None]:
     import moefx
 
-    places = (moefx.raising, moefx.passes.rotary)
+    places = (moefx.rewrite.raise_ops, moefx.passes.rotary)
     for place in places:
         place.certify = lambda *_: (True, "not certified: nobody uses this model")  # type: ignore[attr-defined]
     try:
         yield
     finally:
         for place in places:
-            place.certify = moefx.certify.certify  # type: ignore[attr-defined]
+            place.certify = moefx.rewrite.certify.certify  # type: ignore[attr-defined]

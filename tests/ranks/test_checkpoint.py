@@ -236,7 +236,7 @@ def test_a_save_that_dies_between_two_renames(tmp_path, monkeypatch):
 
     from transformers import AutoModelForCausalLM
 
-    from moefx import checkpoint
+    from moefx.distributed import checkpoint
     from tests.families import build
 
     old, new = build("qwen3_moe"), build("qwen3_moe", seed=1)
@@ -302,7 +302,7 @@ def test_a_checkpoint_that_dies_between_its_renames(tmp_path, monkeypatch):
     import os
 
     import moefx
-    from moefx import checkpoint
+    from moefx.distributed import checkpoint
     from tests.families import build
 
     model, folder, replace = build("qwen3_moe"), tmp_path / "resume", os.replace
@@ -379,8 +379,8 @@ LAYOUTS = {
 def through_ranks(rank, world, folder):
     """Loads as parallelize does, without rewriting, and saves."""
     start()
-    from moefx import checkpoint
-    from moefx.parallelize import _layout, _load
+    from moefx.distributed import checkpoint
+    from moefx.distributed.parallelize import _layout, _load
 
     for name, (_, _, size) in LAYOUTS.items():
         model = _load(Path(folder, name), _layout(world, 1, None, True, None), None)
@@ -443,8 +443,8 @@ def held(rank, world, folder):
     start()
     threshold = -3  # M_MMAP_THRESHOLD: what is freed goes back to the system at once, or old tensors are counted as held
     ctypes.CDLL(None).mallopt(threshold, 1 << 20)
-    from moefx import checkpoint
-    from moefx.parallelize import _layout, _load
+    from moefx.distributed import checkpoint
+    from moefx.distributed.parallelize import _layout, _load
 
     with Peak() as load:
         model = _load(Path(folder), _layout(world, 1, None, True, None), None)

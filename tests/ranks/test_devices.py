@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from spawn import run
 
-from moefx import devices
+from moefx.distributed import devices
 from moefx.errors import MoefxError
 
 

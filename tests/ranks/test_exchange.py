@@ -15,9 +15,11 @@ import torch.distributed as dist
 from spawn import run
 
 import moefx
-from moefx import exchange, fp8_rows, grouped, ops, transports
+from moefx import ops, transports
 from moefx.backends import te_ep
-from moefx.transports import hierarchical
+from moefx.ops import dispatch_combine
+from moefx.ops import grouped_mlp as grouped
+from moefx.transports import fp8_rows, hierarchical
 
 E, K, H, INNER = 8, 2, 8, 6
 #: Tokens on each rank; and which experts the routers may choose.
@@ -54,12 +56,12 @@ def _experts(dtype=torch.float64):
 
 
 def _over_ranks(x, index, weights, up, up_bias, down, down_bias, *, group, grad_scale=1.0, capacity=0, by="", wire=""):
-    send = exchange.dispatch_by(by)
+    send = dispatch_combine.dispatch_by(by)
     rows, row_weights, counts, *way, tokens = send(x, index, weights, num_experts=E, group=group, capacity=capacity, wire=wire)
     options = {"activation": "swiglu", "grad_scale": grad_scale, "row_weights": row_weights}
     options["arrived"] = [tokens, way[0], way[2]]
     rows = grouped.grouped_mlp(rows, counts, up, up_bias, down, down_bias, **options)
-    return exchange.combine(rows, index, *way, num_experts=E, group=group)
+    return dispatch_combine.combine(rows, index, *way, num_experts=E, group=group)
 
 
 def _forward_backward(function, case, rank, ep_rank, ep, group, dtype=torch.float64, **options):
@@ -116,7 +118,7 @@ def _count_rows(stage):
         counted.append(sum(send) - send[call.group.rank()])
         return plain(rows, send, receive, call)
 
-    stage.exchange = exchange
+    stage.exchange = dispatch_combine
     return counted
 
 
@@ -127,11 +129,11 @@ def _hangs(rank):
         group = dist.new_group([0, 1], timeout=timedelta(seconds=2)).group_name
         x, index, weights = _tokens("even", rank)
         try:
-            with exchange.layer("model.layers.7"):
+            with dispatch_combine.layer("model.layers.7"):
                 if rank == 0 or late == "combine":
-                    rows, _, _, *way, _ = exchange.dispatch(x, index, weights, num_experts=E, group=group)
+                    rows, _, _, *way, _ = dispatch_combine.dispatch(x, index, weights, num_experts=E, group=group)
                 if rank == 0:
-                    exchange.combine(rows, index, *way, num_experts=E, group=group)
+                    dispatch_combine.combine(rows, index, *way, num_experts=E, group=group)
         except moefx.ExchangeError as error:
             told.append(str(error))
         dist.barrier()
@@ -145,8 +147,8 @@ def on_rank(rank, world_size):
     for case in CASES:
         x, index, _ = _tokens(case, rank)
         share = torch.full(index.shape, 1 / index.shape[1], dtype=x.dtype)
-        rows, row_weights, counts, *way, _ = exchange.dispatch(x, index, share, num_experts=E, group=group)
-        back = exchange.combine(rows * row_weights.unsqueeze(1), index, *way, num_experts=E, group=group)
+        rows, row_weights, counts, *way, _ = dispatch_combine.dispatch(x, index, share, num_experts=E, group=group)
+        back = dispatch_combine.combine(rows * row_weights.unsqueeze(1), index, *way, num_experts=E, group=group)
         found[case, "sent"] = rows, counts, back
         found[case, "capacity"] = _forward_backward(_over_ranks, case, rank, rank, world_size, group, capacity=9)
         found[case, "trained"] = _forward_backward(_over_ranks, case, rank, rank, world_size, group)

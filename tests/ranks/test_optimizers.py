@@ -71,13 +71,13 @@ def backward(step, one, rank, world, seed):
 
 def give(model, one, seed):
     """The same gradients to both, so that many optimizers can be tried without a forward."""
-    from moefx import sharded
+    from moefx.integrations import fsdp
 
     torch.manual_seed(seed)
     for p, q in zip(model.parameters(), one.parameters(), strict=True):
         q.grad = torch.randn_like(q)
         p.grad = torch.zeros_like(p)
-        (sharded.fill(p.grad, q.grad) if hasattr(p, "full_tensor") else p.grad.copy_(q.grad))
+        (fsdp.fill(p.grad, q.grad) if hasattr(p, "full_tensor") else p.grad.copy_(q.grad))
 
 
 def capturable_on_the_cpu():

@@ -14,7 +14,7 @@ def cases(rank: int, world: int) -> list[str]:
     from moefx.passes import Overlap, default
 
     import moefx
-    from moefx import exchange
+    from moefx.ops import dispatch_combine
     from tests.families import batch, build
 
     wrong = []
@@ -36,8 +36,8 @@ def cases(rank: int, world: int) -> list[str]:
             wrong.append(f"{what}, recomputed: {result.worst}")
         moefx.restore(model)
         torch._dynamo.reset()
-    if exchange._under_way:
-        wrong.append(f"rank {rank}: {len(exchange._under_way)} moves were never waited for")
+    if dispatch_combine._under_way:
+        wrong.append(f"rank {rank}: {len(dispatch_combine._under_way)} moves were never waited for")
     return wrong
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from spawn import run
-from torch.distributed.device_mesh import init_device_mesh
 
 
 def start():
@@ -106,11 +105,7 @@ def agrees(rank, world, cases):
         model = copy.deepcopy(one)
         z = 0.1 if aux else 0.0
         options = {"compile": False, "strict": True, "router_z_loss": z}
-        if replicas > 1 and ep > 1:  # the other way to say it
-            sizes, names = (replicas, world // replicas // ep, ep), ("dp_replicate", "efsdp", "ep")
-            model = moefx.optimize(model, mesh=init_device_mesh("cpu", sizes, mesh_dim_names=names), **options)
-        else:
-            model = moefx.parallelize(model, ep_size=ep, dp_replicate=replicas, **options)
+        model = moefx.parallelize(model, ep_size=ep, dp_replicate=replicas, **options)
         evaluated(model, global_batch(world, 1, 0)[0][0][0])  # FSDP must not leave what it gathered to the optimizer
         ours = Many(model, world, replicas)
         theirs = One(one) if rank == 0 else None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import MoefxError
+from moefx.errors import MoefxError
 
 
 def _options(causal: bool, window: int | None, sinks: bool) -> dict[str, Any]:

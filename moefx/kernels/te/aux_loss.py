@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import extension
+from moefx.kernels.te import extension
 
 
 @torch.library.custom_op("moefx::te_load_balancing_loss", mutates_args=())

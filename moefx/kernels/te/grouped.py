@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...grouped import _activate, _activate_backward, _matrices, _sum_by_expert, _times
-from ...rows import Kept
-from ...transports import wide
-from . import extension
+from moefx.kernels.te import extension
+from moefx.ops.grouped_mlp import _activate, _activate_backward, _matrices, _sum_by_expert, _times
+from moefx.transports import wide
+from moefx.transports.permute import Kept
 
 #: Below, GroupedLinear is one cuBLAS call an expert, and reads the counts back: 17.5 ms where torch takes 4.45 (H200).
 CUBLASLT = 130_400

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import extension, te_dtype
+from moefx.kernels.te import extension, te_dtype
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import extension, te_dtype
+from moefx.kernels.te import extension, te_dtype
 
 
 @torch.library.custom_op("moefx::te_permute", mutates_args=())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import extension
+from moefx.kernels.te import extension
 
 #: From this many experts a token on, Transformer Engine selects by radix, in no order (NVTE_RADIX_TOPK_THRESHOLD).
 UNSORTED_FROM = 16

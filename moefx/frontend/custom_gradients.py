@@ -1,0 +1,161 @@
+"""What a captured graph would lose of autograd: it has operations, and PyTorch's own derivatives of these.
+
+``torch.export`` drops a custom backward and hooks on gradients without a word, and its inputs need no gradient. So code that
+uses any of these is refused while it is traced.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.autograd.function import BackwardCFunction
+from torch.overrides import TorchFunctionMode
+
+from moefx.errors import CaptureError
+from moefx.internals.assumptions import assumed, exported
+from moefx.internals.patches import Patch
+
+#: An instance is made by C++ for each ``Function.apply``, however that was bound (``op = Fn.apply`` in a module), before its
+#: forward runs, with gradients or without.
+_CONTEXTS = Patch(BackwardCFunction, "__init__")
+_OURS = ("torch", "moefx")
+
+
+def _refuse_function(init: Callable, self: Any, *args: Any, **kwargs: Any) -> None:
+    cls = type(self)._forward_cls
+    # a custom operator's registered backward stays with its node
+    if not cls.__module__.startswith("torch._library"):
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        raise CaptureError(f"it calls the autograd.Function {name}, whose backward a captured graph would lose")
+    init(self, *args, **kwargs)
+
+
+class _Watching(TorchFunctionMode):
+    """Of all threads the one that enters it, as PyTorch keeps modes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.saving = _saving()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.register_hook:
+            raise CaptureError("it puts a hook on a gradient (Tensor.register_hook), which a captured graph would lose")
+        what = _ASKED.get(func)
+        if what is not None:
+            frame = sys._getframe(1)
+            while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:  # export's own, within this one
+                frame = frame.f_back
+            if frame.f_globals.get("__name__", "").partition(".")[0] not in _OURS:
+                where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+                raise CaptureError(
+                    f"its Python asks for {what} ({where}): a captured graph has one way for tensors with gradients and "
+                    "without, and no hooks on them"
+                )
+        saving = _saving()
+        if saving is not self.saving and saving is not None:
+            module = getattr(saving, "__module__", None) or ""
+            if module.partition(".")[0] != "torch":  # PyTorch's own compute again, or move, what is saved: the same numbers
+                raise CaptureError(
+                    f"it saves tensors for the backward by hooks of {module} (saved_tensors_hooks), which a captured graph "
+                    "would lose"
+                )
+        return func(*args, **(kwargs or {}))
+
+
+_ASKED = {vars(torch._C.TensorBase)[name].__get__: name for name in ("requires_grad", "grad_fn")}
+
+
+def _saving() -> Any:
+    """What packs tensors that autograd saves: the innermost hook, if there is one."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else hooks[0]
+
+
+@contextmanager
+def refusing_custom_gradients() -> Iterator[None]:
+    """Within: raises CaptureError for an ``autograd.Function``, for hooks on gradients, and for Python that looks at whether a
+    tensor has gradients."""
+    with _CONTEXTS.by(_refuse_function), _Watching():
+        yield
+
+
+def refuse_no_grad_values(graph_module: fx.GraphModule) -> None:
+    """Decomposition inlines ``torch.no_grad()`` regions and so lets gradients into them: fine only for integers and masks."""
+    for node in graph_module.graph.nodes:
+        if node.op == "call_function" and "wrap_with_set_grad_enabled" in str(node.target):
+            vals = node.meta.get("val", ())
+            floats = [v for v in (vals if isinstance(vals, (tuple, list)) else (vals,))
+                      if isinstance(v, Tensor) and v.dtype.is_floating_point]  # fmt: skip
+            if floats and not node.args[0]:
+                raise CaptureError("a torch.no_grad() region in it computes floating-point values")
+
+
+def _refused(attempt: Callable[[], Any]) -> bool:
+    try:
+        with refusing_custom_gradients():
+            attempt()
+    except CaptureError:
+        return True
+    return False
+
+
+@assumed("an autograd.Function, hooks on gradients and on saved tensors are seen when they are used", "torch 2.11 to 2.14")
+def custom_gradients_are_seen() -> bool:
+    class Known(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+            return grad * 3
+
+    class WithSetup(Known):
+        @staticmethod
+        def forward(x: Tensor) -> Tensor:  # type: ignore[override]
+            return x * 2
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            pass
+
+    bound, weight = Known.apply, torch.nn.Parameter(torch.ones(3))
+    theirs: Any = eval("lambda t: t", {"__name__": "moefx_tried"})
+    asks = eval("lambda x: x.requires_grad", {"__name__": "moefx_tried"})
+    found: list[bool] = []
+
+    def saves(x: Tensor) -> None:
+        with torch.autograd.graph.saved_tensors_hooks(theirs, theirs):
+            x.sin()
+
+    def tries(x: Tensor) -> Tensor:
+        attempts: list[Callable[[], Any]] = [
+            lambda: bound(x), lambda: WithSetup.apply(x), lambda: bound(x * weight),  # type: ignore[no-untyped-call]
+            lambda: (x * weight).register_hook(theirs), lambda: saves(x * weight), lambda: asks(x),
+        ]  # fmt: skip
+        found.extend(map(_refused, attempts))
+        found.append(not _refused(lambda: (x * weight).sin()))
+        return x * 1
+
+    exported(tries)
+    return all(found)
+
+
+@assumed("export puts what runs under torch.no_grad() into a node of its own", "torch 2.11 to 2.14")
+def no_grad_is_seen() -> bool:
+    def hides(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = x * 2
+        return x + y
+
+    try:
+        refuse_no_grad_values(exported(hides).graph_module)
+    except CaptureError:
+        return True
+    return False

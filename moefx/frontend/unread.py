@@ -1,0 +1,33 @@
+"""A number that stands in a call and that the module must not read: its graph then holds whatever the number is.
+
+Transformers hands every keyword argument down to every block: the longest sequence of a padding-free batch, say, which is
+another one each step. A module that is captured with a stand-in for it, and nowhere asks what it is, does not depend on it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moefx.errors import CaptureError
+
+
+class Unread:
+    """Stands for any int or float. Whoever computes with it, compares it or looks into it raises CaptureError."""
+
+    def __init__(self, name: str, kind: str):
+        object.__setattr__(self, "_said", (name, kind))
+
+
+def name_and_kind(stand_in: Unread) -> tuple[str, str]:
+    """The argument's name, and "int" or "float"."""
+    return object.__getattribute__(stand_in, "_said")
+
+
+def _refuse(self: Unread, *_: Any, **__: Any) -> Any:
+    raise CaptureError(f"it reads its argument {name_and_kind(self)[0]}, a number that differs from call to call")
+
+
+_KEPT = {*vars(object), "__dict__", "__module__", "__weakref__", "__init__"} - {"__eq__", "__hash__"}
+_ASKED = {*dir(int), *dir(float), "__getattr__", "__iter__", "__len__", "__contains__", "__getitem__"}
+for _name in _ASKED - _KEPT:
+    setattr(Unread, _name, _refuse)

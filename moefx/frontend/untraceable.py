@@ -1,0 +1,67 @@
+"""Why torch.export did not take a module: one plain sentence of the module's own sizes, arguments and lines.
+
+What torch.export itself says, several lines about symbols and environment variables, stays in ``CaptureError.detail``. Its
+kinds are told apart by the words of torch 2.13; one that is worded otherwise gets the last sentence, which holds of all.
+"""
+
+from __future__ import annotations
+
+import linecache
+import re
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from textwrap import shorten
+
+from moefx.errors import CaptureError
+from moefx.frontend.readings import Sizes
+
+_LENGTHS = {"a": "the batch size", "b": "the sequence length"}
+_SIZE = re.compile(r"\[(\d+)\]\.(?:size\(\)|shape)\[(\d+)\]")
+_OURS = ("torch", "moefx", "sympy")
+
+
+def untraceable(error: BaseException, names: Mapping[int, str], sizes: Sequence[Sizes]) -> CaptureError:
+    """The reason of ``error``, raised while a module was exported. ``names``, ``sizes``: of the tensors of its call."""
+    detail = f"{type(error).__name__}: {error}"
+    where = _where(error)
+    kind, text = type(error).__name__, str(error)
+    constants = [(int(i), int(at)) for i, at in _SIZE.findall(text)] if "onstraint" in text else []
+    known = [(i, at) for i, at in dict.fromkeys(constants) if i < len(sizes) and at < len(sizes[i])]
+    if "ata-dependent" in text or "DataDependent" in kind:
+        reason = f"what it does depends on values of its tensors, not on their sizes alone (data-dependent){where}"
+    elif known:
+        of = " and ".join(dict.fromkeys(_of(i, at, names, sizes) for i, at in known))
+        reason = f"its graph would hold for one value only of {of}"
+    elif re.search(r"match|broadcast|invalid for input of size|shapes? cannot|size mismatch", text):
+        reason = f"sizes do not fit together{where}, called with {_shapes(names, sizes)}"
+    else:
+        reason = f"torch.export cannot follow it{where} ({kind})"
+    return CaptureError(reason, detail)
+
+
+def _of(i: int, at: int, names: Mapping[int, str], sizes: Sequence[Sizes]) -> str:
+    counted = _LENGTHS.get(str(sizes[i][at]), "a size")
+    return f"{counted} (dimension {at} of {names.get(i, f'tensor {i}')})"
+
+
+def _shapes(names: Mapping[int, str], sizes: Sequence[Sizes]) -> str:
+    letters = {"a": "B", "b": "S", "ab": "B*S"}
+    return ", ".join(
+        f"{names.get(i, f'tensor {i}')} [{', '.join(letters.get(str(n), str(n)) for n in s)}]" for i, s in enumerate(sizes)
+    )
+
+
+def _where(error: BaseException) -> str:
+    """The line of the model's code that failed, which is neither PyTorch's nor moefx's; the last one."""
+    found = ""
+    seen: BaseException | None = error
+    while seen is not None and not found:
+        for frame, line in traceback.walk_tb(seen.__traceback__):
+            written = not frame.f_code.co_filename.startswith("<")
+            if written and frame.f_globals.get("__name__", "").partition(".")[0] not in _OURS:
+                file = frame.f_code.co_filename
+                code = shorten(linecache.getline(file, line), 80, placeholder=" ...")
+                found = f" at {Path(file).name}:{line}" + (f", `{code}`" if code else "")
+        seen = seen.__cause__ or seen.__context__
+    return found

@@ -1,0 +1,216 @@
+"""PEFT around a model: which model is inside, and LoRA on experts' parameters (``target_parameters``).
+
+PEFT adds its update to a parameter by a parametrization that it registers and removes in each forward. That cannot be captured,
+nor added to a DTensor; so in those two cases the experts are handed the factors, and add the update themselves.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moefx.integrations import fsdp
+from moefx.internals.subclass import own_class, subclass
+
+#: On an experts module while its wrapper's forward runs: parameter -> factors of its updates.
+_FACTORS = "_moefx_factors"
+
+
+def inside(model: Any) -> Any:
+    """The Transformers model inside PEFT's, else the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def unwrap(model: Any) -> Any:
+    """The Transformers model inside DDP and PEFT."""
+    return inside(getattr(model, "module", model))
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """PEFT's wrapper of one parameter of an experts module."""
+    return hasattr(module, "get_delta_factors") and hasattr(module, "parameter_name")
+
+
+@functools.cache
+def adapting(base: type, emitting: Callable[[], bool]) -> type:
+    """A subclass of a wrapper's class: PEFT's own forward, except while capturing and where experts are spread over ranks."""
+    plain = base.forward  # type: ignore[attr-defined]
+
+    def forward(self, x, *args, **kwargs):
+        spread = isinstance(self.get_param(), DTensor)
+        if not (emitting() or spread) or self.disable_adapters or self.merged:
+            return plain(self, x, *args, **kwargs)
+        with _adapted(self):
+            return self.base_layer(x, *args, **kwargs)
+
+    def get_delta_weight(self, adapter_name, *args, **kwargs):
+        weight = self.get_param()
+        if not isinstance(weight, DTensor):
+            return plain_delta(self, adapter_name, *args, **kwargs)
+        part = fsdp.local_slices(weight)
+        with _whole_factors(self, adapter_name):
+            if self.num_experts > 1:
+                delta = _delta_of_experts(self, adapter_name, part[0])[:, part[1], part[2]]
+            else:
+                delta = plain_delta(self, adapter_name, *args, **kwargs)[part]
+        how = {"run_check": False, "shape": weight.shape, "stride": weight.stride()}
+        return DTensor.from_local(delta.to(weight.dtype).contiguous(), weight.device_mesh, weight.placements, **how)
+
+    plain_delta = base.get_delta_weight  # type: ignore[attr-defined]
+    return subclass(base, forward=forward, get_delta_weight=get_delta_weight)
+
+
+def _delta_of_experts(wrapper: Any, adapter: str, experts: slice) -> Tensor:
+    """PEFT's ``get_delta_weight`` of some experts. (It has no way to ask for some, and all are as large as all weights.)"""
+    up, down = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
+    up = up.reshape(wrapper.num_experts, -1, up.shape[-1])[experts]  # [E, rank, in]
+    down = down.reshape(down.shape[0], -1, wrapper.num_experts)[..., experts]  # [out, rank, E]
+    order = "o r e, e r i -> e o i" if wrapper._did_swap_in_out_features else "o r e, e r i -> e i o"
+    return torch.einsum(order, down, up) * wrapper.scaling[adapter]
+
+
+@contextmanager
+def _whole_factors(wrapper: Any, adapter: str) -> Iterator[None]:
+    """Within: the factors of an adapter are plain tensors, whole on every rank."""
+    linears = [factors[adapter] for factors in (wrapper.lora_A, wrapper.lora_B)]
+    kept: list[Any] = [linear._parameters["weight"] for linear in linears]
+    try:
+        for linear, weight in zip(linears, kept, strict=True):
+            if isinstance(weight, DTensor):
+                linear._parameters["weight"] = nn.Parameter(weight.full_tensor().detach(), requires_grad=False)
+        yield
+    finally:
+        for linear, weight in zip(linears, kept, strict=True):
+            linear._parameters["weight"] = weight
+
+
+#: What changes weights, or which adapters count, on the model that PEFT puts between its own and Transformers'.
+_MERGING = ("merge_adapter", "unmerge_adapter", "merge_and_unload", "unload", "disable_adapter_layers")
+
+
+@functools.cache
+def merging(base: type) -> type:
+    """A subclass of PEFT's tuner (``LoraModel``) that merges into the weights that stay. FSDP shows others within and after a
+    forward; PEFT takes merged adapters out in the next forward once they are disabled, where these are all there is."""
+
+    def on_shards(name: str) -> Callable:
+        plain = getattr(base, name)
+
+        @functools.wraps(plain)
+        def call(self, *args, **kwargs):
+            fsdp.reshard(self)
+            if name == "disable_adapter_layers" and any(getattr(m, "merged_adapters", ()) for m in layers(self)):
+                self.unmerge_adapter()
+            with torch.no_grad():
+                return plain(self, *args, **kwargs)
+
+        return call
+
+    return subclass(base, **{name: on_shards(name) for name in _MERGING if hasattr(base, name)})
+
+
+@functools.cache
+def saving(base: type) -> type:
+    """A subclass of a PEFT model's class whose ``save_pretrained`` gathers what is spread over ranks.
+
+    Every rank calls it, the first one writes.
+    """
+    plain = base.save_pretrained  # type: ignore[attr-defined]
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        if kwargs.get("state_dict") is None and any(isinstance(p, DTensor) for p in self.parameters()):
+            parameters = dict(self.named_parameters(remove_duplicate=False))
+            state = {n: t for n, t in self.state_dict().items() if n not in parameters or _is_adapter(n, parameters[n])}
+            kwargs["state_dict"] = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in state.items()}
+            kwargs.setdefault("is_main_process", torch.distributed.get_rank() == 0)
+        return plain(self, save_directory, *args, **kwargs)
+
+    return subclass(base, save_pretrained=functools.wraps(plain)(save_pretrained))
+
+
+def wrap(model: Any) -> None:
+    """PEFT's model, and the tuner inside it, save and merge what is spread over ranks."""
+    cls: Any = type(model)
+    model.__class__ = saving(cls)
+    if hasattr(model.base_model, "merge_adapter"):
+        cls = type(model.base_model)
+        model.base_model.__class__ = merging(cls)
+
+
+def unwrap_classes(model: Any) -> None:
+    """The reverse of ``wrap``."""
+    for m in (model, vars(model).get("_modules", {}).get("base_model")):
+        if m is not None:
+            m.__class__ = own_class(type(m))
+
+
+def _is_adapter(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad or "lora_" in name or "modules_to_save" in name
+
+
+@contextmanager
+def _adapted(wrapper: Any) -> Iterator[None]:
+    """Within: the module that ``wrapper`` adapts finds its parameter with the update, or, where that is spread over ranks, the
+    factors of the update."""
+    module, name = wrapper.get_base_layer(), wrapper.parameter_name
+    active = [a for a in wrapper.active_adapters if a in wrapper.lora_A]
+    parameter = getattr(module, name)
+    if isinstance(parameter, DTensor):
+        factors = module.__dict__.setdefault(_FACTORS, {})
+        factors[name] = [wrapper.get_delta_factors(a) for a in active]
+    elif wrapper.num_experts > 1:
+        for a in active:
+            left, right, scaling = wrapper.get_delta_factors(a)
+            parameter = torch.baddbmm(parameter, left, right, alpha=scaling)
+        module.__dict__[name] = parameter  # found before the parameters are looked at
+    elif active:
+        module.__dict__[name] = parameter + sum(map(wrapper.get_delta_weight, active[1:]), wrapper.get_delta_weight(active[0]))
+    try:
+        yield
+    finally:
+        module.__dict__.pop(name, None)
+        module.__dict__.get(_FACTORS, {}).pop(name, None)
+
+
+def weight(experts: nn.Module, name: str) -> Tensor:
+    """A parameter of an experts module with its adapters' updates; of one that is spread over ranks, this rank's part."""
+    found: Any = getattr(experts, name)
+    factors = experts.__dict__.get(_FACTORS, {}).get(name)
+    if not factors:
+        return found
+    mine = experts_of_rank(found)
+    found = found.to_local()
+    for left, right, scaling in factors:
+        found = torch.baddbmm(found, left[mine], right[mine], alpha=scaling)
+    return found
+
+
+def layers(module: nn.Module) -> list[Any]:
+    """PEFT's layers inside: those that can be switched off, merged, and told which adapters to use."""
+    return [m for m in module.modules() if hasattr(m, "disable_adapters") and hasattr(m, "active_adapters")]
+
+
+def switches(layers: list[Any]) -> tuple:
+    """How PEFT's layers are switched, hashable: a graph holds the updates of one such state."""
+    return tuple(
+        (
+            m.disable_adapters,
+            tuple(m.active_adapters),
+            tuple(getattr(m, "merged_adapters", ())),
+            tuple((k, float(v)) for k, v in getattr(m, "scaling", {}).items()),
+        )
+        for m in layers
+    )
+
+
+def experts_of_rank(spread: DTensor) -> slice:
+    """Which experts a parameter ``Shard(0)`` over "ep" has here."""
+    ep = spread.device_mesh["ep"] if spread.device_mesh.ndim > 1 else spread.device_mesh
+    many = spread.shape[0] // ep.size()
+    return slice(ep.get_local_rank() * many, (ep.get_local_rank() + 1) * many)

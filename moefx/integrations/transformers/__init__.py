@@ -1,0 +1,43 @@
+"""What moefx asks of Transformers: its experts, attention and mask interfaces, and what a model is made of."""
+
+from moefx.integrations.transformers.attention import attention_forward
+from moefx.integrations.transformers.experts import ExpertsLayout, experts_layout, is_dense_experts, is_experts
+from moefx.integrations.transformers.implementations import Names, implementations, named, previous, restore, use
+from moefx.integrations.transformers.masks import Said, SaidMask, attention_mask, own_masks, said_of, saying_masks
+from moefx.integrations.transformers.model_structure import (
+    INDEX_NAMES,
+    blocks,
+    check,
+    count_as_tensor,
+    experts_in,
+    experts_modules,
+    is_checkpointed,
+    is_language_model,
+    is_norm,
+    is_recurrent,
+    numbers,
+    outputs_are_collected,
+    reads_layer_index,
+    requested,
+    routers,
+    structure,
+)
+from moefx.integrations.transformers.recording import (
+    OwnAttention,
+    emitting,
+    is_emitting,
+    is_traced,
+    packed,
+    unpacked,
+    unpacked_on_meta,
+    without_packages,
+)
+
+__all__ = [
+    "INDEX_NAMES", "ExpertsLayout", "Names", "OwnAttention", "Said", "SaidMask", "attention_forward", "attention_mask",
+    "blocks", "check", "count_as_tensor", "emitting", "experts_in", "experts_layout", "experts_modules", "implementations",
+    "is_checkpointed", "is_dense_experts", "is_emitting", "is_experts", "is_language_model", "is_norm", "is_recurrent",
+    "is_traced", "named", "numbers", "outputs_are_collected", "own_masks", "packed", "previous", "reads_layer_index",
+    "requested", "restore", "routers", "said_of", "saying_masks", "structure", "unpacked", "unpacked_on_meta", "use",
+    "without_packages",
+]  # fmt: skip

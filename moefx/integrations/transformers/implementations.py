@@ -1,0 +1,125 @@
+"""Making a model call moefx for its experts, and giving it back what it called before."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface
+
+from moefx.errors import CaptureError
+from moefx.integrations import peft as adapters
+from moefx.integrations.transformers import loop_experts as loops
+from moefx.integrations.transformers.experts import _activation_of_loop, _emitter, experts_forward, experts_layout, is_experts
+from moefx.integrations.transformers.masks import saying_masks
+from moefx.integrations.transformers.recording import is_emitting
+from moefx.internals.subclass import own_class
+
+ExpertsInterface.register("moefx", experts_forward)
+
+#: The names of a model's implementations of experts: of each configuration in it, in their order.
+Names = list[str | None]
+
+
+@contextmanager
+def implementations(model: PreTrainedModel, attention: bool = True) -> Iterator[None]:
+    """Within: the model calls moefx for its experts, and for its attention if ``attention``; what it called before comes back
+    afterwards."""
+    before = _names(model)
+    use(model, attention)
+    try:
+        with saying_masks() if attention else contextlib.nullcontext():
+            yield
+    finally:
+        restore(model, before)
+
+
+#: By what a configuration named before moefx came: the "moefx" that it names since, an object of its own. Configurations are
+#: shared by models, and copied; ``copy.deepcopy`` keeps strings, so that a copy knows too what stood there.
+_marks: dict[str | None, str] = {}
+
+
+def _mark(before: str | None) -> str:
+    if before not in _marks:
+        _marks[before] = "".join(("moe", "fx"))  # a literal would be the same object each time
+    return _marks[before]
+
+
+def _before(name: str | None, usual: str) -> str | None:
+    """What a configuration said before it said ``name``; ``usual`` if that is lost: it was pickled, say."""
+    return next((b for b, mark in _marks.items() if mark is name), usual) if name == "moefx" else name
+
+
+def _configurations(model: PreTrainedModel) -> list[Any]:
+    """The model's, its parts', and what these hold: each once."""
+    found: dict[int, Any] = {}
+
+    def add(config: Any) -> None:
+        if config is not None and id(config) not in found:
+            found[id(config)] = config
+            for name in config.sub_configs:
+                add(getattr(config, name, None))
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            add(module.config)
+    return list(found.values())
+
+
+def previous(model: PreTrainedModel) -> Names:
+    """What the model calls for its experts; where a configuration says "moefx", for this model or another that shares or copied
+    it, what it said before."""
+    return [_before(name, "grouped_mm") for name in _names(model)]
+
+
+def _names(model: PreTrainedModel) -> Names:
+    return [c._experts_implementation for c in _configurations(model)]
+
+
+def use(model: PreTrainedModel, attention: bool = True) -> None:
+    """Makes the model call moefx for its experts, and for its attention if ``attention``."""
+    names = previous(model)
+    by_config = {id(c): name for c, name in zip(_configurations(model), names, strict=True)}
+    for module in model.modules():
+        if not attention:
+            module.__dict__["_moefx_own_attention"] = True
+        if is_experts(module):
+            module.__dict__.setdefault("_moefx_previous", by_config.get(id(getattr(module, "config", None)), names[0]))
+            with contextlib.suppress(CaptureError):  # said again, with its reason, where the module is called
+                experts_layout(module)  # found on numbers: not while tracing
+        elif loops.is_loop(module) and not hasattr(type(module), "_moefx_base"):
+            module.__dict__["_moefx_layout"] = _activation_of_loop(module)
+            module.__class__ = loops.saying(type(module), _emitter)  # type: ignore[arg-type]
+        elif adapters.is_wrapper(module) and not hasattr(type(module), "_moefx_base"):
+            module.__class__ = adapters.adapting(type(module), is_emitting)  # type: ignore[arg-type]
+    model.set_experts_implementation("moefx")
+    _set_names(model, [_mark(name) for name in names])
+
+
+def restore(model: PreTrainedModel, before: Names) -> None:
+    for module in model.modules():
+        for name in ("_moefx_previous", "_moefx_layout", "_moefx_own_attention"):
+            module.__dict__.pop(name, None)
+        if adapters.is_wrapper(module) or loops.is_loop(module):
+            module.__class__ = own_class(type(module))  # type: ignore[assignment]
+    _set_names(model, before)
+
+
+def _set_names(model: PreTrainedModel, names: Names) -> None:
+    # not through set_experts_implementation: it checks again that, say, a package can be imported
+    for config, name in zip(_configurations(model), names, strict=True):
+        config._experts_implementation_internal = name
+
+
+@contextmanager
+def named(model: PreTrainedModel, names: Names) -> Iterator[None]:
+    """Within: the model's implementations of experts go by these names, which models look at."""
+    before = _names(model)
+    _set_names(model, names)
+    try:
+        yield
+    finally:
+        _set_names(model, before)

@@ -1,0 +1,111 @@
+"""Experts that a model runs one by one in a loop of its own, outside of Transformers' experts interface.
+
+A loop asks the device which experts were chosen, so that it can neither be captured nor run without waiting. While a model is
+captured such a module says instead what it computes, as ``moefx.experts``; else its own forward runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moefx import ops
+from moefx.internals.subclass import subclass
+
+
+class Loop(NamedTuple):
+    """What is known of a class of Transformers."""
+
+    #: (module, emit, *its forward's arguments) -> what its forward gives. ``emit(x, index, weights, up, down, transposed)`` is
+    #: ``moefx.experts`` with the module's activation.
+    forward: Callable[..., Any]
+    #: The module that its experts apply to gates, which multiply the other half of the pre-activations; None: it has none.
+    activation: Callable[[Any], nn.Module] | None = None
+
+
+def _dbrx(module: Any, emit: Callable, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """w1 (gates), v1 and w2 [E * I, H], flat: the first two side by side are a copy, w2 is read where it lies."""
+    experts = module.num_experts, module.ffn_hidden_size, module.hidden_size
+    gate, up, down = (w.view(experts) for w in (module.mlp.w1, module.mlp.v1, module.mlp.w2))
+    x = hidden_states.reshape(-1, module.hidden_size)
+    both = torch.cat((gate.transpose(1, 2), up.transpose(1, 2)), 2)
+    return emit(x, index, weights, both, down, True).view(hidden_states.shape)
+
+
+def _longcat_flash(module: Any, emit: Callable, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """gate_up_proj [E + Z, 2I, H], down_proj [E, H, I]: the last Z experts give their token back."""
+    own = torch.where(index >= module.num_routed_experts, weights, 0.0).sum(-1, keepdim=True)
+    return emit(hidden_states, index, weights, module.gate_up_proj, module.down_proj, False) + (hidden_states * own).to(
+        hidden_states.dtype
+    )
+
+
+def _jetmoe(module: Any, emit: Callable, layer_input: Tensor) -> Tensor:
+    """The block with its router, which sorts rows already: weights [E, 2I, H] and [E, H, I] of two modules."""
+    x = layer_input.reshape(-1, layer_input.shape[-1])
+    *_, logits = module.router(x)
+    scores, index = logits.topk(module.router.top_k, dim=1)
+    weights = torch.softmax(scores, dim=1).type_as(x)
+    out = emit(x, index, weights, module.input_linear.weight, module.output_linear.weight, False)
+    return out.view(layer_input.shape) + module.bias
+
+
+def _jetmoe_router(module: Any, emit: Callable, hidden_states: Tensor) -> tuple[Tensor, ...]:
+    """Rows in the experts' order, their tokens and weights, the experts' counts, which stay a tensor, and logits [T, E]."""
+    logits = module.layer(hidden_states).float()
+    scores, index = logits.topk(module.top_k, dim=1)
+    weights = torch.softmax(scores, dim=1).type_as(hidden_states).flatten()
+    flat = index.flatten()
+    order = flat.argsort(stable=True)
+    counts = torch.zeros(module.num_experts, dtype=flat.dtype, device=flat.device).scatter_add(0, flat, torch.ones_like(flat))
+    return order, order // module.top_k, weights[order], counts, logits
+
+
+def _jetmoe_linear(module: Any, emit: Callable, inputs: Tensor, counts: Tensor) -> Tensor:
+    """The projections of attention's queries and output."""
+    return ops.grouped_linear(inputs, module.weight, counts)
+
+
+#: By the name of the class.
+LOOPS = {
+    "DbrxExperts": Loop(_dbrx, lambda m: m.mlp.activation_fn),
+    "LongcatFlashExperts": Loop(_longcat_flash, lambda m: m.act_fn),
+    "JetMoeMoE": Loop(_jetmoe, lambda m: m.activation),
+    "JetMoeTopKGating": Loop(_jetmoe_router),
+    "JetMoeParallelExperts": Loop(_jetmoe_linear),
+}
+
+
+def is_loop(module: nn.Module) -> bool:
+    known = type(module).__name__ in LOOPS and type(module).__module__.startswith("transformers.")
+    return known and getattr(module, "gate_up_proj", module) is not None  # a LongCat-Flash may have no expert that computes
+
+
+class Gated(nn.Module):
+    """An activation in the form in which Transformers' experts have it."""
+
+    has_gate = True
+
+    def __init__(self, act: nn.Module):
+        super().__init__()
+        self.act = act
+
+    def _apply_gate(self, h: Tensor) -> Tensor:
+        gate, up = h.chunk(2, -1)
+        return self.act(gate) * up
+
+
+@functools.cache
+def saying(base: type, emitter: Callable[[nn.Module], Callable | None]) -> type:
+    """A subclass of such a module's class. ``emitter(module)``: how to emit, or None: its own forward runs."""
+    plain, loop = base.forward, LOOPS[base.__name__]  # type: ignore[attr-defined]
+
+    def forward(self, *args, **kwargs):
+        emit = emitter(self)
+        return plain(self, *args, **kwargs) if emit is None else loop.forward(self, emit, *args, **kwargs)
+
+    return subclass(base, forward=forward)

@@ -1,0 +1,26 @@
+"""Experts that are spread over ranks, in a call that no captured graph covers (generation, say)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moefx.ops import dispatch_combine, grouped_mlp
+
+if TYPE_CHECKING:
+    from moefx.integrations.transformers.experts import ExpertsLayout
+
+
+def experts_over_ranks(x: Tensor, index: Tensor, weights: Tensor, module: nn.Module, layout: ExpertsLayout) -> Tensor:
+    """The experts of a call that no captured graph covers; all ranks of the group must make the same calls."""
+    up: Any = getattr(module, layout.up)
+    where = {"num_experts": up.shape[0], "group": up.device_mesh.get_group().group_name}
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in layout.weights(module)]
+    rows, row_weights, counts, *way, tokens = dispatch_combine.dispatch(x, index, weights, **where)
+    place, _, host, _ = way
+    options = {**layout.options, "grad_scale": 1.0 / up.device_mesh.size(), "row_weights": row_weights}
+    options["arrived"] = [tokens, place, host]
+    rows = grouped_mlp.grouped_mlp(rows, counts, *local, **options)
+    return dispatch_combine.combine(rows, index, *way, **where).to(x.dtype)

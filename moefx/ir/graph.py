@@ -1,0 +1,191 @@
+"""Small helpers over ``torch.fx`` graphs: normalised arguments, where a node comes from, how it is shown."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+#: Casts that the tracer writes in different ways; canonicalize leaves only ``aten._to_copy``.
+CASTS = (aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default)
+#: Nodes that only look at their input in another way: to share them costs nothing.
+VIEWS = frozenset({
+    aten.reshape.default, aten.view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default,
+    aten.slice.Tensor, aten.transpose.int, aten.permute.default, aten.select.int, aten._to_copy.default,
+    aten.split.Tensor, aten.split_with_sizes.default, operator.getitem,
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a node comes from and what happened to it: shown by ``moefx.explain``."""
+
+    sources: tuple[str, ...] = ()  #: "modeling_qwen3_moe.py:259", oldest first
+    passes: tuple[str, ...] = ()  #: the passes that made or changed it, in order
+    kernel: str = ""  #: "torch: F.rms_norm ..." once lowered
+    why: str = ""  #: why that kernel
+
+    def touched(self, name: str) -> Origin:
+        return self if self.passes[-1:] == (name,) else replace(self, passes=(*self.passes, name))
+
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+def source_of(node: fx.Node) -> str:
+    """``file.py:line`` of the innermost frame of the model's own code that made ``node``; "" if unknown."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    frames = [f for f in frames if "/torch/" not in f[0] and not f[0].endswith("/moefx/frontend/capture.py")]
+    models = [f for f in frames if "modeling_" in Path(f[0]).name]
+    path, line = (models or frames or [("", "")])[-1]
+    return f"{Path(path).name}:{line}" if path else ""
+
+
+def origin(node: fx.Node) -> Origin:
+    """The node's record; made from its stack trace the first time."""
+    found = node.meta.get("moefx")
+    if found is None:
+        where = source_of(node)
+        found = node.meta["moefx"] = Origin(sources=(where,) if where else ())
+    return found
+
+
+def inherit(new: fx.Node, old: Iterable[fx.Node], pass_name: str) -> None:
+    """Gives ``new`` the sources of the nodes that it replaces, and notes the pass."""
+    old = list(old)
+    sources = dict.fromkeys(s for n in old for s in origin(n).sources)
+    passes = dict.fromkeys(p for n in old for p in origin(n).passes)
+    new.meta["moefx"] = Origin(tuple(sources), (*passes,)).touched(pass_name)
+    for n in old:
+        if "stack_trace" in n.meta:
+            new.meta["stack_trace"] = n.meta["stack_trace"]
+        if "nn_module_stack" in n.meta:
+            new.meta["nn_module_stack"] = n.meta["nn_module_stack"]
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """All arguments of a call by schema name, defaults filled in; positional numbers for targets without a schema.
+
+    A kernel's call is read by the schema of the operation that it stands for.
+    """
+    op = node.meta.get("semantic", node.target)
+    if not isinstance(op, torch._ops.OpOverload):
+        return {str(i): a for i, a in enumerate(node.args)} | dict(node.kwargs)
+    schema = op._schema.arguments
+    given = dict(zip((a.name for a in schema), node.args, strict=False)) | dict(node.kwargs)
+    return {a.name: given.get(a.name, a.default_value if a.has_default_value() else None) for a in schema}
+
+
+def is_call(node: Any, *targets: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and (not targets or node.target in targets)
+
+
+def op_name(target: Any) -> str:
+    """``aten.mean.dim``, ``moefx.route``, ``getitem``: how a target is named in messages."""
+    if isinstance(target, torch._ops.OpOverload):
+        name = str(target)
+        return name.removesuffix(".default")
+    return getattr(target, "__name__", str(target))
+
+
+def value(node: Any) -> Any:
+    """The fake value that a node stands for (``meta["val"]``), or the constant itself."""
+    return node.meta.get("val") if isinstance(node, fx.Node) else node
+
+
+def describe(node: Any) -> str:
+    """A node in a sentence: its name, its operation, where it comes from."""
+    if not isinstance(node, fx.Node):
+        return f"the constant {node!r}"
+    where = ", ".join(origin(node).sources[-1:])
+    what = "" if node.op == "placeholder" else f" = {op_name(node.target)}"
+    return f"{node.name}{what}" + (f" ({where})" if where else "")
+
+
+def dtype_of(node: Any) -> torch.dtype | None:
+    val = value(node)
+    return val.dtype if isinstance(val, torch.Tensor) else None
+
+
+def shape_text(val: Any) -> str:
+    """``bf16[s0, s1, 2048]``."""
+    if isinstance(val, torch.Tensor):
+        names = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.int64: "i64", torch.bool: "b8"}
+        return f"{names.get(val.dtype, str(val.dtype).removeprefix('torch.'))}[{', '.join(str(d) for d in val.shape)}]"
+    if isinstance(val, (tuple, list)):
+        return "(" + ", ".join(map(shape_text, val)) + ")"
+    return str(val)
+
+
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """What a graph is at one moment: ``str(listing)`` is its code then, written only when somebody reads it."""
+
+    nodes: tuple[tuple[fx.Node, Any, Any, Any, Any], ...]  #: node, target, args, kwargs, value
+    origins: tuple[Origin | None, ...]  #: None: nobody has asked for it yet
+
+    @classmethod
+    def of(cls, graph: fx.Graph) -> Listing:
+        return cls(
+            tuple((n, n.target, n.args, n.kwargs, n.meta.get("val")) for n in graph.nodes),
+            tuple(n.meta.get("moefx") for n in graph.nodes),
+        )
+
+    def same(self, other: Listing) -> bool:
+        """Has no node been changed in between? Origins do not count; equal values that are other objects count as changes."""
+        return len(self.nodes) == len(other.nodes) and all(
+            x is y for mine, theirs in zip(self.nodes, other.nodes, strict=True) for x, y in zip(mine, theirs, strict=True)
+        )
+
+    def __str__(self) -> str:
+        """Readable Python, one call a line, with shapes and the line of the model that each comes from."""
+        inputs = [(n.name, val) for n, *_, val in self.nodes if n.op == "placeholder"]
+        lines = [f"def forward({', '.join(name for name, _ in inputs)}):"]
+        lines += [f"    # {name}: {shape_text(val)}" for name, val in inputs]
+        for (n, target, args, kwargs, val), note in zip(self.nodes, self.origins, strict=True):
+            if n.op == "call_function":
+                given = [fx.node._format_arg(a) for a in args] + [f"{k}={fx.node._format_arg(v)}" for k, v in kwargs.items()]
+                source = note.sources[-1:] if note is not None else (source_of(n),)
+                tail = [shape_text(val), *filter(None, source)]
+                tail += [f"kernel {note.kernel}"] if note is not None and note.kernel else []
+                lines.append(f"    {n.name} = {op_name(target)}({', '.join(given)})  # {'; '.join(tail)}")
+            elif n.op == "get_attr":
+                lines.append(f"    {n.name} = self.{target}")
+            elif n.op == "output":
+                lines.append(f"    return {fx.node._format_arg(args[0])}")
+        return "\n".join(lines) + "\n"
+
+
+def insert(graph: fx.Graph, before: fx.Node, target: Callable, args: tuple, kwargs: dict | None = None, *, val: Any) -> fx.Node:
+    """A new call before ``before``, with its fake value set."""
+    with graph.inserting_before(before):
+        node = graph.call_function(target, args, kwargs or {})
+    node.meta["val"] = val
+    return node
+
+
+def getitems(node: fx.Node) -> dict[int, fx.Node]:
+    """The ``getitem`` users of a node with several outputs, by position."""
+    return {u.args[1]: u for u in node.users if is_call(u, operator.getitem)}  # type: ignore[misc]
+
+
+def nodes_of(args: Any) -> list[fx.Node]:
+    """The nodes among (nested) arguments, each once, in order."""
+    found: dict[fx.Node, None] = {}
+    fx.node.map_arg(args, lambda a: found.setdefault(a))
+    return list(found)
+
+
+def compute(target: Callable, args: tuple, kwargs: dict, fake_mode: Any) -> Any:
+    """The fake value of ``target(*args)`` where arguments may be nodes."""
+    args, kwargs = fx.node.map_arg((args, kwargs), value)  # type: ignore[assignment,misc]
+    with fake_mode, torch.no_grad():
+        return target(*args, **kwargs)

@@ -1,0 +1,158 @@
+"""The pass that turns a subgraph into one semantic operation: find the pattern, certify it on numbers, put the node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from moefx.errors import MoefxError
+from moefx.ir.graph import aten, compute, describe, inherit, insert, is_call, op_name, value
+from moefx.ops import BODIES
+from moefx.rewrite.certify import certify
+from moefx.rewrite.pattern import Match, Miss, Pattern
+from moefx.rewrite.pipeline import Changes
+
+
+@dataclass(frozen=True)
+class Raise:
+    """Raises every occurrence of an operation's own body to one node of it.
+
+    Args:
+        name: the pass's name.
+        op: an operation made by ``moefx.op``.
+        example: an input for each tensor parameter (``moefx.f64``) and an unusual number for each number that the match
+            should read off the graph.
+        variants: option sets under which the body is traced, each a form that models write; the largest match wins, then
+            the one whose casts left most traces. An option set may replace entries of ``example`` (None: no such input).
+        body: what to trace if not the operation's own body (the same function written in the models' way).
+        build: (graph, before, match) -> arguments by name: brings what was bound into the form that the operation takes.
+        needs: variant -> operations without which it cannot match: spares tracing it.
+    """
+
+    name: str
+    op: Any
+    example: Mapping[str, Any]
+    variants: Sequence[Mapping[str, Any]] = ({},)
+    body: Callable | None = None
+    build: Callable[[fx.Graph, fx.Node, Match], dict[str, Any]] | None = None
+    needs: Callable[[Mapping[str, Any]], set] | None = None
+    _cache: dict = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.op, torch._ops.OpOverload):
+            raise MoefxError(f"Raise({self.name!r}) got {self.op!r} as op: make one with moefx.op(schema)")
+        if self.body is None and self.op not in BODIES:
+            raise MoefxError(f"Raise({self.name!r}): {op_name(self.op)} has no traceable body; pass body=")
+
+    def pattern(self, at: int) -> Pattern:
+        """The traced pattern of a variant."""
+        if at not in self._cache:
+            given = {**self.example, **self.variants[at]}
+            example = {k: v for k, v in given.items() if k in self.example and type(v) not in (bool, str, type(None))}
+            self._cache[at] = Pattern(
+                self.body or BODIES[self.op], example, {k: v for k, v in given.items() if k not in example}
+            )
+        return self._cache[at]
+
+    def patterns(self, graph: fx.Graph) -> list[Pattern]:
+        """The patterns that could be in ``graph``, largest first."""
+        there = {n.target for n in graph.nodes}
+        possible = [i for i, v in enumerate(self.variants) if self.needs is None or self.needs(v) <= there]
+        return sorted(map(self.pattern, possible), key=lambda p: -p.size)
+
+    def run(self, function, plan=None) -> Changes:
+        changes, near_misses = Changes(), []
+        covered: set[fx.Node] = set()
+        patterns = self.patterns(function.graph)
+        # from the end: the larger of two patterns ends later
+        for node in reversed(list(function.graph.nodes)):
+            if node.op != "call_function" or node in covered:
+                continue
+            found, near = self._find(node, covered, patterns)
+            if found:
+                problem = self.rewrite(function, found, changes)
+                if problem:
+                    changes.miss(node, problem)
+                covered.update(found.nodes)
+            elif near is not None:
+                near_misses.append((node, near))
+        for node, near in near_misses:
+            if node not in covered:
+                changes.miss(node, str(near))
+        changes.made.reverse()
+        return changes
+
+    def _find(self, node: fx.Node, covered: set, patterns: list[Pattern]) -> tuple[Match | None, Miss | None]:
+        best: Match | None = None
+        near: Miss | None = None
+        for pattern in patterns:
+            if node.target is not pattern.anchor and not is_call(node, aten._to_copy.default):
+                continue
+            if best is not None and pattern.size < len(best.nodes):
+                break
+            result = pattern.match(node)
+            if isinstance(result, Miss):
+                if result.depth and (near is None or (result.depth, result.matched) > (near.depth, near.matched)):
+                    near = result
+            elif not covered.intersection(result.nodes):
+                if best is None or (len(result.nodes), -result.loose) > (len(best.nodes), -best.loose):
+                    best = result
+        return best, near
+
+    def call(self, graph: fx.Graph, before: fx.Node, match: Match) -> tuple[tuple, dict[str, Any]]:
+        """The arguments of the operation for this match, by its schema; what equals a default is left out."""
+        bound = {**match.pattern.fixed, **match.bound}
+        if self.build is not None:
+            bound |= self.build(graph, before, match)
+        args, kwargs = [], {}
+        for a in self.op._schema.arguments:
+            if not a.kwarg_only:
+                args.append(bound.get(a.name))
+            elif a.name in bound and not (a.has_default_value() and bound[a.name] == a.default_value):
+                kwargs[a.name] = bound[a.name]
+        return tuple(args), kwargs
+
+    def rewrite(self, function, match: Match, changes: Changes) -> str | None:
+        """Puts the operation in place of ``match``; returns why not, as a sentence, if it cannot."""
+        graph, outputs = function.graph, match.outputs
+        order = {n: i for i, n in enumerate(graph.nodes)}
+        before = min((o for o in outputs if o is not None), key=order.__getitem__)
+        late = [v for v in match.bound.values() if isinstance(v, fx.Node) and order[v] > order[before]]
+        if late:
+            return f"its input {describe(late[0])} is computed after its output {describe(before)}"
+        args, kwargs = self.call(graph, before, match)
+        agrees, how = certify(match.nodes, outputs, self.op, args, kwargs)
+        if not agrees:
+            return f"it looks like {op_name(self.op)} but {how}"
+        if len(outputs) == 1:
+            node = insert(graph, before, self.op, args, kwargs, val=value(outputs[0]))
+        else:
+            vals = [value(o) for o in outputs]
+            if any(o is None for o in outputs):
+                made = compute(self.op, args, kwargs, function.fake_mode)
+                vals = [m if o is None else v for o, m, v in zip(outputs, made, vals, strict=True)]
+            node = insert(graph, before, self.op, args, kwargs, val=tuple(vals))
+        inherit(node, match.nodes, self.name)
+        replace_outputs(graph, node, outputs, self.name)
+        changes.did(node, f"{op_name(self.op)} for {len(match.nodes)} nodes, {how}")
+        return None
+
+
+def replace_outputs(graph: fx.Graph, node: fx.Node, outputs: Sequence[fx.Node | None], name: str) -> None:
+    """Makes the users of ``outputs`` read ``node``: its value, or its values through getitem."""
+    import operator
+
+    for i, out in enumerate(outputs):
+        if out is None:
+            continue
+        new = node
+        if len(outputs) > 1:
+            with graph.inserting_after(node):
+                new = graph.call_function(operator.getitem, (node, i))
+            new.meta["val"] = value(out)
+            inherit(new, [node], name)
+        out.replace_all_uses_with(new)

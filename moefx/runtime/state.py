@@ -1,0 +1,93 @@
+"""What ``optimize`` leaves on a model: its program, plan and report, and the compiled code of its functions."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from moefx.analysis.report import Report
+from moefx.backends.compile import compiled
+from moefx.errors import MoefxError
+from moefx.integrations import transformers as hf
+from moefx.integrations.peft import unwrap
+from moefx.internals import surroundings
+from moefx.ir.plan import Plan
+from moefx.ir.program import Function, Program
+from moefx.rewrite.pipeline import Pipeline
+
+
+def unseen() -> contextlib.AbstractContextManager:
+    """Within: what autograd saves while a graph is made is none of the checkpointing's around the call that needs it."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+
+
+@dataclass(eq=False)
+class Optimized:
+    """All that ``optimize`` leaves on a model, besides the classes of its modules."""
+
+    program: Program
+    plan: Plan
+    pipeline: Pipeline
+    report: Report
+    implementations: hf.Names  #: of experts, before
+    loss: Callable | None = None  #: the model's own loss function; None: it had the default
+    runners: dict[int, Callable] = field(default_factory=dict)  #: by id of function
+    replaying: dict[int, Function] = field(default_factory=dict)  #: by id of function: its twin that is told the routes
+    compiled: dict[tuple, Callable] = field(default_factory=dict)  #: by what the graph says: equal graphs share code
+    shared: dict[tuple, Function | tuple[str, str]] = field(default_factory=dict)  #: captured later, or why it cannot be
+    bypass: bool = False  #: run the original forwards (moefx.verify)
+    global_aux_loss: bool = False  #: the auxiliary loss is that of all ranks' tokens
+    hooks: list[RemovableHandle] = field(default_factory=list)  #: that the model has while it is optimized
+    shards_experts: bool = False  #: ``optimize`` spread the experts over ranks: ``restore`` brings them back
+
+    def __deepcopy__(self, memo: dict) -> Optimized:
+        return self  # a copied model shares graphs and compiled code; parameters are read from the module that is called
+
+    def masks(self) -> contextlib.AbstractContextManager[None]:
+        """Within: masks are made as graphs can do without them."""
+        plain = self.bypass or self.program.own_attention or hf.is_emitting()
+        return contextlib.nullcontext() if plain else hf.saying_masks()
+
+    def runner(self, function: Function) -> Callable:
+        """The function as a callable, compiled once however many instances share it."""
+        if id(function) not in self.runners:
+            inputs = tuple(n.meta["val"].dtype for n in function.graph.nodes if n.op == "placeholder")
+            targets = tuple(n.target for n in function.graph.nodes if n.op == "call_function")
+            same = (function.graph_module.code, targets, inputs)  # a block in training and in evaluation, mostly
+            if same not in self.compiled:
+                self.compiled[same] = compiled(function.graph_module, self.plan)
+            self.runners[id(function)] = self.compiled[same]
+        return self.runners[id(function)]
+
+    def twin(self, function: Function) -> Function:
+        """The function that computes the same with the routes as inputs; made when first asked for."""
+        if id(function) not in self.replaying:
+            assert function.captured is not None
+            twin = function.captured.replaying()
+            with unseen(), surroundings.none_of_them():
+                self.pipeline.run(Program(self.program.model_class, {twin.name: twin}, []), self.plan)
+            self.replaying[id(function)] = twin
+        return self.replaying[id(function)]
+
+    def lower(self, function: Function) -> None:
+        """Runs the pipeline over a function that was captured after ``optimize``."""
+        self.program.add(function)
+        partial = Program(self.program.model_class, {function.name: function}, [])
+        self.report.extend(self.pipeline.run(partial, self.plan), function)
+        shortfall = self.report.shortfall([function])
+        if shortfall:
+            self.report.warn_or_raise(shortfall, self.plan.strict)
+
+
+def state_of(model: Any) -> Optimized:
+    """The model's ``Optimized``; raises MoefxError if it is not optimized."""
+    inner = unwrap(model)
+    state = getattr(inner, "_moefx", None)
+    if state is None:
+        raise MoefxError(f"{type(model).__name__} is not optimized: call moefx.optimize(model) first")
+    return state
