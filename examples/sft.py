@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Moe
 from trl import SFTConfig, SFTTrainer
 
 import moefx
-from moefx.integrations.trainer import TrainerMixin
+from moefx.trainer import TrainerMixin
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--steps", type=int, default=6)

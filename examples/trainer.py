@@ -21,7 +21,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, TrainingArguments
 
 import moefx
-from moefx.integrations.trainer import Trainer
+from moefx.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bytes_data import batches  # noqa: E402
