@@ -143,7 +143,7 @@ def test_the_trainers_steps(tmp_path, accumulation):
     from transformers import TrainingArguments
 
     import moefx
-    from moefx.integrations.trainer import Trainer
+    from moefx.trainer import Trainer
     from tests.families import build
 
     results = []

@@ -21,7 +21,7 @@ def balanced(rank, world, folder):
     from transformers import TrainingArguments
 
     import moefx
-    from moefx.integrations.trainer import RouterBias, Trainer
+    from moefx.trainer import RouterBias, Trainer
     from tests.families import batch, build
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
@@ -68,7 +68,7 @@ def adapters(rank, world, folder):
     from transformers import TrainerCallback, TrainingArguments
 
     import moefx
-    from moefx.integrations.trainer import Trainer
+    from moefx.trainer import Trainer
     from tests.families import batch, build
 
     where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
