@@ -13,9 +13,9 @@ from moefx.ir.graph import insert
 from moefx.ir.plan import Plan
 from moefx.ir.program import Function, Program
 from moefx.ops import op
-from moefx.rewrite.pattern import Match, Miss, Pattern, f64
-from moefx.rewrite.pipeline import Changes, Pass, Pipeline
-from moefx.rewrite.raise_ops import Raise
+from moefx.rewriting.pattern import Match, Miss, Pattern, f64
+from moefx.rewriting.pipeline import Changes, Pass, Pipeline
+from moefx.rewriting.raise_ops import Raise
 from moefx.runtime.cuda_graph import cuda_graph
 from moefx.runtime.router_state import count_routes, expert_load, load_metrics, record_routes, replay_routes, update_router_bias
 from moefx.runtime.verify import Verification, verify

@@ -29,7 +29,7 @@ from moefx.ir.graph import value
 from moefx.ir.plan import Options, Plan
 from moefx.ir.program import Function, Program
 from moefx.ops import dispatch_combine
-from moefx.rewrite.pipeline import Pipeline
+from moefx.rewriting.pipeline import Pipeline
 from moefx.runtime.install import install, uninstall
 from moefx.runtime.router_state import warn_balanced
 from moefx.runtime.state import Optimized, state_of

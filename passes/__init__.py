@@ -17,8 +17,7 @@ from moefx.passes.rotary import RaiseRotary
 from moefx.passes.route import RaiseRoute
 from moefx.passes.routes import Routes
 from moefx.passes.swiglu import RaiseSwiGLU
-
-from moefx.rewrite.pipeline import Change, Changes, Pass, Pipeline
+from moefx.rewriting.pipeline import Change, Changes, Pass, Pipeline
 
 __all__ = [
     "Canonicalize", "Change", "Changes", "ExpertParallel", "FP8", "FuseNormRotary", "FuseResidualRMSNorm", "LinearToFP32",

@@ -1,12 +1,12 @@
-"""Writes one thing one way, so that patterns have one form to match: :mod:`moefx.rewrite.canonicalize`."""
+"""Writes one thing one way, so that patterns have one form to match: :mod:`moefx.rewriting.canonicalize`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moefx.rewrite.canonicalize import NAME, canonicalize
-from moefx.rewrite.pipeline import Changes
+from moefx.rewriting.canonicalize import NAME, canonicalize
+from moefx.rewriting.pipeline import Changes
 
 
 @dataclass(frozen=True)

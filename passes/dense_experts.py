@@ -18,10 +18,10 @@ from torch import Tensor
 
 from moefx import ops
 from moefx.ir.graph import aten, compute, inherit, insert, value
-from moefx.rewrite.certify import certify
-from moefx.rewrite.pattern import Match, f64
-from moefx.rewrite.pipeline import Changes
-from moefx.rewrite.raise_ops import Raise
+from moefx.rewriting.certify import certify
+from moefx.rewriting.pattern import Match, f64
+from moefx.rewriting.pipeline import Changes
+from moefx.rewriting.raise_ops import Raise
 
 #: How such a router scores, in the words of ``moefx.route``: the sigmoid of the logit that was chosen.
 _SCORES = {"score": "sigmoid", "topk_first": True, "fp32": True, "cast": True}

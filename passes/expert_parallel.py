@@ -13,7 +13,7 @@ from moefx.errors import MoefxError
 from moefx.ir.graph import arguments, aten, compute, describe, inherit, insert, is_call, value
 from moefx.ops import dispatch_combine
 from moefx.ops import grouped_mlp as grouped
-from moefx.rewrite.pipeline import Changes
+from moefx.rewriting.pipeline import Changes
 
 _WEIGHTS = ("up", "up_bias", "down", "down_bias")
 

@@ -20,7 +20,7 @@ from moefx.ir.graph import VIEWS, arguments, aten, dtype_of, is_call, op_name, o
 from moefx.kernels import te
 from moefx.kernels.te import linear
 from moefx.ops.grouped_mlp import grouped_mlp
-from moefx.rewrite.pipeline import Changes
+from moefx.rewriting.pipeline import Changes
 
 #: Who reads a router's logits, raised or as the model writes it.
 _ROUTERS = (ops.route, ops.route_at, aten.topk.default, aten.softmax.int, aten.sigmoid.default)

@@ -13,8 +13,8 @@ from torch import fx
 
 from moefx import ops
 from moefx.ir.graph import aten, insert, value
-from moefx.rewrite.pattern import Match, f64
-from moefx.rewrite.raise_ops import Raise
+from moefx.rewriting.pattern import Match, f64
+from moefx.rewriting.raise_ops import Raise
 
 
 def _written(hidden, weight, labels, ignore_index, reduction, form, scale, divisor, softcap, bias=None):

@@ -10,8 +10,8 @@ from torch import fx
 
 from moefx import ops
 from moefx.ir.graph import arguments, aten, dtype_of, inherit, insert, is_call, value
-from moefx.rewrite.certify import certify
-from moefx.rewrite.pipeline import Changes
+from moefx.rewriting.certify import certify
+from moefx.rewriting.pipeline import Changes
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from moefx import backends
 from moefx.backends import tuning
 from moefx.ir.graph import op_name, origin
-from moefx.rewrite.pipeline import Changes
+from moefx.rewriting.pipeline import Changes
 
 
 @dataclass(frozen=True)

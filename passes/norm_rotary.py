@@ -9,7 +9,7 @@ from torch import fx
 
 from moefx import ops
 from moefx.ir.graph import arguments, aten, describe, getitems, inherit, insert, is_call, value
-from moefx.rewrite.pipeline import Changes
+from moefx.rewriting.pipeline import Changes
 
 
 @dataclass(frozen=True)

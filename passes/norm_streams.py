@@ -9,7 +9,7 @@ from typing import ClassVar
 from moefx import ops
 from moefx.backends import triton
 from moefx.ir.graph import inherit, insert, is_call, origin, value
-from moefx.rewrite.pipeline import Changes
+from moefx.rewriting.pipeline import Changes
 
 
 @dataclass(frozen=True)

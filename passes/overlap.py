@@ -14,7 +14,7 @@ from moefx.analysis.cost import Rates, Sizes, node_cost
 from moefx.ir.graph import VIEWS, arguments, aten, compute, describe, getitems, inherit, insert, is_call, origin, value
 from moefx.ops import dispatch_combine
 from moefx.ops import grouped_mlp as grouped
-from moefx.rewrite.pipeline import Changes
+from moefx.rewriting.pipeline import Changes
 
 
 @dataclass(frozen=True)

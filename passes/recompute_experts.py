@@ -13,7 +13,7 @@ from moefx import ops
 from moefx.backends import triton
 from moefx.ir.graph import is_call, op_name, origin
 from moefx.ops.grouped_mlp import grouped_mlp
-from moefx.rewrite.pipeline import Changes
+from moefx.rewriting.pipeline import Changes
 
 
 @dataclass(frozen=True)

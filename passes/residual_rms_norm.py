@@ -9,8 +9,8 @@ import torch
 
 from moefx import ops
 from moefx.ir.graph import aten, describe, inherit, insert, is_call, value
-from moefx.rewrite.pipeline import Changes
-from moefx.rewrite.raise_ops import replace_outputs
+from moefx.rewriting.pipeline import Changes
+from moefx.rewriting.raise_ops import replace_outputs
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from torch import fx
 
 from moefx import ops
 from moefx.ir.graph import VIEWS, aten, describe, inherit, insert, is_call, value
-from moefx.rewrite.certify import certify
-from moefx.rewrite.pattern import Match, Pattern, f64
-from moefx.rewrite.pipeline import Changes
-from moefx.rewrite.raise_ops import replace_outputs
+from moefx.rewriting.certify import certify
+from moefx.rewriting.pattern import Match, Pattern, f64
+from moefx.rewriting.pipeline import Changes
+from moefx.rewriting.raise_ops import replace_outputs
 
 
 @cache

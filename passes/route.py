@@ -9,8 +9,8 @@ from torch import fx
 
 from moefx import ops
 from moefx.ir.graph import arguments, aten, is_call
-from moefx.rewrite.pattern import Match, f64
-from moefx.rewrite.raise_ops import Raise
+from moefx.rewriting.pattern import Match, f64
+from moefx.rewriting.raise_ops import Raise
 
 # Unusual numbers: what the match reads off the graph. 323 = 17 * 19 experts in 17 groups.
 _NUMBERS = {"top_k": 13, "groups": 17, "topk_groups": 11, "fill": -7.5, "eps": 0.0123, "least": 0.0321, "scale": 1.75}

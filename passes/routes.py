@@ -11,7 +11,7 @@ from torch import fx
 from moefx import ops
 from moefx.ir.graph import VIEWS, arguments, aten, compute, describe, getitems, inherit, insert, is_call, value
 from moefx.ir.program import Route
-from moefx.rewrite.pipeline import Changes
+from moefx.rewriting.pipeline import Changes
 
 _GIVEN = ("score", "topk_first", "fp32", "gather", "renormalize", "eps", "least", "scale", "expert_scale", "cast")
 

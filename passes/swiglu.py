@@ -3,8 +3,8 @@
 from functools import cache
 
 from moefx import ops
-from moefx.rewrite.pattern import f64
-from moefx.rewrite.raise_ops import Raise
+from moefx.rewriting.pattern import f64
+from moefx.rewriting.raise_ops import Raise
 
 
 @cache

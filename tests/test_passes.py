@@ -8,6 +8,12 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+import moefx
+from moefx import f64, ops
+from moefx.frontend.capture import Call, capture_module, flatten
+from moefx.ir.graph import aten, is_call
 from moefx.passes import (  # fmt: skip
     Canonicalize,
     Changes,
@@ -21,13 +27,7 @@ from moefx.passes import (  # fmt: skip
     RaiseSwiGLU,
     default,
 )
-from torch import nn
-
-import moefx
-from moefx import f64, ops
-from moefx.frontend.capture import Call, capture_module, flatten
-from moefx.ir.graph import aten, is_call
-from moefx.rewrite.pipeline import run_pass
+from moefx.rewriting.pipeline import run_pass
 
 
 class Wrap(nn.Module):

@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from moefx.passes import FP8, Canonicalize, Lower, RaiseRoute, default
 from torch import fx
 from torch._subclasses import FakeTensorMode
 
@@ -20,7 +19,8 @@ from moefx.ir.graph import aten, is_call
 from moefx.kernels import te as kernels
 from moefx.kernels.te import linear
 from moefx.ops import grouped_mlp as grouped
-from moefx.rewrite.pipeline import run_pass
+from moefx.passes import FP8, Canonicalize, Lower, RaiseRoute, default
+from moefx.rewriting.pipeline import run_pass
 
 from . import te_standin
 from .test_passes import captured

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moefx.errors import MoefxError, PassError
 from moefx.ir.graph import Listing, op_name, origin, shape_text, value
 from moefx.ir.program import Function, Left, Program
-from moefx.rewrite.pipeline import PassReport
+from moefx.rewriting.pipeline import PassReport
 
 if TYPE_CHECKING:
     from torch import Tensor

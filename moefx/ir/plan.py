@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from moefx.backends import Backend
-    from moefx.rewrite.pipeline import Pipeline
+    from moefx.rewriting.pipeline import Pipeline
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from moefx.integrations.peft import unwrap
 from moefx.internals import surroundings
 from moefx.ir.plan import Plan
 from moefx.ir.program import Function, Program
-from moefx.rewrite.pipeline import Pipeline
+from moefx.rewriting.pipeline import Pipeline
 
 
 def unseen() -> contextlib.AbstractContextManager:

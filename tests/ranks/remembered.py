@@ -85,11 +85,11 @@ def prepare(names: set[str], *, all_calls: bool = False) -> None:
 def _uncertified() -> Iterator[None]:
     import moefx
 
-    places = (moefx.rewrite.raise_ops, moefx.passes.rotary)
+    places = (moefx.rewriting.raise_ops, moefx.passes.rotary)
     for place in places:
         place.certify = lambda *_: (True, "not certified: nobody uses this model")  # type: ignore[attr-defined]
     try:
         yield
     finally:
         for place in places:
-            place.certify = moefx.rewrite.certify.certify  # type: ignore[attr-defined]
+            place.certify = moefx.rewriting.certify.certify  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from moefx.ir.graph import CASTS, arguments, aten, dtype_of, inherit, insert, is_call, op_name, value
-from moefx.rewrite.pipeline import Changes
+from moefx.rewriting.pipeline import Changes
 
 #: The pass that does this to captured graphs.
 NAME = "canonicalize"

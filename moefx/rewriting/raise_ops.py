@@ -12,9 +12,9 @@ from torch import fx
 from moefx.errors import MoefxError
 from moefx.ir.graph import aten, compute, describe, inherit, insert, is_call, op_name, value
 from moefx.ops import BODIES
-from moefx.rewrite.certify import certify
-from moefx.rewrite.pattern import Match, Miss, Pattern
-from moefx.rewrite.pipeline import Changes
+from moefx.rewriting.certify import certify
+from moefx.rewriting.pattern import Match, Miss, Pattern
+from moefx.rewriting.pipeline import Changes
 
 
 @dataclass(frozen=True)

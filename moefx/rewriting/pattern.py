@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from moefx.errors import MoefxError
 from moefx.ir.graph import VIEWS, arguments, aten, describe, dtype_of, is_call, op_name, value
-from moefx.rewrite.canonicalize import canonicalize
+from moefx.rewriting.canonicalize import canonicalize
 
 _COMMON = VIEWS | {
     aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor, aten.cat.default, aten.sum.dim_IntList,
