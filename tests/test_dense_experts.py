@@ -7,14 +7,14 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from moefx.passes import default
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import moefx
 from moefx import ops
 from moefx.frontend.capture import Call, Template
 from moefx.ir.graph import aten
-from moefx.rewrite import certify
+from moefx.passes import default
+from moefx.rewriting import certify
 
 from .families import batch, build
 

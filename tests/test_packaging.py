@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+
+import moefx
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,7 +23,7 @@ def installed(tmp_path_factory):
     """A folder that holds the installed project and nothing else."""
     folder = tmp_path_factory.mktemp("installed")
     for part in ("moefx", "passes"):
-        shutil.copytree(ROOT / part, folder / "source" / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / part, folder / "source" / part, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for part in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / part, folder / "source")
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(folder / "site")]
@@ -40,3 +44,15 @@ def test_the_command_runs(installed, tmp_path):
     assert done.returncode == 0, done.stderr
     rows = {r["what"]: r["state"] for r in json.loads(done.stdout)}
     assert rows["moefx"].endswith(str(installed / "moefx")) and rows["backend torch"] == "usable"
+
+
+def test_no_public_name_hides_a_module():
+    """``import moefx.report as r`` must not give a function."""
+    modules = {m.name for m in pkgutil.iter_modules(moefx.__path__)}
+    assert [n for n in moefx.__all__ if n in modules and not isinstance(getattr(moefx, n), types.ModuleType)] == []
+
+
+def test_the_layers_of_the_house():
+    """What `make lint` checks: a file imports from its own layer and from those below."""
+    done = subprocess.run([str(Path(sys.executable).parent / "lint-imports")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
