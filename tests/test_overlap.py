@@ -7,7 +7,6 @@ import xml.etree.ElementTree as ET
 
 import pytest
 import torch
-from moefx.passes import Overlap, default
 
 import moefx
 from moefx import backends
@@ -21,6 +20,7 @@ from moefx.ir.graph import aten, is_call, op_name
 from moefx.ir.plan import Options
 from moefx.ops import dispatch_combine
 from moefx.ops import grouped_mlp as grouped
+from moefx.passes import Overlap, default
 
 from .families import build
 

@@ -216,11 +216,12 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def differences(case: Case, rank: int = 0, ranks: int = 1, device: str = "cpu") -> list[str]:
-    """What is not as it is without moefx; empty if all is."""
+def differences(case: Case, rank: int = 0, ranks: int = 1, device: str = "cpu", moved: bool = False) -> list[str]:
+    """What is not as it is without moefx; empty if all is. ``moved``: to the device after ``optimize``, as many do."""
     with _quiet():
-        plain = model_of(case).to(device)
-        ours = copy.deepcopy(plain)
+        plain = model_of(case)
+        ours = copy.deepcopy(plain) if moved else copy.deepcopy(plain).to(device)
+        plain.to(device)
         wanted: Training | str
         try:
             wanted = train(case, plain, plain, list(range(ranks)), device, False)
@@ -228,6 +229,8 @@ def differences(case: Case, rank: int = 0, ranks: int = 1, device: str = "cpu") 
             wanted = f"{type(error).__name__}: {error}".splitlines()[0]
         try:
             ours, wrapped = _spread(case, ours)
+            if moved:
+                ours.to(device)
             found = train(case, ours, wrapped, [rank], device, True)
         except Exception as error:
             if isinstance(wanted, str):
@@ -302,7 +305,7 @@ def main() -> int:
 
             said = next((s[seed] for s in run(first_contact.in_ranks, args.ranks, [seed], timeout=120) if s[seed]), [])
         else:
-            said = differences(case, device=args.device)
+            said = differences(case, device=args.device, moved=args.device != "cpu" and seed % 2 == 1)
         wrong += bool(said)
         print(f"{seed} {'WRONG' if said else 'ok':5} {case}", *said[:4], sep="\n    ", flush=True)
     print(f"{len(seeds)} cases, {wrong} wrong")

@@ -8,8 +8,6 @@ import torch.utils.checkpoint
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from moefx.passes import RecomputeExperts, default  # noqa: E402
-
 import moefx  # noqa: E402
 from moefx import ops  # noqa: E402
 from moefx.backends import Backend, Kernel  # noqa: E402
@@ -19,6 +17,7 @@ from moefx.errors import MoefxError  # noqa: E402
 from moefx.kernels import experts  # noqa: E402
 from moefx.ops import grouped_mlp as grouped
 from moefx.ops.activations import ACTIVATIONS  # noqa: E402
+from moefx.passes import RecomputeExperts, default  # noqa: E402
 
 from .. import grouped_checks  # noqa: E402
 from ..families import batch, build  # noqa: E402

@@ -9,13 +9,12 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from moefx.passes import FP8, default  # noqa: E402
-
 import moefx  # noqa: E402
 from moefx import ops  # noqa: E402
 from moefx.backends import quack, triton  # noqa: E402
 from moefx.kernels import fp8_grouped, fp8_quantize, permute  # noqa: E402
 from moefx.ops import grouped_mlp as grouped
+from moefx.passes import FP8, default  # noqa: E402
 
 from ..families import batch, build  # noqa: E402
 from .test_experts import make, run  # noqa: E402

@@ -197,8 +197,9 @@ def _in_a_process(do: Callable[[], None]) -> None:
 def _warm_up() -> None:
     """What every rank would import, and the patterns that every rank would trace."""
     sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-    import moefx.trainer  # noqa: F401 (with peft, datasets and more)
     import torch
+
+    import moefx.trainer  # noqa: F401 (with peft, datasets and more)
 
     torch.set_num_threads(1)
     remembered.start()

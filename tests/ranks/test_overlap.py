@@ -11,10 +11,10 @@ from spawn import run
 def cases(rank: int, world: int) -> list[str]:
     sys.path.insert(0, str(Path(__file__).parent.parent.parent))
     import torch
-    from moefx.passes import Overlap, default
 
     import moefx
     from moefx.ops import dispatch_combine
+    from moefx.passes import Overlap, default
     from tests.families import batch, build
 
     wrong = []

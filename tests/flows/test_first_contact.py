@@ -1,0 +1,30 @@
+"""Some of the trainings that first_contact.py generates; `python tests/flows/first_contact.py --cases 200` tries more."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from spawn import run
+
+sys.path.append(str(Path(__file__).parent))
+import first_contact  # noqa: E402
+from first_contact import Case, differences  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("remembered_captures")
+
+
+@pytest.mark.parametrize("seed", [2, 3, 7, 11, 26])
+def test_one_process(seed):
+    assert differences(Case.drawn(seed)) == []
+
+
+@pytest.mark.parametrize("form", ["packed", "number of items", "shifted labels"])
+def test_one_row_in_the_trainers_forms(form):
+    assert differences(Case(form=form, rows=1, option="foreach", clip="torch", grows=1)) == []
+
+
+def test_two_ranks():
+    found = run(first_contact.in_ranks, 2, [1, 4, 5], timeout=200)
+    assert [said for rank in found for said in rank.values() if said] == []
