@@ -277,12 +277,6 @@ def _left_its_graphs(case: Case, model: Any) -> list[str]:
     return [f"left its graph: {path}: {reason}" for (path, reason) in moefx.report(model).fallbacks]
 
 
-def in_ranks(rank: int, world_size: int, seeds: list[int]) -> dict[int, list[str]]:
-    """For spawn.run: the cases of these seeds, one after the other, in a process group that is there."""
-    torch.set_num_threads(1)
-    return {seed: differences(Case.drawn(seed, world_size), rank, world_size) for seed in seeds}
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=50)
@@ -299,11 +293,9 @@ def main() -> int:
         case = Case.drawn(seed, args.ranks)
         if args.ranks > 1:
             from spawn import run
+            from test_first_contact import in_ranks
 
-            sys.path.insert(0, str(Path(__file__).parent))
-            import first_contact  # as a module that ranks can import
-
-            said = next((s[seed] for s in run(first_contact.in_ranks, args.ranks, [seed], timeout=120) if s[seed]), [])
+            said = next((s[seed] for s in run(in_ranks, args.ranks, [seed], timeout=120) if s[seed]), [])
         else:
             said = differences(case, device=args.device, moved=args.device != "cpu" and seed % 2 == 1)
         wrong += bool(said)
