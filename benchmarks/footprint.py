@@ -84,7 +84,7 @@ def _of_units(model: Any, blocks: list[Any]) -> list[int]:
     """Bytes of each unit of blocks, and of the units within, when FSDP2 has gathered it over the ranks of its mesh: what is cut
     over "ep" stays cut, and parameters that no unit has (experts that no other rank has) are where they were."""
     units = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    managed = {id(p.sharded_param) for m in units for group in sharded._groups(m) for p in group.fsdp_params}
+    managed = {id(p.sharded_param) for m in units for group in sharded.groups(m) for p in group.fsdp_params}
     sizes: Counter[int] = Counter()
     for block in blocks:
         sizes[id(block._get_fsdp_state())] += sum(_gathered(p) for p in block.parameters() if id(p) in managed)

@@ -173,6 +173,11 @@ class Trainer(TrainerMixin, transformers.Trainer):
 
 def _can_be_recorded(args: Any) -> None:
     """Raises MoefxError where training steps with these arguments cannot be replayed."""
+    if args.n_gpu > 1:
+        raise MoefxError(
+            f"cuda_graph=True in one process that sees {args.n_gpu} GPUs: the Trainer would run copies of the model by "
+            "nn.DataParallel, which cannot be recorded; start one process per GPU with torchrun, or set CUDA_VISIBLE_DEVICES=0"
+        )
     if args.fp16:
         raise MoefxError("cuda_graph=True with fp16=True: how far a loss is scaled up would be recorded; train in bf16")
     if args.torch_empty_cache_steps is not None:

@@ -1,7 +1,7 @@
 """``make gpu-check``: what a machine with GPUs must pass before a change to kernels, parallelism, examples or README is done.
 
-Runs tests/gpu (with every command of the README there), tests/kernels and the first-contact cases on the GPUs, each file's tests
-over several processes, and writes benchmarks/results/first_contact-<gpu>x<n>.json: commit, versions, what passed. Exit code 1
+Runs tests/gpu (every command of the README and generated trainings among them) and tests/kernels on the GPUs, over several
+processes, and writes benchmarks/results/first_contact-<gpu>x<n>.json: commit, versions, what passed. Exit code 1
 if anything failed. COMMIT names the commit where the folder is no git repository.
 """
 
@@ -22,10 +22,12 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent.parent
+#: What belongs to which part of the report, by the beginning of a test's name.
 SUITES = {
-    "README, docs and examples": ["tests/gpu/test_readme.py"],
-    "GPU tests": ["tests/gpu", "--ignore", "tests/gpu/test_readme.py"],
-    "kernels": ["tests/kernels"],
+    "README, docs and examples": "tests.gpu.test_readme",
+    "what people do first": "tests.gpu.test_first_contact",
+    "GPU tests": "tests.gpu",
+    "kernels": "tests.kernels",
 }
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "trl", "transformer-engine", "quack-kernels", "flash-attn-4", "deep_ep")
 
@@ -43,24 +45,27 @@ def commit() -> str:
     return named or found.stdout.strip() or "unknown"
 
 
-def run(name: str, paths: list[str], processes: int) -> dict:
-    """One pytest, its output shown as it comes; what passed, failed and was skipped, with the reasons."""
+def run(processes: int) -> tuple[int, list[ElementTree.Element]]:
+    """One pytest for all, whose long tests run beside the many short ones; its exit code and its cases."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        command = [sys.executable, "-m", "pytest", *paths, "-n", str(processes), "--dist", "loadgroup", f"--junit-xml={report}"]
-        started = time.monotonic()
-        code = subprocess.run([*command, "--durations", "10"], cwd=ROOT).returncode
-        cases = [*ElementTree.parse(report).iter("testcase")] if report.exists() else []
-    found = {"exit_code": code, "seconds": round(time.monotonic() - started), "passed": 0, "failed": [], "skipped": Counter()}
+        command = [sys.executable, "-m", "pytest", "tests/gpu", "tests/kernels", "-n", str(processes), "--dist", "loadgroup"]
+        code = subprocess.run([*command, f"--junit-xml={report}", "--durations", "10"], cwd=ROOT).returncode
+        return code, [*ElementTree.parse(report).iter("testcase")] if report.exists() else []
+
+
+def sorted_out(cases: list[ElementTree.Element]) -> dict[str, dict]:
+    """Of each part what passed, failed, and was skipped, with the reasons."""
+    found: dict[str, dict] = {name: {"passed": 0, "failed": [], "skipped": Counter()} for name in SUITES}
     for case in cases:
+        part = found[next(name for name, start in SUITES.items() if (case.get("classname") or "").startswith(start))]
         outcome = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
         if outcome is None:
-            found["passed"] += 1
+            part["passed"] += 1
         elif outcome.tag == "skipped":
-            found["skipped"][re.sub(r".*: ", "", outcome.get("message") or "")] += 1
+            part["skipped"][re.sub(r".*: ", "", outcome.get("message") or "")] += 1
         else:
-            found["failed"].append(f"{case.get('classname')}::{case.get('name')}")
-    print(f"{name}: {found['passed']} passed, {len(found['failed'])} failed, {found['seconds']} s", flush=True)
+            part["failed"].append(f"{case.get('classname')}::{case.get('name')}")
     return found
 
 
@@ -68,18 +73,21 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("gpu-check: torch sees no CUDA device: run it on a machine with a GPU", file=sys.stderr)
         return 1
-    processes = max(2, min(8, (os.cpu_count() or 2) // 2))
-    gpu = re.sub(r"\W+", "-", torch.cuda.get_device_name().lower())
-    results = {name: run(name, paths, processes) for name, paths in SUITES.items()}
+    started, gpu = time.monotonic(), re.sub(r"\W+", "-", torch.cuda.get_device_name().lower())
+    code, cases = run(max(2, min(12, (os.cpu_count() or 2) // 2)))
+    results = sorted_out(cases)
     summary = {
         "commit": commit(), "gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count(),
         "cuda": torch.version.cuda, "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-        "python": sys.version.split()[0], "versions": {p: v for p in PACKAGES if (v := version(p))}, "results": results,
+        "python": sys.version.split()[0], "versions": {p: v for p in PACKAGES if (v := version(p))}, "seconds": round(time.monotonic() - started),
+        "exit_code": code, "results": results,
     }  # fmt: skip
     path = ROOT / f"benchmarks/results/first_contact-{gpu}x{torch.cuda.device_count()}.json"
     path.write_text(json.dumps(summary, indent=1) + "\n")
     print(f"written: {path.relative_to(ROOT)}")
-    return int(any(r["exit_code"] not in (0, 5) for r in results.values()))  # 5: nothing to run
+    for name, part in results.items():
+        print(f"{name}: {part['passed']} passed, {len(part['failed'])} failed, {sum(part['skipped'].values())} skipped")
+    return code
 
 
 if __name__ == "__main__":

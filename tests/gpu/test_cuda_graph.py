@@ -155,6 +155,7 @@ def test_the_trainers_steps(tmp_path, accumulation):
             str(tmp_path), max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=accumulation, learning_rate=1e-3,
             adam_epsilon=1e-3, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, data_seed=0,
         )  # fmt: skip
+        arguments._n_gpu = 1  # of several the Trainer would make copies, by nn.DataParallel
         trainer = Trainer(model, arguments, train_dataset=rows, cuda_graph=graph)
         trainer.train()
         losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]

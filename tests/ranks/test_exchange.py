@@ -118,7 +118,7 @@ def _count_rows(stage):
         counted.append(sum(send) - send[call.group.rank()])
         return plain(rows, send, receive, call)
 
-    stage.exchange = dispatch_combine
+    stage.exchange = exchange
     return counted
 
 
