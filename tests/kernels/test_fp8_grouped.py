@@ -162,6 +162,7 @@ def test_a_models_experts_train_in_fp8(usable):
     assert 0 < abs(float(loss.detach()) - wanted) < 0.02 * wanted
 
 
+@products
 def test_what_keeps_experts_from_fp8_is_said(usable):
     model = build("qwen3_moe", hidden_size=32, moe_intermediate_size=40).to(DEVICE, BF16)
     moefx.optimize(model, pipeline=default().before("lower", FP8(linear=False)), compile=False, backends=["torch"])
