@@ -19,10 +19,10 @@ from typing import Any
 
 import common
 import torch
-from moefx.passes import FP8, default
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import moefx
+from moefx.passes import FP8, default
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from bytes_data import batches  # noqa: E402

@@ -13,6 +13,8 @@ from transformers.masking_utils import sdpa_mask
 
 import moefx
 from moefx.integrations import transformers as hf
+from moefx.integrations.transformers.auto import auto_class
+from moefx.integrations.transformers.tiny_config import tiny_config
 
 from .families import build
 
@@ -64,6 +66,17 @@ def test_with_a_cache_nothing_is_kept_apart(name, recomputed):
     torch.testing.assert_close(found, plain(**given).loss)
     assert torch.allclose(found, plain(**given, use_cache=False).loss) == recomputed
     assert not moefx.report(model).fallbacks
+
+
+def test_a_model_that_makes_its_masks_before_its_cache_keeps_rows_apart():
+    """Gemma 4's class with images: with a cache, too."""
+    torch.manual_seed(0)
+    config = tiny_config("gemma4")
+    plain = auto_class(config).from_config(config).train()
+    model = moefx.optimize(copy.deepcopy(plain), compile=False)
+    found, wanted = (m(**packed()).loss for m in (model, plain))
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(found, plain(**packed(), use_cache=False).loss)
 
 
 def test_a_mask_that_says_more_than_packing_stays_one():

@@ -7,7 +7,7 @@ import itertools
 import threading
 from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -513,6 +513,7 @@ class Recording:
     head_reason: str = ""
     like: dict[str, str] = field(default_factory=dict)  #: a block that was not run -> the equal one that was
     structures: dict[str, tuple] = field(default_factory=dict)
+    packs_beside_cache: bool = False  #: see :func:`_packs_beside_cache`
 
     def call(self, path: str) -> tuple[tuple, dict] | None:
         """What the module was called with; of a part of a block that was not run, what the equal part was called with."""
@@ -585,6 +586,7 @@ def record(model: Any, example: Mapping[str, Any] | None) -> Recording:
             hf.without_packages() if meta is not None else nullcontext(), watching_head(model) as head, _once(model, recording),
         ):  # fmt: skip
             model(**given)
+            recording.packs_beside_cache = _packs_beside_cache(model, given.get("input_ids"))
     except CaptureError:
         raise
     except Exception as error:
@@ -598,6 +600,28 @@ def record(model: Any, example: Mapping[str, Any] | None) -> Recording:
             h.remove()
     recording.head, recording.head_reason = head.call, head.reason
     return recording
+
+
+class _Enough(Exception):
+    """A forward has shown what was asked of it."""
+
+
+def _packs_beside_cache(model: nn.Module, ids: Any) -> bool:
+    """Does the model keep packed sequences apart in a call that fills a cache? Most do not; Gemma 4's class with images makes
+    its masks before there is one. Tried up to the first block."""
+    asked: list[Tensor] = []
+
+    def stop(*_: Any) -> None:
+        raise _Enough
+
+    handles = [block.register_forward_pre_hook(stop) for block in hf.blocks(model).values()]
+    try:
+        with hf.noticing_packing(asked), suppress(Exception):  # of a model that takes no positions nothing is known
+            model(input_ids=ids, position_ids=torch.arange(ids.shape[1], device=ids.device).expand(ids.shape), use_cache=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return bool(asked)
 
 
 @contextmanager
@@ -740,5 +764,6 @@ def _fill(program: Program, model: Any, example: Mapping[str, Any] | None) -> No
 
     with hf.implementations(model, not program.own_attention):
         recording = record(model, example)
+        program.packs_beside_cache = recording.packs_beside_cache
         capture_sites(model, recording, program)
         capture_head(model, recording, program)

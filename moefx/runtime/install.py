@@ -518,7 +518,8 @@ def _model_forward(base: type) -> Callable:
         training = kwargs.get("labels") is not None or (self.training and torch.is_grad_enabled())
         ignores_packing = False
         if training and not state.bypass and kwargs.get("use_cache") is None:
-            ignores_packing = (len(args) > 1 or kwargs.get("position_ids") is not None) and _fills_a_cache(self)
+            positions = len(args) > 1 or kwargs.get("position_ids") is not None
+            ignores_packing = positions and not state.program.packs_beside_cache and _fills_a_cache(self)
             kwargs["use_cache"] = False  # a training step fills no cache that anybody reads
             if ignores_packing:
                 state.report.ignored_packing(kwargs.get("position_ids"))
@@ -554,7 +555,7 @@ def _refuse_replica(state: Optimized) -> None:
 
 
 def _fills_a_cache(model: Any) -> bool:
-    """Would the model as it was fill a cache in this call, which does not say? Then it does not look for packed sequences."""
+    """Would the model as it was fill a cache in this call, which does not say? Most then do not look for packed sequences."""
     recomputes = model.training and torch.is_grad_enabled() and hf.is_checkpointed(model)
     return bool(getattr(model.config.get_text_config(), "use_cache", False)) and not recomputes
 

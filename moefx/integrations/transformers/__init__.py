@@ -27,6 +27,7 @@ from moefx.integrations.transformers.recording import (
     emitting,
     is_emitting,
     is_traced,
+    noticing_packing,
     packed,
     unpacked,
     unpacked_on_meta,
@@ -37,7 +38,8 @@ __all__ = [
     "INDEX_NAMES", "ExpertsLayout", "Names", "OwnAttention", "Said", "SaidMask", "attention_forward", "attention_mask",
     "blocks", "check", "count_as_tensor", "emitting", "experts_in", "experts_layout", "experts_modules", "implementations",
     "is_checkpointed", "is_dense_experts", "is_emitting", "is_experts", "is_language_model", "is_norm", "is_recurrent",
-    "is_traced", "named", "numbers", "outputs_are_collected", "own_masks", "packed", "previous", "reads_layer_index",
+    "is_traced", "named",
+    "noticing_packing", "numbers", "outputs_are_collected", "own_masks", "packed", "previous", "reads_layer_index",
     "requested", "restore", "routers", "said_of", "saying_masks", "structure", "unpacked", "unpacked_on_meta", "use",
     "without_packages",
 ]  # fmt: skip

@@ -76,6 +76,11 @@ def unpacked() -> AbstractContextManager[None]:
     return _PACKING.by(lambda look, position_ids: None)
 
 
+def noticing_packing(asked: list) -> AbstractContextManager[None]:
+    """Within: packed sequences are not looked for; the position ids that would have been looked at go to ``asked``."""
+    return _PACKING.by(lambda look, position_ids: asked.append(position_ids))
+
+
 def packed() -> AbstractContextManager[None]:
     """Within: position ids that a call has are taken to be those of packed sequences, without reading them back to see."""
 
