@@ -12,6 +12,7 @@ from transformers import masking_utils
 from transformers.masking_utils import sdpa_mask
 
 import moefx
+from moefx.frontend.capture import _packs_beside_cache
 from moefx.integrations import transformers as hf
 from moefx.integrations.transformers.auto import auto_class
 from moefx.integrations.transformers.tiny_config import tiny_config
@@ -77,6 +78,23 @@ def test_a_model_that_makes_its_masks_before_its_cache_keeps_rows_apart():
     found, wanted = (m(**packed()).loss for m in (model, plain))
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(found, plain(**packed(), use_cache=False).loss)
+
+
+def test_where_nobody_knows_the_model_runs_as_it_is():
+    """A model that breaks off when it is asked: nothing is taken for granted, and the report says what its blocks met."""
+
+    class Breaks(torch.nn.Module):
+        def forward(self, **_):
+            raise ValueError("no positions here")
+
+    assert _packs_beside_cache(Breaks(), torch.zeros(1, 3)) is None
+    plain = build("qwen3_moe")
+    model = moefx.optimize(copy.deepcopy(plain), compile=False)
+    assert model._moefx.program.packs_beside_cache is False
+    model._moefx.program.packs_beside_cache = None
+    with pytest.warns(moefx.ShortfallWarning, match="Cache"):
+        torch.testing.assert_close(model(**packed()).loss, plain(**packed()).loss)
+    assert not torch.allclose(plain(**packed()).loss, plain(**packed(), use_cache=False).loss)
 
 
 def test_a_mask_that_says_more_than_packing_stays_one():

@@ -513,7 +513,7 @@ class Recording:
     head_reason: str = ""
     like: dict[str, str] = field(default_factory=dict)  #: a block that was not run -> the equal one that was
     structures: dict[str, tuple] = field(default_factory=dict)
-    packs_beside_cache: bool = False  #: see :func:`_packs_beside_cache`
+    packs_beside_cache: bool | None = None  #: see :func:`_packs_beside_cache`
 
     def call(self, path: str) -> tuple[tuple, dict] | None:
         """What the module was called with; of a part of a block that was not run, what the equal part was called with."""
@@ -606,9 +606,9 @@ class _Enough(Exception):
     """A forward has shown what was asked of it."""
 
 
-def _packs_beside_cache(model: nn.Module, ids: Any) -> bool:
+def _packs_beside_cache(model: nn.Module, ids: Any) -> bool | None:
     """Does the model keep packed sequences apart in a call that fills a cache? Most do not; Gemma 4's class with images makes
-    its masks before there is one. Tried up to the first block."""
+    its masks before there is one. Tried up to the first block; None: the model does not take such a call, nobody knows."""
     asked: list[Tensor] = []
 
     def stop(*_: Any) -> None:
@@ -616,8 +616,10 @@ def _packs_beside_cache(model: nn.Module, ids: Any) -> bool:
 
     handles = [block.register_forward_pre_hook(stop) for block in hf.blocks(model).values()]
     try:
-        with hf.noticing_packing(asked), suppress(Exception):  # of a model that takes no positions nothing is known
+        with hf.noticing_packing(asked), suppress(_Enough):
             model(input_ids=ids, position_ids=torch.arange(ids.shape[1], device=ids.device).expand(ids.shape), use_cache=True)
+    except Exception:  # it takes no positions, say: see ``run`` of the model's forward for what comes of None
+        return None
     finally:
         for handle in handles:
             handle.remove()

@@ -130,7 +130,7 @@ class Program:
     model_class: str
     functions: dict[str, Function]
     left: list[Left]
-    packs_beside_cache: bool = False  #: the model keeps packed sequences apart in calls that fill a cache
+    packs_beside_cache: bool | None = None  #: it keeps packed sequences apart in calls that fill a cache; None: nobody knows
     own_attention: bool = False  #: the model keeps its attention: it is none that moefx.attention could say
 
     def __getitem__(self, name: str) -> Function:

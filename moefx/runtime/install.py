@@ -519,8 +519,10 @@ def _model_forward(base: type) -> Callable:
         ignores_packing = False
         if training and not state.bypass and kwargs.get("use_cache") is None:
             positions = len(args) > 1 or kwargs.get("position_ids") is not None
-            ignores_packing = positions and not state.program.packs_beside_cache and _fills_a_cache(self)
-            kwargs["use_cache"] = False  # a training step fills no cache that anybody reads
+            beside_cache, packs = positions and _fills_a_cache(self), state.program.packs_beside_cache
+            if not beside_cache or packs is not None:  # else it runs as it is, with its cache, and the report says so
+                kwargs["use_cache"] = False  # a training step fills no cache that anybody reads
+                ignores_packing = beside_cache and not packs
             if ignores_packing:
                 state.report.ignored_packing(kwargs.get("position_ids"))
         fused = isinstance(vars(self).get("_loss_function"), FusedLoss) and not state.bypass
