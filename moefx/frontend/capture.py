@@ -58,28 +58,27 @@ class Template:
     def names(self) -> dict[int, str]:
         """What the call names its tensors, by position: of ``block(hidden, position_embeddings=(cos, sin))`` "input",
         "position_embeddings 0", "position_embeddings 1"."""
-        found: dict[int, str] = {}
-        for i, part in enumerate(self.args[1]):
-            _name(part, f"input {i}" if i else "input", found)
-        for key, part in self.kwargs[1]:
-            _name(part, key, found)
-        return found
+        places = ((name, what if kind == "t" else what[2]) for name, (kind, what) in self._leaves() if kind in ("t", "said"))
+        return {place: name for name, place in places if place is not None}
 
     def numbers(self) -> dict[str, float]:
         """The numbers in the call, by the argument's name."""
-        found: dict[str, float] = {}
-        _numbers(self.args, "", found)
-        _numbers(self.kwargs, "", found)
-        return found
+        return {name: what for name, (kind, what) in self._leaves() if kind == "c" and type(what) in (int, float)}
+
+    def _leaves(self) -> Iterator[tuple[str, Any]]:
+        for i, part in enumerate(self.args[1]):
+            yield from _leaves(part, f"input {i}" if i else "input")
+        for key, part in self.kwargs[1]:
+            yield from _leaves(part, key)
 
     def covers(self, other: Template) -> bool:
         """Is ``other`` the same but for numbers that this one leaves open?"""
-        return self == other or _covers(self.args, other.args) and _covers(self.kwargs, other.kwargs)
+        return self == other or self.opened(other) == self
 
-    def opened(self, other: Template) -> Template:
-        """This one with the numbers left open in which ``other``, the same in all else, differs; itself if more differs."""
-        kwargs = [_opened(mine, theirs, "") for mine, theirs in ((self.args, other.args), (self.kwargs, other.kwargs))]
-        return self if None in kwargs else Template(*kwargs)
+    def opened(self, other: Template) -> Template | None:
+        """This one with the numbers left open in which ``other``, the same in all else, differs; None if more differs."""
+        args, kwargs = _opened(self.args, other.args), _opened(self.kwargs, other.kwargs)
+        return None if args is None or kwargs is None else Template(args, kwargs)
 
 
 # Functions that call themselves stand here: one inside another function is a cycle, which keeps the tensors that it knows, and
@@ -107,50 +106,40 @@ def _filled(part: Any, tensors: tuple | list, written: dict[str, dict] | None) -
     return what
 
 
-def _numbers(part: Any, name: str, found: dict[str, float]) -> None:
+def _inside(part: Any) -> list[tuple[Any, Any]]:
+    """The parts of a part, each with its key or number."""
     kind, what = part
-    if kind == "c" and type(what) in (int, float):
-        found[name] = what
-    elif kind in ("tuple", "list", "dict"):
-        for key, inner in what if kind == "dict" else enumerate(what):
-            _numbers(inner, f"{name} {key}".strip(), found)
+    return list(what) if kind == "dict" else list(enumerate(what)) if kind in ("tuple", "list") else []
 
 
-def _covers(part: Any, other: Any) -> bool:
-    (kind, what), (theirs, is_) = part, other
-    if kind == "any":
-        return theirs == "c" and type(is_).__name__ == what[1] or other == part
-    if kind != theirs or kind not in ("tuple", "list", "dict") or len(what) != len(is_):
-        return bool(part == other)
-    pairs = zip(what, is_, strict=True)
-    return all(k == n and _covers(v, w) for (k, v), (n, w) in pairs) if kind == "dict" else all(_covers(v, w) for v, w in pairs)
+def _leaves(part: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """What has no parts, each with its name."""
+    if part[0] not in ("tuple", "list", "dict"):
+        yield name, part
+    for key, inner in _inside(part):
+        yield from _leaves(inner, f"{name} {key}")
 
 
-def _opened(part: Any, other: Any, name: str) -> Any:
-    """``part`` with what differs left open; None if that is not numbers."""
-    (kind, what), (theirs, is_) = part, other
+def _number(part: Any) -> str:
+    """ "int" or "float", of a number or of one that is left open; else ""."""
+    kind, what = part
+    return what[1] if kind == "any" else type(what).__name__ if kind == "c" and type(what) in (int, float) else ""
+
+
+def _opened(part: Any, other: Any, name: str = "") -> Any:
+    """``part`` with the numbers left open in which ``other`` differs; None if that is not numbers of the same type."""
     if part == other:
         return part
-    if kind == "c" and type(what) in (int, float) and (theirs == "any" or theirs == "c" and type(is_) is type(what)):
-        return ("any", (name, type(what).__name__))
-    if kind != theirs or kind not in ("tuple", "list", "dict") or len(what) != len(is_):
+    if _number(part) or _number(other):
+        open_ = part if part[0] == "any" else ("any", (name, _number(part)))
+        return open_ if _number(part) == _number(other) else None
+    mine, theirs = _inside(part), _inside(other)
+    if part[0] != other[0] or not mine or [k for k, _ in mine] != [k for k, _ in theirs]:
         return None
-    if kind == "dict":
-        if [k for k, _ in what] != [k for k, _ in is_]:
-            return None
-        made = [(k, _opened(v, w, f"{name} {k}".strip())) for (k, v), (_, w) in zip(what, is_, strict=True)]
-        return None if any(v is None for _, v in made) else (kind, tuple(made))
-    made = [_opened(v, w, f"{name} {i}".strip()) for i, (v, w) in enumerate(zip(what, is_, strict=True))]
-    return None if None in made else (kind, tuple(made))
-
-
-def _name(part: Any, name: str, found: dict[int, str]) -> None:
-    kind, what = part
-    if kind == "t" or kind == "said" and what[2] is not None:
-        found[what if kind == "t" else what[2]] = name
-    elif kind in ("tuple", "list", "dict"):
-        for key, inner in what if kind == "dict" else enumerate(what):
-            _name(inner, f"{name} {key}", found)
+    made = [(k, _opened(v, w, f"{name} {k}".strip())) for (k, v), (_, w) in zip(mine, theirs, strict=True)]
+    if any(v is None for _, v in made):
+        return None
+    return part[0], tuple(made) if part[0] == "dict" else tuple(v for _, v in made)
 
 
 def _written_only(cls: type, name: str, into: dict) -> Any:

@@ -209,11 +209,9 @@ class Site:
             others = [f.call for f in self.functions if f.call.adapters == switches]
             # numbers that differ from those of other calls are left open first: a graph that does not read them holds for all
             opened = [template.opened(other.template) for other in others]
-            templates = dict.fromkeys([*(t for t in opened if t != template), template])
-            calls = [
-                replace(call, template=t, adapters=switches) for t in templates
-                for call in Call.readings(tensors, template, module.training, sizes_of(module), others)
-            ]  # fmt: skip
+            templates = dict.fromkeys([*(t for t in opened if t not in (None, template)), template])
+            readings = list(Call.readings(tensors, template, module.training, sizes_of(module), others))
+            calls = [replace(call, template=t, adapters=switches) for t in templates for call in readings]
             with CAPTURING:
                 function = self.capture_one_of(module, calls)
         except CaptureError as error:
