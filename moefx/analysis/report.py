@@ -61,15 +61,17 @@ class Report:
             self.details[path, reason] = detail
         self.fallbacks[path, reason] = self.fallbacks.get((path, reason), 0) + 1
 
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, ShortfallWarning, stacklevel=3)
+
     def runs_replicas(self) -> None:
         """Says once that nn.DataParallel runs copies of the model."""
-        text = (
+        self._warn_once(
             f"nn.DataParallel runs copies of {self.program.model_class} in plain PyTorch, without its graphs: start one "
             "process per GPU with torchrun, or show this one a single GPU (CUDA_VISIBLE_DEVICES=0)"
         )
-        if text not in self._warned:
-            self._warned.add(text)
-            warnings.warn(text, ShortfallWarning, stacklevel=2)
 
     def ignored_packing(self, position_ids: Tensor | None) -> None:
         """Says once that packed sequences see one another, as in the model without moefx. It looks at the first positions only:
@@ -87,13 +89,10 @@ class Report:
 
     def filled_a_cache(self) -> None:
         """Says, once, that a call filled a cache that nobody had asked for: whoever reads it must find it right."""
-        text = (
+        self._warn_once(
             f"{self.program.model_class} fills a cache in this call, so its blocks run without their graphs: where nobody "
             "reads past_key_values (scores, rewards, a teacher's logits), pass use_cache=False, or set it in model.config"
         )
-        if text not in self._warned:
-            self._warned.add(text)
-            warnings.warn(text, ShortfallWarning, stacklevel=2)
 
     def note(self, path: str, text: str) -> None:
         self.notes[path, text] = self.notes.get((path, text), 0) + 1
