@@ -9,7 +9,7 @@ import operator
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,6 @@ from moefx.ir.program import Function
 from moefx.ops import dispatch_combine
 from moefx.runtime.router_state import Routing, recomputation_is_seen
 from moefx.runtime.state import Optimized, unseen
-
-if TYPE_CHECKING:
-    pass
 
 #: A module's call is captured anew for at most this many kinds of calls (with and without mask, in training or not, ...).
 MAX_VARIANTS = 8
@@ -370,12 +367,17 @@ def _fill(template: Any, out: tuple) -> Any:
 # --- under another tool's trace --------------------------------------------------------------------------------------
 
 
-def _only_graphs(state: Optimized, routing: Routing, training: bool) -> bool:
-    """Do the graphs do what the original forward does not? Then nobody may trace that instead."""
+def _compute_more(state: Optimized, routing: Routing, training: bool) -> bool:
+    """Do the graphs compute what the original forward does not?"""
     plan = state.plan
     always = plan.ep_size > 1 or plan.balanced_routing or plan.check_numerics
     asked = routing.recorded is not None or routing.replayed is not None
-    return always or asked or training and (plan.router_z_loss > 0 or routing.counting or state.global_aux_loss)
+    return always or asked or training and (plan.router_z_loss > 0 or state.global_aux_loss)
+
+
+def _only_graphs(state: Optimized, routing: Routing, training: bool) -> bool:
+    """Do the graphs do what the original forward does not? Then nobody may trace that instead."""
+    return _compute_more(state, routing, training) or training and routing.counting
 
 
 @torch.compiler.disable(
@@ -490,7 +492,7 @@ def _model_forward(base: type) -> Callable:
                 _say_what_is_compiled()
             return plain(self, *args, **kwargs)
         if getattr(self, "_is_replica", False):
-            _refuse_replica(state)
+            _refuse_replica(state, self._moefx_routing, self.training)
             return plain(self, *args, **kwargs)
         return untraced(self, args, kwargs)
 
@@ -544,12 +546,13 @@ def _model_forward(base: type) -> Callable:
     return forward
 
 
-def _refuse_replica(state: Optimized) -> None:
-    """nn.DataParallel runs copies of the model, whose parameters are none, in threads that share all else."""
-    if state.plan.ep_size > 1 or state.plan.router_z_loss or state.plan.balanced_routing or state.plan.check_numerics:
+def _refuse_replica(state: Optimized, routing: Routing, training: bool) -> None:
+    """nn.DataParallel runs copies of the model, whose parameters are none, in threads that share all else. What is computed
+    must not differ for that; routes are only counted without theirs."""
+    if _compute_more(state, routing, training):
         raise MoefxError(
-            "nn.DataParallel runs copies of the model that know nothing of ep_size, router_z_loss, balanced_routing and "
-            "check_numerics: start one process per GPU with torchrun"
+            "nn.DataParallel runs copies of the model that know nothing of ep_size above 1, router_z_loss, balanced_routing, "
+            "check_numerics, or of routes that are recorded or replayed: start one process per GPU with torchrun"
         )
     state.report.runs_replicas()
 
