@@ -68,9 +68,9 @@ def make_mesh(model: nn.Module, ep_size: int, mesh: DeviceMesh | None) -> tuple[
 
 
 def move_to_mesh(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Moves a model from the CPU to this rank's GPU, where the mesh is one of GPUs."""
-    if mesh.device_type != "cpu" and next(model.parameters()).device.type == "cpu":
-        model.to(devices.of_rank(model))
+    """Moves a model from the CPU to this rank's GPU, the current one, where the mesh is one of GPUs."""
+    if mesh.device_type == "cuda" and next(model.parameters()).device.type == "cpu":
+        model.to(torch.device("cuda", torch.cuda.current_device()))
 
 
 def check_experts(model: nn.Module, ep_size: int) -> None:
