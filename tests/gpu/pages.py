@@ -92,4 +92,8 @@ class Block:
 def blocks() -> list[Block]:
     """The Python of pages whose blocks stand alone; those of docs/extending.md are one program (tests/test_docs.py)."""
     pages = [p for p in PAGES if p != "docs/extending.md"]
-    return [Block(f"{p}, block {i + 1}", c) for p in pages for i, c in enumerate(_BLOCK.findall((ROOT / p).read_text()))]
+    return [Block(f"{p}, block {i + 1}", c) for p in pages for i, c in enumerate(code_of(p))]
+
+
+def code_of(page: str) -> list[str]:
+    return _BLOCK.findall((ROOT / page).read_text())

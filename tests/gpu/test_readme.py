@@ -15,7 +15,7 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parent))
-from pages import ROOT, Command, blocks, commands  # noqa: E402
+from pages import ROOT, Command, blocks, code_of, commands  # noqa: E402
 
 GPUS = torch.cuda.device_count()
 SHARED = GPUS == 1 and torch.cuda.nccl.version() >= (2, 30)
@@ -126,8 +126,5 @@ def test_code_block(block, checkpoint, tmp_path):
 
 
 def test_the_program_of_extending(tmp_path):
-    import re
-
-    pieces = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/extending.md").read_text(), re.DOTALL | re.MULTILINE)
-    (tmp_path / "program.py").write_text("\n".join(pieces))
+    (tmp_path / "program.py").write_text("\n".join(code_of("docs/extending.md")))
     shell("python program.py", tmp_path)
