@@ -57,7 +57,7 @@ def spread(who: str, name: str, layers: int, ranks: int, dtype: torch.dtype) -> 
     model: Any = models.build(name, layers, dtype, "meta").train()
     if who == "moefx":
         cutting = importlib.import_module("moefx.distributed.parallelize")
-        layout = cutting._layout(ranks, 1, MixedPrecisionPolicy(), True, None)
+        layout = cutting.layout(ranks, 1, MixedPrecisionPolicy(), True, None)
         return cutting._distribute(model, layout, cutting._meshes(layout))
     config, _, meshes = model.prepare_distribute_model(DistributedConfig(fsdp_size=ranks, ep_size=ranks if who == "hf_ep" else 1))
     return model.maybe_distribute_model(model, config, meshes)

@@ -17,7 +17,7 @@ from moefx import backends as backends_
 from moefx import passes
 from moefx.analysis.report import Explanation, Report
 from moefx.analysis.report import explain as explain_report
-from moefx.distributed import dtensor_ops, expert_sharding, state_dict
+from moefx.distributed import dtensor_ops, expert_sharding, rank_monitor, state_dict
 from moefx.distributed import parallelize as parallelize_
 from moefx.errors import MoefxError
 from moefx.frontend.capture import CAPTURING, capture, default_example
@@ -134,8 +134,9 @@ def optimize(
     return _optimize(
         model,
         Options(
-            ep_size, mesh, example, pipeline, backends, compile, strict, verify, router_z_loss, balanced_routing,
-            check_numerics, dispatch_capacity, tune, dispatch_dtype,
+            ep_size=ep_size, mesh=mesh, example=example, pipeline=pipeline, backends=backends, compile=compile, strict=strict,
+            verify=verify, router_z_loss=router_z_loss, balanced_routing=balanced_routing, check_numerics=check_numerics,
+            dispatch_capacity=dispatch_capacity, tune=tune, dispatch_dtype=dispatch_dtype,
         ),
     )  # fmt: skip
 
@@ -231,10 +232,10 @@ def parallelize(
         if name in options:
             raise MoefxError(f"parallelize does not take {name}: it makes its own meshes; call moefx.verify on a small model")
     chosen = Options(**options)
-    spread = parallelize_.spread(
-        model, ep_size=ep_size, dp_replicate=dp_replicate, mp_policy=mp_policy, reshard_after_forward=reshard_after_forward,
-        offload_policy=offload_policy, dtype=dtype, lost_after=lost_after,
-    )  # fmt: skip
+    layout = parallelize_.layout(ep_size, dp_replicate, mp_policy, reshard_after_forward, offload_policy, model)
+    if lost_after:
+        rank_monitor.watch(lost_after)
+    spread = parallelize_.spread(model, layout, dtype)
     _optimize(spread.train(), chosen)
     adapters.inside(spread)._moefx.global_aux_loss = global_aux_loss and dist.get_world_size() > 1
     return spread

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import os
 import pkgutil
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import moefx
+from moefx.ir.plan import Options
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,3 +59,9 @@ def test_the_layers_of_the_house():
     """What `make lint` checks: a file imports from its own layer and from those below."""
     done = subprocess.run([str(Path(sys.executable).parent / "lint-imports")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_optimize_takes_what_options_hold():
+    """Each option stands in the signature that people read, and in the dataclass that is handed on."""
+    taken = {n: p.default for n, p in inspect.signature(moefx.optimize).parameters.items() if n != "model"}
+    assert taken == {f.name: f.default for f in dataclasses.fields(Options)}

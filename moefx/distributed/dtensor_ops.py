@@ -6,7 +6,7 @@ operations on lists of both, has no rule for some that optimizers call, and read
 DTensor can do it does: a list of DTensors of one mesh goes its own way.
 
 All this hangs on how DTensor dispatches, so :func:`install` tries the handlers on known cases before they are relied on. Seen
-in torch 2.13.
+in torch 2.11 and 2.13.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from transformers.distributed import DistributedConfig
 from transformers.distributed.utils import TransformersDeviceMesh
 from transformers.utils import is_accelerate_available
 
-from moefx.distributed import checkpoint, devices, expert_sharding, rank_monitor
+from moefx.distributed import checkpoint, devices, expert_sharding
 from moefx.errors import MoefxError
 from moefx.integrations import fsdp as sharded
 from moefx.integrations import transformers as hf
@@ -65,26 +65,13 @@ class Layout:
         )  # fmt: skip
 
 
-def spread(
-    model: Any,
-    *,
-    ep_size: int = 1,
-    dp_replicate: int = 1,
-    mp_policy: MixedPrecisionPolicy | None = None,
-    reshard_after_forward: bool | int = True,
-    offload_policy: OffloadPolicy | None = None,
-    dtype: torch.dtype | None = None,
-    lost_after: float = 60.0,
-) -> Any:
+def spread(model: Any, layout: Layout, dtype: torch.dtype | None = None) -> Any:
     """A model, or that of a checkpoint folder, sharded over all ranks: what :func:`moefx.parallelize` does first."""
-    there: Any = None if isinstance(model, (str, os.PathLike)) else inside(model)
-    layout = _layout(ep_size, dp_replicate, mp_policy, reshard_after_forward, offload_policy, there)
-    if lost_after:
-        rank_monitor.watch(lost_after)
     if isinstance(model, (str, os.PathLike)):
         return _load(Path(model), layout, dtype)
     if dtype is not None:
         raise MoefxError(f"dtype={dtype} is for a checkpoint folder, but a {type(model).__name__} was given: convert it before")
+    there: Any = inside(model)
     hf.check(there)
     if sharded.is_sharded(there) or getattr(there, "_moefx", None) is not None:
         raise MoefxError(f"{type(there).__name__} is optimized or spread over ranks already: parallelize comes first")
@@ -96,7 +83,8 @@ def spread(
     return model
 
 
-def _layout(ep_size: int, dp_replicate: int, mp: Any, reshard: bool | int, offload: Any, model: Any = None) -> Layout:
+def layout(ep_size: int, dp_replicate: int, mp: Any, reshard: bool | int, offload: Any, model: Any = None) -> Layout:
+    """Checks the sizes against the ranks, and takes this rank's device: that of ``model``, if it is one and on a GPU."""
     for name, n in (("ep_size", ep_size), ("dp_replicate", dp_replicate)):
         if not isinstance(n, int) or n < 1:
             raise MoefxError(f"{name}={n!r} is not a positive whole number")
@@ -114,7 +102,8 @@ def _layout(ep_size: int, dp_replicate: int, mp: Any, reshard: bool | int, offlo
             f"dp_replicate={dp_replicate})"
         )
     fsdp = world // dp_replicate
-    device = devices.of_rank(model if isinstance(model, torch.nn.Module) else None)
+    there = inside(model)
+    device = devices.of_rank(there if isinstance(there, torch.nn.Module) else None)
     return Layout(ep_size, dp_replicate, fsdp, mp or MixedPrecisionPolicy(), reshard, offload or OffloadPolicy(), device)
 
 

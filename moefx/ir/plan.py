@@ -32,7 +32,7 @@ class Tune:
         raise MoefxError(f"tune={given!r} is not a size: pass (sequences, tokens a sequence) of a rank's micro-batch, or True")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """The arguments of :func:`moefx.optimize`, which says what each means. Raises MoefxError for values that mean nothing."""
 

@@ -380,10 +380,10 @@ def through_ranks(rank, world, folder):
     """Loads as parallelize does, without rewriting, and saves."""
     start()
     from moefx.distributed import checkpoint
-    from moefx.distributed.parallelize import _layout, _load
+    from moefx.distributed.parallelize import _load, layout
 
     for name, (_, _, size) in LAYOUTS.items():
-        model = _load(Path(folder, name), _layout(world, 1, None, True, None), None)
+        model = _load(Path(folder, name), layout(world, 1, None, True, None), None)
         checkpoint.save_pretrained(model, Path(folder, f"{name}-again"), max_shard_size=size)
 
 
@@ -444,10 +444,10 @@ def held(rank, world, folder):
     threshold = -3  # M_MMAP_THRESHOLD: what is freed goes back to the system at once, or old tensors are counted as held
     ctypes.CDLL(None).mallopt(threshold, 1 << 20)
     from moefx.distributed import checkpoint
-    from moefx.distributed.parallelize import _layout, _load
+    from moefx.distributed.parallelize import _load, layout
 
     with Peak() as load:
-        model = _load(Path(folder), _layout(world, 1, None, True, None), None)
+        model = _load(Path(folder), layout(world, 1, None, True, None), None)
     with Peak() as save:
         checkpoint.save_pretrained(model, Path(folder, "again"), max_shard_size="50MB")
     share = sum(p.to_local().nbytes for p in model.parameters())
