@@ -18,7 +18,10 @@ KINDS = ("grouped GEMM", "dense GEMM", "attention", "mamba", "head", "glue")
 #: By name, in this order: the first that is found. Names of CUDA kernels (cuBLAS calls its Hopper kernels nvjet) and of
 #: the operations that launch them, which is all that a CPU has.
 _NAMES = (
-    ("mamba", r"chunk_(scan|state|cumsum)|bmm_chunk|state_passing|causal_conv1d|mamba|selective_sc|layer_norm_(fwd|bwd)_kernel"),
+    (
+        "mamba",
+        r"chunk_(scan|state|cumsum)|bmm_chunk|state_passing|causal_conv1d|mamba|selective_sc|layer_norm_(fwd|bwd)_kernel",
+    ),
     ("grouped GEMM", r"group(ed)?_?(problem|gemm|mm|linear)|moe_gemm|\bgmm\b|gmm_kernel"),
     ("attention", r"flash|fmha|sdpa|attention|attn|mha_"),
     ("dense GEMM", r"nvjet|gemm|cutlass|cublas|xmma|gemv|splitk|^aten::(mm|bmm|addmm|matmul|linear|baddbmm)_?$"),

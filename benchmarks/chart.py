@@ -101,8 +101,12 @@ def draw(records: Sequence[Mapping[str, Any]], device: str, path: Path) -> None:
         there = {b: [who for who, rows in contenders.items() if b in {r[0] for r in rows}] for b in batches}
         for who, rows in contenders.items():
             at = [batches.index(b) + (there[b].index(who) - (len(there[b]) - 1) / 2) * width for b, _, _ in rows]
-            drawn = axis.bar(at, [t / 1e3 for _, t, _ in rows], width * 0.94, color=CONTENDERS[who][1], label=CONTENDERS[who][0])
-            axis.bar_label(drawn, [text for _, _, text in rows], fontsize=7, padding=2, fontweight="bold" if who == "moefx" else "normal")
+            drawn = axis.bar(
+                at, [t / 1e3 for _, t, _ in rows], width * 0.94, color=CONTENDERS[who][1], label=CONTENDERS[who][0]
+            )
+            axis.bar_label(
+                drawn, [text for _, _, text in rows], fontsize=7, padding=2, fontweight="bold" if who == "moefx" else "normal"
+            )
         axis.set_xticks(range(len(batches)), [f"micro-batch {b}" for b in batches])
         axis.set_title(title, fontsize=10)
         top = [contenders] if single else [rows for _, rows in shown]
@@ -114,7 +118,9 @@ def draw(records: Sequence[Mapping[str, Any]], device: str, path: Path) -> None:
         for handle, label in zip(*axis.get_legend_handles_labels()):
             labels.setdefault(label, handle)
     order = [name for name, _ in CONTENDERS.values() if name in labels]
-    figure.legend([labels[n] for n in order], order, loc="lower center", ncols=min(len(order), 2 * len(shown)), frameon=False, fontsize=9)
+    figure.legend(
+        [labels[n] for n in order], order, loc="lower center", ncols=min(len(order), 2 * len(shown)), frameon=False, fontsize=9
+    )
     settings = records[0]["settings"]
     recomputed = any(text.endswith("r") for _, rows in shown for some in rows.values() for *_, text in some)
     figure.suptitle(
@@ -154,7 +160,9 @@ def main() -> int:
         return 1
     order = list(TITLES)
     for device, records in by_device.items():
-        records.sort(key=lambda r: (list(ROUTING).index(r["settings"].get("routing", "real")), order.index(r["settings"]["model"])))
+        records.sort(
+            key=lambda r: (list(ROUTING).index(r["settings"].get("routing", "real")), order.index(r["settings"]["model"]))
+        )
         kind = "single_gpu" if "whole_model" in records[0] else "multi_gpu"
         draw(records, device, args.output or common.RESULTS / f"{kind}-{common.slug(device)}.png")
     return 0

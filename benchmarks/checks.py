@@ -145,8 +145,17 @@ def one_rounding_off(model: nn.Module) -> nn.Module:
 
 
 def judge(
-    hf: Mapping[str, float], other: Mapping[str, float], apart: Mapping[str, float], hf_loss: float, other_loss: float, *,
-    sizes: Mapping[str, int], tokens: int, share: float, dtype: torch.dtype, known: float = 0.0,
+    hf: Mapping[str, float],
+    other: Mapping[str, float],
+    apart: Mapping[str, float],
+    hf_loss: float,
+    other_loss: float,
+    *,
+    sizes: Mapping[str, int],
+    tokens: int,
+    share: float,
+    dtype: torch.dtype,
+    known: float = 0.0,
 ) -> dict[str, Any]:
     """Whether ``other`` is right, given how far it and Transformers in ``dtype`` are from fp32.
 
@@ -173,9 +182,7 @@ def judge(
     ratios = {n: other[n] / max(hf[n], floor) / few[n] for n in other}
     for n, r in ratios.items():
         if not r <= FARTHER:
-            problems.append(
-                f"grad {n}: {other[n]:.2e} from fp32, Transformers {hf[n]:.2e}: {r:.2f} times, {FARTHER} allowed"
-            )
+            problems.append(f"grad {n}: {other[n]:.2e} from fp32, Transformers {hf[n]:.2e}: {r:.2f} times, {FARTHER} allowed")
     for n, d in apart.items():
         # two that are a and at most 1.5 a from the truth are at most 2.5 a from each other
         allowed = (1 + FARTHER) * few[n] * max(hf[n], floor)

@@ -47,7 +47,14 @@ def reading(device: torch.device) -> Iterator[Readings]:
     readings, process = Readings(), None
     if device.type == "cuda":
         which = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        command = ["nvidia-smi", "-i", which, "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits", f"-lms={EVERY}"]
+        command = [
+            "nvidia-smi",
+            "-i",
+            which,
+            "--query-gpu=clocks.sm,power.draw",
+            "--format=csv,noheader,nounits",
+            f"-lms={EVERY}",
+        ]
         with contextlib.suppress(OSError):
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     if process is None:

@@ -47,14 +47,20 @@ def milliseconds(step: Callable[[], Any], device: torch.device) -> float:
 
 def run(args: argparse.Namespace, device: torch.device) -> tuple[list[float], list[torch.Tensor]]:
     """Milliseconds of the steps; the loss and the gradients of the last one, after steps of SGD in between."""
-    model = moefx.optimize(build(args.model, args.layers, getattr(torch, args.dtype), device).train(), compile=not args.no_compile)
+    model = moefx.optimize(
+        build(args.model, args.layers, getattr(torch, args.dtype), device).train(), compile=not args.no_compile
+    )
     generator = torch.Generator().manual_seed(1)
     times, found = [], []
     for _ in range(args.steps + 2):
         ids = torch.randint(0, model.config.vocab_size, (1, args.seq), generator=generator).to(device)
         loss: list[Any] = []
         common.drop_gradients(model)
-        times.append(milliseconds(lambda ids=ids, loss=loss: loss.append(common.train_step(model, {"input_ids": ids, "labels": ids})), device))
+        times.append(
+            milliseconds(
+                lambda ids=ids, loss=loss: loss.append(common.train_step(model, {"input_ids": ids, "labels": ids})), device
+            )
+        )
         found = [loss[0], *[p.grad for p in model.parameters()]]
         with torch.no_grad():
             for p in model.parameters():
@@ -79,13 +85,23 @@ def main() -> int:
     for name, ((first_ms, first), (second_ms, second)) in modes.items():
         same = [torch.equal(a, b) for a, b in zip(first, second, strict=True)]
         ms = statistics.median(first_ms + second_ms)
-        record[name] = {"ms": ms, "least_ms": min(first_ms + second_ms), "steps_ms": [first_ms, second_ms], "tensors": len(same), "equal": sum(same)}
+        record[name] = {
+            "ms": ms,
+            "least_ms": min(first_ms + second_ms),
+            "steps_ms": [first_ms, second_ms],
+            "tensors": len(same),
+            "equal": sum(same),
+        }
         rows.append((name, f"{ms:.2f}", f"{min(first_ms + second_ms):.2f}", f"{sum(same)} of {len(same)}"))
         if name == "deterministic" and not all(same):
             problems.append(f"{len(same) - sum(same)} of {len(same)} tensors differ between two deterministic runs")
         common.say(f"{name}: {ms:.2f} ms, {sum(same)} of {len(same)} tensors the same bit by bit")
     record["cost"] = record["deterministic"]["ms"] / record["usual"]["ms"]
-    common.show(f"{args.model}, {args.layers} layers, {args.seq} tokens, {args.dtype}", ("mode", "ms a step", "the fastest", "the same bits"), rows)
+    common.show(
+        f"{args.model}, {args.layers} layers, {args.seq} tokens, {args.dtype}",
+        ("mode", "ms a step", "the fastest", "the same bits"),
+        rows,
+    )
     where = common.slug(torch.cuda.get_device_name()) if device.type == "cuda" else "cpu"
     common.save(f"determinism-{args.model}-{where}", record)
     return common.verdict(problems)

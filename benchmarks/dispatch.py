@@ -87,7 +87,9 @@ def pairs(index: Tensor, experts: int, ep: int, rank: int) -> int:
     return int(wanted.sum())
 
 
-def measure(shape: str, transport: str, capacity: bool, device: torch.device, sizes: tuple[int, int, int, int]) -> dict[str, Any]:
+def measure(
+    shape: str, transport: str, capacity: bool, device: torch.device, sizes: tuple[int, int, int, int]
+) -> dict[str, Any]:
     tokens, h, experts, k = sizes
     rank, ep = dist.get_rank(), dist.get_world_size()
     group = dist.group.WORLD.group_name
@@ -117,7 +119,9 @@ def measure(shape: str, transport: str, capacity: bool, device: torch.device, si
     grad = torch.randn(tokens, h, device=device, generator=g).bfloat16()
     # the experts only weight their rows: the sums are known
     each, row_weights, _, *way, _ = send(x, index, weights, **where)
-    made["y"] = dispatch_combine.combine((each * row_weights.unsqueeze(1)).to(each.dtype), index, *way, num_experts=experts, group=group)
+    made["y"] = dispatch_combine.combine(
+        (each * row_weights.unsqueeze(1)).to(each.dtype), index, *way, num_experts=experts, group=group
+    )
     to_x, to_weights = torch.autograd.grad(made["y"], (x, weights), grad)
     right = x.float() * weights.sum(1, keepdim=True)
     problems = []
@@ -251,7 +255,12 @@ def host(device: torch.device, sizes: tuple[int, int, int, int], ep: int = 8, st
             given = before()
             launched[0] = 0
             many = operations(lambda step=step, given=given: step(given))
-            found[stage] = {"operations": many, "kernels": launched[0], "us": statistics.median(taken) * 1e6, "least_us": min(taken) * 1e6}
+            found[stage] = {
+                "operations": many,
+                "kernels": launched[0],
+                "us": statistics.median(taken) * 1e6,
+                "least_us": min(taken) * 1e6,
+            }
     dist.destroy_process_group()
     return found
 
@@ -260,7 +269,11 @@ def show_host(device: torch.device, sizes: tuple[int, int, int, int]) -> None:
     found = host(device, sizes)
     rows_ = [[n, f["operations"], f["kernels"], f"{f['us']:.0f}", f"{f['least_us']:.0f}"] for n, f in found.items()]
     note = "" if device.type == "cuda" else ", kernels replaced by stand-ins"
-    show(f"host, one exchange of one rank of 8 on {device.type}{note}", ["stage", "torch operations", "kernels", "us, median", "least"], rows_)
+    show(
+        f"host, one exchange of one rank of 8 on {device.type}{note}",
+        ["stage", "torch operations", "kernels", "us, median", "least"],
+        rows_,
+    )
     save(f"dispatch-host-{device.type}", {"machine": machine(device), "sizes": sizes, "stages": found})
 
 
@@ -315,11 +328,24 @@ if __name__ == "__main__":
         lines = []
         for r in results:
             share = f"{r['gb_per_s']['dispatch'] / link:.0%}" if link and not shared and ranks > 1 else "-"
-            cells = [f"{r['ms'][n]:.3f} ({r['gb_per_s'][n]:.0f})" if n in r["ms"] else "" for n in ("dispatch", "combine", "backward")]
+            cells = [
+                f"{r['ms'][n]:.3f} ({r['gb_per_s'][n]:.0f})" if n in r["ms"] else ""
+                for n in ("dispatch", "combine", "backward")
+            ]
             lines.append([r["shape"], r["transport"], f"{r['bytes'] / 1e6:.1f}", *cells, share])
         note = "; ranks share a GPU: these times say nothing" if shared else f"; NVLink sends {link or '?'} GB/s"
-        show(f"{ranks} ranks, {name}{note}", ["shape", "transport", "MB sent", "dispatch ms (GB/s)", "combine", "backward", "of NVLink"], lines)
-        record = {"machine": machine(device), "ranks": ranks, "ranks_share_a_gpu": shared, "nvlink_gb_per_s": link, "results": results}
+        show(
+            f"{ranks} ranks, {name}{note}",
+            ["shape", "transport", "MB sent", "dispatch ms (GB/s)", "combine", "backward", "of NVLink"],
+            lines,
+        )
+        record = {
+            "machine": machine(device),
+            "ranks": ranks,
+            "ranks_share_a_gpu": shared,
+            "nvlink_gb_per_s": link,
+            "results": results,
+        }
         save(f"dispatch-{slug(name)}-x{ranks}" + ("-shared" if shared and not a.cpu else ""), record)
         code = verdict(problems if problems else (["another rank found a wrong result"] if int(bad) else []))
     dist.barrier()

@@ -59,7 +59,9 @@ def spread(who: str, name: str, layers: int, ranks: int, dtype: torch.dtype) -> 
         cutting = importlib.import_module("moefx.distributed.parallelize")
         layout = cutting.layout(ranks, 1, MixedPrecisionPolicy(), True, None)
         return cutting._distribute(model, layout, cutting._meshes(layout))
-    config, _, meshes = model.prepare_distribute_model(DistributedConfig(fsdp_size=ranks, ep_size=ranks if who == "hf_ep" else 1))
+    config, _, meshes = model.prepare_distribute_model(
+        DistributedConfig(fsdp_size=ranks, ep_size=ranks if who == "hf_ep" else 1)
+    )
     return model.maybe_distribute_model(model, config, meshes)
 
 
@@ -96,7 +98,9 @@ def _gathered(p: Any) -> int:
     if not isinstance(p, DTensor):
         return p.nbytes
     mesh = p.device_mesh
-    fsdp = [n for n, name, place in zip(mesh.shape, mesh.mesh_dim_names or (), p.placements) if name != "ep" and place.is_shard()]
+    fsdp = [
+        n for n, name, place in zip(mesh.shape, mesh.mesh_dim_names or (), p.placements) if name != "ep" and place.is_shard()
+    ]
     return p.to_local().nbytes * math.prod(fsdp)
 
 

@@ -95,7 +95,9 @@ def main() -> int:
             continue
         made = 0 if "fp8" not in pipeline.names else moefx.report(model)["fp8"].made_count
         record[name] = {"losses": curves[name], "step_ms": step_ms, "fp8_products": made}
-        common.say(f"{name}: loss {curves[name][0]:.4f} -> {curves[name][-1]:.4f}, {step_ms:.1f} ms a step, {made} operations in fp8")
+        common.say(
+            f"{name}: loss {curves[name][0]:.4f} -> {curves[name][-1]:.4f}, {step_ms:.1f} ms a step, {made} operations in fp8"
+        )
         if pipeline.names != default().names and not made:
             problems.append(f"{name}: nothing ran in fp8")
         del model
@@ -108,7 +110,9 @@ def main() -> int:
     most = max(args.allowed * end["bf16"], 3 * abs(end["control"] - end["bf16"]))
     for name in args.recipes:
         if name in end and not end[name] - end["bf16"] <= most:
-            problems.append(f"{name}: the loss ends at {end[name]:.4f}, bf16's at {end['bf16']:.4f}, {most:.4f} more is allowed")
+            problems.append(
+                f"{name}: the loss ends at {end[name]:.4f}, bf16's at {end['bf16']:.4f}, {most:.4f} more is allowed"
+            )
     settings = {"machine": common.machine("cuda"), "settings": vars(args), "end": end, "allowed": most}
     common.save(f"fp8_loss-{common.slug(torch.cuda.get_device_name())}", {**settings, "runs": record, "problems": problems})
     return common.verdict(problems)

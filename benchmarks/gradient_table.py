@@ -39,7 +39,9 @@ K, EXPERTS, LAYERS, HEADS = 2, 16, 2, 4
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": EXPERTS, "norm_topk_prob": True, "moe_intermediate_size": 64},
     "gpt_oss": {
-        "num_local_experts": EXPERTS, "sliding_window": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "num_local_experts": EXPERTS,
+        "sliding_window": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     },
 }
 #: The routers' weights of given experts, from their logits; as the families define them.
@@ -193,7 +195,9 @@ def finish(model: Any, loss: float) -> Step:
     return Step(gradients, norm, {n: whole(p.detach()).clone() for n, p in model.named_parameters()}, loss)
 
 
-def one_process(family: str, dtype: str, device: torch.device, ranks: int, accumulation: int, told: Routes | None) -> tuple[Step, Routes]:
+def one_process(
+    family: str, dtype: str, device: torch.device, ranks: int, accumulation: int, told: Routes | None
+) -> tuple[Step, Routes]:
     model = build(family, dtype, device)
     micro, items = global_batch(ranks, accumulation, device)
     total, routes = 0.0, []
@@ -269,7 +273,11 @@ def main() -> int:
         common.say(f"{ranks} ranks on {device.type}, {len(todo)} cases; one process first")
         for case in todo:
             if case.reference not in references:
-                told = half_of_the_experts([together(r) for r in global_batch(ranks, case.accumulation, device)[0]]) if case.half else None
+                told = (
+                    half_of_the_experts([together(r) for r in global_batch(ranks, case.accumulation, device)[0]])
+                    if case.half
+                    else None
+                )
                 exact, chosen = one_process(case.family, "float32", device, ranks, case.accumulation, told)
                 follow = told if case.half else chosen if case.dtype == "bfloat16" else None
                 hf, _ = one_process(case.family, case.dtype, device, ranks, case.accumulation, follow)

@@ -170,8 +170,22 @@ class Run:
     ) -> Job:
         a = self.args
         return Job(
-            contender, a.model, a.layers, tuple(rows), a.seq, a.dtype, a.device, a.warmup, a.steps, until, str(self.folder),
-            tuple(check), a.check_seq, a.compile, transport or a.transport, a.fail,
+            contender,
+            a.model,
+            a.layers,
+            tuple(rows),
+            a.seq,
+            a.dtype,
+            a.device,
+            a.warmup,
+            a.steps,
+            until,
+            str(self.folder),
+            tuple(check),
+            a.check_seq,
+            a.compile,
+            transport or a.transport,
+            a.fail,
         )
 
     def _contender(self, name: str, rows: list[Row], later: float) -> None:
@@ -289,7 +303,11 @@ class Run:
         gap = {w: abs(f["loss"] - wanted["loss"]) / abs(wanted["loss"]) for w, f in (("own", found), ("hf", peer)) if f}
         flips = [checks.flipped(load(EXACT, r), load(name, r)) for r in range(self.args.gpus)]
         shares = [statistics.fmean(layer) for layer in zip(*flips)]
-        record |= {"against fp32": common.spread(distance["own"]), "loss_gap": gap["own"], "other_experts": statistics.fmean(shares)}
+        record |= {
+            "against fp32": common.spread(distance["own"]),
+            "loss_gap": gap["own"],
+            "other_experts": statistics.fmean(shares),
+        }
         if peer is None:
             record["problems"].append("hf_fsdp has no check: nothing says how far rounding alone is from fp32")
         elif name != "hf_fsdp":
@@ -337,7 +355,9 @@ class Run:
             found += [f"{name}: nothing of it was measured, {s['why']}" for s in record["skipped"] if s["who"] == name][:1]
         if self.args.check:
             found += [f"{name}, {r}: timed and not checked" for r in timed if name not in record["checks"].get(r, {})]
-        return found + [f"{name} ran the original forward: {f}" for f in record["contenders"].get(name, {}).get("fallbacks", [])]
+        return found + [
+            f"{name} ran the original forward: {f}" for f in record["contenders"].get(name, {}).get("fallbacks", [])
+        ]
 
 
 class _Follower:
@@ -479,7 +499,9 @@ def show(record: dict[str, Any]) -> None:
     for f in record["failed"]:
         print(f"failed: {f['who']}, {f['row'] or f['during']}: {f['why']}")
     for t in record.get("targets", []):
-        print(f"{'reached' if t['reached'] else 'missed'}: moefx, {t['row']}: {t['found']:.2f} {t['what']}, {t['wanted']} wanted")
+        print(
+            f"{'reached' if t['reached'] else 'missed'}: moefx, {t['row']}: {t['found']:.2f} {t['what']}, {t['wanted']} wanted"
+        )
 
 
 def main(given: Sequence[str] | None = None) -> int:

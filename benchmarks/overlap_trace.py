@@ -119,10 +119,14 @@ def svg(found: dict[str, list[Span]], title: str) -> str:
     length = max(s.end for spans in found.values() for s in spans) - begin
     width, left, row = 1400, 130, 34
     height = 60 + row * len(found) + 30
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 20}" height="{height}" font-family="sans-serif" font-size="12">']
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 20}" height="{height}" font-family="sans-serif" font-size="12">'
+    ]
     out.append(f'<rect width="100%" height="100%" fill="white"/><text x="10" y="22" font-size="15">{escape(title)}</text>')
     for i, (kind, color) in enumerate(_COLORS.items()):
-        out.append(f'<rect x="{left + 130 * i}" y="32" width="12" height="12" fill="{color}"/><text x="{left + 17 + 130 * i}" y="42">{kind}</text>')
+        out.append(
+            f'<rect x="{left + 130 * i}" y="32" width="12" height="12" fill="{color}"/><text x="{left + 17 + 130 * i}" y="42">{kind}</text>'
+        )
     for i, (lane, spans) in enumerate(found.items()):
         y = 56 + row * i
         out.append(f'<text x="10" y="{y + 17}">{escape(lane)}</text>')

@@ -25,7 +25,9 @@ def run(args: argparse.Namespace) -> int:
     common.say(f"a MODEL of {args.model}, one of {args.simulate_ep} ranks that share the experts; {args.layers} layers, sequence {args.seq}, "
                f"mbs {args.mbs}, {args.dtype} on {args.device}, {args.routing} routing")  # fmt: skip
     if args.routing == "zipf":
-        return common.verdict(["--simulate-ep knows the routings real and balanced: a rank's share of a Zipf load depends on the rank"])
+        return common.verdict(
+            ["--simulate-ep knows the routings real and balanced: a rank's share of a Zipf load depends on the rank"]
+        )
     depths: list[dict[str, Any]] = []
     for layers in args.layers:
         depths.append(depth(args, layers))
@@ -37,7 +39,12 @@ def run(args: argparse.Namespace) -> int:
     }  # fmt: skip
     show(args, record)
     common.save(args.name, record)
-    bad = [f"{d['layers']} layers, mbs {r['mbs']}: the loss is {r['loss']}" for d in depths for r in d["rows"] if not math.isfinite(r["loss"])]
+    bad = [
+        f"{d['layers']} layers, mbs {r['mbs']}: the loss is {r['loss']}"
+        for d in depths
+        for r in d["rows"]
+        if not math.isfinite(r["loss"])
+    ]
     return common.verdict(bad)
 
 
@@ -56,7 +63,9 @@ def depth(args: argparse.Namespace, layers: int) -> dict[str, Any]:
             loss = float(common.train_step(model, given))
             common.drop_gradients(model)
             record["rows"].append({"mbs": batch, "loss": loss, "exchange_model_ms": exchange, **timing.summary()})
-            common.say(f"  {layers} layers, mbs {batch}: {timing.median_ms:.2f} ms measured, {exchange:.2f} ms of exchanges modelled")
+            common.say(
+                f"  {layers} layers, mbs {batch}: {timing.median_ms:.2f} ms measured, {exchange:.2f} ms of exchanges modelled"
+            )
     return record
 
 

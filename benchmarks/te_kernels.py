@@ -95,7 +95,12 @@ def cases(tokens: int) -> Iterator[Case]:
 
     route = ops.BODIES[ops.route]
     logits = normal(tokens, E, dtype=torch.float32)
-    yield Case("route softmax", [logits], {"inductor": compiled(routed(route)), "triton": routed(triton.route), "te": routed(te.route)}, routed(route))
+    yield Case(
+        "route softmax",
+        [logits],
+        {"inductor": compiled(routed(route)), "triton": routed(triton.route), "te": routed(te.route)},
+        routed(route),
+    )
     yield Case(
         "route sigmoid, bias, groups", [logits, torch.rand(E, device=DEVICE)],
         {"inductor": compiled(one_order(sigmoid(route)))} | {n: one_order(sigmoid(f)) for n, f in (("triton", triton.route), ("te", te.route))},
@@ -145,7 +150,13 @@ def expert_cases(tokens: int) -> Iterator[Case]:
         return reduce(expand(x, inverse, K), inverse, K, x.dtype, weights=weights)
 
     x = normal(tokens, H)
-    yield Case("permute + unpermute", [x.detach()], {"triton": move, "te": move_te}, lambda x: x * weights.sum(1, keepdim=True), backward=False)
+    yield Case(
+        "permute + unpermute",
+        [x.detach()],
+        {"triton": move, "te": move_te},
+        lambda x: x * weights.sum(1, keepdim=True),
+        backward=False,
+    )
     up, down = normal(E, 2 * I, H, scale=H**-0.5), normal(E, H, I, scale=I**-0.5)
 
     def experts(fn: Callable) -> Callable:
@@ -160,7 +171,9 @@ def expert_cases(tokens: int) -> Iterator[Case]:
     found = grouped.cublaslt()
     kind = "GroupedLinear, grouped tensors" if found >= grouped.CUBLASLT else "GroupedLinear, a call an expert"
     ours = {"triton": lambda r, u, d: triton.grouped_mlp_by("torch")(r, counts, u, None, d, None, activation="swiglu")}
-    yield Case(f"grouped_mlp ({kind})", [normal(tokens * K, H), up, down], ours | {"te": grouped_linear(counts)}, ours["triton"])
+    yield Case(
+        f"grouped_mlp ({kind})", [normal(tokens * K, H), up, down], ours | {"te": grouped_linear(counts)}, ours["triton"]
+    )
 
 
 def grouped_linear(counts: Tensor) -> Callable:
@@ -169,7 +182,10 @@ def grouped_linear(counts: Tensor) -> Callable:
 
     native = grouped.cublaslt() >= grouped.CUBLASLT
     sizes = [(H, 2 * I), (I, H)]
-    made = [tep.GroupedLinear(E, a, b, bias=False, params_dtype=torch.bfloat16, device="cuda", use_grouped_tensor=native) for a, b in sizes]
+    made = [
+        tep.GroupedLinear(E, a, b, bias=False, params_dtype=torch.bfloat16, device="cuda", use_grouped_tensor=native)
+        for a, b in sizes
+    ]
     splits = counts if native else counts.tolist()
     parameters = [[getattr(m, f"weight{e}") for e in range(E)] for m in made]
 

@@ -47,9 +47,15 @@ def main() -> None:
             for batch in args.mbs:
                 model = build(name, layers, torch.bfloat16, device).train()
                 moefx.optimize(model, tune=(batch, args.seq))
-                chosen = [(op, kernel, why) for (op, kernel), (_, why) in moefx.report(model).kernels().items() if "measured" in why]
+                chosen = [
+                    (op, kernel, why) for (op, kernel), (_, why) in moefx.report(model).kernels().items() if "measured" in why
+                ]
                 title = f"{name}, {layers} layers, micro-batch {batch}"
-                common.show(title, ("operation", "fastest", "forward + backward"), [(*row[:2], row[2].split(": ", 1)[1]) for row in chosen])
+                common.show(
+                    title,
+                    ("operation", "fastest", "forward + backward"),
+                    [(*row[:2], row[2].split(": ", 1)[1]) for row in chosen],
+                )
                 del model
                 common.free(device)
         found = tuning.rows(where)

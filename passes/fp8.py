@@ -111,5 +111,3 @@ class FP8:
 def _reads(node: fx.Node, targets: tuple) -> bool:
     """Does one of ``targets`` read the node, directly or through views and casts?"""
     return any(u.target in targets or (u.target in VIEWS and _reads(u, targets)) for u in node.users)
-
-

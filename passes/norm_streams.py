@@ -32,9 +32,7 @@ class NormStreams:
             new = insert(function.graph, norm, triton.normed_stream, (x, *rest), norm.kwargs, val=(value(norm), value(x)))
             inherit(new, [norm], self.name)
             new.meta |= {"semantic": ops.rms_norm, "moefx": origin(norm).touched(self.name)}
-            y, stream = (
-                insert(function.graph, norm, operator.getitem, (new, i), val=val) for i, val in enumerate(value(new))
-            )
+            y, stream = (insert(function.graph, norm, operator.getitem, (new, i), val=val) for i, val in enumerate(value(new)))
             norm.replace_all_uses_with(y)
             for user in later:
                 user.replace_input_with(x, stream)

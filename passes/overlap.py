@@ -149,9 +149,7 @@ class _Chunks:
         return new
 
     def _items(self, node: fx.Node) -> list[fx.Node]:
-        return [
-            insert(self.graph, self.combine, operator.getitem, (node, i), val=val) for i, val in enumerate(value(node))
-        ]
+        return [insert(self.graph, self.combine, operator.getitem, (node, i), val=val) for i, val in enumerate(value(node))]
 
     def _cut(self, nodes: tuple[fx.Node, ...], many: int) -> list[list[fx.Node]]:
         """Each of ``nodes`` [T, ...] in ``many`` parts of equal length, but one: from ``i * T // many`` on."""
@@ -164,9 +162,7 @@ class _Chunks:
             times = self._call(operator.mul, (tokens, i), {}, self.dispatch)
             ends.append(self._call(operator.floordiv, (times, many), {}, self.dispatch))
         ends.append(tokens)
-        return [
-            [self._call(aten.slice.Tensor, (n, 0, a, b), {}, self.dispatch) for a, b in zip(ends, ends[1:])] for n in nodes
-        ]
+        return [[self._call(aten.slice.Tensor, (n, 0, a, b), {}, self.dispatch) for a, b in zip(ends, ends[1:])] for n in nodes]
 
     def write(self, many: int) -> tuple[list[fx.Node], list[fx.Node], list[fx.Node]]:
         """The starts of dispatches, their waits, and the waits of combines."""

@@ -1,7 +1,7 @@
 """Opt-in: experts keep no pre-activations for the backward, which makes them again by one more product. Numerics are the same.
 
-    pipeline = moefx.passes.default().after("lower", moefx.passes.RecomputeExperts())
-    model = moefx.optimize(model, pipeline=pipeline)
+pipeline = moefx.passes.default().after("lower", moefx.passes.RecomputeExperts())
+model = moefx.optimize(model, pipeline=pipeline)
 """
 
 from __future__ import annotations

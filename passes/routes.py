@@ -67,9 +67,7 @@ class Routes:
             index = self._call(function, after, ops.balanced_index, (given["logits"], given["top_k"]))
         if function.given:
             known = {n.name: n for n in function.graph.nodes if n.op == "placeholder"}
-            index = self._call(
-                function, after, aten.where.self, (known[function.given[-1]], known[function.given[at]], index)
-            )
+            index = self._call(function, after, aten.where.self, (known[function.given[-1]], known[function.given[at]], index))
         options = {k: given[k] for k in _GIVEN}
         weights = self._call(function, after, ops.route_at, (given["logits"], given["bias"], index), options)
         for i, old in used.items():

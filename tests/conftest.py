@@ -15,7 +15,9 @@ import pytest
 def pytest_configure(config: pytest.Config) -> None:
     """Imports what takes long, where tests run: the process that only hands them out to others can do without."""
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
-        os.environ["MOEFX_TESTS_RANKS"] = str(Path(tempfile.mkdtemp(prefix="moefx-ranks-"), "socket"))  # one server for all: spawn.py
+        os.environ["MOEFX_TESTS_RANKS"] = str(
+            Path(tempfile.mkdtemp(prefix="moefx-ranks-"), "socket")
+        )  # one server for all: spawn.py
         return
     os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, here and in what tests start: they share the cores
     import torch
@@ -62,7 +64,15 @@ def remembered_captures() -> Iterator[None]:
 
 
 #: Files that take long, longest first: started last, one would run alone while the other process has nothing to do.
-_LONG = ("ranks/test_parallelize", "ranks/test_families", "test_examples", "test_routing", "test_families", "ranks/", "test_install")
+_LONG = (
+    "ranks/test_parallelize",
+    "ranks/test_families",
+    "test_examples",
+    "test_routing",
+    "test_families",
+    "ranks/",
+    "test_install",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

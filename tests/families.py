@@ -62,7 +62,14 @@ EXPECTED: dict[str, dict[str, int]] = {
     "gemma4_text": {"rms_norm": 34, "route": 3, "rotary": 3, "attention": 3, "experts": 3, "swiglu": 0},
     # experts that run on every token are raised with their routers; queries and keys have norms that are no RMSNorm modules
     "llama4_text": {
-        "rms_norm": 9, "route": 0, "rotary": 2, "attention": 2, "experts": 0, "swiglu": 2, "dense_experts": 2, "norm_modules": 5,
+        "rms_norm": 9,
+        "route": 0,
+        "rotary": 2,
+        "attention": 2,
+        "experts": 0,
+        "swiglu": 2,
+        "dense_experts": 2,
+        "norm_modules": 5,
     },
     "nemotron_h": {"rms_norm": 5, "route": 2, "rotary": 0, "attention": 1, "experts": 2, "swiglu": 0},
 }

@@ -56,4 +56,13 @@ def check_rows_are_made_again(
 
 
 #: tokens, wire, spare rows
-CASES = ((0, "", 0), (1, "", 0), (13, "", 0), (13, "", 9), (13, "packed", 0), (13, "packed", 9), (13, "fp8", 0), (0, "packed", 5))
+CASES = (
+    (0, "", 0),
+    (1, "", 0),
+    (13, "", 0),
+    (13, "", 9),
+    (13, "packed", 0),
+    (13, "packed", 9),
+    (13, "fp8", 0),
+    (0, "packed", 5),
+)

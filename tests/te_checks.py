@@ -18,7 +18,10 @@ TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 def leaves(given, device, dtype):
     """Copies on ``device``; floating-point tensors in ``dtype`` ask for a gradient."""
-    made = [t if not isinstance(t, torch.Tensor) else t.to(device, dtype if t.is_floating_point() else t.dtype, copy=True) for t in given]
+    made = [
+        t if not isinstance(t, torch.Tensor) else t.to(device, dtype if t.is_floating_point() else t.dtype, copy=True)
+        for t in given
+    ]
     for t in made:
         if isinstance(t, torch.Tensor) and t.is_floating_point():
             t.requires_grad_()
@@ -67,7 +70,12 @@ def normal(*shape, seed=0):
 
 
 def check_norm(shape, dtype, device, offset=0.0, residual=False):
-    given = [normal(*shape).to(dtype), *([normal(*shape, seed=1).to(dtype)] if residual else []), 1 + 0.3 * normal(shape[-1], seed=2).to(dtype), 1e-6]
+    given = [
+        normal(*shape).to(dtype),
+        *([normal(*shape, seed=1).to(dtype)] if residual else []),
+        1 + 0.3 * normal(shape[-1], seed=2).to(dtype),
+        1e-6,
+    ]
     op, fn = (ops.add_rms_norm, te.add_rms_norm) if residual else (ops.rms_norm, te.rms_norm)
     wanted = run(ops.BODIES[op], leaves(given, "cpu", torch.float32), cast_first=False, offset=offset)
     found = run(fn, leaves(given, device, dtype), cast_first=False, offset=offset)
@@ -121,7 +129,12 @@ def check_router(name, tokens, device):
     found = run(comparable(te.route), [*_router_leaves(logits, bias, device), top_k])
     assert wanted.get("gradient 1") is None  # a bias is of the choice only
     assert found["output 0"].dtype == wanted["output 0"].dtype and found["output 1"].dtype == torch.int64
-    compare(found, wanted, wanted["output 0"].dtype if dtype != torch.bfloat16 else dtype, rounding=_router_rounding(wanted["output 0"]))
+    compare(
+        found,
+        wanted,
+        wanted["output 0"].dtype if dtype != torch.bfloat16 else dtype,
+        rounding=_router_rounding(wanted["output 0"]),
+    )
 
 
 def _router_rounding(weights):
@@ -144,7 +157,11 @@ def check_aux_loss(layers, tokens, experts, top_k, device):
     wanted = run(lambda *x: aux_loss.load_balancing_loss(x, experts, top_k), leaves(logits, "cpu", torch.float32))
     found = run(lambda *x: te.load_balancing_loss(torch.cat(x), top_k), leaves(logits, device, torch.float32))
     compare(found, wanted, torch.float32)
-    compare(run(lambda *x: ops.load_balancing_loss(torch.cat(x), top_k), leaves(logits, "cpu", torch.float32)), wanted, torch.float32)
+    compare(
+        run(lambda *x: ops.load_balancing_loss(torch.cat(x), top_k), leaves(logits, "cpu", torch.float32)),
+        wanted,
+        torch.float32,
+    )
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -166,7 +183,11 @@ ATTENTIONS = {
 def attention_arguments(name):
     batch, length, heads, groups, size, value_size, options = ATTENTIONS[name]
     options = dict(options)
-    q, k, v = normal(batch, heads, length, size), normal(batch, groups, length, size, seed=1), normal(batch, groups, length, value_size, seed=2)
+    q, k, v = (
+        normal(batch, heads, length, size),
+        normal(batch, groups, length, size, seed=1),
+        normal(batch, groups, length, value_size, seed=2),
+    )
     sinks = normal(heads, seed=3) if options.pop("sinks", False) else None
     given = [t if t is None else t.bfloat16() for t in (q, k, v, None, sinks)]
     return given, {"scale": size**-0.5, "is_causal": True, **options}
@@ -205,7 +226,11 @@ def expert_arguments(
     """
     g = torch.Generator().manual_seed(tokens)
     wide = size * (2 if ACTIVATIONS[activation].gated else 1)
-    x, up, down = normal(tokens, hidden, seed=5), 0.3 * normal(experts, wide, hidden, seed=1), 0.3 * normal(experts, hidden, size, seed=2)
+    x, up, down = (
+        normal(tokens, hidden, seed=5),
+        0.3 * normal(experts, wide, hidden, seed=1),
+        0.3 * normal(experts, hidden, size, seed=2),
+    )
     up_bias, down_bias = normal(experts, wide, seed=3), normal(experts, hidden, seed=4)
     if clamped:
         x, up, up_bias = x.round().clamp(-1, 1), (16 * up).round() / 16, (16 * up_bias).round() / 16
@@ -223,7 +248,14 @@ def expert_arguments(
 
 EXPERTS = {
     "swiglu": {"activation": "swiglu"},
-    "gpt_oss": {"activation": "oai_swiglu", "alpha": 1.7, "limit": 0.6, "biased": True, "transposed": True, "interleaved": True},
+    "gpt_oss": {
+        "activation": "oai_swiglu",
+        "alpha": 1.7,
+        "limit": 0.6,
+        "biased": True,
+        "transposed": True,
+        "interleaved": True,
+    },
     "relu2": {"activation": "relu2", "biased": True},
 }
 
@@ -241,7 +273,7 @@ def check_permutation(tokens, top_k, dtype, device):
         return permute.te_unpermute(rows * scale[expert].unsqueeze(-1), where, weights)
 
     def body(x, weights, scale):
-        return ((weights * scale[index]).sum(1, keepdim=True) * x)
+        return (weights * scale[index]).sum(1, keepdim=True) * x
 
     def given(device, dtype):
         x_, scale_ = leaves([x, scale], device, dtype)
@@ -253,7 +285,11 @@ def check_permutation(tokens, top_k, dtype, device):
 def _experts(name, tokens, **more):
     """The options of the activation, and :func:`expert_arguments`."""
     options = dict(EXPERTS[name])
-    made = {"biased": options.pop("biased", False), "transposed": options.get("transposed", False), "clamped": "limit" in options}
+    made = {
+        "biased": options.pop("biased", False),
+        "transposed": options.get("transposed", False),
+        "clamped": "limit" in options,
+    }
     return options, expert_arguments(tokens, activation=options["activation"], **made, **more)
 
 
@@ -279,7 +315,9 @@ def check_grouped_mlp(name, counts, dtype, device, grad_scale=1.0):
 
     for row_weights in (None, normal(sum(counts), seed=9)):
         wanted = run(weighted(grouped.grouped_mlp), leaves([*given, row_weights], "cpu", torch.float32), **options)
-        found = run(weighted(te.grouped_mlp), [*leaves(given, device, dtype), *leaves([row_weights], device, torch.float32)], **options)
+        found = run(
+            weighted(te.grouped_mlp), [*leaves(given, device, dtype), *leaves([row_weights], device, torch.float32)], **options
+        )
         compare(found, wanted, dtype, 1.5)
 
 

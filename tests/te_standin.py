@@ -62,7 +62,17 @@ class Extension(types.ModuleType):
         return (s / (s.sum(-1, keepdim=True) + 1e-20) if index.shape[1] > 1 else s) * scale
 
     def fused_topk_with_score_function_fwd(
-        self, logits, topk, use_pre_softmax, num_groups, group_topk, scaling_factor, score_function, expert_bias, routing_map_format, topk_indices
+        self,
+        logits,
+        topk,
+        use_pre_softmax,
+        num_groups,
+        group_topk,
+        scaling_factor,
+        score_function,
+        expert_bias,
+        routing_map_format,
+        topk_indices,
     ):
         assert logits.is_contiguous() and len(logits) and routing_map_format == 0 and isinstance(scaling_factor, float)
         assert expert_bias is None or (score_function == "sigmoid" and expert_bias.dtype == torch.float32)
@@ -79,7 +89,17 @@ class Extension(types.ModuleType):
         return probabilities, topk_indices, logits.clone()  # the third is opaque to us: here the logits
 
     def fused_topk_with_score_function_bwd(
-        self, routing_map, intermediate_output, grad_probs, grad_logits, topk, use_pre_softmax, scaling_factor, score_function, use_dense_indices, routing_map_format
+        self,
+        routing_map,
+        intermediate_output,
+        grad_probs,
+        grad_logits,
+        topk,
+        use_pre_softmax,
+        scaling_factor,
+        score_function,
+        use_dense_indices,
+        routing_map_format,
     ):
         assert use_dense_indices and routing_map_format == 0 and routing_map.shape[1] == topk
         (to_logits,) = _vjp(
@@ -191,8 +211,16 @@ def _fused_attn_fwd(
     is_training, max_seqlen_q, max_seqlen_kv, cu_seqlens_q, cu_seqlens_kv, q, k, v, fake_dtype, fused_attention_backend, *,
     attn_scale, qkv_layout, o_format, attn_mask_type, window_size, softmax_type, bottom_right_diagonal, softmax_offset,
 ):  # fmt: skip
-    assert is_training and (qkv_layout, o_format) == ("bshd_bshd_bshd", "bshd") and fused_attention_backend == "F16_arbitrary_seqlen"
-    assert all(t.is_contiguous() for t in (q, k, v)) and (softmax_offset is None) == (softmax_type == "vanilla") and not bottom_right_diagonal
+    assert (
+        is_training
+        and (qkv_layout, o_format) == ("bshd_bshd_bshd", "bshd")
+        and fused_attention_backend == "F16_arbitrary_seqlen"
+    )
+    assert (
+        all(t.is_contiguous() for t in (q, k, v))
+        and (softmax_offset is None) == (softmax_type == "vanilla")
+        and not bottom_right_diagonal
+    )
     out, statistics = _attend(q, k, v, softmax_offset, attn_scale, attn_mask_type, window_size)
     kept = [statistics, torch.zeros(2, dtype=torch.int64)] + ([] if softmax_offset is None else [softmax_offset])
     return out.transpose(1, 2).contiguous().to(fake_dtype), kept
@@ -217,7 +245,11 @@ def _fused_attn_bwd(
 
 class GroupedTensorStorage:
     def __init__(self, shape, dtype, *, num_tensors, quantizer=None, data=None, first_dims=None, tensor_offsets=None):
-        assert quantizer is None and data.dtype == dtype and tensor_offsets.tolist() == [0, *(first_dims.cumsum(0) * shape[1]).tolist()]
+        assert (
+            quantizer is None
+            and data.dtype == dtype
+            and tensor_offsets.tolist() == [0, *(first_dims.cumsum(0) * shape[1]).tolist()]
+        )
         self.parts = [p for p in data.view(shape).split(first_dims.tolist())]
 
 
@@ -306,7 +338,9 @@ def install(monkeypatch) -> None:
         # this process has imported Transformer Engine, whose operation stays and is for CUDA only, or installed this before
         torch.library.register_kernel("te_moe::permute_index_map", "cpu", _permute_index_map)
     else:
-        op = torch.library.custom_op("te_moe::permute_index_map", _typed(_permute_index_map), mutates_args=(), device_types="cpu")
+        op = torch.library.custom_op(
+            "te_moe::permute_index_map", _typed(_permute_index_map), mutates_args=(), device_types="cpu"
+        )
         op.register_fake(lambda inp, index, *_: (inp.new_empty(index.numel(), inp.shape[1]), index.new_empty(index.numel())))
     root = "transformer_engine.pytorch"
     dpa = f"{root}.attention.dot_product_attention"

@@ -205,7 +205,14 @@ def test_bars_are_the_whole_models_rows() -> None:
 
 def test_panels_of_several_devices_are_their_routings() -> None:
     def row(who: str, routing: str, speed: float, times: dict, recompute: bool = False) -> dict:
-        return {"who": who, "mbs": 1, "routing": routing, "recompute": recompute, "tokens_per_s_per_gpu": {"mean": speed}, "speedup": times}
+        return {
+            "who": who,
+            "mbs": 1,
+            "routing": routing,
+            "recompute": recompute,
+            "tokens_per_s_per_gpu": {"mean": speed},
+            "speedup": times,
+        }
 
     record = {
         "settings": {"model": "qwen3_30b", "gpus": 8}, "machine": {"gpu": {"name": "H"}},
@@ -320,7 +327,17 @@ def test_contenders_agree_and_one_that_runs_out_of_memory_is_a_result(tmp_path: 
 
 def test_a_contender_whose_row_fails_is_checked_all_the_same(tmp_path: Path) -> None:
     args = "--model tiny --layers 1 --device cpu --gpus 2 --seq 32 --mbs 1 --warmup 1 --steps 2 --routing balanced --no-compile"
-    run = [*args.split(), "--contenders", "hf_fsdp", "--out", str(tmp_path), "--name", "run", "--fail", "error:hf_fsdp:1:balanced, mbs 1"]
+    run = [
+        *args.split(),
+        "--contenders",
+        "hf_fsdp",
+        "--out",
+        str(tmp_path),
+        "--name",
+        "run",
+        "--fail",
+        "error:hf_fsdp:1:balanced, mbs 1",
+    ]
     multi_gpu.main(run)
     record = json.loads((tmp_path / "run.json").read_text())
     (failed,) = record["failed"]
@@ -338,7 +355,9 @@ def test_a_run_without_time_for_moefx_says_so(tmp_path: Path) -> None:
 def test_a_failure_has_nccls_last_line_too() -> None:
     here = contenders.Rank.__new__(contenders.Rank)
     here.rank, here.row = 1, None
-    error = RuntimeError("NCCL error in: a.cpp:93, invalid usage\nLast error:\nDuplicate GPU detected : rank 0 and rank 1 both on 60\n")
+    error = RuntimeError(
+        "NCCL error in: a.cpp:93, invalid usage\nLast error:\nDuplicate GPU detected : rank 0 and rank 1 both on 60\n"
+    )
     why = contenders._failure(error, here)["why"]
     assert why.startswith("RuntimeError: NCCL error in: a.cpp:93") and why.endswith("takes NCCL 2.30 or later")
     assert contenders._failure(ValueError("one line"), here)["why"] == "ValueError: one line"
@@ -429,7 +448,9 @@ def test_on_a_cpu_an_operation_that_waits_hides_nothing() -> None:
 
 def test_the_clock_is_read_while_steps_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "nvidia-smi"
-    program.write_text('#!/bin/sh\necho "$@" > "$0.asked"\necho "[N/A], [N/A]"\nwhile :; do echo "1755, 690.5"; sleep 0.01; done\n')
+    program.write_text(
+        '#!/bin/sh\necho "$@" > "$0.asked"\necho "[N/A], [N/A]"\nwhile :; do echo "1755, 690.5"; sleep 0.01; done\n'
+    )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: argparse.Namespace(uuid="12-34"))

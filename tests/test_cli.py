@@ -79,7 +79,9 @@ def test_a_device_that_is_not_there(capsys):
     assert "--device cuda, but torch" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name,text", [("gpu", "--device gpu is no name of a device"), ("cuda:2", "the last of the CUDA devices here is cuda:1")])
+@pytest.mark.parametrize(
+    "name,text", [("gpu", "--device gpu is no name of a device"), ("cuda:2", "the last of the CUDA devices here is cuda:1")]
+)
 def test_other_devices_that_are_not_there(name, text, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -108,7 +110,9 @@ def test_a_family_that_cannot_be_tried_is_no_success(capsys, monkeypatch):
     monkeypatch.setattr(cli, "optimize", fail)
     assert main(["models", "olmoe", "mixtral", "--verify"]) == 1
     said = capsys.readouterr()
-    assert "out of luck" in said.out and said.err.endswith("olmoe: RuntimeError: out of luck; mixtral: RuntimeError: out of luck\n")
+    assert "out of luck" in said.out and said.err.endswith(
+        "olmoe: RuntimeError: out of luck; mixtral: RuntimeError: out of luck\n"
+    )
 
 
 @pytest.mark.parametrize("build", ["13.0", "12.8", "12.1", "11.8", None])  # None: a torch for ROCm
@@ -200,11 +204,15 @@ class _New:
 def test_doctor_says_what_to_do_about_a_deep_ep_that_does_not_serve(monkeypatch):
     monkeypatch.setattr(deepep, "version", lambda: "1.1.0")
     assert deepep.too_old(_New) is None
-    assert deepep.too_old(_Old).startswith("deep_ep 1.1.0 is too old, its dispatch has no num_worst_tokens (1.2 and later have): build it")
+    assert deepep.too_old(_Old).startswith(
+        "deep_ep 1.1.0 is too old, its dispatch has no num_worst_tokens (1.2 and later have): build it"
+    )
     linked = deepep.import_problem(ImportError("x.so: undefined symbol: __cudaRegisterLinkedBinary_6acb_runtime_cu"))
     assert "device code was never linked" in linked and "take '-rdc=true' out of setup.py" in linked
     other = deepep.import_problem(ImportError("x.so: undefined symbol: _ZN3c105ErrorC2E"))
-    assert other.startswith(f"deep_ep was built for another torch or CUDA than {torch.__version__}") and "build it from" in other
+    assert (
+        other.startswith(f"deep_ep was built for another torch or CUDA than {torch.__version__}") and "build it from" in other
+    )
     assert cuda_lacks("13.0") == "" and cuda_lacks("12.1").startswith("; DeepEP needs CUDA 12.3 or later: install a torch")
 
 
@@ -213,8 +221,18 @@ def test_doctor_says_what_to_do_about_a_deep_ep_that_does_not_serve(monkeypatch)
     [
         (None, "2.12.0", (2, 31, 0), "transformer-engine is not installed: pip install moefx[te]"),
         ("2.19.0", "2.12.0", (2, 31, 0), "transformer-engine 2.19.0 has no NCCL EP, 2.20 and later have"),
-        ("2.20.2", "2.12.0", (2, 28, 9), "NCCL EP needs NCCL 2.30.4 or later, torch has 2.28.9: pip install -U nvidia-nccl-cu13"),
-        ("2.20.2", "2.11.0+cu130", (2, 31, 0), "transformer-engine 2.20.2's EP operations raise IndexError (increment_version) on torch 2.11.0+cu130"),
+        (
+            "2.20.2",
+            "2.12.0",
+            (2, 28, 9),
+            "NCCL EP needs NCCL 2.30.4 or later, torch has 2.28.9: pip install -U nvidia-nccl-cu13",
+        ),
+        (
+            "2.20.2",
+            "2.11.0+cu130",
+            (2, 31, 0),
+            "transformer-engine 2.20.2's EP operations raise IndexError (increment_version) on torch 2.11.0+cu130",
+        ),
         ("2.20.2", "2.12.0", (2, 31, 0), None),
     ],
 )

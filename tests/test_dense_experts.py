@@ -31,14 +31,20 @@ def of_one_expert(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows,length,seed,routing", [(2, 17, 0, "real"), (1, 1, 1, "real"), (3, 5, 2, "real"), (2, 9, 3, "one expert")])
+@pytest.mark.parametrize(
+    "rows,length,seed,routing", [(2, 17, 0, "real"), (1, 1, 1, "real"), (3, 5, 2, "real"), (2, 9, 3, "one expert")]
+)
 def test_loss_and_all_gradients(rows, length, seed, routing, dtype):
     model = build("llama4_text", seed).to(dtype)
     if routing == "one expert":
         of_one_expert(model)
     exact, plain = copy.deepcopy(model).float(), copy.deepcopy(model)
     moefx.optimize(model, compile=False, strict=True)
-    assert nodes(model).count(ops.experts) == 1 and aten.bmm.default not in nodes(model) and aten.repeat.default not in nodes(model)
+    assert (
+        nodes(model).count(ops.experts) == 1
+        and aten.bmm.default not in nodes(model)
+        and aten.repeat.default not in nodes(model)
+    )
     given, far = batch(rows, length, seed), {}
     if length == 1:
         given["labels"] = torch.full_like(given["input_ids"], 7)
@@ -52,7 +58,9 @@ def test_loss_and_all_gradients(rows, length, seed, routing, dtype):
     assert far["moefx"][0] == pytest.approx(far["exact"][0], rel=1e-5 if dtype == torch.float32 else 2e-2)
     for n, w in wanted.items():
         found, allowed = (float((far[who][1][n] - w).norm()) for who in ("moefx", "plain"))
-        assert found <= 1.5 * allowed + (1e-5 if dtype == torch.float32 else 2e-2) * float(w.norm()) + 3e-6, n  # of one token, queries have none
+        assert found <= 1.5 * allowed + (1e-5 if dtype == torch.float32 else 2e-2) * float(w.norm()) + 3e-6, (
+            n
+        )  # of one token, queries have none
 
 
 def test_several_experts_a_token_stay_as_they_are():
@@ -68,7 +76,9 @@ def test_several_experts_a_token_stay_as_they_are():
 def test_experts_that_were_not_raised_are_not_cut():
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
-        with pytest.raises(moefx.MoefxError, match="ep_size=2, but the experts of Llama4TextDecoderLayer run on every token and were not"):
+        with pytest.raises(
+            moefx.MoefxError, match="ep_size=2, but the experts of Llama4TextDecoderLayer run on every token and were not"
+        ):
             moefx.optimize(build("llama4_text"), ep_size=2, compile=False, pipeline=default().without("dense_experts"))
     finally:
         dist.destroy_process_group()

@@ -29,9 +29,14 @@ def test_the_readmes_picture_is_what_the_tool_draws():
     assert drawn == report.diagram("Qwen3MoeDecoderLayer", after="expert_parallel")
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md"))), "benchmarks/README.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md"))), "benchmarks/README.md"]
+)
 def test_files_that_pages_name_are_there(page):
     text = (ROOT / page).read_text()
     linked = [(ROOT / page).parent / name for name in re.findall(r"\]\(([^)#:]+)\)", text)]
-    named = [ROOT / name for name in re.findall(r"`((?:docs|examples|tests|benchmarks|passes|moefx)/[\w/-]+\.(?:py|md|json|png))`", text)]
+    named = [
+        ROOT / name
+        for name in re.findall(r"`((?:docs|examples|tests|benchmarks|passes|moefx)/[\w/-]+\.(?:py|md|json|png))`", text)
+    ]
     assert [str(p) for p in linked + named if not p.exists()] == []

@@ -138,7 +138,9 @@ def test_strict_raises_where_a_router_is_not_known(monkeypatch):
 def test_a_replaced_submodule_runs_the_original_forward():
     model = moefx.optimize(build("qwen3_moe"), compile=False)
     model.model.layers[0].mlp.gate = type(model.model.layers[0].mlp.gate)(model.config)
-    with pytest.warns(moefx.ShortfallWarning, match="trains without its graph of model.layers.0 in this call: its submodule gate was"):
+    with pytest.warns(
+        moefx.ShortfallWarning, match="trains without its graph of model.layers.0 in this call: its submodule gate was"
+    ):
         model(**batch(2, 9))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once is enough
@@ -153,7 +155,9 @@ def test_training_without_a_graph_is_said_and_generating_is_not():
         warnings.simplefilter("error", moefx.ShortfallWarning)
         model.eval().generate(ids, max_new_tokens=2, do_sample=False)
         model.train()(**batch(2, 9)).loss.backward()
-    with pytest.warns(moefx.ShortfallWarning, match="trains without its graph of model.layers.0 in this call: its argument cache"):
+    with pytest.warns(
+        moefx.ShortfallWarning, match="trains without its graph of model.layers.0 in this call: its argument cache"
+    ):
         model.model(ids)  # fills a cache
 
 

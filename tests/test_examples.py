@@ -88,7 +88,17 @@ def test_accelerate(tmp_path):
     """Two ranks that ``accelerate launch`` starts, and one process."""
     one = printed("accelerate_loop", tmp_path, "--steps", "3")
     assert len(one) == 3
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+    ]
     address = ["--dynamo_backend", "no", "--main_process_ip", "127.0.0.1", "--main_process_port", "0"]
     two = started(*launch, *address, "examples/accelerate_loop.py", "--steps", "3")
     assert one == [line for line in two.splitlines() if line.startswith("loss")]
@@ -97,6 +107,7 @@ def test_accelerate(tmp_path):
 def test_sft(tmp_path):
     """TRL with packing and PEFT: without moefx, and with it over two ranks."""
     from peft import PeftModel
+
     plain = printed("sft", tmp_path, "--plain", "--out", "plain")
     assert len(plain) == 1 and plain == printed("sft", tmp_path, "--out", "two", ranks=2)
     torch.manual_seed(0)

@@ -40,7 +40,9 @@ def test_rows_arrive_by_expert_in_the_order_of_the_tokens(group, tokens):
     order = [(t, e) for e in range(E) for t in range(tokens) if e in index[t]]
     assert torch.equal(rows, x[[t for t, _ in order]])
     assert counts.tolist() == [sum(e == expert for _, expert in order) for e in range(E)]
-    assert torch.equal(row_weights, torch.stack([weights[t, index[t] == e] for t, e in order]).flatten() if order else weights[:0, 0])
+    assert torch.equal(
+        row_weights, torch.stack([weights[t, index[t] == e] for t, e in order]).flatten() if order else weights[:0, 0]
+    )
     place, handle, host, _ = way
     assert counts.dtype == host.dtype == torch.int64 and handle.dtype == torch.uint8
     assert place.tolist() == [[order.index((t, int(e))) for e in index[t]] for t in range(tokens)]

@@ -83,7 +83,9 @@ def usable(monkeypatch):
 
 
 @pytest.mark.parametrize("compile", [False, "aot_eager"])
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])  # shared heads, values of another size, window and sinks
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", "deepseek_v3", "gpt_oss"]
+)  # shared heads, values of another size, window and sinks
 def test_a_model_trains_by_it(usable, family, compile):
     model = build(family)
     moefx.optimize(model, backends=["fa4", "torch"], compile=compile)
@@ -134,7 +136,14 @@ def test_what_it_takes(options):
     assert fa4.BACKEND.kernels[ops.attention].refuses(_node(**options)) is None
 
 
-@pytest.mark.parametrize("have,said", [("4.0.0b30", "flash-attn-4 4.0.0b30 is installed, 4.0.0b36 or newer"), ("4.0.0", "is no CUDA"), (None, "is not installed")])
+@pytest.mark.parametrize(
+    "have,said",
+    [
+        ("4.0.0b30", "flash-attn-4 4.0.0b30 is installed, 4.0.0b36 or newer"),
+        ("4.0.0", "is no CUDA"),
+        (None, "is not installed"),
+    ],
+)
 def test_what_keeps_it_from_use_is_said(have, said, monkeypatch):
     def version(name):
         if have is None:

@@ -80,10 +80,15 @@ def test_an_exchange_rounds_tokens_and_neither_results_nor_gradients(capacity):
         where = {"num_experts": 4, "group": dist.group.WORLD.group_name}
         for hidden in (64, 66, 256):  # 66: an encoded row is as wide as a plain one, in numbers of 16 bits
             found = []
-            x, index = numbers("normal", 9, hidden), torch.rand(9, 4, generator=torch.Generator().manual_seed(1)).topk(2).indices
+            x, index = (
+                numbers("normal", 9, hidden),
+                torch.rand(9, 4, generator=torch.Generator().manual_seed(1)).topk(2).indices,
+            )
             for send, wire in ((fp8_rows.decode(fp8_rows.encode(x), hidden), ""), (x, "fp8")):
                 send, weights = send.clone().requires_grad_(), torch.full((9, 2), 0.75).requires_grad_()
-                rows, scores, _, *way, _ = dispatch_combine.dispatch(send, index, weights, **where, capacity=capacity, wire=wire)
+                rows, scores, _, *way, _ = dispatch_combine.dispatch(
+                    send, index, weights, **where, capacity=capacity, wire=wire
+                )
                 y = dispatch_combine.combine((rows * scores.unsqueeze(1)).to(rows.dtype), index, *way, **where)
                 found.append((rows, y, *torch.autograd.grad(y, (send, weights), numbers("outliers", 9, hidden))))
             for a, b in zip(*found):

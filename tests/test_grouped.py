@@ -161,7 +161,10 @@ def test_a_weight_costs_no_rounding(bias):
     assert torch.equal(weighted, y * two.bfloat16().unsqueeze(1))
     grad = _random(*y.shape, dtype=y.dtype, seed=6)
     asked = [t for t in inputs if t is not None]
-    found, wanted = torch.autograd.grad(weighted, asked, grad), torch.autograd.grad(y, asked, grad * two.bfloat16().unsqueeze(1))
+    found, wanted = (
+        torch.autograd.grad(weighted, asked, grad),
+        torch.autograd.grad(y, asked, grad * two.bfloat16().unsqueeze(1)),
+    )
     assert all(torch.equal(f, w) for f, w in zip(found, wanted))
 
 
@@ -208,7 +211,10 @@ def test_grouped_mlp_passes_gradcheck_and_opcheck():
 
     assert torch.autograd.gradcheck(mlp, (*inputs, row_weights), fast_mode=True)
     for weights in (None, row_weights):
-        for arrived in ([None] * 3, [rows.detach(), torch.arange(5, dtype=torch.int32).view(5, 1), transports.make_host({}, 1)]):
+        for arrived in (
+            [None] * 3,
+            [rows.detach(), torch.arange(5, dtype=torch.int32).view(5, 1), transports.make_host({}, 1)],
+        ):
             plain = (rows, counts, up, None, down, None, weights, *arrived, "swiglu", 0.0, 0.0, False, False, 1.0)
             torch.library.opcheck(torch.ops.moefx.grouped_mlp_forward.default, plain)
 

@@ -25,7 +25,11 @@ def build(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_gradients_and_logits(name, dtype):
     model = moefx.optimize(build(name).to(dtype), compile=False)
-    (node,) = [n for n in moefx.report(model).program["head"].graph.nodes if n.meta.get("semantic", n.target) is ops.linear_cross_entropy]
+    (node,) = [
+        n
+        for n in moefx.report(model).program["head"].graph.nodes
+        if n.meta.get("semantic", n.target) is ops.linear_cross_entropy
+    ]
     key, number = next(iter(MODELS[name].items()))
     assert node.kwargs["softcap" if "cap" in key else "scale"] == (1 / number if key == "logits_scaling" else number)
     ids = torch.randint(0, 200, (2, 11))
@@ -39,7 +43,12 @@ def test_loss_gradients_and_logits(name, dtype):
     found = model(input_ids=ids, labels=labels)
     assert isinstance(found.logits, LazyLogits) and found.logits.logits is None  # the loss did without
     moefx.restore(model)
-    torch.testing.assert_close(found.logits + 0, model(input_ids=ids).logits, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+    torch.testing.assert_close(
+        found.logits + 0,
+        model(input_ids=ids).logits,
+        rtol=1e-2 if dtype == torch.bfloat16 else 1e-5,
+        atol=1e-2 if dtype == torch.bfloat16 else 1e-5,
+    )
 
 
 def lazy(dtype=torch.float32):

@@ -89,7 +89,9 @@ def test_flash_attention_gets_its_masks_where_no_graph_is_and_graphs_get_theirs(
 def test_rows_that_are_hidden_whole(name, implementation):
     """Eager attention gives such a query the mean of all values, SDPA gives it nothing; the loss here counts them too."""
     plain, model = pair(name, attn_implementation=implementation)
-    additive = torch.zeros(2, 1, 9, 9).masked_fill(~(LEFT.bool()[:, None, None] & torch.ones(9, 9).tril().bool()), -3.4028234663852886e38)
+    additive = torch.zeros(2, 1, 9, 9).masked_fill(
+        ~(LEFT.bool()[:, None, None] & torch.ones(9, 9).tril().bool()), -3.4028234663852886e38
+    )
     for mask in (LEFT, LEFT.flip(1), additive, additive == 0):  # eager adds the last as numbers
         result = against(plain, model, batch(2, 9) | {"attention_mask": mask})
         assert result.ok, str(result)
@@ -102,7 +104,9 @@ def test_attention_that_relies_on_its_mask():
     config.encoder_layers = config.decoder_layers = config.num_hidden_layers = 2
     config.encoder_sparse_step = config.decoder_sparse_step = 2
     config.pad_token_id = config.decoder_start_token_id = 0
-    config.dropout = config.attention_dropout = config.activation_dropout = config.encoder_layerdrop = config.decoder_layerdrop = 0.0
+    config.dropout = config.attention_dropout = config.activation_dropout = config.encoder_layerdrop = (
+        config.decoder_layerdrop
+    ) = 0.0
     torch.manual_seed(0)
     plain = AutoModelForSeq2SeqLM.from_config(config).double().train()
     model = moefx.optimize(copy.deepcopy(plain), compile=False)
@@ -110,8 +114,15 @@ def test_attention_that_relies_on_its_mask():
     for more in ({}, {"attention_mask": LEFT, "decoder_attention_mask": LEFT}, {"labels": ids[:, :5].contiguous()}):
         result = against(plain, model, {"input_ids": ids, "labels": ids, "use_cache": False, **more})
         assert result.ok, str(result)
-    calls = [n for f in moefx.report(model).program.functions.values() for n in f.graph.nodes if n.meta.get("semantic", n.target) is ops.attention]
-    assert {n.kwargs["is_causal"] for n in calls} == {True, False} and all(n.args[3] is None for n in calls if n.kwargs["is_causal"])
+    calls = [
+        n
+        for f in moefx.report(model).program.functions.values()
+        for n in f.graph.nodes
+        if n.meta.get("semantic", n.target) is ops.attention
+    ]
+    assert {n.kwargs["is_causal"] for n in calls} == {True, False} and all(
+        n.args[3] is None for n in calls if n.kwargs["is_causal"]
+    )
 
 
 def test_masks_that_nobody_reads_are_not_made(monkeypatch):

@@ -91,7 +91,9 @@ def test_what_only_graphs_do_is_not_compiled_away():
         torch.export.export(model, (), batch(2, 9), strict=False)
 
 
-@pytest.mark.parametrize("around", [lambda: torch.device("meta"), torch.inference_mode, torch.no_grad], ids=["meta", "inference", "no_grad"])
+@pytest.mark.parametrize(
+    "around", [lambda: torch.device("meta"), torch.inference_mode, torch.no_grad], ids=["meta", "inference", "no_grad"]
+)
 def test_optimize_within(around: Callable):
     model = build("qwen3_moe")
     with around():
@@ -185,7 +187,9 @@ def test_counts_follow_the_model():
     routing = model._moefx_routing
     path = next(iter(routing.counts))
     routing.counts = {p: n.to("meta") for p, n in routing.counts.items()}
-    routing._count(path, model._moefx.program["Qwen3MoeDecoderLayer"].routes[0], torch.zeros(3, 2, dtype=torch.int64, device="meta"))
+    routing._count(
+        path, model._moefx.program["Qwen3MoeDecoderLayer"].routes[0], torch.zeros(3, 2, dtype=torch.int64, device="meta")
+    )
     assert routing.counts[path].is_meta
 
 

@@ -45,7 +45,9 @@ def test_kernel(products, shape, experts, hidden, dtype):
     exact = [t.detach().double().requires_grad_() for t in (x, weight)]
     wanted = [F.linear(*exact)]
     wanted += torch.autograd.grad(wanted[0], exact, grad.double())
-    for f, w, kind in zip([t.detach() for t in found], [t.detach() for t in wanted], (torch.float32, torch.bfloat16, dtype), strict=True):
+    for f, w, kind in zip(
+        [t.detach() for t in found], [t.detach() for t in wanted], (torch.float32, torch.bfloat16, dtype), strict=True
+    ):
         assert f.dtype == kind and f.shape == w.shape
         far, size = (float(t.abs().max()) if t.numel() else 0.0 for t in (f.double() - w, w))
         assert far <= OFF[kind] * size + 1e-12

@@ -88,8 +88,12 @@ def test_experts_are_operations_and_nothing_promised_is_missing(family):
 
 def test_choices_of_experts_that_compute_nothing_take_no_products():
     """LongCat-Flash: its twelve experts are eight and four that give their token back."""
-    model = moefx.optimize(AutoModelForCausalLM.from_config(tiny_config("longcat_flash")), compile=False, backends=["reference"])
-    (call,) = {n for f in moefx.report(model).program for n in f.graph.nodes if is_call(n) and n.meta.get("semantic") is ops.experts}
+    model = moefx.optimize(
+        AutoModelForCausalLM.from_config(tiny_config("longcat_flash")), compile=False, backends=["reference"]
+    )
+    (call,) = {
+        n for f in moefx.report(model).program for n in f.graph.nodes if is_call(n) and n.meta.get("semantic") is ops.experts
+    }
     up, down = (call.args[i].meta["val"].shape[0] for i in (3, 5))
     assert (up, down) == (12, 8)
 

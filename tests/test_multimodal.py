@@ -24,7 +24,14 @@ IMAGE, START, END = 200, 202, 203
 def build(family):
     config = tiny_config(family)
     config.text_config.moe_intermediate_size = 24  # no matrix of the experts is square: a transposed one shows
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "image_start_token_id", "image_end_token_id")
+    names = (
+        "image_token_id",
+        "video_token_id",
+        "vision_start_token_id",
+        "vision_end_token_id",
+        "image_start_token_id",
+        "image_end_token_id",
+    )
     for i, name in enumerate(names):
         if hasattr(config, name):
             setattr(config, name, IMAGE + i)
@@ -65,7 +72,11 @@ def test_losses_and_all_gradients_are_the_models(family):
     assert not moefx.report(model).fallbacks and not moefx.report(model).shortfall()
     model.zero_grad()
     model(**pictures[0]).loss.backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for n, p in model.named_parameters() if "visual.blocks" in n and "qkv.weight" in n)
+    assert all(
+        p.grad is not None and p.grad.abs().max() > 0
+        for n, p in model.named_parameters()
+        if "visual.blocks" in n and "qkv.weight" in n
+    )
 
 
 def test_bf16(family):
@@ -85,7 +96,9 @@ def test_compiled(family):
 
 def test_an_example_with_images_says_what_to_leave_out(family):
     plain, _ = family
-    with pytest.raises(MoefxError, match="leave pixel_values, image_grid_thw out: calls with more than text are captured as they come"):
+    with pytest.raises(
+        MoefxError, match="leave pixel_values, image_grid_thw out: calls with more than text are captured as they come"
+    ):
         moefx.optimize(copy.deepcopy(plain), example=picture(plain, 4, 4, 9))
 
 

@@ -120,7 +120,9 @@ def test_rows_that_other_weights_multiply_are_left_alone():
     mlp.kwargs = {**mlp.kwargs, "row_weights": other}
     before = str(function.graph)
     changes = Overlap(chunks=2).run(function, report.plan)
-    assert not changes.made and "weighted by neg_default = aten.neg, not by the weights that it brings" in changes.missed[0].what
+    assert (
+        not changes.made and "weighted by neg_default = aten.neg, not by the weights that it brings" in changes.missed[0].what
+    )
     assert str(function.graph) == before
 
 
@@ -129,7 +131,9 @@ def test_each_chunks_rows_are_multiplied_by_its_own_weights():
     nodes = report.program["Qwen3MoeDecoderLayer"].graph.nodes
     experts = [n for n in nodes if n.meta.get("semantic") is grouped.grouped_mlp]
     for n in experts:
-        assert (n.args[0].args[1], n.kwargs["row_weights"].args[1]) == (0, 1) and n.args[0].args[0] is n.kwargs["row_weights"].args[0]
+        assert (n.args[0].args[1], n.kwargs["row_weights"].args[1]) == (0, 1) and n.args[0].args[0] is n.kwargs[
+            "row_weights"
+        ].args[0]
     assert len(experts) == 2 == len({n.args[0].args[0] for n in experts})
 
 

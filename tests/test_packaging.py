@@ -30,7 +30,9 @@ def installed(tmp_path_factory):
     for part in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / part, folder / "source")
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(folder / "site")]
-    done = subprocess.run([sys.executable, "-m", "pip", "install", *options, str(folder / "source")], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "install", *options, str(folder / "source")], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return folder / "site"
 
@@ -43,7 +45,9 @@ def test_every_module_is_installed(installed):
 
 def test_the_command_runs(installed, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(installed)}
-    done = subprocess.run([installed / "bin" / "moefx", "doctor", "--json"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [installed / "bin" / "moefx", "doctor", "--json"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     rows = {r["what"]: r["state"] for r in json.loads(done.stdout)}
     assert rows["moefx"].endswith(str(installed / "moefx")) and rows["backend torch"] == "usable"

@@ -50,7 +50,12 @@ def test_a_packed_row_is_its_sequences(name):
     masks = {None if n.args[3] is None else n.args[3].meta["val"] for n in called}
     # where sequences begin, and no mask of all pairs anywhere
     assert {None if m is None else (m.dtype, m.dim()) for m in masks} == {None, (torch.int32, 2)}
-    assert not [n for f in functions for n in f.graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor) and v.dtype == torch.bool and v.dim() == 4]
+    assert not [
+        n
+        for f in functions
+        for n in f.graph.nodes
+        if isinstance(v := n.meta.get("val"), torch.Tensor) and v.dtype == torch.bool and v.dim() == 4
+    ]
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gemma4_text"])
@@ -118,7 +123,13 @@ def test_a_mask_of_the_users_own_stays_one():
         joined = masking_utils.and_masks(both, other)
         mask = hf.attention_mask(sdpa_mask, mask_function=joined, allow_is_causal_skip=False, use_vmap=True, **how)
         assert hf.said_of(mask) is None
-        assert mask[0, 0].int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 1, 1]]
+        assert mask[0, 0].int().tolist() == [
+            [1, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0],
+            [0, 0, 1, 0, 0],
+            [0, 0, 1, 1, 0],
+            [0, 0, 0, 1, 1],
+        ]
 
 
 def test_what_replays_take_for_packed_is_what_is():

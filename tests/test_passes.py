@@ -257,7 +257,9 @@ def test_route(function, options, dtype):
     f, changes = run([RaiseRoute()], function, [logits], parameters)
     (node,) = calls(f, ops.route)
     assert node.args[2] == 2 and options.items() <= node.kwargs.items() and len(changes.made) == 1
-    assert (node.args[1] is not None) == ("bias" in given) and (node.kwargs.get("expert_scale") is not None) == ("scale" in given)
+    assert (node.args[1] is not None) == ("bias" in given) and (node.kwargs.get("expert_scale") is not None) == (
+        "scale" in given
+    )
 
 
 @pytest.mark.parametrize("function", [f for f, _ in ROUTERS])
@@ -340,7 +342,8 @@ def test_rotary_refuses_complex_numbers_that_do_not_only_turn():
     def rope(q, k, angles):
         angles = torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
         return tuple(
-            torch.view_as_real(torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2)) * angles * 2.0).flatten(3) for x in (q, k)
+            torch.view_as_real(torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2)) * angles * 2.0).flatten(3)
+            for x in (q, k)
         )
 
     f, changes = run([RaiseRotary()], rope, [torch.randn(3, 4, 19, 16), torch.randn(3, 2, 19, 16), torch.randn(3, 19, 8)])
@@ -427,7 +430,9 @@ def test_residual_rms_norm():
 def heads(weight, x, cos, sin, computed=False, normalise=True):
     """Query and key of two heads each, normalised and rotated as the models write it."""
     scale = weight * 2 if computed else weight
-    q, k = ((norm(scale, part) if normalise else part * 1.5).transpose(1, 2) for part in x.view(*x.shape[:2], 4, 16).chunk(2, dim=2))
+    q, k = (
+        (norm(scale, part) if normalise else part * 1.5).transpose(1, 2) for part in x.view(*x.shape[:2], 4, 16).chunk(2, dim=2)
+    )
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
 
     def turn(t):
@@ -490,7 +495,11 @@ def test_norm_rotary_leaves_rotations_of_other_things_alone():
 
 def test_canonicalize_drops_whole_slices_only():
     f, _ = run([], lambda x: (x[:, :, None, :] + 1, x[:, 1:] + 1, x[:, :, :4] + 1, x[:, ::2] + 1), [torch.randn(3, 17, 5)])
-    assert [n.args[1:] for n in calls(f, torch.ops.aten.slice.Tensor)] == [(1, 1, sys.maxsize), (2, 0, 4), (1, 0, sys.maxsize, 2)]
+    assert [n.args[1:] for n in calls(f, torch.ops.aten.slice.Tensor)] == [
+        (1, 1, sys.maxsize),
+        (2, 0, 4),
+        (1, 0, sys.maxsize, 2),
+    ]
 
 
 def test_canonicalize_drops_what_does_nothing():
@@ -532,7 +541,9 @@ def test_pipeline_edits_and_unknown_names():
     assert names.index("mine") == names.index("route") - 1
     assert default().after("route", swiglu).names.index("mine") == default().names.index("route") + 1
     assert "swiglu" not in default().without("swiglu").names and "mine" in default().replace("swiglu", swiglu).names
-    with pytest.raises(moefx.MoefxError, match="no pass is named 'rote'; the pipeline has: canonicalize, dense_experts, rms_norm, route"):
+    with pytest.raises(
+        moefx.MoefxError, match="no pass is named 'rote'; the pipeline has: canonicalize, dense_experts, rms_norm, route"
+    ):
         default().before("rote", swiglu)
 
 

@@ -62,7 +62,9 @@ def test_one_row_or_one_token_first(shapes, monkeypatch):
     monkeypatch.setattr(install, "MAX_VARIANTS", 99)
     model = small()
     for name in kinds(2, 2) if shapes[0] == (1, 9) else ("items", "shift_labels, flat"):
-        seen = [train(model, kinds(*shape)[name], f"{name} of {shape}") for shape in shapes if shape[1] > 1 or name not in LONGER]
+        seen = [
+            train(model, kinds(*shape)[name], f"{name} of {shape}") for shape in shapes if shape[1] > 1 or name not in LONGER
+        ]
         assert seen[-1] == seen[0] or name in SHARED and seen[-1] == seen[0] + 1, name
 
 
@@ -104,7 +106,12 @@ def test_the_last_reading_is_for_lengths_of_one_only():
     assert len(found) == MOST and found[-1] == ((1, 1, 64), (1, 1), (1,), (1, 1, 1, 1))
     assert all("a" in r[0] for r in found[:-1])
     assert read((1, 9, 64), (1, 9))[-1] == ((1, "b", 64), (1, "b"))
-    assert read((2, 9, 64), (2, 9)) == [(("a", "b", 64), ("a", "b")), (("a", "b", 64), ("a", 9)), (("a", "b", 64), (2, "b")), (("a", "b", 64), (2, 9))]
+    assert read((2, 9, 64), (2, 9)) == [
+        (("a", "b", 64), ("a", "b")),
+        (("a", "b", 64), ("a", 9)),
+        (("a", "b", 64), (2, "b")),
+        (("a", "b", 64), (2, 9)),
+    ]
 
 
 def test_a_recorded_call_has_one_reading():
@@ -135,7 +142,9 @@ def test_numbers_that_change_each_step_and_nobody_reads(family):
         torch.testing.assert_close(model(**padding_free(step)).loss, plain(**padding_free(step)).loss)
     report = moefx.report(model)
     assert not report.fallbacks
-    assert len([f for f in report.program if f.name.startswith("head")]) == 3  # as captured first, with these arguments, with any
+    assert (
+        len([f for f in report.program if f.name.startswith("head")]) == 3
+    )  # as captured first, with these arguments, with any
 
 
 def test_a_number_that_changes_each_step_and_is_read_is_named():

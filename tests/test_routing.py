@@ -156,7 +156,10 @@ def test_blocks_between_streams_of_hidden_states(family):
     if family == "hy_v4":  # the other's first layers take their experts from a table
         with moefx.replay_routes(model, routes):
             assert torch.equal(model(**b).loss, wanted)
-        with moefx.replay_routes(model, routes), pytest.raises(moefx.MoefxError, match=r"are \[26, 2\], this call wants \[24, 2\]"):
+        with (
+            moefx.replay_routes(model, routes),
+            pytest.raises(moefx.MoefxError, match=r"are \[26, 2\], this call wants \[24, 2\]"),
+        ):
             model(**batch(2, 12))
 
 
@@ -248,7 +251,9 @@ def test_load_is_counted():
     metrics = moefx.load_metrics(load)
     p = load["model.layers.0.mlp.experts"] / 72
     assert metrics["max_load/model.layers.0.mlp.experts"] == pytest.approx(8 * float(p.max()))
-    assert metrics["entropy/model.layers.0.mlp.experts"] == pytest.approx(float(torch.special.entr(p).sum() / torch.tensor(8.0).log()))
+    assert metrics["entropy/model.layers.0.mlp.experts"] == pytest.approx(
+        float(torch.special.entr(p).sum() / torch.tensor(8.0).log())
+    )
     assert metrics["dropped"] == 0 and metrics["max_load"] >= 1
     collapsed = moefx.load_metrics({"x": torch.tensor([64, 0, 0, 0])})
     assert collapsed["max_load"] == 4 and collapsed["entropy"] == pytest.approx(0, abs=1e-6)
@@ -327,7 +332,9 @@ def test_router_z_loss_that_would_be_lost():
         moefx.optimize(own, compile=False, router_z_loss=0.1)
     assert not hasattr(own, "_moefx")
     some = AutoModelForCausalLM.from_config(tiny_config("deepseek_v4"))
-    with pytest.warns(moefx.ShortfallWarning, match="router_z_loss: without the logits of 1 of 3 routers, of model.layers.0.mlp"):
+    with pytest.warns(
+        moefx.ShortfallWarning, match="router_z_loss: without the logits of 1 of 3 routers, of model.layers.0.mlp"
+    ):
         moefx.optimize(some, compile=False, router_z_loss=0.1)
 
 

@@ -27,7 +27,9 @@ def ranks():
 
 
 #: How each family's configuration calls the number of experts.
-COUNT = dict.fromkeys(("qwen3_moe", "olmoe", "gemma4_text"), "num_experts") | dict.fromkeys(("mixtral", "gpt_oss", "llama4_text"), "num_local_experts")
+COUNT = dict.fromkeys(("qwen3_moe", "olmoe", "gemma4_text"), "num_experts") | dict.fromkeys(
+    ("mixtral", "gpt_oss", "llama4_text"), "num_local_experts"
+)
 
 
 def on_meta(name: str, experts: int):

@@ -55,7 +55,16 @@ def router(dtype=FP32, top_k=2, bias=None, device="cuda", **options):
 
 def attend(dtype=BF16, mask=None, sinks=None, device="cuda", length=9, **options):
     options = {"scale": 0.1, "is_causal": True, **options}
-    return refusal(ops.attention, (dtype, 1, 4, 9, 64), (dtype, 1, 2, length, 64), (dtype, 1, 2, length, 64), mask, sinks, device=device, **options)
+    return refusal(
+        ops.attention,
+        (dtype, 1, 4, 9, 64),
+        (dtype, 1, 2, length, 64),
+        (dtype, 1, 2, length, 64),
+        mask,
+        sinks,
+        device=device,
+        **options,
+    )
 
 
 SIGMOID = {"score": "sigmoid", "renormalize": True}
@@ -168,7 +177,9 @@ def test_the_backend_is_used_by_name_only_and_says_what_is_missing():
     assert names.index("te") > names.index("triton") and names.index("te") > names.index("torch")
     if kernels.available() is None:
         pytest.skip("Transformer Engine is usable here")
-    with pytest.raises(moefx.MoefxError, match="backend 'te' cannot be used here: .*(not installed: pip install|no CUDA|there is none)"):
+    with pytest.raises(
+        moefx.MoefxError, match="backend 'te' cannot be used here: .*(not installed: pip install|no CUDA|there is none)"
+    ):
         resolve(["te", "torch"])
     assert any(r["what"] == "backend te" and ("not installed" in r["state"] or "CUDA" in r["state"]) for r in diagnose())
 
@@ -271,7 +282,9 @@ def test_routers_keep_their_precision(standin, raised):
     ],
 )
 def test_products_that_cannot_are_missed_with_the_reason(standin, shape, dtype, sentence):
-    _, f = captured(lambda w, x: F.linear(x, w), [torch.randn(5, shape[1]).to(dtype)], [torch.nn.Parameter(torch.randn(shape).to(dtype))])
+    _, f = captured(
+        lambda w, x: F.linear(x, w), [torch.randn(5, shape[1]).to(dtype)], [torch.nn.Parameter(torch.randn(shape).to(dtype))]
+    )
     run_pass(Canonicalize(), f, None)
     changes = run_pass(FP8(), f, None)[0]
     assert not changes.made and re.search(sentence, changes.missed[0].what), changes.missed
@@ -281,7 +294,9 @@ def test_a_recipe_that_does_not_exist_or_cannot_run_is_an_error(standin, monkeyp
     with pytest.raises(moefx.MoefxError, match="no fp8 recipe 'mxfp8'; there are: current, block"):
         FP8("mxfp8")
     _, f = captured(_mlp, [torch.randn(2, 32).to(BF16)], _parameters((48, 32), (32, 48)))
-    with pytest.raises(moefx.MoefxError, match="cannot run: Transformer Engine has no Float8BlockScaling here: FP8 block scaled GEMM requires"):
+    with pytest.raises(
+        moefx.MoefxError, match="cannot run: Transformer Engine has no Float8BlockScaling here: FP8 block scaled GEMM requires"
+    ):
         run_pass(FP8("block"), f, None)
     monkeypatch.setattr(kernels, "available", lambda: "there is no CUDA device")
     with pytest.raises(moefx.MoefxError, match="the pass fp8 was asked for, and cannot run: there is no CUDA device"):
@@ -305,4 +320,3 @@ def test_a_model_trains_in_fp8_with_its_own_parameters(standin):
     report = moefx.report(model)["fp8"]
     assert report.made_count and abs(float(loss.detach()) - wanted) < 0.05 * wanted
     assert any("moefx.experts keeps its precision: the package quack-kernels" in c.what for c in report.missed)
-

@@ -74,7 +74,9 @@ def padded(rows):
     """A batch padded on the right, longer than its longest row."""
     length = max(len(r) for r in rows) + 2
     fill = {"input_ids": 0, "labels": -100, "attention_mask": 0}
-    given = {k: [([1] * len(r) if k == "attention_mask" else r) + [v] * (length - len(r)) for r in rows] for k, v in fill.items()}
+    given = {
+        k: [([1] * len(r) if k == "attention_mask" else r) + [v] * (length - len(r)) for r in rows] for k, v in fill.items()
+    }
     return {k: torch.tensor(v) for k, v in given.items()}
 
 

@@ -15,7 +15,10 @@ from moefx.integrations.transformers.tiny_config import tiny_config
 
 pytest.importorskip("trl")
 
-PREFERENCES = [{"prompt": "abc", "chosen": "defgh", "rejected": "xyz"}, {"prompt": "ab", "chosen": "c", "rejected": "pqrstuv"}] * 8
+PREFERENCES = [
+    {"prompt": "abc", "chosen": "defgh", "rejected": "xyz"},
+    {"prompt": "ab", "chosen": "c", "rejected": "pqrstuv"},
+] * 8
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,21 @@ def broken(*args, **kwargs):
 
 
 def backend(name, fn):
-    def kernel(x, index, weights, up, up_bias, down, down_bias, *, activation, alpha=0.0, limit=0.0, transposed=False, interleaved=False):
+    def kernel(
+        x,
+        index,
+        weights,
+        up,
+        up_bias,
+        down,
+        down_bias,
+        *,
+        activation,
+        alpha=0.0,
+        limit=0.0,
+        transposed=False,
+        interleaved=False,
+    ):
         return fn(x, index, weights, up, up_bias, down, down_bias, activation=activation, alpha=alpha, limit=limit,
                   transposed=transposed, interleaved=interleaved)  # fmt: skip
 
@@ -111,7 +125,10 @@ def test_a_file_that_cannot_be_read_is_written_anew(kept, timed):
 @pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "nemotron_h"])
 def test_sites_of_other_families(kept, name):
     """Values of another width than queries; biased and ungated experts; the head."""
-    own = moefx.Backend("own", {op: moefx.Kernel(k.fn, k.refuses) for op, k in moefx.resolve(["torch"])[0].kernels.items() if op in tuning.TUNED})
+    own = moefx.Backend(
+        "own",
+        {op: moefx.Kernel(k.fn, k.refuses) for op, k in moefx.resolve(["torch"])[0].kernels.items() if op in tuning.TUNED},
+    )
     model = moefx.optimize(build(name), backends=[own, "torch"], compile=False, tune=(2, 24))
     measured = {op for (op, _), (_, why) in moefx.report(model).kernels().items() if "measured at B=2, S=24" in why}
     sinks = name == "gpt_oss"  # which torch has no kernel for on the CPU
@@ -168,6 +185,9 @@ def test_the_tables_that_moefx_has_are_of_devices_and_sites_that_it_asks_for():
         assert name in asked and training and given and all(len(times) == 2 for times in found.values()) and len(found) > 1
 
 
-@pytest.mark.parametrize("where, served", [("NVIDIA H100 80GB HBM3", True), ("NVIDIA GH200 480GB", True), ("NVIDIA H20", False), ("NVIDIA A100-SXM4-80GB", False)])
+@pytest.mark.parametrize(
+    "where, served",
+    [("NVIDIA H100 80GB HBM3", True), ("NVIDIA GH200 480GB", True), ("NVIDIA H20", False), ("NVIDIA A100-SXM4-80GB", False)],
+)
 def test_a_device_with_the_same_chip_is_served_by_its_table(where, served):
     assert (tuning._same_chip(where) == "NVIDIA H200") is served

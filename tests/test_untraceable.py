@@ -30,7 +30,10 @@ class Block(nn.Module):
     [
         (lambda x: x.view(3, -1), "its graph would hold for one value only of the batch size (dimension 0 of input)"),
         (lambda x: x + torch.ones(x.shape[0], 17, 8), "one value only of the sequence length (dimension 1 of input)"),
-        (lambda x: x if x.sum() > 0 else -x, "depends on values of its tensors, not on their sizes alone (data-dependent) at test_untr"),
+        (
+            lambda x: x if x.sum() > 0 else -x,
+            "depends on values of its tensors, not on their sizes alone (data-dependent) at test_untr",
+        ),
         (lambda x: x + torch.ones(7, 8), "sizes do not fit together at test_untraceable.py:"),
         (lambda x: x.no_such_method(), "torch.export cannot follow it at test_untraceable.py:"),
     ],
@@ -40,7 +43,12 @@ def test_one_sentence(compute, reason):
     with pytest.raises(CaptureError) as error:
         capture_module(Block(compute), Call.of(tensors, template, True, {8}), {}, "block")
     said = str(error.value)
-    assert reason in said and "\n" not in said and "Error" not in said.removesuffix("(AttributeError)") and "TORCH_LOGS" not in said
+    assert (
+        reason in said
+        and "\n" not in said
+        and "Error" not in said.removesuffix("(AttributeError)")
+        and "TORCH_LOGS" not in said
+    )
     assert "called with input [B, S, 8]" in said or "fit" not in reason
     assert error.value.detail
 

@@ -289,9 +289,7 @@ class DeepEP:
         n = call.ep * call.capacity if call.capacity else size("received")
         return Shapes((n, hidden), (n, top_k), (size("handle"),), (tokens, hidden), (tokens, top_k))
 
-    def send(
-        self, x: Tensor, index: Tensor, weights: Tensor, call: Call, kept: Dispatched | None
-    ) -> tuple[Dispatched, Wait]:
+    def send(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, kept: Dispatched | None) -> tuple[Dispatched, Wait]:
         if kept is not None:
             tokens, wait = self._again(x, kept.handle, kept.host, call)
             return Dispatched(tokens, *(t.clone() for t in kept[1:])), wait

@@ -312,4 +312,3 @@ BACKEND = Backend(
     available,
     by_name=True,
 )
-

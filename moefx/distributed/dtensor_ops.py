@@ -221,9 +221,7 @@ def _placements_beside(t: DTensor, like: DTensor) -> tuple[Placement, ...] | Non
 
 
 def _spread_as(local: Tensor, like: DTensor) -> DTensor:
-    return DTensor.from_local(
-        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def _settle(tensor: DTensor) -> None:

@@ -63,7 +63,7 @@ class Options:
         names = getattr(self.mesh, "mesh_dim_names", None) or ()
         if "efsdp" in names:
             raise MoefxError(
-                f"the mesh has the dimensions {names}; \"efsdp\" spreads the dense parameters too, which optimize does not: "
+                f'the mesh has the dimensions {names}; "efsdp" spreads the dense parameters too, which optimize does not: '
                 "call moefx.parallelize(model, ep_size=..., dp_replicate=...), which makes its own meshes"
             )
 

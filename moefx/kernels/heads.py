@@ -160,9 +160,7 @@ def _launch_backward(
     )  # fmt: skip
 
 
-def forward(
-    x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float, offset: float, layout: str
-) -> Tensor:
+def forward(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float, offset: float, layout: str) -> Tensor:
     """x [B, S, A, D] (any strides) -> [B, S, A, D], contiguous."""
     out = x.new_empty(x.shape)
     if not out.numel():

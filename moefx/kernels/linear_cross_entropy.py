@@ -34,9 +34,7 @@ def _scaled(logits: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tenso
     return bent * softcap, (1 - bent * bent) * scale
 
 
-def _losses_and_gradient(
-    logits: Tensor, at: Tensor, share: Tensor, scale: float, softcap: float
-) -> tuple[Tensor, Tensor]:
+def _losses_and_gradient(logits: Tensor, at: Tensor, share: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
     """Of one chunk [r, V]: the losses [r] in fp32 at columns ``at`` [r], and the gradient of the logits times ``share`` [r]."""
     if logits.is_cuda:
         from moefx.kernels.cross_entropy import cross_entropy_

@@ -94,8 +94,6 @@ class _Stream(torch.autograd.Function):
         return to_x, None if weight is None else to_weight, None, None, None
 
 
-def normed_stream(
-    x: Tensor, weight: Tensor | None, eps: float, cast_first: bool, offset: float
-) -> tuple[Tensor, Tensor]:
+def normed_stream(x: Tensor, weight: Tensor | None, eps: float, cast_first: bool, offset: float) -> tuple[Tensor, Tensor]:
     """x [..., H] -> its norm, and x itself."""
     return _Stream.apply(x, weight, eps, cast_first, offset)

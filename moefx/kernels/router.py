@@ -35,7 +35,12 @@ def _first_best(choice, lanes, last):
 
 @triton.jit
 def _only_best_groups(
-    choice, EXPERTS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr,
+    choice,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT: tl.constexpr,
+    TOP2: tl.constexpr,
     ZERO: tl.constexpr,
 ):
     """``choice`` [ROWS, EXPERTS] with the experts outside of the KEPT best groups out of the choice."""

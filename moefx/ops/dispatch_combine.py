@@ -357,9 +357,7 @@ dispatch_wait = torch.ops.moefx.dispatch_wait.default
 def dispatch_by(transport: str) -> Callable:
     """``dispatch`` along this transport, with its signature."""
 
-    def dispatch(
-        x: Tensor, index: Tensor, weights: Tensor, *, num_experts: int, group: str, capacity: int = 0, wire: str = ""
-    ):
+    def dispatch(x: Tensor, index: Tensor, weights: Tensor, *, num_experts: int, group: str, capacity: int = 0, wire: str = ""):
         where = {"num_experts": num_experts, "group": group, "capacity": capacity}
         *sent, link, link_weights = dispatch_start(x, index, weights, **where, wire=wire, transport=transport)
         *arrived, back = dispatch_wait(x, *sent, link, link_weights, **where)

@@ -222,9 +222,7 @@ def _save_mlp(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # else autograd would write zeros for h's
     rows, counts, up, up_bias, down, down_bias, row_weights, *way = inputs
     ctx.options = way[3:]
-    ctx.save_for_backward(
-        output[1], *Kept.least(rows, *way[:3]), counts, up, up_bias, down, down_bias, row_weights
-    )
+    ctx.save_for_backward(output[1], *Kept.least(rows, *way[:3]), counts, up, up_bias, down, down_bias, row_weights)
     ctx.mark_non_differentiable(output[1])
 
 

@@ -119,11 +119,7 @@ def _cast(node: fx.Node, x: Any) -> bool:
     if value(x).device != val.device:
         return False
     # in float64 casts are kept: a traced pattern says "to the dtype of the input" with them
-    if (
-        value(x).dtype == val.dtype
-        and val.dtype is not torch.float64
-        and not (x.op == "placeholder" and _feeds_output(node))
-    ):
+    if value(x).dtype == val.dtype and val.dtype is not torch.float64 and not (x.op == "placeholder" and _feeds_output(node)):
         x.meta["identity_cast"] = True
         _replace(node, x)
         return True

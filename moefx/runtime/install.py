@@ -147,8 +147,10 @@ class Site:
         for children, before, hooks, m in self.watched:
             if children != before or hooks >= 0 and self._hooks(m) != hooks:
                 return self._still_exact(module, children, before)
-        if self.weights is not None and self.weights != self._weights(module) or any(
-            read(held) != before for read, held, before in self.numbers
+        if (
+            self.weights is not None
+            and self.weights != self._weights(module)
+            or any(read(held) != before for read, held, before in self.numbers)
         ):
             self.forget()
             return self.intact(module)
@@ -266,9 +268,7 @@ class HeadSite(Site):
     model_loss: Callable | None = None
 
     def __deepcopy__(self, memo: dict) -> HeadSite:
-        return type(self)(
-            self.path, self.state, self.functions, copy.deepcopy(self.routing, memo), model_loss=self.model_loss
-        )
+        return type(self)(self.path, self.state, self.functions, copy.deepcopy(self.routing, memo), model_loss=self.model_loss)
 
     def comes_of_it(self, module: nn.Module, args: tuple) -> str:
         numbers = args[0].numel() // args[0].shape[-1] * module.out_features

@@ -107,9 +107,7 @@ class Routing:
             )
         return index.to(device=device, dtype=torch.int64)
 
-    def saw(
-        self, site: Site, function: Function, x: Tensor, training: bool, out: tuple, dispatches: Dispatches | None
-    ) -> None:
+    def saw(self, site: Site, function: Function, x: Tensor, training: bool, out: tuple, dispatches: Dispatches | None) -> None:
         """Takes note of a call's choices."""
         if recomputing():
             return

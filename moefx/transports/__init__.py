@@ -139,9 +139,7 @@ class Transport(Protocol):
         """The shapes of the results; ``size`` of "received", "pairs" or "handle" is one that only the data knows."""
         ...
 
-    def send(
-        self, x: Tensor, index: Tensor, weights: Tensor, call: Call, kept: Dispatched | None
-    ) -> tuple[Dispatched, Wait]:
+    def send(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, kept: Dispatched | None) -> tuple[Dispatched, Wait]:
         """``kept``: what an earlier ``send`` of the same tokens to the same experts gave (without the rows)."""
         ...
 

@@ -48,9 +48,7 @@ class AllGather:
         back = row_bytes(*parts(x, top_k, weights.dtype)[:2]) // x.dtype.itemsize
         return Shapes((n, there), (0, top_k), (0,), (n, back), (0, top_k))
 
-    def send(
-        self, x: Tensor, index: Tensor, weights: Tensor, call: Call, kept: Dispatched | None
-    ) -> tuple[Dispatched, Wait]:
+    def send(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, kept: Dispatched | None) -> tuple[Dispatched, Wait]:
         (tokens, top_k), n = index.shape, call.ep * call.capacity
         made = parts(x, top_k, weights.dtype, call.wire)
         payload = empty_rows(x, call.capacity, *made)

@@ -67,13 +67,9 @@ class AllToAll:
         (tokens, top_k), item = index.shape, x.dtype.itemsize
         there = row_bytes(*parts(x, top_k, weights.dtype, call.wire)) // item
         back = row_bytes(*parts(x, top_k, weights.dtype)[:2]) // item
-        return Shapes(
-            (size("received"), there), (0, top_k), (8 * tokens * top_k,), (size("pairs"), back), (0, top_k), own=0
-        )
+        return Shapes((size("received"), there), (0, top_k), (8 * tokens * top_k,), (size("pairs"), back), (0, top_k), own=0)
 
-    def send(
-        self, x: Tensor, index: Tensor, weights: Tensor, call: Call, kept: Dispatched | None
-    ) -> tuple[Dispatched, Wait]:
+    def send(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, kept: Dispatched | None) -> tuple[Dispatched, Wait]:
         top_k, payload = index.shape[1], None
         x = fp8_rows.encode(x) if call.wire else x
         if kept is None:

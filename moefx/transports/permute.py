@@ -170,9 +170,7 @@ class Picked(NamedTuple):
     out: Tensor  #: [N, K]
 
 
-def sum_rows(
-    rows: Tensor, place: Tensor, *, out: Tensor | None = None, picked: Picked | None = None
-) -> Tensor:
+def sum_rows(rows: Tensor, place: Tensor, *, out: Tensor | None = None, picked: Picked | None = None) -> Tensor:
     """rows [R, H], place [N, K]: which rows make up each result, -1 for none. -> [N, H]:
 
     ``out[n] = sum_k rows[place[n, k]]``, in the rows' dtype. rows and ``out`` may have strided rows.

@@ -154,7 +154,9 @@ def model_of(case: Case) -> Any:
         changes = {many: 1, chosen: 1} | {n: 1 for n in ("n_group", "topk_group") if hasattr(text, n)}
         return build(case.family, **changes)
     if case.experts == "all" and many and case.family != "llama4_text":
-        return build(case.family, **{chosen: getattr(text, many)}, **({"topk_group": text.n_group} if hasattr(text, "n_group") else {}))
+        return build(
+            case.family, **{chosen: getattr(text, many)}, **({"topk_group": text.n_group} if hasattr(text, "n_group") else {})
+        )
     return model
 
 
@@ -180,7 +182,9 @@ def train(case: Case, model: Any, wrapped: Any, ranks: list[int], device: str, o
     for step, ids in enumerate(zip(*(batches(case, r) for r in ranks))):
         losses = []
         for part in ids:
-            inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in FORMS[case.form](part.to(device), model).items()}
+            inputs = {
+                k: v.to(device) if isinstance(v, Tensor) else v for k, v in FORMS[case.form](part.to(device), model).items()
+            }
             with torch.autocast(device, dtype=torch.bfloat16, enabled=case.precision == "autocast"):
                 out = wrapped(**inputs)
                 no_loss = case.form == "no labels"

@@ -29,7 +29,18 @@ SUITES = {
     "GPU tests": "tests.gpu",
     "kernels": "tests.kernels",
 }
-PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "trl", "transformer-engine", "quack-kernels", "flash-attn-4", "deep_ep")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "accelerate",
+    "peft",
+    "trl",
+    "transformer-engine",
+    "quack-kernels",
+    "flash-attn-4",
+    "deep_ep",
+)
 
 
 def version(package: str) -> str | None:
@@ -53,7 +64,9 @@ def run(processes: int) -> tuple[int, list[ElementTree.Element]]:
         reports = {part: Path(folder, f"{Path(part).name}.xml") for part in shares}
         options = ["--dist", "loadgroup", "--durations", "10"]
         started = [
-            subprocess.Popen([sys.executable, "-m", "pytest", part, "-n", str(n), *options, f"--junit-xml={reports[part]}"], cwd=ROOT)
+            subprocess.Popen(
+                [sys.executable, "-m", "pytest", part, "-n", str(n), *options, f"--junit-xml={reports[part]}"], cwd=ROOT
+            )
             for part, n in shares.items()
         ]
         codes = [p.wait() for p in started]

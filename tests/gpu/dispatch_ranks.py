@@ -46,7 +46,9 @@ FP8 = 3 * 2.0**-4 / 3**0.5
 BLOCKS: dict[str, dict[str, Any]] = {
     "qwen3_moe": dict(h=2048, i=768, k=8, e=64, activation="swiglu"),
     "deepseek_v3": dict(h=7168, i=2048, k=8, e=16, activation="swiglu"),
-    "gpt_oss": dict(h=2880, i=2880, k=4, e=32, bias=True, activation="oai_swiglu", alpha=1.702, limit=7.0, transposed=True, interleaved=True),
+    "gpt_oss": dict(
+        h=2880, i=2880, k=4, e=32, bias=True, activation="oai_swiglu", alpha=1.702, limit=7.0, transposed=True, interleaved=True
+    ),
     "nemotron_h": dict(h=2688, i=1856, k=6, e=64, activation="relu2"),
 }
 #: name -> (tokens of a rank, which experts a token may choose and how likely) given rank, ranks, experts
@@ -181,7 +183,11 @@ def blocks(names: list[str], routings: list[str], tokens: int) -> None:
                     # a reference that is itself far off would let anything pass
                     check(f"{family}, {routing}, one process, {n}", alone_at < 0.05, f"{alone_at:.2e} from exact")
                     worst = max(worst, (distance / limit, n, distance, limit))
-                    check(f"{family}, {routing}, {mover}, {n}", distance <= limit, f"{distance:.2e} from exact, may be {limit:.2e}")
+                    check(
+                        f"{family}, {routing}, {mover}, {n}",
+                        distance <= limit,
+                        f"{distance:.2e} from exact, may be {limit:.2e}",
+                    )
                     same = "all_to_all, FP8" if how["wire"] else "all_to_all"
                     apart = far(f, results[same][names_of.index(n)])
                     check(f"{family}, {routing}, {mover}, {n}", apart <= 2 * U, f"{apart:.2e} from {same}")
@@ -192,7 +198,9 @@ def blocks(names: list[str], routings: list[str], tokens: int) -> None:
         gc.collect()
         if not CPU:
             torch.cuda.empty_cache()
-    check("after all blocks", not dispatch_combine._under_way, f"{len(dispatch_combine._under_way)} moves were never waited for")
+    check(
+        "after all blocks", not dispatch_combine._under_way, f"{len(dispatch_combine._under_way)} moves were never waited for"
+    )
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -285,7 +293,11 @@ def train(family: str, backends: tuple[str, ...], steps: int, compile: bool, chu
         if step % 50 == 49:
             say(f"{family} {backends}: step {step + 1}, loss {found.losses[-1]:.4f}")
     found.late, found.seconds = held(), (time.perf_counter() - started) / steps
-    check(f"{family} {backends}", not dispatch_combine._under_way, f"{len(dispatch_combine._under_way)} moves were never waited for")
+    check(
+        f"{family} {backends}",
+        not dispatch_combine._under_way,
+        f"{len(dispatch_combine._under_way)} moves were never waited for",
+    )
     if not alone:
         used = moefx.report(model).kernels()
         say(f"{family} {backends}: " + ", ".join(f"{op} -> {b}" for (op, b) in used if op in ("dispatch", "combine")))
@@ -343,7 +355,11 @@ def training(names: list[str], steps: int, compiled: bool, kinds_wanted: list[st
             name, fp8 = f"{family}, {kind}", "FP8" in kind
             check(name, drift < (5e-2 if fp8 else 2e-2), f"losses end {drift:.1e} apart")
             check(name, first_norm < (0.1 if fp8 else 2e-2), f"the first gradients' norms are {first_norm:.1e} apart")
-            check(name, many <= WARM or later_mib <= mib * 1.02 + (64 if CPU else 8), f"memory grows: {mib:.0f} -> {later_mib:.0f} MiB")
+            check(
+                name,
+                many <= WARM or later_mib <= mib * 1.02 + (64 if CPU else 8),
+                f"memory grows: {mib:.0f} -> {later_mib:.0f} MiB",
+            )
             check(name, many <= WARM or later_alive <= alive, f"tensors pile up: {alive} -> {later_alive}")
             check(name, many < 20 or tail(found.losses) < found.losses[0], "the loss does not fall")
 

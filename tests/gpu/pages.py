@@ -10,7 +10,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
 EXAMPLES = sorted(f"examples/{p.name}" for p in (ROOT / "examples").glob("*.py"))
-_COMMAND = re.compile(r"^ *((?:moefx|python|torchrun|accelerate|make) (?:[^\\\n]|\\\n)+)$", re.MULTILINE)  # with its continuations
+_COMMAND = re.compile(
+    r"^ *((?:moefx|python|torchrun|accelerate|make) (?:[^\\\n]|\\\n)+)$", re.MULTILINE
+)  # with its continuations
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 #: What is not run as written, by its beginning: another command that does the same, or why there is none.
 INSTEAD = {

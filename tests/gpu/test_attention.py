@@ -18,7 +18,11 @@ def inputs(batch, heads, shared, length, size, sinks, of_values=None):
     def normal(*shape):
         return torch.randn(shape, generator=g, device="cuda").bfloat16().requires_grad_()
 
-    q, k, v = normal(batch, heads, length, size), normal(batch, shared, length, size), normal(batch, shared, length, of_values or size)
+    q, k, v = (
+        normal(batch, heads, length, size),
+        normal(batch, shared, length, size),
+        normal(batch, shared, length, of_values or size),
+    )
     return [q, k, v, normal(heads) if sinks else None]
 
 
@@ -60,7 +64,9 @@ def test_sizes_of_flash_attention_4(size, of_values, heads, shared, sinks, windo
     shared = shared if size == of_values else heads
     # a lone key beside a sink: what q gets is a difference of two numbers that were rounded, and may be all rounding
     for length in (300, 1025) if sinks else (1, 300, 1025):
-        compare(fa4.attention, inputs(2, heads, shared, length, size, sinks, of_values), {"scale": size**-0.5, "window": window})
+        compare(
+            fa4.attention, inputs(2, heads, shared, length, size, sinks, of_values), {"scale": size**-0.5, "window": window}
+        )
 
 
 @pytest.mark.parametrize("sinks", [True, False])
@@ -69,8 +75,15 @@ def test_sizes_of_flash_attention_4(size, of_values, heads, shared, sinks, windo
 def test_packed_sequences(heads, shared, size, of_values, window, sinks):
     """Their kernels take no mask of all pairs, and values may be shorter than keys (multi-head latent attention)."""
     rows = [[1, 300, 99], [64, 64, 272]]
-    starts = torch.tensor([[start for n, start in zip(row, (0, *torch.tensor(row).cumsum(0).tolist())) for _ in range(n)] for row in rows])
-    compare(backend.attention, inputs(2, heads, shared, 400, size, sinks, of_values), {"scale": size**-0.5, "window": window}, starts.int().cuda())
+    starts = torch.tensor(
+        [[start for n, start in zip(row, (0, *torch.tensor(row).cumsum(0).tolist())) for _ in range(n)] for row in rows]
+    )
+    compare(
+        backend.attention,
+        inputs(2, heads, shared, 400, size, sinks, of_values),
+        {"scale": size**-0.5, "window": window},
+        starts.int().cuda(),
+    )
 
 
 def compare(fn, given, options, mask=None):

@@ -33,7 +33,9 @@ def train(model, step, given, every=1):
         if (i + 1) % every == 0:
             optimizer.step()
             optimizer.zero_grad()
-    return losses, {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().float() for n, p in model.named_parameters()}
+    return losses, {
+        n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().float() for n, p in model.named_parameters()
+    }
 
 
 def plain(model):
@@ -48,7 +50,9 @@ def plain(model):
 def differ(found, wanted):
     """What is not the same, bit for bit: the kernels are, and batches this small leave no sum whose order is open."""
     wrong = [f"losses {found[0]}, {wanted[0]}"] if found[0] != wanted[0] else []
-    return wrong + [f"{n}: {float((found[1][n] - w).abs().max()):.1e}" for n, w in wanted[1].items() if not torch.equal(found[1][n], w)]
+    return wrong + [
+        f"{n}: {float((found[1][n] - w).abs().max()):.1e}" for n, w in wanted[1].items() if not torch.equal(found[1][n], w)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -150,7 +154,9 @@ def test_the_trainers_steps(tmp_path, accumulation):
     for graph in (False, True):
         torch.manual_seed(0)
         model = moefx.optimize(build("qwen3_moe").to("cuda", torch.bfloat16), compile=False)
-        rows = [{n: t[0] for n, t in b.items() if n != "num_items_in_batch"} for b in batches(16, model.config.vocab_size, "cpu")]
+        rows = [
+            {n: t[0] for n, t in b.items() if n != "num_items_in_batch"} for b in batches(16, model.config.vocab_size, "cpu")
+        ]
         arguments = TrainingArguments(
             str(tmp_path), max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=accumulation, learning_rate=1e-3,
             adam_epsilon=1e-3, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, data_seed=0,
@@ -210,7 +216,9 @@ def test_over_ranks():
         port = str(free.getsockname()[1])
     env = {**os.environ, "NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, __file__]
-    ranks = [subprocess.Popen([*command, str(r), port], stdout=-1, stderr=subprocess.STDOUT, text=True, env=env) for r in (0, 1)]
+    ranks = [
+        subprocess.Popen([*command, str(r), port], stdout=-1, stderr=subprocess.STDOUT, text=True, env=env) for r in (0, 1)
+    ]
     try:
         said = [p.communicate(timeout=170)[0] for p in ranks]
     finally:

@@ -18,7 +18,16 @@ HERE = Path(__file__).parent
     reason="one GPU, and NCCL before 2.30 lets no two ranks share it",
 )
 def test_transports_agree_with_one_process_and_train():
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr",
+        "127.0.0.1",
+        "--nproc-per-node",
+        "2",
+    ]
     found = subprocess.run(
         [*launch, str(HERE / "dispatch_ranks.py"), "--steps", "20"],
         capture_output=True, text=True, timeout=600, env={**os.environ, "NCCL_MULTI_RANK_GPU_ENABLE": "1"},

@@ -55,7 +55,8 @@ def test_a_killed_rank_is_named():
         port = str(free.getsockname()[1])
     env = {**os.environ, "NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_SOCKET_IFNAME": "lo"}
     ranks = [
-        subprocess.Popen([sys.executable, __file__, str(r), port], stdout=-1, stderr=subprocess.STDOUT, text=True, env=env) for r in (0, 1)
+        subprocess.Popen([sys.executable, __file__, str(r), port], stdout=-1, stderr=subprocess.STDOUT, text=True, env=env)
+        for r in (0, 1)
     ]
     try:
         said = [p.communicate(timeout=110)[0] for p in ranks]  # less than the group's timeout
@@ -65,7 +66,7 @@ def test_a_killed_rank_is_named():
     assert ranks[1].returncode == -9 and "loss 1" in said[1]
     assert ranks[0].returncode != 0, said[0]
     assert re.search(r"rank 1 is lost: no sign of life for \d+ s", said[0]), said[0]
-    assert f"{Path(__file__).name}\", line" in said[0] and " in job" in said[0]  # where it waited: what waits first differs
+    assert f'{Path(__file__).name}", line' in said[0] and " in job" in said[0]  # where it waited: what waits first differs
 
 
 if __name__ == "__main__":

@@ -78,7 +78,18 @@ def checkpoint(tmp_path_factory) -> Path:
 
 def shell(command: str, folder: Path) -> str:
     """What a new user's shell prints: none of the tests' own variables."""
-    ours = ("TRITON_", "TORCH", "MOEFX_", "OMP_", "PYTEST_", "CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "LOCAL_", "NCCL_MULTI")
+    ours = (
+        "TRITON_",
+        "TORCH",
+        "MOEFX_",
+        "OMP_",
+        "PYTEST_",
+        "CUDA_VISIBLE_DEVICES",
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_",
+        "NCCL_MULTI",
+    )
     env = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
     if SHARED and Command("", command).over_ranks:

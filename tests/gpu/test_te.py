@@ -95,7 +95,9 @@ def test_grouped_mlp_is_refused_below_its_cublaslt():
     for place, shape in zip(places, ((8, 64), (4,), (4, 96, 64), (4, 64, 48)), strict=True):
         place.meta["val"] = torch.empty(shape, device=CUDA, dtype=torch.bfloat16)
     rows, counts, up, down = places
-    node = graph.call_function(torch.ops.moefx.grouped_mlp.default, (rows, counts, up, None, down, None), {"activation": "swiglu"})
+    node = graph.call_function(
+        torch.ops.moefx.grouped_mlp.default, (rows, counts, up, None, down, None), {"activation": "swiglu"}
+    )
     said = te.BACKEND.kernels[torch.ops.moefx.grouped_mlp.default].refuses(node)
     assert (said is None) == (grouped.cublaslt() >= grouped.CUBLASLT) and (said is None or "one cuBLAS call an expert" in said)
 
@@ -148,7 +150,9 @@ def test_a_model_lowers_to_the_backend_and_keeps_its_loss_and_gradients():
 
 
 @pytest.mark.parametrize("recipe", linear.RECIPES)
-@pytest.mark.parametrize("shape, out", (((1, 256), 128), ((2, 37, 256), 384), ((128, 512), 128), ((1000, 128), 256), ((0, 128), 128)), ids=str)
+@pytest.mark.parametrize(
+    "shape, out", (((1, 256), 128), ((2, 37, 256), 384), ((128, 512), 128), ((1000, 128), 256), ((0, 128), 128)), ids=str
+)
 def test_fp8_linear(recipe, shape, out):
     problem = linear.why_not(recipe)
     if problem:
@@ -170,10 +174,15 @@ def test_fp8_linear_compiled_in_one_graph(recipe):
     problem = linear.why_not(recipe)
     if problem:
         pytest.skip(problem)
-    compiled = torch.compile(lambda x, w: torch.ops.moefx.te_fp8_linear(x * 2, w, None, recipe).relu(), fullgraph=True, dynamic=True)
+    compiled = torch.compile(
+        lambda x, w: torch.ops.moefx.te_fp8_linear(x * 2, w, None, recipe).relu(), fullgraph=True, dynamic=True
+    )
     for tokens in (5, 130):
         given = [t.bfloat16() for t in (checks.normal(tokens, 256), checks.normal(128, 256, seed=1))]
-        wanted = checks.run(lambda x, w: torch.ops.moefx.te_fp8_linear(x * 2, w, None, recipe).relu(), checks.leaves(given, CUDA, torch.bfloat16))
+        wanted = checks.run(
+            lambda x, w: torch.ops.moefx.te_fp8_linear(x * 2, w, None, recipe).relu(),
+            checks.leaves(given, CUDA, torch.bfloat16),
+        )
         checks.compare(checks.run(compiled, checks.leaves(given, CUDA, torch.bfloat16)), wanted, torch.bfloat16)
 
 

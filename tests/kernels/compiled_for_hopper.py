@@ -69,7 +69,9 @@ def kernels() -> Iterator[JITFunction]:
     for module in pkgutil.iter_modules(moefx.kernels.__path__):
         if module.name == "te":
             continue
-        found = [f for f in vars(importlib.import_module(f"moefx.kernels.{module.name}")).values() if isinstance(f, JITFunction)]
+        found = [
+            f for f in vars(importlib.import_module(f"moefx.kernels.{module.name}")).values() if isinstance(f, JITFunction)
+        ]
         yield from (f for f in found if not any(f"{f.fn.__name__}(" in g.src.split("\n", 1)[1] for g in found if g is not f))
 
 
@@ -129,7 +131,9 @@ def launch_all(dtype: torch.dtype) -> None:
     for score, groups, first in (("sigmoid", 8, False), ("softmax", 1, True)):
         how |= {"score": score, "topk_first": first}
         bias = logits[0].float() if score == "sigmoid" else None
-        router.forward(logits, bias, k, dtype, groups=groups, topk_groups=min(4, groups), group_score="top2", zero_fill=True, **how)
+        router.forward(
+            logits, bias, k, dtype, groups=groups, topk_groups=min(4, groups), group_score="top2", zero_fill=True, **how
+        )
         router.backward(x[:, :k], logits, index, **how)
 
 

@@ -29,7 +29,9 @@ class Launcher:
     def __init__(self, source: Any, metadata: Any):
         pass
 
-    def __call__(self, x: int, y: int, z: int, stream: int, function: Any, packed: Any, metadata: Any, enter: Any, leave: Any, *args: Any):
+    def __call__(
+        self, x: int, y: int, z: int, stream: int, function: Any, packed: Any, metadata: Any, enter: Any, leave: Any, *args: Any
+    ):
         handed.append((x, y, z, stream, *args))
 
 

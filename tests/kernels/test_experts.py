@@ -63,7 +63,10 @@ def compare(found, wanted, dtype):
     for name, w in wanted.items():
         f = found[name]
         assert f is not None and f.shape == w.shape and f.dtype == dtype, name
-        far, size = float((f.double().cpu() - w.cpu()).abs().max()) if w.numel() else 0.0, float(w.abs().max()) if w.numel() else 1.0
+        far, size = (
+            float((f.double().cpu() - w.cpu()).abs().max()) if w.numel() else 0.0,
+            float(w.abs().max()) if w.numel() else 1.0,
+        )
         assert far <= TOLERANCE[dtype] * max(size, 1e-30) + 1e-12, f"{name}: {far:.1e} of {size:.1e}"
 
 
@@ -165,7 +168,11 @@ def test_sums_of_experts_with_many_rows(weighted, counts):
 
     g = torch.Generator().manual_seed(4)
     rows = sum(counts)
-    x, weights, order = torch.randn(rows, 70, generator=g), torch.randn(rows // 4, 4, generator=g), torch.randperm(rows, generator=g)
+    x, weights, order = (
+        torch.randn(rows, 70, generator=g),
+        torch.randn(rows // 4, 4, generator=g),
+        torch.randperm(rows, generator=g),
+    )
     offsets = torch.tensor(counts).cumsum(0)
     scaled = x.double() * (weights.flatten()[order].double().unsqueeze(1) if weighted else 1)
     wanted = torch.stack([part.sum(0) for part in scaled.split(counts)])
@@ -176,7 +183,10 @@ def test_sums_of_experts_with_many_rows(weighted, counts):
 
 
 def test_frozen_experts_get_no_gradient():
-    given = [None if t is None else t.to(DEVICE, torch.float32 if t.dtype.is_floating_point else t.dtype) for t in make(6, biased=True)]
+    given = [
+        None if t is None else t.to(DEVICE, torch.float32 if t.dtype.is_floating_point else t.dtype)
+        for t in make(6, biased=True)
+    ]
     wanted = run(EXPERTS, given, torch.float32, {"activation": "swiglu"}, DEVICE)
     given[0].requires_grad_()
     out = EXPERTS(*given, activation="swiglu")
@@ -205,7 +215,9 @@ def test_a_ranks_experts(biased, transposed):
 def weighted_rows(fn, given, counts, dtype, device, **options):
     """Outputs and gradients of a rank's experts [rows, row_weights, *weights]; the weights of rows stay in float32 (float64)."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    leaves = [None if t is None else t.to(device, wide if i == 1 else dtype, copy=True).requires_grad_() for i, t in enumerate(given)]
+    leaves = [
+        None if t is None else t.to(device, wide if i == 1 else dtype, copy=True).requires_grad_() for i, t in enumerate(given)
+    ]
     rows, row_weights, *weights = leaves
     out = fn(rows, counts.to(device), *weights, **options, row_weights=row_weights)
     asked = [t for t in leaves if t is not None]
@@ -214,7 +226,9 @@ def weighted_rows(fn, given, counts, dtype, device, **options):
 
 
 @pytest.mark.parametrize("counts", [[5, 0, 4, 2], [0, 0, 0, 0], [0, 0, 1, 0], [11, 0, 0, 0]], ids=str)
-@pytest.mark.parametrize("activation,biased,transposed", [("swiglu", False, False), ("oai_swiglu", True, True), ("relu2", True, False)])
+@pytest.mark.parametrize(
+    "activation,biased,transposed", [("swiglu", False, False), ("oai_swiglu", True, True), ("relu2", True, False)]
+)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_a_ranks_experts_weight_their_rows(dtype, activation, biased, transposed, counts):
     """Against a plain formula in float64 that autograd differentiates, the gradient of the rows' weights included."""
@@ -317,13 +331,28 @@ def test_a_ranks_experts_make_their_rows_again(case, dtype):
 @pytest.mark.parametrize("name", ["fused_experts", "fused_grouped_mlp"])
 def test_fakes_are_the_operations_shapes_and_dtypes(name, keep):
     """torch's own check of schema, fake and dynamic shapes; how the gradient is registered is not custom_op's way."""
-    x, index, scores, up, _, down, _ = (t if t is None else t.to(DEVICE, torch.float32 if t.is_floating_point() else t.dtype) for t in make(6))
+    x, index, scores, up, _, down, _ = (
+        t if t is None else t.to(DEVICE, torch.float32 if t.is_floating_point() else t.dtype) for t in make(6)
+    )
     rows, counts = x[:5], torch.tensor([2, 0, 1, 0, 2], device=DEVICE)
     options = "swiglu", 0.0, 0.0, False, False
     given = {
         "fused_experts": (x, index, scores, up, None, down, None, *options, "torch", keep),
         "fused_grouped_mlp": (
-            rows, counts, up, None, down, None, scores[:5, 0].contiguous(), None, None, None, *options, 1.0, "torch", keep,
+            rows,
+            counts,
+            up,
+            None,
+            down,
+            None,
+            scores[:5, 0].contiguous(),
+            None,
+            None,
+            None,
+            *options,
+            1.0,
+            "torch",
+            keep,
         ),
     }[name]
     given = [t.clone().requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in given]
@@ -374,7 +403,9 @@ def test_the_pass_leaves_out_pre_activations_and_nothing_else():
 
 
 def test_other_kernels_keep_what_they_keep():
-    model = moefx.optimize(build("qwen3_moe"), pipeline=default().after("lower", RecomputeExperts()), compile=False, backends=["torch"])
+    model = moefx.optimize(
+        build("qwen3_moe"), pipeline=default().after("lower", RecomputeExperts()), compile=False, backends=["torch"]
+    )
     missed = {c.what for c in moefx.report(model)["recompute_experts"].missed}
     assert missed == {"moefx.experts by torch keeps what it keeps: kernels of triton and quack can do without"}
 

@@ -22,7 +22,9 @@ from .test_experts import make, run  # noqa: E402
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 EXPERTS, GROUPED_MLP = (quack.FP8[op].fn for op in (ops.experts, grouped.grouped_mlp))
-products = pytest.mark.skipif(CUDA and quack.BACKEND.available() is not None, reason=f"no QuACK here: {quack.BACKEND.available()}")
+products = pytest.mark.skipif(
+    CUDA and quack.BACKEND.available() is not None, reason=f"no QuACK here: {quack.BACKEND.available()}"
+)
 BF16 = torch.bfloat16
 
 
@@ -125,7 +127,9 @@ def test_a_ranks_experts_are_those_of_a_process_and_two_runs_are_bitwise_equal()
     for _ in range(2):
         leaves = [t.to(DEVICE, BF16).requires_grad_() for t in (x[token], up, down)]
         row_weights = weights.flatten()[order.cpu().long()].to(DEVICE, torch.float32).requires_grad_()
-        rows = GROUPED_MLP(leaves[0], counts.to(DEVICE), leaves[1], None, leaves[2], None, activation="swiglu", row_weights=row_weights)
+        rows = GROUPED_MLP(
+            leaves[0], counts.to(DEVICE), leaves[1], None, leaves[2], None, activation="swiglu", row_weights=row_weights
+        )
         grads = torch.autograd.grad(rows, (*leaves, row_weights), torch.ones_like(rows))
         found.append([rows.detach(), *grads])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -14,7 +14,9 @@ from moefx.kernels import heads as heads_kernel  # noqa: E402
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def check(batch, length, heads, size, *, layout="half", dtype=torch.float32, weighted=True, shared=True, strided=False, **options):
+def check(
+    batch, length, heads, size, *, layout="half", dtype=torch.float32, weighted=True, shared=True, strided=False, **options
+):
     g = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -28,7 +30,9 @@ def check(batch, length, heads, size, *, layout="half", dtype=torch.float32, wei
 
     def run(fn, to, device):
         leaves = [t.to(device, to).requires_grad_() for t in (x, weight) if t is not None]
-        out = fn(leaves[0], leaves[1] if weighted else None, *(t.to(device, to) for t in tables), 1e-3, layout=layout, **options)
+        out = fn(
+            leaves[0], leaves[1] if weighted else None, *(t.to(device, to) for t in tables), 1e-3, layout=layout, **options
+        )
         return [out, *torch.autograd.grad(out, leaves, grad.to(device, to))]
 
     wanted = run(ops.BODIES[ops.norm_rotary], torch.float64, "cpu")

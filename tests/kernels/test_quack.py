@@ -18,7 +18,9 @@ from .test_experts import compare, make, run  # noqa: E402
 
 problem = backend.BACKEND.available() if torch.cuda.is_available() else "no CUDA device"
 pytestmark = pytest.mark.skipif(problem is not None, reason=str(problem))
-EXPERTS, GROUPED_MLP, HEAD = (backend.BACKEND.kernels[op].fn for op in (ops.experts, grouped.grouped_mlp, ops.linear_cross_entropy))
+EXPERTS, GROUPED_MLP, HEAD = (
+    backend.BACKEND.kernels[op].fn for op in (ops.experts, grouped.grouped_mlp, ops.linear_cross_entropy)
+)
 
 
 @pytest.mark.parametrize("tokens,experts,top_k,routing", [
@@ -33,7 +35,9 @@ EXPERTS, GROUPED_MLP, HEAD = (backend.BACKEND.kernels[op].fn for op in (ops.expe
 @pytest.mark.parametrize("hidden,size", [(24, 40), (2048, 256), (384, 320)])  # tiles of 128, 160, 192 columns
 def test_routings(tokens, experts, top_k, routing, options, hidden, size):
     layout = {"transposed": options.get("transposed", False), "biased": "transposed" in options}
-    given = make(tokens, experts, top_k, hidden, size, activation=options["activation"], dtype=torch.bfloat16, routing=routing, **layout)
+    given = make(
+        tokens, experts, top_k, hidden, size, activation=options["activation"], dtype=torch.bfloat16, routing=routing, **layout
+    )
     wanted = run(ops.BODIES[ops.experts], given, torch.float64, options, "cuda")
     compare(run(EXPERTS, given, torch.bfloat16, options, "cuda"), {k: t.cpu() for k, t in wanted.items()}, torch.bfloat16)
 
@@ -65,7 +69,9 @@ def test_head(tokens, vocabulary, hidden, rows, form, monkeypatch):
     """Several chunks add to the weight's gradient, the last one is shorter."""
     monkeypatch.setattr(chunked, "CHUNK", rows * vocabulary)
     g = torch.Generator(device="cuda").manual_seed(tokens)
-    exact = [torch.randn(n, hidden, generator=g, device="cuda").bfloat16().double().requires_grad_() for n in (tokens, vocabulary)]
+    exact = [
+        torch.randn(n, hidden, generator=g, device="cuda").bfloat16().double().requires_grad_() for n in (tokens, vocabulary)
+    ]
     labels = torch.randint(vocabulary, (tokens,), generator=g, device="cuda")
     labels[2::5] = -100
     given = [t.detach().bfloat16().requires_grad_() for t in exact]
@@ -82,7 +88,9 @@ def test_a_hidden_state_that_lies_otherwise_takes_torchs_product():
     hidden = torch.randn(64, 40, device="cuda").bfloat16()[:, 1:33]
     weight = torch.randn(80, 32, device="cuda").bfloat16()
     out = HEAD(hidden, weight.requires_grad_(), None, torch.arange(64, device="cuda"))
-    torch.testing.assert_close(out, ops.BODIES[ops.linear_cross_entropy](hidden, weight, None, torch.arange(64, device="cuda")), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        out, ops.BODIES[ops.linear_cross_entropy](hidden, weight, None, torch.arange(64, device="cuda")), rtol=1e-2, atol=1e-2
+    )
 
 
 def test_two_runs_are_bitwise_equal():

@@ -160,15 +160,21 @@ def test_the_pass_hands_streams_on(family, compiled):
         m(**given, use_cache=False).loss.backward()
     assert not moefx.report(model).fallbacks
     for (name, a), b in zip(plain.named_parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-5 * float(a.grad.abs().max()) + 1e-9, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            b.grad, a.grad, rtol=1e-3, atol=1e-5 * float(a.grad.abs().max()) + 1e-9, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_a_stream_that_is_handed_on_is_not_written():
-    model = moefx.optimize(build("qwen3_moe"), compile=False, backends=[Backend("fused", {ops.rms_norm: Kernel(backend.rms_norm)}), "torch"])
+    model = moefx.optimize(
+        build("qwen3_moe"), compile=False, backends=[Backend("fused", {ops.rms_norm: Kernel(backend.rms_norm)}), "torch"]
+    )
     function = next(f for f in moefx.report(model).program if f.module_class == "Qwen3MoeDecoderLayer")
     (stream,) = (n for n in function.graph.nodes if n.target is backend.normed_stream)
     cost, sizes = node_cost(stream, Sizes(function)), Sizes(function)
-    assert cost.written == sizes.bytes(value(stream)[0]) and cost.read == sum(sizes.bytes(value(n)) for n in stream.all_input_nodes)
+    assert cost.written == sizes.bytes(value(stream)[0]) and cost.read == sum(
+        sizes.bytes(value(n)) for n in stream.all_input_nodes
+    )
 
 
 @pytest.mark.parametrize("dtype,width,device,said", [
@@ -181,7 +187,11 @@ def test_a_stream_that_is_handed_on_is_not_written():
 def test_what_it_refuses(dtype, width, device, said):
     """Not dtypes that differ: the kernel promotes them as the body does."""
     with FakeTensorMode():
-        given = torch.empty(3, width, dtype=dtype, device=device), torch.empty(3, width, device=device), torch.empty(width, device=device)
+        given = (
+            torch.empty(3, width, dtype=dtype, device=device),
+            torch.empty(3, width, device=device),
+            torch.empty(width, device=device),
+        )
     graph = fx.Graph()
     inputs = [graph.placeholder(name) for name in ("x", "residual", "weight")]
     for node, val in zip(inputs, given, strict=True):

@@ -27,7 +27,10 @@ def test_join(batch, length, heads, size, dtype):
     found, total = out.to(DEVICE, copy=True).contiguous(), lse.to(DEVICE, copy=True)
     kernels.join_(found, total, sinks.to(DEVICE))
     assert float((total.cpu() - whole.logsumexp(-1)).abs().max()) <= 1e-4
-    assert float((found.cpu() - wanted).abs().max()) <= {torch.float32: 2e-5, torch.bfloat16: 2**-7 * float(wanted.abs().max())}[dtype]
+    assert (
+        float((found.cpu() - wanted).abs().max())
+        <= {torch.float32: 2e-5, torch.bfloat16: 2**-7 * float(wanted.abs().max())}[dtype]
+    )
 
 
 @pytest.mark.parametrize("batch,length,heads,size", [(1, 1, 1, 8), (2, 70, 3, 24), (3, 1030, 2, 64)])

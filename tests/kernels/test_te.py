@@ -69,7 +69,10 @@ def test_grouped_mlp_makes_its_rows_again(case):
 
 def test_attention_that_would_not_run_fused_says_what_transformer_engine_says():
     said = attention.why_not_fused(torch.bfloat16, 1, 4, 4, 64, 512, 512, 1.0, True, None, False)
-    assert said == "with cuDNN 9.12.0 Transformer Engine has no fused attention for this: Disabling FusedAttention: head_dim_qk = 512"
+    assert (
+        said
+        == "with cuDNN 9.12.0 Transformer Engine has no fused attention for this: Disabling FusedAttention: head_dim_qk = 512"
+    )
     q = torch.zeros(1, 4, 3, 512)
     with pytest.raises(MoefxError, match=r"for q \[1, 3, 4, 512\] it cannot run: with cuDNN .* Leave 'te' out of backends"):
         te.attention(q, q, q, None, None, scale=1.0, is_causal=True)
@@ -89,9 +92,17 @@ def test_torch_compile_keeps_the_kernels_in_one_graph():
 
     compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
     for tokens in (5, 12):
-        given = [checks.normal(tokens, 32), 1 + checks.normal(32, seed=1), checks.normal(32, 6, seed=2), checks.normal(6, seed=3), checks.normal(4, seed=4)]
+        given = [
+            checks.normal(tokens, 32),
+            1 + checks.normal(32, seed=1),
+            checks.normal(32, 6, seed=2),
+            checks.normal(6, seed=3),
+            checks.normal(4, seed=4),
+        ]
         wanted = checks.run(block, checks.leaves(given, CPU, torch.float32))
-        checks.compare(checks.run(compiled, checks.leaves(given, CPU, torch.float32)), {k: v for k, v in wanted.items()}, torch.float32)
+        checks.compare(
+            checks.run(compiled, checks.leaves(given, CPU, torch.float32)), {k: v for k, v in wanted.items()}, torch.float32
+        )
 
 
 @pytest.mark.parametrize("shape", ((16, 32), (2, 5, 32), (1, 32), (0, 32)))

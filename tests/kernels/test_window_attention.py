@@ -52,7 +52,9 @@ def test_sizes(batch, heads, shared, length, size, window, sinks, dtype):
     q, k, v, sink = inputs(batch, heads, shared, length, size, dtype)
     grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     given = (q, k, v, sink if sinks else None, grad, size**-0.5, window)
-    for name, f, w in zip(("out", "lse", "q", "k", "v", "delta"), found(*given), map(Tensor.detach, exact(*given)), strict=True):
+    for name, f, w in zip(
+        ("out", "lse", "q", "k", "v", "delta"), found(*given), map(Tensor.detach, exact(*given)), strict=True
+    ):
         assert f.shape == w.shape, name
         distance = float((f.double() - w).abs().max()) / max(float(w.abs().max()), 1.0)  # one key alone: q and k get zeros
         assert distance <= FAR[dtype], f"{name}: {distance:.1e}"
@@ -64,15 +66,21 @@ def beginnings(*rows):
     return torch.tensor(of_rows, dtype=torch.int32, device=DEVICE)
 
 
-@pytest.mark.parametrize("rows", [[[1]], [[7, 1, 60, 62], [130]], [[1] * 70], [[33, 64, 103], [64, 64, 72]], [[130, 70], [199, 1]]], ids=str)
-@pytest.mark.parametrize("heads,shared,size,window,sinks", [(4, 2, 64, 1000, False), (2, 1, 24, 20, True), (2, 2, 128, 64, False)])
+@pytest.mark.parametrize(
+    "rows", [[[1]], [[7, 1, 60, 62], [130]], [[1] * 70], [[33, 64, 103], [64, 64, 72]], [[130, 70], [199, 1]]], ids=str
+)
+@pytest.mark.parametrize(
+    "heads,shared,size,window,sinks", [(4, 2, 64, 1000, False), (2, 1, 24, 20, True), (2, 2, 128, 64, False)]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_packed_sequences(rows, heads, shared, size, window, sinks, dtype):
     length = sum(rows[0])
     q, k, v, sink = inputs(len(rows), heads, shared, length, size, dtype, seed=2)
     grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE, dtype)
     given = (q, k, v, sink if sinks else None, grad, size**-0.5, window, beginnings(*rows))
-    for name, f, w in zip(("out", "lse", "q", "k", "v", "delta"), found(*given), map(Tensor.detach, exact(*given)), strict=True):
+    for name, f, w in zip(
+        ("out", "lse", "q", "k", "v", "delta"), found(*given), map(Tensor.detach, exact(*given)), strict=True
+    ):
         distance = float((f.double() - w).abs().max()) / max(float(w.abs().max()), 1.0)
         assert f.shape == w.shape and distance <= FAR[dtype], f"{name}: {distance:.1e}"
 

@@ -40,7 +40,9 @@ def digests(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def run(rank: int, folder: Path, first: int, last: int, *, resume: bool, killed_at: int = -1, save_at: int = -1, bad_at: int = -1):
+def run(
+    rank: int, folder: Path, first: int, last: int, *, resume: bool, killed_at: int = -1, save_at: int = -1, bad_at: int = -1
+):
     """Trains steps first to last, printing losses; rank 1 dies in the backward of ``killed_at``."""
     model = moefx.parallelize(build("qwen3_moe"), ep_size=2, compile=False, check_numerics=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
@@ -115,7 +117,15 @@ def first_rank_fails(rank: int, folder: Path) -> None:
     dist.all_reduce(torch.ones(1))
 
 
-SCENARIOS = (killed_in_a_forward, killed_in_a_step, killed_in_a_checkpoint, killed_in_save_pretrained, not_a_number, stuck, first_rank_fails)
+SCENARIOS = (
+    killed_in_a_forward,
+    killed_in_a_step,
+    killed_in_a_checkpoint,
+    killed_in_save_pretrained,
+    not_a_number,
+    stuck,
+    first_rank_fails,
+)
 
 
 def world_of(scenario) -> int:

@@ -19,7 +19,9 @@ def distances_in_bf16(plain: Any, batch: Mapping[str, Any], **options: Any) -> t
     for m in (copy.deepcopy(plain), rounded, model):
         m.zero_grad()
         m(**batch).loss.backward()
-        found.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().double() for p in m.parameters()]))
+        found.append(
+            torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().double() for p in m.parameters()])
+        )
     own, ours = (float((g - found[0]).norm() / found[0].norm()) for g in found[1:])
     return ours, own
 

@@ -53,7 +53,9 @@ def _structure(module: Any) -> tuple:
 
     parts = [(path, name.removeprefix("FSDP"), *rest) for path, _, name, *rest, _ in hf.structure(module)]
     configs = {id(m.config): m.config.to_dict() for m in module.modules() if hasattr(m, "config")}
-    said = sorted(json.dumps({k: v for k, v in c.items() if k not in _ABOUT}, sort_keys=True, default=str) for c in configs.values())
+    said = sorted(
+        json.dumps({k: v for k, v in c.items() if k not in _ABOUT}, sort_keys=True, default=str) for c in configs.values()
+    )
     return (repr(parts), *said)
 
 

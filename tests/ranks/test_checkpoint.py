@@ -102,7 +102,9 @@ def test_saved_as_plain_transformers_saves(saved, name):
     from transformers import AutoModelForCausalLM
 
     folder, results = saved
-    AutoModelForCausalLM.from_pretrained(folder / f"{name}-again").save_pretrained(folder / f"{name}-plain", max_shard_size="60KB")
+    AutoModelForCausalLM.from_pretrained(folder / f"{name}-again").save_pretrained(
+        folder / f"{name}-plain", max_shard_size="60KB"
+    )
     ours, theirs = (sorted(p.name for p in (folder / f"{name}-{k}").iterdir()) for k in ("again", "plain"))
     assert ours == theirs and len([f for f in ours if f.endswith(".safetensors")]) > 2
     first, whole = {}, {}
@@ -146,7 +148,13 @@ def bad_folders(rank, world, folder):
 
     sentences = []
     source = Path(folder, "qwen3_moe-again")
-    changes = (("num_hidden_layers", 3), ("num_hidden_layers", 1), ("vocab_size", 128), ("num_local_experts", 4), ("num_local_experts", 16))
+    changes = (
+        ("num_hidden_layers", 3),
+        ("num_hidden_layers", 1),
+        ("vocab_size", 128),
+        ("num_local_experts", 4),
+        ("num_local_experts", 16),
+    )
     for key, value in changes:
         config = json.loads((source / "config.json").read_text())
         config[key] = value
@@ -190,7 +198,9 @@ def wrong_folders(folder):
         if kind == "pickled":
             torch.save(tensors, made / "pytorch_model.bin")
         else:
-            save_file({n: t.contiguous().clone() for n, t in tensors.items()}, made / "model.safetensors", metadata={"format": "pt"})
+            save_file(
+                {n: t.contiguous().clone() for n, t in tensors.items()}, made / "model.safetensors", metadata={"format": "pt"}
+            )
     half = folder / "wrong-half/model.safetensors"
     half.write_bytes(half.read_bytes()[:5000])
 
@@ -251,7 +261,9 @@ def test_a_save_that_dies_between_two_renames(tmp_path, monkeypatch):
         for death in range(100):
             folder = tmp_path / f"{sizes}-{death}"
             checkpoint.save_pretrained(old, folder, max_shard_size=sizes[0])
-            (folder / "model-00001-of-00077.safetensors.incomplete").write_bytes(b"half")  # of another one, that died while writing
+            (folder / "model-00001-of-00077.safetensors.incomplete").write_bytes(
+                b"half"
+            )  # of another one, that died while writing
             (folder / "tokenizer.json").write_text("{}")
             left = iter(range(death, -1, -1))
 
@@ -356,8 +368,16 @@ def test_random_states_and_optimizer_tensors(tmp_path):
     assert draw() == wanted and [len(g["params"]) for g in optimizer.param_groups] == [len(list(model.parameters())), 0]
     moefx.save_checkpoint(tmp_path / "frozen", *made(frozen="experts"))
     for folder, (model, optimizer), text in (
-        ("frozen", made(), "lacks the optimizer's state.model.layers.0.mlp.experts.down_proj.exp_avg, which this optimizer has"),
-        ("all", made(frozen="experts"), "has the optimizer's state.model.layers.0.mlp.experts.down_proj.exp_avg, which this optimizer l"),
+        (
+            "frozen",
+            made(),
+            "lacks the optimizer's state.model.layers.0.mlp.experts.down_proj.exp_avg, which this optimizer has",
+        ),
+        (
+            "all",
+            made(frozen="experts"),
+            "has the optimizer's state.model.layers.0.mlp.experts.down_proj.exp_avg, which this optimizer l",
+        ),
         ("all", made(torch.optim.SGD), "has the optimizer's state.lm_head.weight.exp_avg, which this optimizer lacks"),
     ):
         with pytest.raises(moefx.MoefxError, match=text):
@@ -471,4 +491,6 @@ def test_no_rank_holds_the_model(tmp_path):
     for rank in run(held, 4, str(tmp_path), timeout=300):
         assert rank["whole"] > 400e6 and rank["share"] < 0.26 * rank["whole"]
         assert rank["load"] < rank["share"] + rank["largest"] + slack < 0.5 * rank["whole"]
-        assert rank["save"] < 50e6 + 3 * rank["block"] + slack < 0.7 * rank["whole"]  # gathered, split by expert, and in transit
+        assert (
+            rank["save"] < 50e6 + 3 * rank["block"] + slack < 0.7 * rank["whole"]
+        )  # gathered, split by expert, and in transit

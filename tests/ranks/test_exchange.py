@@ -296,7 +296,9 @@ def test_a_rank_that_does_not_come_is_an_error_that_names_layer_rank_and_counts(
     if len(ranks) == 2:
         first, second = ranks[0]["hangs"]
         assert first.startswith("dispatch of model.layers.7 did not end on rank 0 of 2, which has 6 tokens and has not heard")
-        assert second.startswith("combine of model.layers.7 did not end on rank 0 of 2, which has 6 tokens and sends/receives: rank 0 ")
+        assert second.startswith(
+            "combine of model.layers.7 did not end on rank 0 of 2, which has 6 tokens and sends/receives: rank 0 "
+        )
         assert ranks[1]["hangs"] == []
 
 

@@ -55,7 +55,9 @@ def test_killed_in_a_step(said):
     _, of, code = said
     assert code("killed_in_a_step") == 1
     assert len(losses(of("killed_in_a_step", 0))) == len(losses(of("killed_in_a_step", 1))) == 5
-    assert re.search(r"moefx: rank 1 is lost: no sign of life for \d+ s \(.*\); rank 0 ends because of that", of("killed_in_a_step", 0))
+    assert re.search(
+        r"moefx: rank 1 is lost: no sign of life for \d+ s \(.*\); rank 0 ends because of that", of("killed_in_a_step", 0)
+    )
 
 
 def test_numbers_that_are_not_finite(said):
@@ -73,7 +75,9 @@ def test_first_rank_fails(said):
     _, of, code = said
     assert code("first_rank_fails") == 1
     for rank in (1, 2, 3):
-        assert "rank 0 failed: ValueError: the tokenizer's 12 and the model's 10 tokens disagree" in of("first_rank_fails", rank), rank
+        assert "rank 0 failed: ValueError: the tokenizer's 12 and the model's 10 tokens disagree" in of(
+            "first_rank_fails", rank
+        ), rank
 
 
 def test_stuck(said):

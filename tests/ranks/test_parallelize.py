@@ -205,8 +205,28 @@ FEW = "fewer experts than ranks"  #: of tests/families.py
 @pytest.mark.parametrize(
     "world, cases",
     [
-        (2, [(QWEN, 1, 1, 3, True), (QWEN, 2, 1, 1, False), (QWEN, 1, 2, 1, False), (STARVED, 2, 1, 3, False), ("llama4_text", 2, 1, 1, False)]),
-        (4, [(QWEN, 2, 1, 3, True), (QWEN, 2, 2, 1, True), (QWEN, 4, 1, 3, False), (QWEN, 1, 2, 3, False), ("gpt_oss", 2, 1, 1, False), (FEW, 2, 1, 1, True), (FEW, 1, 1, 1, False)]),
+        (
+            2,
+            [
+                (QWEN, 1, 1, 3, True),
+                (QWEN, 2, 1, 1, False),
+                (QWEN, 1, 2, 1, False),
+                (STARVED, 2, 1, 3, False),
+                ("llama4_text", 2, 1, 1, False),
+            ],
+        ),
+        (
+            4,
+            [
+                (QWEN, 2, 1, 3, True),
+                (QWEN, 2, 2, 1, True),
+                (QWEN, 4, 1, 3, False),
+                (QWEN, 1, 2, 3, False),
+                ("gpt_oss", 2, 1, 1, False),
+                (FEW, 2, 1, 1, True),
+                (FEW, 1, 1, 1, False),
+            ],
+        ),
         (8, [(QWEN, 8, 1, 3, True), (QWEN, 2, 2, 3, False)]),
     ],
     ids=["2 ranks", "4 ranks", "8 ranks"],

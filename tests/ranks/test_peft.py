@@ -51,12 +51,16 @@ def agrees(rank, world, cases, folder):
         else:
             model = moefx.optimize(model, ep_size=ep, compile=False, strict=True)
             step_model = DistributedDataParallel(model)
-        optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2, eps=1e-3) for m in (model, one)]
+        optimizers = [
+            torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2, eps=1e-3) for m in (model, one)
+        ]
         for step in range(2):
             batches = [batch(2, 9, seed=10 * step + r) for r in range(world)]
             step_model(**batches[rank]).loss.backward()
             sum(one(**b).loss / world for b in batches).backward()
-            trained = [(n, p, q) for (n, p), q in zip(model.named_parameters(), one.parameters(), strict=True) if q.grad is not None]
+            trained = [
+                (n, p, q) for (n, p), q in zip(model.named_parameters(), one.parameters(), strict=True) if q.grad is not None
+            ]
             if any(p.grad is not None and q.grad is None for p, q in zip(model.parameters(), one.parameters(), strict=True)):
                 wrong.append(f"{name} {how}: a frozen parameter got a gradient")
             for n, p, q in trained:
@@ -95,7 +99,11 @@ def saved_as_one(name, path, one):
     with torch.no_grad():
         a, b = (m(**batch(2, 7, seed=9)).logits for m in (plain, one))
     one.train()
-    return [] if torch.allclose(a, b, atol=1e-4) else [f"{name}: the saved adapter's logits are off by {float((a - b).abs().max()):.1e}"]
+    return (
+        []
+        if torch.allclose(a, b, atol=1e-4)
+        else [f"{name}: the saved adapter's logits are off by {float((a - b).abs().max()):.1e}"]
+    )
 
 
 @pytest.mark.parametrize(

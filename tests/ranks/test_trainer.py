@@ -85,7 +85,14 @@ def adapters(rank, world, folder):
             report_to="none", use_cpu=True, disable_tqdm=True, train_sampling_strategy="sequential", gradient_checkpointing=True,
             **{"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2, **options},
         )  # fmt: skip
-        return Trainer(model, arguments, train_dataset=rows[:32], eval_dataset=rows[32:], callbacks=list(callbacks), log_router_load="model")
+        return Trainer(
+            model,
+            arguments,
+            train_dataset=rows[:32],
+            eval_dataset=rows[32:],
+            callbacks=list(callbacks),
+            log_router_load="model",
+        )
 
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
@@ -95,7 +102,11 @@ def adapters(rank, world, folder):
         torch.manual_seed(seed)  # of the adapter's weights
         return moefx.parallelize(get_peft_model(build("qwen3_moe"), lora), ep_size=ep, compile=False, **options)
 
-    runs = trainer("whole", spread(), save_strategy="no"), trainer("stopped", spread(), [Stop()]), trainer("stopped", spread(7, ep=1))
+    runs = (
+        trainer("whole", spread(), save_strategy="no"),
+        trainer("stopped", spread(), [Stop()]),
+        trainer("stopped", spread(7, ep=1)),
+    )
     for i, run_ in enumerate(runs):
         run_.train(resume_from_checkpoint=i == 2)
     losses = [[h["loss"] for h in runs[i].state.log_history if "loss" in h] for i in (0, 2)]
@@ -119,7 +130,9 @@ def test_resume_with_an_adapter_and_the_best_model(tmp_path):
     for (whole, resumed), (first, *evaluated, again), error in run(adapters, 2, str(tmp_path), timeout=300):
         assert len(whole) == 4 and whole == pytest.approx(resumed, rel=1e-6)  # at another ep_size: to rounding
         assert len(evaluated) == 4 and again == max(evaluated) > evaluated[-1] + 0.1 and abs(first - evaluated[0]) > 0.1
-        assert error.startswith("step 2 (forward 3) on rank ") and "of the routing logits of model.layers.0.mlp are NaN" in error
+        assert (
+            error.startswith("step 2 (forward 3) on rank ") and "of the routing logits of model.layers.0.mlp are NaN" in error
+        )
 
 
 def twice(rank, world):

@@ -51,7 +51,10 @@ _OWN: dict[str, dict[str, Any]] = {
     "gemma4_text": {"pad_token_id": 0},  # stands in the text where images are
     "glm4v_moe_text": {
         "rope_parameters": {
-            "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2],
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [1, 1, 2],
         },
     },
     "mistral4": {"qk_nope_head_dim": 8, "v_head_dim": 16},

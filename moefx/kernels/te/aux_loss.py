@@ -30,9 +30,7 @@ def _(logits, top_k):
 
 
 @torch.library.custom_op("moefx::te_load_balancing_loss_backward", mutates_args=())
-def te_load_balancing_loss_backward(
-    grad: Tensor, probabilities: Tensor, rows: Tensor, factor: Tensor, top_k: int
-) -> Tensor:
+def te_load_balancing_loss_backward(grad: Tensor, probabilities: Tensor, rows: Tensor, factor: Tensor, top_k: int) -> Tensor:
     """The gradient of the logits [T, E]."""
     te = extension()
     to_scores = te.fused_moe_aux_loss_bwd(factor, rows, *probabilities.shape, grad)

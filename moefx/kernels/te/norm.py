@@ -64,9 +64,7 @@ te_rms_norm.register_autograd(_backward, setup_context=_save)
 
 
 @torch.library.custom_op("moefx::te_add_rms_norm", mutates_args=())
-def te_add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, centered: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def te_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, centered: bool) -> tuple[Tensor, Tensor, Tensor]:
     """y, x + residual, and 1 / rms [rows] fp32 for the backward; see :func:`te_rms_norm`."""
     total = (x + residual).contiguous()
     y, scale = torch.ops.moefx.te_rms_norm(total, weight, eps, centered)

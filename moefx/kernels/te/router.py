@@ -40,9 +40,7 @@ def _(logits, bias, top_k, score, softmax_first, groups, topk_groups, scale):
 
 
 @torch.library.custom_op("moefx::te_route_backward", mutates_args=())
-def te_route_backward(
-    grad: Tensor, index: Tensor, scores: Tensor, score: str, softmax_first: bool, scale: float
-) -> Tensor:
+def te_route_backward(grad: Tensor, index: Tensor, scores: Tensor, score: str, softmax_first: bool, scale: float) -> Tensor:
     """The gradient of the logits [T, E] from that of the weights [T, K]."""
     to_logits = torch.empty_like(scores)
     if scores.shape[0]:
