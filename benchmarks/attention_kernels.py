@@ -51,9 +51,23 @@ def calls(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, by: str) -> tuple[Calla
         out, lse, *_ = forward()
         state = torch.zeros(2, dtype=torch.uint64, device=q.device)
         backward = partial(
-            aten._scaled_dot_product_cudnn_attention_backward, grad, q, k, v, out, lse, *state, None, None, None, q.shape[2],
-            k.shape[2], 0.0, True, scale=scale,
-        )  # fmt: skip
+            aten._scaled_dot_product_cudnn_attention_backward,
+            grad,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            *state,
+            None,
+            None,
+            None,
+            q.shape[2],
+            k.shape[2],
+            0.0,
+            True,
+            scale=scale,
+        )
         return forward, backward
     given = None, scale, None, None, by
     forward = partial(flash_attention, q, k, v, *given)

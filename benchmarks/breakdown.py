@@ -176,8 +176,11 @@ def work(model: nn.Module, batch: int, seq: int) -> dict[str, dict[str, float]]:
 def _attention_windows(config: Any) -> list[int | None]:
     """For each layer with attention, its window; None: all that came before."""
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    return [config.sliding_window if k == "sliding_attention" else None for k in kinds if k.endswith("attention")
-            and k != "linear_attention"]  # fmt: skip
+    return [
+        config.sliding_window if k == "sliding_attention" else None
+        for k in kinds
+        if k.endswith("attention") and k != "linear_attention"
+    ]
 
 
 def roofline(needed: Mapping[str, Mapping[str, float]], reach: Mapping[str, float], ms: float) -> dict[str, float]:
@@ -194,8 +197,9 @@ def floors(needed: Mapping[str, Mapping[str, float]], reach: Mapping[str, float]
     """The least milliseconds of each kind's work, the larger of its arithmetic and its bytes: what its kernels can reach."""
     return {
         k: max(needed["flops"].get(k, 0) / reach["tflops"], needed["bytes"].get(k, 0) / reach["tb_per_s"]) / 1e9
-        for k in KINDS if k in needed["flops"] or k in needed["bytes"]
-    }  # fmt: skip
+        for k in KINDS
+        if k in needed["flops"] or k in needed["bytes"]
+    }
 
 
 def show(who: str, batch: int, found: Mapping[str, Any]) -> None:

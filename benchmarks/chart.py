@@ -60,10 +60,15 @@ def panels(record: Mapping[str, Any]) -> list[tuple[str, dict[str, list[Bar]]]]:
     found = []
     for routing in dict.fromkeys(r["routing"] for r in record["rows"]):
         rows = (
-            (r["who"], r["mbs"], r["tokens_per_s_per_gpu"]["mean"],
-             _times(r["who"], r["speedup"].get("hf_fsdp")) + (" r" if r["recompute"] else ""))
-            for r in record["rows"] if r["routing"] == routing
-        )  # fmt: skip
+            (
+                r["who"],
+                r["mbs"],
+                r["tokens_per_s_per_gpu"]["mean"],
+                _times(r["who"], r["speedup"].get("hf_fsdp")) + (" r" if r["recompute"] else ""),
+            )
+            for r in record["rows"]
+            if r["routing"] == routing
+        )
         found.append((name + (ROUTING[routing] or ", real routing"), _by_contender(rows)))
     return found
 

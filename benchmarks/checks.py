@@ -46,9 +46,10 @@ def reference(name: str, balanced: bool, model: nn.Module, batch: Mapping[str, T
     """Loss, gradients and choices of the same weights (each bf16 number is an fp32 number) computed in fp32."""
     with torch.device("meta"):
         exact = AutoModelForCausalLM.from_config(
-            config(name, model.config.num_hidden_layers), dtype=torch.float32,
+            config(name, model.config.num_hidden_layers),
+            dtype=torch.float32,
             attn_implementation=MODELS[name].check_attention or MODELS[name].attention,
-        )  # fmt: skip
+        )
     # assign: the meta parameters are replaced, and no random initialization is drawn that nobody uses
     exact.load_state_dict({n: t.float() for n, t in model.state_dict().items()}, assign=True)
     # rotary frequencies are buffers outside of the state dict, and fp32 in every model
@@ -76,9 +77,15 @@ def reference(name: str, balanced: bool, model: nn.Module, batch: Mapping[str, T
 
 
 def check(
-    name: str, balanced: bool, model: nn.Module, other: nn.Module, batch: Mapping[str, Tensor], *, graph: bool = False,
+    name: str,
+    balanced: bool,
+    model: nn.Module,
+    other: nn.Module,
+    batch: Mapping[str, Tensor],
+    *,
+    graph: bool = False,
     coarser: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """moefx and Transformers against fp32 on a batch, and against each other: whose rounding is whose.
 
     Args:
@@ -94,8 +101,10 @@ def check(
 
     loss, wanted, picked = reference(name, balanced, model, batch)
     record: dict[str, Any] = {
-        "sequences": list(batch["input_ids"].shape), "loss": {"fp32": loss}, "flipped": {},
-    }  # fmt: skip
+        "sequences": list(batch["input_ids"].shape),
+        "loss": {"fp32": loss},
+        "flipped": {},
+    }
     far: dict[str, dict[str, float]] = {}
     chosen, found, gaps = {}, {}, {}
     tokens, sizes = batch["input_ids"].numel(), {n: p.numel() for n, p in model.named_parameters()}
@@ -114,8 +123,17 @@ def check(
         apart = common.distances(found["hf"], found[who])
         record["flipped"][f"{who} against hf"] = flipped(chosen["hf"], chosen[who])
         record[f"{who} against hf"] = common.spread(apart)
-        found_so = judge(far["hf"], far[who], apart, gaps["hf"], gaps[who], sizes=sizes, tokens=tokens, dtype=model.dtype,
-                         share=max(record["flipped"][f"{who} against fp32"]))  # fmt: skip
+        found_so = judge(
+            far["hf"],
+            far[who],
+            apart,
+            gaps["hf"],
+            gaps[who],
+            sizes=sizes,
+            tokens=tokens,
+            dtype=model.dtype,
+            share=max(record["flipped"][f"{who} against fp32"]),
+        )
         if coarser:
             found_so["problems"] = [p for p in found_so["problems"] if not p.startswith("grad ")]
         return found_so
@@ -192,9 +210,11 @@ def judge(
     if not other_loss <= max(FARTHER * hf_loss, rounding):
         problems.append(f"loss: {other_loss:.1e} from fp32, Transformers {hf_loss:.1e}")
     return {
-        "ratio": common.spread(ratios), "floor": floor, "distances": {n: [hf[n], other[n]] for n in other},
+        "ratio": common.spread(ratios),
+        "floor": floor,
+        "distances": {n: [hf[n], other[n]] for n in other},
         "problems": problems,
-    }  # fmt: skip
+    }
 
 
 def show(depths: Sequence[Mapping[str, Any]]) -> None:
@@ -207,7 +227,17 @@ def show(depths: Sequence[Mapping[str, Any]]) -> None:
                 gap = c["loss_gap"].get(who.split()[0]) if who.endswith("fp32") else None
                 gap = abs(c["loss"][who.split()[0]] - c["loss"]["hf"]) / abs(c["loss"]["hf"]) if gap is None else gap
                 share = statistics.fmean(c["flipped"][who])
-                rows.append((d["layers"], name, who, f"{gap:.1e}", f"{found['max']:.1e}", f"{found['mean']:.1e}",
-                             found["worst"].removeprefix("model."), f"{share:.2%}"))  # fmt: skip
+                rows.append(
+                    (
+                        d["layers"],
+                        name,
+                        who,
+                        f"{gap:.1e}",
+                        f"{found['max']:.1e}",
+                        f"{found['mean']:.1e}",
+                        found["worst"].removeprefix("model."),
+                        f"{share:.2%}",
+                    )
+                )
     columns = ("layers", "batch", "who", "loss", "grad max", "mean", "worst", "other experts")
     common.show("relative distance of the loss and of all gradients (L2)", columns, rows)

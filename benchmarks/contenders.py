@@ -113,9 +113,13 @@ def _failure(error: BaseException, here: Rank) -> dict[str, Any]:
     if "Duplicate GPU detected" in text:
         text += ": ranks share a GPU, which takes NCCL 2.30 or later"
     return {
-        "kind": "memory" if isinstance(error, torch.OutOfMemoryError) else "error", "rank": here.rank, "row": here.row,
-        "at": time.time(), "why": f"{type(error).__name__}: {text}", "trace": traceback.format_exc(),
-    }  # fmt: skip
+        "kind": "memory" if isinstance(error, torch.OutOfMemoryError) else "error",
+        "rank": here.rank,
+        "row": here.row,
+        "at": time.time(),
+        "why": f"{type(error).__name__}: {text}",
+        "trace": traceback.format_exc(),
+    }
 
 
 class Rank:
@@ -154,8 +158,10 @@ def run(here: Rank) -> None:
     contender = BUILDERS[job.contender](here)
     parameters = sum(p.numel() for p in contender.model.parameters())
     local = sum(common.local(p).nbytes for p in contender.model.parameters())
-    here.tell("built", {"seconds": time.perf_counter() - started, "parameters": parameters,
-                        "weights_gib": max(here.gather(local)) / 2**30})  # fmt: skip
+    here.tell(
+        "built",
+        {"seconds": time.perf_counter() - started, "parameters": parameters, "weights_gib": max(here.gather(local)) / 2**30},
+    )
     kept = Path(job.folder, "tunings.json")
     if tunings.load(kept):
         here.tell("note", {"triton_tunings": "of the contender before"})
@@ -259,9 +265,14 @@ def expert_parallel(here: Rank, pipeline: Callable[[], Any] = passes.default, gr
     first = job.rows[0].routing if job.rows else job.check[0]
     tokens = job.rows[0].mbs * job.seq if job.rows else job.check_seq
     model = moefx.parallelize(
-        _empty(job), ep_size=here.ranks, lost_after=0, pipeline=pipeline(), balanced_routing=first == "balanced",
-        dispatch_capacity=tokens if graph else 0, **options,
-    )  # fmt: skip
+        _empty(job),
+        ep_size=here.ranks,
+        lost_after=0,
+        pipeline=pipeline(),
+        balanced_routing=first == "balanced",
+        dispatch_capacity=tokens if graph else 0,
+        **options,
+    )
     now = first, tokens if graph else 0
 
     def route(name: str, tokens: int) -> None:
@@ -280,7 +291,7 @@ def expert_parallel(here: Rank, pipeline: Callable[[], Any] = passes.default, gr
             "kernels": {f"{op} by {backend}": many for (op, backend), (many, _) in report.kernels().items()},
             "fallbacks": [f"{p}: {r}: {n} times" for (p, r), n in report.fallbacks.items()],
             "optimize_s": report.seconds,
-        }  # fmt: skip
+        }
 
     return Contender(model, route, moefx.record_routes, finish, graph)
 
@@ -339,9 +350,18 @@ def check(here: Rank, contender: Contender, name: str) -> None:
     common.drop_gradients(model)
     common.free(here.device, code=False)
     dist.barrier()  # all files are there
-    here.tell("checked", {"routing": name, "loss": found["loss"], "norm": found["norm"], "tokens": job.check_seq * here.ranks,
-                          "step_s": stepped - began, "sketch_s": time.perf_counter() - stepped,
-                          "sizes": {n: p.numel() for n, p in model.named_parameters()}})  # fmt: skip
+    here.tell(
+        "checked",
+        {
+            "routing": name,
+            "loss": found["loss"],
+            "norm": found["norm"],
+            "tokens": job.check_seq * here.ranks,
+            "step_s": stepped - began,
+            "sketch_s": time.perf_counter() - stepped,
+            "sizes": {n: p.numel() for n, p in model.named_parameters()},
+        },
+    )
 
 
 def check_file(job: Job, contender: str, name: str, rank: int | None = None) -> Path:
@@ -390,13 +410,21 @@ def measure(here: Rank, contender: Contender, row: Row, left: int) -> None:
         mine = timed(model, step, batch, here.device, steps, fresh=not contender.graph)
     found = here.gather(mine)
     per_s = [row.mbs * job.seq / r["median_ms"] * 1e3 for r in found]
-    here.tell("row_done", {
-        "row": row, "warmup": least + 1 + warmup, "warmup_s": warming, "steps": steps,
-        "tokens_per_s_per_gpu": {"mean": sum(per_s) / len(per_s), "min": min(per_s), "max": max(per_s)},
-        "median_ms": max(r["median_ms"] for r in found),
-        "steps_ms": [round(max(r["steps_ms"][i] for r in found), 3) for i in range(steps)],
-        **{k: None if found[0][k] is None else max(r[k] for r in found) for k in ("peak_gib", "reserved_gib", "device_gib")},
-    })  # fmt: skip
+    here.tell(
+        "row_done",
+        {
+            "row": row,
+            "warmup": least + 1 + warmup,
+            "warmup_s": warming,
+            "steps": steps,
+            "tokens_per_s_per_gpu": {"mean": sum(per_s) / len(per_s), "min": min(per_s), "max": max(per_s)},
+            "median_ms": max(r["median_ms"] for r in found),
+            "steps_ms": [round(max(r["steps_ms"][i] for r in found), 3) for i in range(steps)],
+            **{
+                k: None if found[0][k] is None else max(r[k] for r in found) for k in ("peak_gib", "reserved_gib", "device_gib")
+            },
+        },
+    )
     common.free(here.device, code=False)
 
 
@@ -428,8 +456,9 @@ def timed(
         free, total = torch.cuda.mem_get_info(device)
         memory = {
             "peak_gib": torch.cuda.max_memory_allocated(device) / 2**30,
-            "reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30, "device_gib": (total - free) / 2**30,
-        }  # fmt: skip
+            "reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30,
+            "device_gib": (total - free) / 2**30,
+        }
     return {"median_ms": took.median_ms, "steps_ms": took.steps_ms, **memory}
 
 

@@ -68,8 +68,10 @@ def main() -> int:
     ]
     columns = ("who", "ms", "tokens/s", "times HF", "warm-up s")
     common.show(f"demo model, fp32, {args.batch} x {args.seq}", columns, rows)
-    print(f"loss {loss:.6f} against {loss_moefx:.6f}; gradients apart: max {apart['max']:.1e} ({apart['worst']}), "
-          f"mean {apart['mean']:.1e}")  # fmt: skip
+    print(
+        f"loss {loss:.6f} against {loss_moefx:.6f}; gradients apart: max {apart['max']:.1e} ({apart['worst']}), "
+        f"mean {apart['mean']:.1e}"
+    )
     problems = []
     if medians["moefx"] > medians["hf"]:
         problems.append(f"moefx takes {medians['moefx']:.1f} ms, HF {medians['hf']:.1f} ms")
@@ -79,13 +81,21 @@ def main() -> int:
         problems.append(f"the gradient of {apart['worst']} differs by {apart['max']:.1e}, {TOLERANCE:.0e} is allowed")
     fell_back = {f"{p}: {r}": n for (p, r), n in moefx.report(other).fallbacks.items()}
     problems += [f"ran the original forward {n} times: {what}" for what, n in fell_back.items()]
-    common.save("cpu_demo", {
-        "machine": common.machine(), "batch": args.batch, "sequence": args.seq, "experts": args.experts,
-        "tokens_per_s": {n: tokens / ms * 1e3 for n, ms in medians.items()},
-        "speedup": medians["hf"] / medians["moefx"], "speedup_of_pairs": speedup,
-        "timings": {n: t.summary() for n, t in timings.items()},
-        "check": {"loss": [loss, loss_moefx], "gradients": apart, "tolerance": TOLERANCE}, "problems": problems,
-    })  # fmt: skip
+    common.save(
+        "cpu_demo",
+        {
+            "machine": common.machine(),
+            "batch": args.batch,
+            "sequence": args.seq,
+            "experts": args.experts,
+            "tokens_per_s": {n: tokens / ms * 1e3 for n, ms in medians.items()},
+            "speedup": medians["hf"] / medians["moefx"],
+            "speedup_of_pairs": speedup,
+            "timings": {n: t.summary() for n, t in timings.items()},
+            "check": {"loss": [loss, loss_moefx], "gradients": apart, "tolerance": TOLERANCE},
+            "problems": problems,
+        },
+    )
     return common.verdict(problems)
 
 

@@ -142,9 +142,13 @@ def measure(
     dist.all_reduce(sent)
     mean = float(sent) / ep
     return {
-        "shape": shape, "transport": transport + (", no host sync" if capacity else ""), "ms": times, "bytes": mean,
-        "gb_per_s": {n: mean * (2 if n == "backward" else 1) / t / 1e6 for n, t in times.items()}, "problems": problems,
-    }  # fmt: skip
+        "shape": shape,
+        "transport": transport + (", no host sync" if capacity else ""),
+        "ms": times,
+        "bytes": mean,
+        "gb_per_s": {n: mean * (2 if n == "backward" else 1) / t / 1e6 for n, t in times.items()},
+        "problems": problems,
+    }
 
 
 def floor(bytes_sent: float, device: torch.device) -> float:
@@ -317,8 +321,15 @@ if __name__ == "__main__":
                 say(f"{shape} {results[-1]['transport']}: {results[-1]['ms']}")
         dispatch_combine.release(dist.group.WORLD.group_name)
         taken = floor(results[-1]["bytes"], device)
-        results.append({"shape": shape, "transport": "NCCL alone", "ms": {"dispatch": taken}, "bytes": results[-1]["bytes"],
-                        "gb_per_s": {"dispatch": results[-1]["bytes"] / taken / 1e6}})  # fmt: skip
+        results.append(
+            {
+                "shape": shape,
+                "transport": "NCCL alone",
+                "ms": {"dispatch": taken},
+                "bytes": results[-1]["bytes"],
+                "gb_per_s": {"dispatch": results[-1]["bytes"] / taken / 1e6},
+            }
+        )
     code = 0
     bad = torch.tensor(len(problems), device=device)
     dist.all_reduce(bad)

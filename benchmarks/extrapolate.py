@@ -40,6 +40,9 @@ def whole(
         return None
     of_layers = sum(n * found[u] for u, n in wanted.items())
     return {
-        "ms": found[REST] + of_layers, "ms_head": found[REST], "ms_per_layer": of_layers / layers, "layers": layers,
+        "ms": found[REST] + of_layers,
+        "ms_head": found[REST],
+        "ms_per_layer": of_layers / layers,
+        "layers": layers,
         "ms_per_unit": {u: found[u] for u in wanted},
-    }  # fmt: skip
+    }

@@ -179,15 +179,25 @@ def main() -> int:
             head = tokens * vocabulary * 6 / 2**30 if who != "moefx" else 0.0
             # the backward starts with all activations and no gradients, and ends the other way round
             total = gib["weights"] + gib["gathered"] + max(acts + head, gib["gradients"])
-            rows.append((who, mbs or "", *(f"{gib[k]:.1f}" for k in gib), f"{acts:.1f}", f"{head:.1f}", f"{total:.1f}",
-                         "yes" if total < args.gib else "no"))  # fmt: skip
+            rows.append(
+                (
+                    who,
+                    mbs or "",
+                    *(f"{gib[k]:.1f}" for k in gib),
+                    f"{acts:.1f}",
+                    f"{head:.1f}",
+                    f"{total:.1f}",
+                    "yes" if total < args.gib else "no",
+                )
+            )
             if who == "moefx" and mbs == args.mbs[0] and total >= args.gib:
                 problems.append(f"moefx, mbs {mbs}: {total:.1f} GiB, a GPU has {args.gib:.0f}")
             common.say(f"{who}, mbs {mbs}: {total:.1f} GiB")
     common.show(
         f"ESTIMATE, GiB a rank: {args.model}, {layers} layers, {args.gpus} ranks, sequence {args.seq}, bf16",
-        ("who", "mbs", "weights", "gradients", "gathered", "activations", "head", "peak", f"below {args.gib:.0f}"), rows,
-    )  # fmt: skip
+        ("who", "mbs", "weights", "gradients", "gathered", "activations", "head", "peak", f"below {args.gib:.0f}"),
+        rows,
+    )
     return common.verdict(problems)
 
 

@@ -68,14 +68,18 @@ def cases(name: str, tokens: int) -> Iterator[Case]:
         return call
 
     kernels = {
-        "torch": triton.experts_by("torch"), "quack": quack.BACKEND.kernels[ops.experts].fn, "fp8": quack.FP8[ops.experts].fn,
-    }  # fmt: skip
+        "torch": triton.experts_by("torch"),
+        "quack": quack.BACKEND.kernels[ops.experts].fn,
+        "fp8": quack.FP8[ops.experts].fn,
+    }
     rows = tokens * top_k // e
     yield Case(
-        f"{name}, {rows} rows an expert", [normal(tokens, hidden), matrices(wide, hidden), matrices(hidden, size), *biases],
-        {who: experts(fn) for who, fn in kernels.items()}, experts(ops.BODIES[ops.experts]) if tokens <= 4096 else None,
+        f"{name}, {rows} rows an expert",
+        [normal(tokens, hidden), matrices(wide, hidden), matrices(hidden, size), *biases],
+        {who: experts(fn) for who, fn in kernels.items()},
+        experts(ops.BODIES[ops.experts]) if tokens <= 4096 else None,
         bound={"fp8": BOUND},
-    )  # fmt: skip
+    )
 
 
 def main() -> int:

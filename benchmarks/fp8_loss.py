@@ -33,10 +33,18 @@ RECIPES = {"current": FP8("current"), "block": FP8("block"), "experts": FP8(line
 def build(args: argparse.Namespace) -> Any:
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=256, hidden_size=args.hidden, num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64,
-        num_key_value_heads=args.hidden // 128, head_dim=64, norm_topk_prob=True, moe_intermediate_size=args.hidden // 2,
-        num_experts=16, num_experts_per_tok=4, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=256,
+        hidden_size=args.hidden,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 64,
+        num_key_value_heads=args.hidden // 128,
+        head_dim=64,
+        norm_topk_prob=True,
+        moe_intermediate_size=args.hidden // 2,
+        num_experts=16,
+        num_experts_per_tok=4,
+        tie_word_embeddings=False,
+    )
     with torch.device("cuda"):
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).cuda().train()
 

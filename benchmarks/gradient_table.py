@@ -84,10 +84,22 @@ def build(family: str, dtype: str, device: torch.device) -> Any:
     """The same weights on every rank and in both dtypes: those that bf16 can say."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        family, hidden_size=128, intermediate_size=128, num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=2,
-        head_dim=32, vocab_size=256, num_experts_per_tok=K, max_position_embeddings=256, bos_token_id=0, eos_token_id=0,
-        pad_token_id=None, output_router_logits=True, **FAMILIES[family],
-    )  # fmt: skip
+        family,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=256,
+        num_experts_per_tok=K,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=None,
+        output_router_logits=True,
+        **FAMILIES[family],
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for p in model.parameters():
@@ -134,9 +146,12 @@ Routes = list[list[Tensor]]  # [accumulation][layer] -> [tokens of the padded gl
 def half_of_the_experts(batch: list[dict[str, Tensor]]) -> Routes:
     generator = torch.Generator().manual_seed(5)
     return [
-        [torch.rand(b["input_ids"].numel(), EXPERTS // 2, generator=generator).topk(K).indices.to(b["input_ids"].device) for _ in range(LAYERS)]
+        [
+            torch.rand(b["input_ids"].numel(), EXPERTS // 2, generator=generator).topk(K).indices.to(b["input_ids"].device)
+            for _ in range(LAYERS)
+        ]
         for b in batch
-    ]  # fmt: skip
+    ]
 
 
 def of_rank(told: Tensor, row: list[dict[str, Tensor]], rank: int) -> Tensor:
@@ -240,8 +255,9 @@ def row(case: Case, exact: Step, hf: Step, found: Step) -> tuple[dict[str, Any],
     allowed = FARTHER if dtype == torch.bfloat16 else 1.0
     problems = [
         f"{case}: gradient of {n} is {gaps[n]:.1e} from fp32, Transformers' {theirs[n]:.1e}: {r:.2f} times, {allowed} allowed"
-        for n, r in ratio.items() if not r <= allowed
-    ]  # fmt: skip
+        for n, r in ratio.items()
+        if not r <= allowed
+    ]
     norm, theirs_norm = (abs(s.norm - exact.norm) / exact.norm for s in (found, hf))
     if not norm <= FARTHER * max(theirs_norm, FLOOR[dtype]):
         problems.append(f"{case}: norm {found.norm}, {exact.norm} in fp32, Transformers {hf.norm}")
@@ -299,17 +315,35 @@ def main() -> int:
     code = 0
     if rank == 0:
         rows = [
-            (r["family"] + (" half" if r["half"] else ""), r["dtype"], r["ep"], ranks // r["dp_replicate"] // r["ep"], r["dp_replicate"],
-             r["accumulation"], f"{r['moefx']['max']:.1e}", f"{r['transformers']['max']:.1e}", f"{r['ratio']['max']:.2f}", f"{r['norm_gap']:.1e}")
+            (
+                r["family"] + (" half" if r["half"] else ""),
+                r["dtype"],
+                r["ep"],
+                ranks // r["dp_replicate"] // r["ep"],
+                r["dp_replicate"],
+                r["accumulation"],
+                f"{r['moefx']['max']:.1e}",
+                f"{r['transformers']['max']:.1e}",
+                f"{r['ratio']['max']:.2f}",
+                f"{r['norm_gap']:.1e}",
+            )
             for r in records
-        ]  # fmt: skip
+        ]
         columns = ("family", "dtype", "ep", "efsdp", "replicas", "micro", "farthest", "Transformers'", "ratio", "norm")
         common.show(f"gradients' distance from fp32 in one process, {ranks} ranks", columns, rows)
         where = common.slug(torch.cuda.get_device_name()) if device.type == "cuda" else "cpu"
-        common.save(f"gradient_table-{ranks}ranks-{where}", {
-            "machine": common.machine(device), "gpus": torch.cuda.device_count(), "ranks": ranks, "allowed": FARTHER,
-            "floor": {str(k).removeprefix("torch."): v for k, v in FLOOR.items()}, "cases": records, "problems": problems,
-        })  # fmt: skip
+        common.save(
+            f"gradient_table-{ranks}ranks-{where}",
+            {
+                "machine": common.machine(device),
+                "gpus": torch.cuda.device_count(),
+                "ranks": ranks,
+                "allowed": FARTHER,
+                "floor": {str(k).removeprefix("torch."): v for k, v in FLOOR.items()},
+                "cases": records,
+                "problems": problems,
+            },
+        )
         code = common.verdict(problems)
     code = ranks_.from_first(code)
     dist.destroy_process_group()

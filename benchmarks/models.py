@@ -58,10 +58,19 @@ def _nemotron_pattern(layers: int) -> str:
 
 def _nemotron(**widths: Any) -> Callable[[int], PreTrainedConfig]:
     return lambda layers: NemotronHConfig(
-        hybrid_override_pattern=_nemotron_pattern(layers), num_hidden_layers=layers, conv_kernel=4, expand=2,
-        n_shared_experts=1, routed_scaling_factor=2.5, n_group=1, topk_group=1, norm_topk_prob=True, mlp_hidden_act="relu2",
-        tie_word_embeddings=False, **widths,
-    )  # fmt: skip
+        hybrid_override_pattern=_nemotron_pattern(layers),
+        num_hidden_layers=layers,
+        conv_kernel=4,
+        expand=2,
+        n_shared_experts=1,
+        routed_scaling_factor=2.5,
+        n_group=1,
+        topk_group=1,
+        norm_topk_prob=True,
+        mlp_hidden_act="relu2",
+        tie_word_embeddings=False,
+        **widths,
+    )
 
 
 def _nemotron_units(layers: int) -> Counter[str]:
@@ -167,9 +176,14 @@ def config(name: str, layers: int) -> PreTrainedConfig:
 
 
 def build(
-    name: str, layers: int, dtype: torch.dtype, device: str | torch.device, *, experts: str = "grouped_mm",
+    name: str,
+    layers: int,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    *,
+    experts: str = "grouped_mm",
     attention: str | None = None,
-) -> nn.Module:  # fmt: skip
+) -> nn.Module:
     """A model with random weights, the same for the same arguments; by default with Transformers' fastest own attention."""
     torch.manual_seed(0)
     with torch.device(device):

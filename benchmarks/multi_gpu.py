@@ -71,10 +71,18 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--routing", nargs="+", choices=("balanced", "real"), default=["balanced", "real"])
     parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--recompute", choices=("auto", "always", "never"), default="auto",
-                        help="gradient checkpointing; auto: where a row ran out of memory without it")  # fmt: skip
-    parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True,
-                        help="loss and all gradients against Transformers in fp32")  # fmt: skip
+    parser.add_argument(
+        "--recompute",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="gradient checkpointing; auto: where a row ran out of memory without it",
+    )
+    parser.add_argument(
+        "--check",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="loss and all gradients against Transformers in fp32",
+    )
     parser.add_argument("--check-seq", type=int, default=1024)
     parser.add_argument("--transport", choices=("auto", "deepep", "nccl"), default="auto", help="of moefx")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -123,9 +131,16 @@ class Run:
         self.folder = Path(tempfile.gettempdir(), f"moefx-{args.name}-{os.getuid()}-{whose}")
         settings = {k: v for k, v in vars(args).items() if k in SETTINGS}
         self.record: dict[str, Any] = {
-            "machine": {}, "boot": _boot(), "settings": settings, "contenders": {}, "rows": [], "failed": [], "skipped": [],
-            "checks": {}, "problems": [],
-        }  # fmt: skip
+            "machine": {},
+            "boot": _boot(),
+            "settings": settings,
+            "contenders": {},
+            "rows": [],
+            "failed": [],
+            "skipped": [],
+            "checks": {},
+            "problems": [],
+        }
         if args.resume and self.path.exists():
             self._resume()
         else:
@@ -136,8 +151,10 @@ class Run:
         before = json.loads(self.path.read_text())
         for what in ("boot", "settings"):
             if before[what] != json.loads(json.dumps(self.record[what])):
-                raise SystemExit(f"{self.path.name} is of another {'machine' if what == 'boot' else 'run'}, with {what} "
-                                 f"{before[what]}, not {self.record[what]}: leave --resume out")  # fmt: skip
+                raise SystemExit(
+                    f"{self.path.name} is of another {'machine' if what == 'boot' else 'run'}, with {what} "
+                    f"{before[what]}, not {self.record[what]}: leave --resume out"
+                )
         self.record = {**before, "skipped": [], "problems": []}
         common.say(f"{len(before['rows'])} rows are there already")
 
@@ -313,14 +330,24 @@ class Run:
         elif name != "hf_fsdp":
             apart = common.distances(peer["gradients"], found["gradients"])
             judged = checks.judge(
-                distance["hf"], distance["own"], apart, gap["hf"], gap["own"], sizes=said["sizes"], tokens=said["tokens"],
-                share=max(shares), dtype=getattr(torch, self.args.dtype), known=sketch.DRAWS**-0.5,
-            )  # fmt: skip
+                distance["hf"],
+                distance["own"],
+                apart,
+                gap["hf"],
+                gap["own"],
+                sizes=said["sizes"],
+                tokens=said["tokens"],
+                share=max(shares),
+                dtype=getattr(torch, self.args.dtype),
+                known=sketch.DRAWS**-0.5,
+            )
             record |= {"against hf_fsdp": common.spread(apart), "ratio": judged["ratio"]}
             record["problems"] += judged["problems"]
         verdict = f"{len(record['problems'])} problems: {record['problems'][0]}" if record["problems"] else "ok"
-        common.say(f"  check, {routing}: loss {found['loss']:.5f} (fp32 {wanted['loss']:.5f}), gradients "
-                   f"{record['against fp32']['mean']:.1e} from fp32: {verdict}")  # fmt: skip
+        common.say(
+            f"  check, {routing}: loss {found['loss']:.5f} (fp32 {wanted['loss']:.5f}), gradients "
+            f"{record['against fp32']['mean']:.1e} from fp32: {verdict}"
+        )
 
     def summarize(self) -> None:
         """Speed-ups, the targets (on 8 GPUs), and what is wrong with moefx."""
@@ -413,8 +440,10 @@ class _Follower:
     def _built(self, details: dict[str, Any]) -> None:
         self.built = True
         self._note(details)
-        common.say(f"  built in {details['seconds']:.1f} s: {details['parameters'] / 1e9:.2f} billion parameters, "
-                   f"{details['weights_gib']:.2f} GiB a rank")  # fmt: skip
+        common.say(
+            f"  built in {details['seconds']:.1f} s: {details['parameters'] / 1e9:.2f} billion parameters, "
+            f"{details['weights_gib']:.2f} GiB a rank"
+        )
 
     def _checked(self, details: dict[str, Any]) -> None:
         common.say(f"  checking took {details['step_s']:.1f} s for the step, {details['sketch_s']:.1f} s for its sketches")
@@ -423,8 +452,10 @@ class _Follower:
             self.run.save()
 
     def _warm(self, details: dict[str, Any]) -> None:
-        common.say(f"  {details['row']}: warm after {details['seconds']:.1f} s, {details['step_ms']:.1f} ms a step, "
-                   f"{details['steps']} to come")  # fmt: skip
+        common.say(
+            f"  {details['row']}: warm after {details['seconds']:.1f} s, {details['step_ms']:.1f} ms a step, "
+            f"{details['steps']} to come"
+        )
 
     def _skipped(self, details: dict[str, Any]) -> None:
         self.left.remove(details["row"])
@@ -436,8 +467,10 @@ class _Follower:
         self.run.record["rows"].append({"who": self.job.contender, **asdict(row), **details})
         speed = details["tokens_per_s_per_gpu"]
         peak = "" if details["peak_gib"] is None else f", peak {details['peak_gib']:.2f} GiB"
-        common.say(f"  {row}: {speed['mean']:.0f} tokens/s a GPU ({speed['min']:.0f} to {speed['max']:.0f}), "
-                   f"{details['median_ms']:.1f} ms{peak}")  # fmt: skip
+        common.say(
+            f"  {row}: {speed['mean']:.0f} tokens/s a GPU ({speed['min']:.0f} to {speed['max']:.0f}), "
+            f"{details['median_ms']:.1f} ms{peak}"
+        )
         self.run.save()
 
     def _finished(self, details: dict[str, Any]) -> None:
@@ -483,17 +516,24 @@ def show(record: dict[str, Any]) -> None:
     rows = []
     for r in sorted(record["rows"], key=lambda r: (r["routing"], r["mbs"])):
         speed, times = r["tokens_per_s_per_gpu"], r.get("speedup", {})
-        rows.append((
-            r["routing"], r["mbs"], r["who"] + (" (recomputed)" if r["recompute"] else ""), f"{r['median_ms']:.1f}",
-            f"{speed['mean']:.0f} ({speed['min']:.0f} to {speed['max']:.0f})",
-            "" if r["peak_gib"] is None else f"{r['peak_gib']:.1f}", r["steps"],
-            *(f"{times[p]:.2f}" if p in times else "" for p in TARGETS),
-        ))  # fmt: skip
+        rows.append(
+            (
+                r["routing"],
+                r["mbs"],
+                r["who"] + (" (recomputed)" if r["recompute"] else ""),
+                f"{r['median_ms']:.1f}",
+                f"{speed['mean']:.0f} ({speed['min']:.0f} to {speed['max']:.0f})",
+                "" if r["peak_gib"] is None else f"{r['peak_gib']:.1f}",
+                r["steps"],
+                *(f"{times[p]:.2f}" if p in times else "" for p in TARGETS),
+            )
+        )
     s = record["settings"]
     common.show(
         f"{s['model']}, {s['layers']} layers, sequence {s['seq']}, {s['gpus']} ranks",
-        ("routing", "mbs", "who", "ms", "tokens/s a GPU", "peak GiB", "steps", *(f"x {p}" for p in TARGETS)), rows,
-    )  # fmt: skip
+        ("routing", "mbs", "who", "ms", "tokens/s a GPU", "peak GiB", "steps", *(f"x {p}" for p in TARGETS)),
+        rows,
+    )
     if record["machine"].get("ranks_share_a_gpu"):
         print("ranks share a GPU: these times say nothing")
     for f in record["failed"]:
@@ -512,8 +552,10 @@ def main(given: Sequence[str] | None = None) -> int:
     if int(os.environ.get("RANK", 0)):
         return 0  # the first rank starts a contender's ranks, again and again
     args = arguments(given)
-    common.say(f"{args.model}, {args.layers} layers, sequence {args.seq}, mbs {args.mbs}, {args.dtype}, {args.gpus} ranks on "
-               f"{args.device}, routing {', '.join(args.routing)}")  # fmt: skip
+    common.say(
+        f"{args.model}, {args.layers} layers, sequence {args.seq}, mbs {args.mbs}, {args.dtype}, {args.gpus} ranks on "
+        f"{args.device}, routing {', '.join(args.routing)}"
+    )
     return Run(args).go()
 
 

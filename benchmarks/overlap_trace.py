@@ -207,10 +207,20 @@ if __name__ == "__main__":
             f"{a.family}, rank 0 of {world}, {by}, {a.chunks} chunks of {ids.shape[1]} tokens, forward and backward: {moving / 1e3:.2f} ms of "
             f"communication, {under / moving if moving else 0:.0%} of it hidden under compute"
         )
-        save(name, {
-            "machine": machine(device), "family": a.family, "ranks": world, "transport": by, "chunks": a.chunks, "tokens": ids.shape[1],
-            "ranks_share_a_gpu": not a.cpu and world > torch.cuda.device_count(), "communication_us": moving, "hidden_us": under,
-        })  # fmt: skip
+        save(
+            name,
+            {
+                "machine": machine(device),
+                "family": a.family,
+                "ranks": world,
+                "transport": by,
+                "chunks": a.chunks,
+                "tokens": ids.shape[1],
+                "ranks_share_a_gpu": not a.cpu and world > torch.cuda.device_count(),
+                "communication_us": moving,
+                "hidden_us": under,
+            },
+        )
         (RESULTS / f"{name}.svg").write_text(svg(found, title))
         with gzip.open(DETAILED / f"{name}.trace.json.gz", "wt") as file:
             json.dump(trace, file)

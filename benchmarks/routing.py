@@ -179,9 +179,10 @@ def _skew_router(router: Any, x: Tensor) -> dict[str, float]:
     index = router.forward(x)[2]  # with the new weights; calling the module would call the hook again
     rows = load(index, router.num_experts).double().cpu()
     return {
-        "busiest": float(rows.max() / rows.mean()), "busiest_wanted": float(wanted.max() / wanted.mean()),
+        "busiest": float(rows.max() / rows.mean()),
+        "busiest_wanted": float(wanted.max() / wanted.mean()),
         "misplaced": float((rows - wanted).abs().sum() / 2 / rows.sum()),
-    }  # fmt: skip
+    }
 
 
 @contextmanager

@@ -22,8 +22,10 @@ from moefx.integrations import transformers as hf
 
 
 def run(args: argparse.Namespace) -> int:
-    common.say(f"a MODEL of {args.model}, one of {args.simulate_ep} ranks that share the experts; {args.layers} layers, sequence {args.seq}, "
-               f"mbs {args.mbs}, {args.dtype} on {args.device}, {args.routing} routing")  # fmt: skip
+    common.say(
+        f"a MODEL of {args.model}, one of {args.simulate_ep} ranks that share the experts; {args.layers} layers, sequence {args.seq}, "
+        f"mbs {args.mbs}, {args.dtype} on {args.device}, {args.routing} routing"
+    )
     if args.routing == "zipf":
         return common.verdict(
             ["--simulate-ep knows the routings real and balanced: a rank's share of a Zipf load depends on the rank"]
@@ -81,8 +83,15 @@ def whole(args: argparse.Namespace, depths: list[dict[str, Any]]) -> list[dict[s
         if result:
             exchange = rows[depths[-1]["layers"]]["exchange_model_ms"] / depths[-1]["moe_layers"] * layers
             total = result["ms"] + exchange
-            found.append({"mbs": batch, **result, "exchange_model_ms": exchange, "model_ms": total,
-                          "tokens_per_s_per_gpu": batch * args.seq / total * 1e3})  # fmt: skip
+            found.append(
+                {
+                    "mbs": batch,
+                    **result,
+                    "exchange_model_ms": exchange,
+                    "model_ms": total,
+                    "tokens_per_s_per_gpu": batch * args.seq / total * 1e3,
+                }
+            )
     return found
 
 
@@ -91,11 +100,29 @@ def show(args: argparse.Namespace, record: dict[str, Any]) -> None:
     for d in record["depths"]:
         for r in d["rows"]:
             total = r["median_ms"] + r["exchange_model_ms"]
-            rows.append((d["layers"], r["mbs"], f"{r['median_ms']:.2f}", f"{r['exchange_model_ms']:.2f}", f"{total:.2f}",
-                         f"{r['mbs'] * args.seq / total * 1e3:.0f}"))  # fmt: skip
+            rows.append(
+                (
+                    d["layers"],
+                    r["mbs"],
+                    f"{r['median_ms']:.2f}",
+                    f"{r['exchange_model_ms']:.2f}",
+                    f"{total:.2f}",
+                    f"{r['mbs'] * args.seq / total * 1e3:.0f}",
+                )
+            )
     for r in record["whole_model_modelled"]:
-        rows.append((f"{r['layers']} (extrapolated)", r["mbs"], f"{r['ms']:.2f}", f"{r['exchange_model_ms']:.2f}", f"{r['model_ms']:.2f}",
-                     f"{r['tokens_per_s_per_gpu']:.0f}"))  # fmt: skip
-    title = (f"MODEL of one of {args.simulate_ep} ranks: {args.model}, exchanges at {args.exchange_gb_per_s:.0f} GB/s, none overlapped; "
-             "not a measurement of several GPUs")  # fmt: skip
+        rows.append(
+            (
+                f"{r['layers']} (extrapolated)",
+                r["mbs"],
+                f"{r['ms']:.2f}",
+                f"{r['exchange_model_ms']:.2f}",
+                f"{r['model_ms']:.2f}",
+                f"{r['tokens_per_s_per_gpu']:.0f}",
+            )
+        )
+    title = (
+        f"MODEL of one of {args.simulate_ep} ranks: {args.model}, exchanges at {args.exchange_gb_per_s:.0f} GB/s, none overlapped; "
+        "not a measurement of several GPUs"
+    )
     common.show(title, ("layers", "mbs", "measured ms", "exchanges, modelled ms", "sum", "tokens/s a GPU, modelled"), rows)

@@ -50,13 +50,20 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seq", type=int, default=4096)
     parser.add_argument("--mbs", type=int, nargs="+", default=[1, 4], help="sequences per micro-batch")
     parser.add_argument("--peers", default="hf,hf_compile", help=f"of {', '.join(PEERS)}; hf always runs, for the check")
-    parser.add_argument("--routing", choices=routing.ROUTINGS, default="real", help="real: as the random routers say; "
-                        "balanced: experts in turn; zipf: router weights that give a Zipf(1) load")  # fmt: skip
+    parser.add_argument(
+        "--routing",
+        choices=routing.ROUTINGS,
+        default="real",
+        help="real: as the random routers say; balanced: experts in turn; zipf: router weights that give a Zipf(1) load",
+    )
     parser.add_argument("--packed", type=int, metavar="MEAN", help="rows of packed sequences, of that many tokens on average")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--backends", help="moefx's, in order of preference, as triton,torch (default: moefx's own order); the "
-                        "reference comes last in any case")  # fmt: skip
+    parser.add_argument(
+        "--backends",
+        help="moefx's, in order of preference, as triton,torch (default: moefx's own order); the "
+        "reference comes last in any case",
+    )
     parser.add_argument("--passes", default="", help=f"opt-in passes of moefx besides, of {', '.join(OPT_IN)}")
     parser.add_argument("--attention", help="Transformers' attention implementation (default: the model's, in models.py)")
     parser.add_argument("--warmup", type=int, default=3)
@@ -64,11 +71,20 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--check-seq", type=int, help="tokens of a sequence in the check (default: the model's, or --seq)")
     parser.add_argument("--min-speedup", type=float, help="over hf, every row (default: 1.5 for qwen3_30b on CUDA)")
     parser.add_argument("--budget", type=float, default=420, help="seconds after which peers other than hf are left out")
-    parser.add_argument("--profile", action=argparse.BooleanOptionalAction, default=True,
-                        help="one step of hf and of moefx by kernel, at the last depth")  # fmt: skip
+    parser.add_argument(
+        "--profile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="one step of hf and of moefx by kernel, at the last depth",
+    )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="moefx's functions")
-    parser.add_argument("--simulate-ep", type=int, metavar="N", help="a MODEL, not a measurement: moefx as one of N ranks that "
-                        "share the experts (simulate_ep.py); nothing else is timed, nothing is checked")  # fmt: skip
+    parser.add_argument(
+        "--simulate-ep",
+        type=int,
+        metavar="N",
+        help="a MODEL, not a measurement: moefx as one of N ranks that "
+        "share the experts (simulate_ep.py); nothing else is timed, nothing is checked",
+    )
     parser.add_argument("--exchange-gb-per-s", type=float, default=350, help="that a rank is taken to send, with --simulate-ep")
     parser.add_argument("--name", help="of the JSON file")
     args = parser.parse_args()
@@ -280,13 +296,17 @@ def main() -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         print("no CUDA device: pass --device cpu --model tiny")
         return 1
-    common.say(f"{args.model}, {args.layers} layers, sequence {args.seq}, mbs {args.mbs}, {args.dtype} on {device}, "
-               f"{args.routing} routing, attention of Transformers: {args.attention}")  # fmt: skip
+    common.say(
+        f"{args.model}, {args.layers} layers, sequence {args.seq}, mbs {args.mbs}, {args.dtype} on {device}, "
+        f"{args.routing} routing, attention of Transformers: {args.attention}"
+    )
     if args.simulate_ep:
         return simulate_ep.run(args)
     reach = breakdown.peaks(device)
-    common.say(f"this device: {reach['tflops']:.0f} TFLOP/s in a bf16 product, {reach['sustained_tflops']:.0f} without a pause, "
-               f"{reach['tb_per_s']:.2f} TB/s in a copy")  # fmt: skip
+    common.say(
+        f"this device: {reach['tflops']:.0f} TFLOP/s in a bf16 product, {reach['sustained_tflops']:.0f} without a pause, "
+        f"{reach['tb_per_s']:.2f} TB/s in a copy"
+    )
     common.free(device)
     depths: list[dict[str, Any]] = []
     for layers in args.layers:
@@ -321,9 +341,14 @@ def summary(args: argparse.Namespace, depths: list[dict[str, Any]], reach: dict[
     for r in whole:
         r["speedup"] = eager[r["mbs"]] / r["ms"] if r["mbs"] in eager else None
     return {
-        "machine": common.machine(args.device), "settings": {k: v for k, v in vars(args).items() if k != "name"},
-        "seconds": common.elapsed(), "peaks": reach, "depths": depths, "whole_model": whole, "problems": problems,
-    }  # fmt: skip
+        "machine": common.machine(args.device),
+        "settings": {k: v for k, v in vars(args).items() if k != "name"},
+        "seconds": common.elapsed(),
+        "peaks": reach,
+        "depths": depths,
+        "whole_model": whole,
+        "problems": problems,
+    }
 
 
 def show(args: argparse.Namespace, record: dict[str, Any]) -> None:
@@ -332,8 +357,19 @@ def show(args: argparse.Namespace, record: dict[str, Any]) -> None:
         for r in sorted(d["rows"], key=lambda r: r["mbs"]):
             peak = "" if r["peak_gib"] is None else f"{r['peak_gib']:.2f}"
             clock = "" if r["clock"] is None else f"{r['clock']['sm_mhz']:.0f} {r['clock']['watts']:.0f}"
-            rows.append((d["layers"], r["mbs"], r["who"], f"{r['median_ms']:.2f}", f"{r['tokens_per_s']:.0f}", peak,
-                         _times(r), f"{r['roofline']['share']:.0%}", clock))  # fmt: skip
+            rows.append(
+                (
+                    d["layers"],
+                    r["mbs"],
+                    r["who"],
+                    f"{r['median_ms']:.2f}",
+                    f"{r['tokens_per_s']:.0f}",
+                    peak,
+                    _times(r),
+                    f"{r['roofline']['share']:.0%}",
+                    clock,
+                )
+            )
     whole = sorted(record["whole_model"], key=lambda r: r["mbs"])
     for r in whole:
         layers = f"{r['layers']} (extrapolated)"
@@ -344,10 +380,20 @@ def show(args: argparse.Namespace, record: dict[str, Any]) -> None:
     checks.show(record["depths"])
     if whole:
         units = list(whole[0]["ms_per_unit"])
-        common.show("milliseconds of the parts", ("mbs", "who", "a layer", *units, extrapolate.REST), [
-            (r["mbs"], r["who"], f"{r['ms_per_layer']:.2f}", *(f"{r['ms_per_unit'][u]:.2f}" for u in units), f"{r['ms_head']:.2f}")
-            for r in whole
-        ])  # fmt: skip
+        common.show(
+            "milliseconds of the parts",
+            ("mbs", "who", "a layer", *units, extrapolate.REST),
+            [
+                (
+                    r["mbs"],
+                    r["who"],
+                    f"{r['ms_per_layer']:.2f}",
+                    *(f"{r['ms_per_unit'][u]:.2f}" for u in units),
+                    f"{r['ms_head']:.2f}",
+                )
+                for r in whole
+            ],
+        )
     show_kinds(record["depths"][-1])
 
 
@@ -362,8 +408,9 @@ def show_kinds(depth: dict[str, Any]) -> None:
     rows = []
     for batch, floor in depth["floors_ms"].items():
         for b in (b for b in depth["breakdown"] if str(b["mbs"]) == batch):
-            rows.append((batch, b["who"], *(f"{b['kinds_ms'].get(k, 0):.2f}" for k in breakdown.KINDS), f"{b['ms']:.2f}",
-                         b["launches"]))  # fmt: skip
+            rows.append(
+                (batch, b["who"], *(f"{b['kinds_ms'].get(k, 0):.2f}" for k in breakdown.KINDS), f"{b['ms']:.2f}", b["launches"])
+            )
         rows.append((batch, "floor", *(f"{floor[k]:.2f}" if k in floor else "" for k in breakdown.KINDS), "", ""))
     columns = ("mbs", "who", *breakdown.KINDS, "sum", "launches")
     common.show(f"kernels of one step, {depth['layers']} layers, ms", columns, rows)

@@ -67,15 +67,22 @@ def cases(tokens: int) -> Iterator[Case]:
     body, add_body = ops.BODIES[ops.rms_norm], ops.BODIES[ops.add_rms_norm]
     for name, shape in (("rms_norm", (tokens, H)), ("qk_norm", (tokens, HEADS, D))):
         yield Case(
-            name, [normal(*shape), normal(shape[-1])],
-            {"inductor": compiled(norm(body)), "torch": norm(plain.rms_norm), "triton": norm(triton.rms_norm), "te": norm(te.rms_norm)},
+            name,
+            [normal(*shape), normal(shape[-1])],
+            {
+                "inductor": compiled(norm(body)),
+                "torch": norm(plain.rms_norm),
+                "triton": norm(triton.rms_norm),
+                "te": norm(te.rms_norm),
+            },
             norm(body),
-        )  # fmt: skip
+        )
     yield Case(
-        "add_rms_norm", [normal(tokens, H), normal(tokens, H), normal(H)],
+        "add_rms_norm",
+        [normal(tokens, H), normal(tokens, H), normal(H)],
         {"inductor": compiled(add_norm(add_body)), "triton": add_norm(triton.add_rms_norm), "te": add_norm(te.add_rms_norm)},
         add_norm(add_body),
-    )  # fmt: skip
+    )
 
     def routed(fn: Callable) -> Callable:
         return lambda x: fn(x, None, K, renormalize=True)
@@ -102,10 +109,12 @@ def cases(tokens: int) -> Iterator[Case]:
         routed(route),
     )
     yield Case(
-        "route sigmoid, bias, groups", [logits, torch.rand(E, device=DEVICE)],
-        {"inductor": compiled(one_order(sigmoid(route)))} | {n: one_order(sigmoid(f)) for n, f in (("triton", triton.route), ("te", te.route))},
+        "route sigmoid, bias, groups",
+        [logits, torch.rand(E, device=DEVICE)],
+        {"inductor": compiled(one_order(sigmoid(route)))}
+        | {n: one_order(sigmoid(f)) for n, f in (("triton", triton.route), ("te", te.route))},
         one_order(sigmoid(route)),
-    )  # fmt: skip
+    )
     batch = tokens // SEQUENCE
     q, k, v = normal(batch, HEADS, SEQUENCE, D), normal(batch, GROUPS, SEQUENCE, D), normal(batch, GROUPS, SEQUENCE, D)
 
@@ -163,9 +172,11 @@ def expert_cases(tokens: int) -> Iterator[Case]:
         return lambda x, up, down: fn(x, index, weights, up, None, down, None, activation="swiglu")
 
     yield Case(
-        "experts", [x, up, down], {"torch": experts(plain.experts), "triton": experts(triton.experts_by("torch")), "te": experts(te.experts)},
+        "experts",
+        [x, up, down],
+        {"torch": experts(plain.experts), "triton": experts(triton.experts_by("torch")), "te": experts(te.experts)},
         experts(ops.BODIES[ops.experts]) if tokens <= 4096 else None,
-    )  # fmt: skip
+    )
     flat = index.reshape(-1).sort().values
     counts = torch.zeros(E, dtype=torch.int64, device=DEVICE).scatter_add_(0, flat, torch.ones_like(flat))
     found = grouped.cublaslt()
@@ -302,10 +313,15 @@ def measure(case: Case, tokens: int, problems: list[str]) -> list[dict[str, Any]
 def tell(title: str, what: str, rows: list[dict[str, Any]], digits: int = 3) -> None:
     """Prints what :func:`measure` found; ``what`` its cases are."""
     table = [
-        [r["case"], r["tokens"], r["who"], *(f"{r[k]:.{digits}f}" if k in r else "" for k in ("device_ms", "call_ms")),
-         f"{r['error']:.1e}" if "error" in r else r.get("why", "")]
+        [
+            r["case"],
+            r["tokens"],
+            r["who"],
+            *(f"{r[k]:.{digits}f}" if k in r else "" for k in ("device_ms", "call_ms")),
+            f"{r['error']:.1e}" if "error" in r else r.get("why", ""),
+        ]
         for r in rows
-    ]  # fmt: skip
+    ]
     show(title, (what, "tokens", "who", "device ms", "call ms", "error"), table)
 
 

@@ -51,10 +51,18 @@ def arguments() -> argparse.Namespace:
 def build(args: argparse.Namespace, device: torch.device) -> Any:
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=256, hidden_size=args.hidden, num_hidden_layers=args.layers, num_attention_heads=args.hidden // 32,
-        num_key_value_heads=args.hidden // 64, head_dim=32, intermediate_size=4 * args.hidden, norm_topk_prob=True,
-        moe_intermediate_size=args.intermediate, num_experts=args.experts, num_experts_per_tok=4,
-    )  # fmt: skip
+        vocab_size=256,
+        hidden_size=args.hidden,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 32,
+        num_key_value_heads=args.hidden // 64,
+        head_dim=32,
+        intermediate_size=4 * args.hidden,
+        norm_topk_prob=True,
+        moe_intermediate_size=args.intermediate,
+        num_experts=args.experts,
+        num_experts_per_tok=4,
+    )
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
     return model.to(device).train()
@@ -124,10 +132,20 @@ def main() -> int:
         if moefx.report(model).fallbacks:
             problems.append(f"original forwards ran: {moefx.report(model).fallbacks}")
         where = common.slug(torch.cuda.get_device_name()) if device.type == "cuda" else "cpu"
-        common.save(f"train_parity-ep{ranks}-{args.dtype}-{where}", {
-            "machine": common.machine(device), "gpus": torch.cuda.device_count(), "settings": vars(args), "ranks": ranks, "one_process": one,
-            "over_ranks": {"losses": losses, "seconds": seconds}, "largest_difference": max(far), "control": max(control), "problems": problems,
-        })  # fmt: skip
+        common.save(
+            f"train_parity-ep{ranks}-{args.dtype}-{where}",
+            {
+                "machine": common.machine(device),
+                "gpus": torch.cuda.device_count(),
+                "settings": vars(args),
+                "ranks": ranks,
+                "one_process": one,
+                "over_ranks": {"losses": losses, "seconds": seconds},
+                "largest_difference": max(far),
+                "control": max(control),
+                "problems": problems,
+            },
+        )
         code = common.verdict(problems)
     code = ranks_.from_first(code)
     dist.destroy_process_group()

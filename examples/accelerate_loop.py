@@ -29,9 +29,17 @@ accelerator = Accelerator(cpu=not torch.cuda.is_available(), dataloader_config=D
 ranks = accelerator.num_processes
 torch.manual_seed(0)
 config = Qwen3MoeConfig(
-    vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-    intermediate_size=128, moe_intermediate_size=64, num_experts=8, num_experts_per_tok=2,
-)  # fmt: skip
+    vocab_size=256,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    intermediate_size=128,
+    moe_intermediate_size=64,
+    num_experts=8,
+    num_experts_per_tok=2,
+)
 model = AutoModelForCausalLM.from_config(config).to(accelerator.device)
 model = moefx.parallelize(model, ep_size=ranks, compile=False) if ranks > 1 else moefx.optimize(model.train(), compile=False)
 

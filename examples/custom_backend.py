@@ -25,9 +25,17 @@ def refuses(node):
 mine = moefx.Backend("mine", {ops.rms_norm: moefx.Kernel(rms_norm, refuses, why="four lines of my own")})
 
 config = Qwen3MoeConfig(
-    vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-    intermediate_size=96, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2,
-)  # fmt: skip
+    vocab_size=256,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    num_experts=8,
+    num_experts_per_tok=2,
+)
 model = AutoModelForCausalLM.from_config(config)
 moefx.optimize(model, backends=[mine, "torch"], compile=False)
 print(moefx.report(model))  # which kernel runs what, and who refused why

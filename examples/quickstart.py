@@ -37,10 +37,22 @@ def build() -> Any:
     """A Qwen3-MoE of 5 million parameters: 4 layers, 8 experts of which a byte visits 2."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        "qwen3_moe", vocab_size=256, hidden_size=192, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2,
-        head_dim=32, intermediate_size=512, moe_intermediate_size=256, num_experts=8, num_experts_per_tok=2,
-        norm_topk_prob=True, max_position_embeddings=512, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        "qwen3_moe",
+        vocab_size=256,
+        hidden_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=512,
+        moe_intermediate_size=256,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     return AutoModelForCausalLM.from_config(config).train()
 
 
@@ -132,8 +144,18 @@ def main() -> int:
     model = build().to("cuda" if torch.cuda.is_available() else "cpu")
     hf = train(model, args.steps, 0, 1, "Transformers, 1 process")
     here = [str(Path(__file__).resolve()), "--steps", str(args.steps), "--out", str(args.out)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
-               "--nproc-per-node", str(RANKS), *here, *(["--no-compile"] if args.no_compile else [])]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr",
+        "127.0.0.1",
+        "--nproc-per-node",
+        str(RANKS),
+        *here,
+        *(["--no-compile"] if args.no_compile else []),
+    ]
     threads = str(max(1, torch.get_num_threads() // RANKS))
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": threads})
     return show(hf, json.loads((args.out / "moefx.json").read_text()), args.out)

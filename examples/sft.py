@@ -47,13 +47,24 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 torch.manual_seed(0)
 config = Qwen3MoeConfig(
-    vocab_size=257, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-    intermediate_size=128, moe_intermediate_size=64, num_experts=8, num_experts_per_tok=2,
-)  # fmt: skip
+    vocab_size=257,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    intermediate_size=128,
+    moe_intermediate_size=64,
+    num_experts=8,
+    num_experts_per_tok=2,
+)
 lora = LoraConfig(
-    r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-    target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], task_type="CAUSAL_LM",
-)  # fmt: skip
+    r=8,
+    lora_alpha=16,
+    target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+    target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    task_type="CAUSAL_LM",
+)
 model = get_peft_model(AutoModelForCausalLM.from_config(config), lora)
 if ranks > 1:
     model = moefx.parallelize(model, ep_size=ranks, compile=False)
@@ -66,10 +77,22 @@ class Trainer(TrainerMixin, SFTTrainer):
 
 
 arguments = SFTConfig(
-    args.out, max_steps=args.steps, per_device_train_batch_size=4 // ranks, learning_rate=1e-2, adam_epsilon=1e-5,
-    max_length=128, packing=True, shuffle_dataset=False, logging_steps=1, lr_scheduler_type="constant", save_strategy="no",
-    report_to=[], gradient_checkpointing=False, bf16=False, use_cpu=not torch.cuda.is_available(),
-)  # fmt: skip
+    args.out,
+    max_steps=args.steps,
+    per_device_train_batch_size=4 // ranks,
+    learning_rate=1e-2,
+    adam_epsilon=1e-5,
+    max_length=128,
+    packing=True,
+    shuffle_dataset=False,
+    logging_steps=1,
+    lr_scheduler_type="constant",
+    save_strategy="no",
+    report_to=[],
+    gradient_checkpointing=False,
+    bf16=False,
+    use_cpu=not torch.cuda.is_available(),
+)
 texts = Dataset.from_dict({"text": [topics[name][20:61] for name in sorted(topics)]})  # three in a packed row
 trainer = (SFTTrainer if args.plain else Trainer)(
     model=model, args=arguments, train_dataset=texts, processing_class=byte_tokenizer()

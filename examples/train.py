@@ -42,9 +42,17 @@ if ranks > 1:
 
 torch.manual_seed(0)
 config = Qwen3MoeConfig(
-    vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-    intermediate_size=128, moe_intermediate_size=64, num_experts=8, num_experts_per_tok=2,
-)  # fmt: skip
+    vocab_size=256,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    intermediate_size=128,
+    moe_intermediate_size=64,
+    num_experts=8,
+    num_experts_per_tok=2,
+)
 if ranks > 1:
     model = args.model or AutoModelForCausalLM.from_config(config)  # goes to the GPU of LOCAL_RANK
     model = moefx.parallelize(model, ep_size=args.ep_size, dp_replicate=args.dp_replicate, compile=args.compile)

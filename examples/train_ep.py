@@ -31,9 +31,17 @@ rank = dist.get_rank() if ranks > 1 else 0
 
 torch.manual_seed(0)
 config = Qwen3MoeConfig(
-    vocab_size=256, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-    intermediate_size=256, moe_intermediate_size=128, num_experts=8, num_experts_per_tok=2,
-)  # fmt: skip
+    vocab_size=256,
+    hidden_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    intermediate_size=256,
+    moe_intermediate_size=128,
+    num_experts=8,
+    num_experts_per_tok=2,
+)
 model = AutoModelForCausalLM.from_config(config).train()
 if ranks == 1 and torch.cuda.is_available():
     model.cuda()

@@ -40,19 +40,38 @@ if ranks > 1:
 
 torch.manual_seed(0)
 config = Qwen3MoeConfig(
-    vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-    intermediate_size=128, moe_intermediate_size=64, num_experts=8, num_experts_per_tok=2,
-)  # fmt: skip
+    vocab_size=256,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    intermediate_size=128,
+    moe_intermediate_size=64,
+    num_experts=8,
+    num_experts_per_tok=2,
+)
 model = AutoModelForCausalLM.from_config(config)
 model = moefx.parallelize(model, ep_size=ranks, compile=False) if ranks > 1 else moefx.optimize(model, compile=False)
 
 rows = [{k: v[0] for k, v in b.items()} for b, _ in zip(batches(1, 64), range(64))]
 arguments = TrainingArguments(
-    args.out, max_steps=args.steps, per_device_train_batch_size=4 // ranks, gradient_accumulation_steps=3, learning_rate=2e-3,
-    adam_epsilon=1e-5, lr_scheduler_type="constant", logging_steps=1, eval_strategy="steps", eval_steps=2,
-    save_strategy="steps", save_steps=2, report_to=args.report_to, full_determinism=args.deterministic,
+    args.out,
+    max_steps=args.steps,
+    per_device_train_batch_size=4 // ranks,
+    gradient_accumulation_steps=3,
+    learning_rate=2e-3,
+    adam_epsilon=1e-5,
+    lr_scheduler_type="constant",
+    logging_steps=1,
+    eval_strategy="steps",
+    eval_steps=2,
+    save_strategy="steps",
+    save_steps=2,
+    report_to=args.report_to,
+    full_determinism=args.deterministic,
     use_cpu=not torch.cuda.is_available(),
-)  # fmt: skip
+)
 trainer = Trainer(model, arguments, train_dataset=rows[:48], eval_dataset=rows[48:])
 trainer.train(resume_from_checkpoint=args.resume)
 if trainer.is_world_process_zero():

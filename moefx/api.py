@@ -134,11 +134,22 @@ def optimize(
     return _optimize(
         model,
         Options(
-            ep_size=ep_size, mesh=mesh, example=example, pipeline=pipeline, backends=backends, compile=compile, strict=strict,
-            verify=verify, router_z_loss=router_z_loss, balanced_routing=balanced_routing, check_numerics=check_numerics,
-            dispatch_capacity=dispatch_capacity, tune=tune, dispatch_dtype=dispatch_dtype,
+            ep_size=ep_size,
+            mesh=mesh,
+            example=example,
+            pipeline=pipeline,
+            backends=backends,
+            compile=compile,
+            strict=strict,
+            verify=verify,
+            router_z_loss=router_z_loss,
+            balanced_routing=balanced_routing,
+            check_numerics=check_numerics,
+            dispatch_capacity=dispatch_capacity,
+            tune=tune,
+            dispatch_dtype=dispatch_dtype,
         ),
-    )  # fmt: skip
+    )
 
 
 def _optimize(model: Any, options: Options) -> Any:

@@ -220,9 +220,14 @@ def check_device(name: str) -> None:
 
 def _show_families(rows: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> None:
     table = Table(
-        "family", "captured", "raised of promised", "what is not, and why", title="small configurations of each family",
-        title_justify="left", show_lines=True,
-    )  # fmt: skip
+        "family",
+        "captured",
+        "raised of promised",
+        "what is not, and why",
+        title="small configurations of each family",
+        title_justify="left",
+        show_lines=True,
+    )
     for r in rows:
         raised = "\n".join(f"{op} {made}/{promised}" for op, (made, promised) in r["raised"].items())
         raised += f"\n{r['verified']}" if "verified" in r else ""

@@ -28,20 +28,22 @@ __all__ = [
 
 def default() -> Pipeline:
     """The default pipeline, in order: raise, transform, lower. (Experts and attention are raised by capture itself.)"""
-    return Pipeline((
-        Canonicalize(),
-        RaiseDenseExperts(),
-        RaiseRMSNorm(),
-        RaiseRoute(),
-        RaiseRotary(),
-        RaiseSwiGLU(),
-        RaiseLinearCrossEntropy(),
-        FuseResidualRMSNorm(),
-        FuseNormRotary(),
-        LinearToFP32(),
-        Routes(),
-        ExpertParallel(),
-        Lower(),
-        NormStreams(),
-        Overlap(chunks=1),  # chunks=0 lets the cost model cut tokens into chunks: no GPU has measured it yet
-    ))  # fmt: skip
+    return Pipeline(
+        (
+            Canonicalize(),
+            RaiseDenseExperts(),
+            RaiseRMSNorm(),
+            RaiseRoute(),
+            RaiseRotary(),
+            RaiseSwiGLU(),
+            RaiseLinearCrossEntropy(),
+            FuseResidualRMSNorm(),
+            FuseNormRotary(),
+            LinearToFP32(),
+            Routes(),
+            ExpertParallel(),
+            Lower(),
+            NormStreams(),
+            Overlap(chunks=1),  # chunks=0 lets the cost model cut tokens into chunks: no GPU has measured it yet
+        )
+    )

@@ -46,9 +46,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 #: That of examples/, but for one token more in sft.py.
 EXAMPLES = Qwen3MoeConfig(
-    vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-    intermediate_size=128, moe_intermediate_size=64, num_experts=8, num_experts_per_tok=2,
-)  # fmt: skip
+    vocab_size=256,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    intermediate_size=128,
+    moe_intermediate_size=64,
+    num_experts=8,
+    num_experts_per_tok=2,
+)
 FEW = "fewer experts than ranks"
 #: What the whole model must get of each operation, counted by hand from the configurations above.
 EXPECTED: dict[str, dict[str, int]] = {

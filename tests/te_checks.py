@@ -216,8 +216,18 @@ def _attention_rounding(given, scale):
 
 
 def expert_arguments(
-    tokens, experts=8, top_k=3, hidden=64, size=48, *, activation, biased=False, transposed=False, clamped=False, routing="random"
-):  # fmt: skip
+    tokens,
+    experts=8,
+    top_k=3,
+    hidden=64,
+    size=48,
+    *,
+    activation,
+    biased=False,
+    transposed=False,
+    clamped=False,
+    routing="random",
+):
     """x, index, weights, up, up_bias, down, down_bias: normally distributed.
 
     ``clamped``: for an activation with a limit. A pre-activation beside the limit that bf16 rounds to its other side gets the
@@ -380,13 +390,34 @@ def calls(op, device):
         ops.add_rms_norm: [("te_add_rms_norm", (x, leaf(6, 96, seed=3), weight, 1e-6, True))],
         ops.route: [("te_route", (leaf(6, 32), leaf(32, seed=1), 4, "sigmoid", False, 4, 2, 2.0))],
         ops.load_balancing_loss: [("te_load_balancing_loss", (leaf(6, 32), 3))],
-        ops.attention: [("te_attention", (*(leaf(2, 5, 4, 64, seed=i, dtype=half) for i in range(3)), leaf(4, seed=3), 0.3, True, 3))],
+        ops.attention: [
+            ("te_attention", (*(leaf(2, 5, 4, 64, seed=i, dtype=half) for i in range(3)), leaf(4, seed=3), 0.3, True, 3))
+        ],
         ops.experts: [
             ("te_permute", (x, index)),
             ("te_unpermute", (leaf(12, 96), torch.arange(12, dtype=torch.int32, device=device), leaf(6, 2, seed=1))),
         ],
-        torch.ops.moefx.grouped_mlp.default: [("te_grouped_mlp", (
-            leaf(6, 96, dtype=half), torch.tensor([4, 0, 2], device=device), leaf(3, 32, 96, dtype=half), None, leaf(3, 96, 16, dtype=half),
-            None, leaf(6, seed=4), None, None, None, "swiglu", 0.0, 0.0, False, False, 1.0,
-        ))],
-    }[op]  # fmt: skip
+        torch.ops.moefx.grouped_mlp.default: [
+            (
+                "te_grouped_mlp",
+                (
+                    leaf(6, 96, dtype=half),
+                    torch.tensor([4, 0, 2], device=device),
+                    leaf(3, 32, 96, dtype=half),
+                    None,
+                    leaf(3, 96, 16, dtype=half),
+                    None,
+                    leaf(6, seed=4),
+                    None,
+                    None,
+                    None,
+                    "swiglu",
+                    0.0,
+                    0.0,
+                    False,
+                    False,
+                    1.0,
+                ),
+            )
+        ],
+    }[op]

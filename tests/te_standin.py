@@ -104,8 +104,9 @@ class Extension(types.ModuleType):
         assert use_dense_indices and routing_map_format == 0 and routing_map.shape[1] == topk
         (to_logits,) = _vjp(
             lambda x: self._weights(x, routing_map, use_pre_softmax, scaling_factor, score_function),
-            (intermediate_output,), grad_probs.gather(1, routing_map),
-        )  # fmt: skip
+            (intermediate_output,),
+            grad_probs.gather(1, routing_map),
+        )
         grad_logits.copy_(to_logits)
 
     def fused_score_for_moe_aux_loss_fwd(self, logits, topk, score_function, routing_map_format):
@@ -187,10 +188,14 @@ def _get_attention_backend(asked):
 
 
 utils = SimpleNamespace(
-    AttentionParams=AttentionParams, AttentionLogging=SimpleNamespace(_log_level=0), get_attention_backend=_get_attention_backend,
+    AttentionParams=AttentionParams,
+    AttentionLogging=SimpleNamespace(_log_level=0),
+    get_attention_backend=_get_attention_backend,
     get_cudnn_version=lambda: (9, 12, 0),
-    get_full_cu_seqlens=lambda batch, length, device: torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device),
-)  # fmt: skip
+    get_full_cu_seqlens=lambda batch, length, device: torch.arange(
+        0, (batch + 1) * length, length, dtype=torch.int32, device=device
+    ),
+)
 
 
 def _attend(q, k, v, softmax_offset, attn_scale, attn_mask_type, window_size):
@@ -208,9 +213,26 @@ def _attend(q, k, v, softmax_offset, attn_scale, attn_mask_type, window_size):
 
 
 def _fused_attn_fwd(
-    is_training, max_seqlen_q, max_seqlen_kv, cu_seqlens_q, cu_seqlens_kv, q, k, v, fake_dtype, fused_attention_backend, *,
-    attn_scale, qkv_layout, o_format, attn_mask_type, window_size, softmax_type, bottom_right_diagonal, softmax_offset,
-):  # fmt: skip
+    is_training,
+    max_seqlen_q,
+    max_seqlen_kv,
+    cu_seqlens_q,
+    cu_seqlens_kv,
+    q,
+    k,
+    v,
+    fake_dtype,
+    fused_attention_backend,
+    *,
+    attn_scale,
+    qkv_layout,
+    o_format,
+    attn_mask_type,
+    window_size,
+    softmax_type,
+    bottom_right_diagonal,
+    softmax_offset,
+):
     assert (
         is_training
         and (qkv_layout, o_format) == ("bshd_bshd_bshd", "bshd")
@@ -227,9 +249,30 @@ def _fused_attn_fwd(
 
 
 def _fused_attn_bwd(
-    max_seqlen_q, max_seqlen_kv, cu_seqlens_q, cu_seqlens_kv, q, k, v, o, d_o, fake_dtype, aux_ctx_tensors, fused_attention_backend, *,
-    attn_scale, qkv_layout, o_format, do_format, dqkv_layout, attn_mask_type, window_size, softmax_type, bottom_right_diagonal, deterministic,
-):  # fmt: skip
+    max_seqlen_q,
+    max_seqlen_kv,
+    cu_seqlens_q,
+    cu_seqlens_kv,
+    q,
+    k,
+    v,
+    o,
+    d_o,
+    fake_dtype,
+    aux_ctx_tensors,
+    fused_attention_backend,
+    *,
+    attn_scale,
+    qkv_layout,
+    o_format,
+    do_format,
+    dqkv_layout,
+    attn_mask_type,
+    window_size,
+    softmax_type,
+    bottom_right_diagonal,
+    deterministic,
+):
     assert (do_format, dqkv_layout) == ("bshd", "bshd_bshd_bshd") and d_o.is_contiguous()
     given = (q, k, v, *([aux_ctx_tensors[2]] if softmax_type == "learnable" else []))
 

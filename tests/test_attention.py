@@ -51,10 +51,7 @@ def test_other_masks_are_not(what):
 
 def test_the_captured_block_knows_its_window_and_needs_no_mask():
     model = build("gpt_oss")
-    calls = [
-        arguments(n)
-        for f in moefx.capture(model) for n in f.graph.nodes if n.target is ops.attention
-    ]  # fmt: skip
+    calls = [arguments(n) for f in moefx.capture(model) for n in f.graph.nodes if n.target is ops.attention]
     assert [c["window"] for c in calls] == [8, None] and [c["mask"] for c in calls] == [None, None]
     moefx.optimize(model, compile=False, strict=True)
     for length in (5, 8, 9, 20):  # shorter than the window, as long, longer

@@ -187,8 +187,10 @@ def _compare(kernel, op, inputs, options, grad_of=1.0):
     """fp32: to rounding. 16 bits: both against the operation in fp64; the kernel may err as much as the operation does,
     twice (its roundings differ), and by one rounding of the largest value."""
     found, right = _run(kernel, inputs, options, grad_of), _run(op, inputs, options, grad_of)
-    wide = [t.detach().double().requires_grad_(t.requires_grad)
-            if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in inputs]  # fmt: skip
+    wide = [
+        t.detach().double().requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+        for t in inputs
+    ]
     exact = _run(op, wide, options, grad_of)
     for a, b, e in zip(found, right, exact):
         assert a.dtype == b.dtype and a.shape == b.shape

@@ -196,9 +196,10 @@ def test_balanced_router_gives_the_weights_of_its_experts(name: str, layers: int
 
 def test_bars_are_the_whole_models_rows() -> None:
     rows = [
-        {"who": "moefx", "mbs": 4, "tokens_per_s": 4.0, "speedup": 2.0}, {"who": "hf", "mbs": 4, "tokens_per_s": 2.0, "speedup": 1.0},
+        {"who": "moefx", "mbs": 4, "tokens_per_s": 4.0, "speedup": 2.0},
+        {"who": "hf", "mbs": 4, "tokens_per_s": 2.0, "speedup": 1.0},
         {"who": "moefx", "mbs": 1, "tokens_per_s": 3.0, "speedup": None},
-    ]  # fmt: skip
+    ]
     found = chart.bars({"whole_model": rows})
     assert list(found.items()) == [("hf", [(4, 2.0, "")]), ("moefx", [(1, 3.0, ""), (4, 4.0, "2.00×")])]
 
@@ -215,9 +216,14 @@ def test_panels_of_several_devices_are_their_routings() -> None:
         }
 
     record = {
-        "settings": {"model": "qwen3_30b", "gpus": 8}, "machine": {"gpu": {"name": "H"}},
-        "rows": [row("moefx", "real", 3.0, {"hf_fsdp": 3.0}), row("hf_fsdp", "real", 1.0, {"hf_ep": 2.0}, True), row("hf_ep", "balanced", 2.0, {})],
-    }  # fmt: skip
+        "settings": {"model": "qwen3_30b", "gpus": 8},
+        "machine": {"gpu": {"name": "H"}},
+        "rows": [
+            row("moefx", "real", 3.0, {"hf_fsdp": 3.0}),
+            row("hf_fsdp", "real", 1.0, {"hf_ep": 2.0}, True),
+            row("hf_ep", "balanced", 2.0, {}),
+        ],
+    }
     assert chart.panels(record) == [
         ("Qwen3-30B-A3B, real routing", {"hf_fsdp": [(1, 1.0, " r")], "moefx": [(1, 3.0, "3.00×")]}),
         ("Qwen3-30B-A3B, balanced routing", {"hf_ep": [(1, 2.0, "")]}),
@@ -302,8 +308,10 @@ def test_contenders_agree_and_one_that_runs_out_of_memory_is_a_result(tmp_path: 
     assert multi_gpu.main([*run, "--fail", "memory:hf_fsdp:1:balanced, mbs 1"]) == 0
     record = json.loads((tmp_path / "run.json").read_text())
     assert [(r["who"], r["recompute"], len(r["steps_ms"])) for r in record["rows"]] == [
-        ("hf_fsdp", True, 2), ("hf_ep", False, 2), ("moefx", False, 2),
-    ]  # fmt: skip
+        ("hf_fsdp", True, 2),
+        ("hf_ep", False, 2),
+        ("moefx", False, 2),
+    ]
     (failed,) = record["failed"]
     assert (failed["who"], failed["kind"], failed["rank"], failed["row"]) == ("hf_fsdp", "memory", 1, "balanced, mbs 1")
     found = record["checks"]["balanced"]
@@ -391,9 +399,21 @@ def test_kept_counts_what_autograd_keeps() -> None:
 
 def test_simulated_rank_has_its_share_and_says_that_it_is_a_model(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     args = argparse.Namespace(
-        model="tiny", layers=[1], seq=32, mbs=[1], dtype="float32", device="cpu", routing="balanced", warmup=1, steps=2,
-        simulate_ep=4, exchange_gb_per_s=1e-3, compile=False, backends=None, name="simulated",
-    )  # fmt: skip
+        model="tiny",
+        layers=[1],
+        seq=32,
+        mbs=[1],
+        dtype="float32",
+        device="cpu",
+        routing="balanced",
+        warmup=1,
+        steps=2,
+        simulate_ep=4,
+        exchange_gb_per_s=1e-3,
+        compile=False,
+        backends=None,
+        name="simulated",
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(simulate_ep.common, "RESULTS", tmp_path)
         patch.setattr(simulate_ep.common, "say", print)

@@ -56,9 +56,11 @@ def test_every_operation_of_a_block():
 def test_a_sliding_window_costs_its_band(length, pairs):
     _, report = report_of("gpt_oss")
     windows = {
-        n.kwargs.get("window"): f for f in report.program for n in f.graph.nodes
+        n.kwargs.get("window"): f
+        for f in report.program
+        for n in f.graph.nodes
         if n.meta.get("semantic") is moefx.ops.attention
-    }  # fmt: skip
+    }
     assert set(windows) == {8, None}
     assert flops_by_operation(windows[8], 2, length)["moefx.attention"] == 4 * 2 * 4 * pairs * 16
     assert flops_by_operation(windows[None], 2, length)["moefx.attention"] == 4 * 2 * 4 * length * (length + 1) / 2 * 16

@@ -113,8 +113,12 @@ def test_a_pass_that_breaks_the_graph(model):
             first.replace_all_uses_with(list(function.graph.nodes)[-2])
             return moefx.Changes()
 
-    fails(model, "pass 'breaks' broke .* which is not defined before it", moefx.PassError,
-          pipeline=moefx.passes.default().before("route", Breaks()))  # fmt: skip
+    fails(
+        model,
+        "pass 'breaks' broke .* which is not defined before it",
+        moefx.PassError,
+        pipeline=moefx.passes.default().before("route", Breaks()),
+    )
 
 
 def test_strict_raises_where_a_router_is_not_known(monkeypatch):

@@ -66,9 +66,17 @@ def _gradients(y, inputs):
 
 
 def _check_mlp(
-    counts, *, dtype=torch.float64, activation="swiglu", bias=False, transposed=False, interleaved=False, weighted=False,
-    rtol, atol,
-):  # fmt: skip
+    counts,
+    *,
+    dtype=torch.float64,
+    activation="swiglu",
+    bias=False,
+    transposed=False,
+    interleaved=False,
+    weighted=False,
+    rtol,
+    atol,
+):
     options = dict(activation=activation, alpha=1.702, limit=1.0, transposed=transposed, interleaved=interleaved)
     inputs = _mlp_inputs(counts, bias=bias, transposed=transposed, gated=ACTIVATIONS[activation].gated, dtype=dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -144,9 +152,16 @@ def test_grouped_mlp_for_any_layout_and_activation(activation, transposed, inter
 def test_grouped_mlp_in_bf16(activation, transposed, interleaved):
     """Values of order 1 to 10 from sums of up to 12 products that are rounded (2**-9) at four places."""
     _check_mlp(
-        COUNTS["uneven"], dtype=torch.bfloat16, activation=activation, transposed=transposed, interleaved=interleaved,
-        bias=transposed, weighted=transposed or activation == "relu2", rtol=2**-5, atol=2**-3,
-    )  # fmt: skip
+        COUNTS["uneven"],
+        dtype=torch.bfloat16,
+        activation=activation,
+        transposed=transposed,
+        interleaved=interleaved,
+        bias=transposed,
+        weighted=transposed or activation == "relu2",
+        rtol=2**-5,
+        atol=2**-3,
+    )
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])

@@ -52,9 +52,13 @@ def picture(model, high, wide, length, seed=0):
     ids = torch.cat([before, torch.tensor([START]), torch.full((many,), IMAGE), torch.tensor([END]), after])[None]
     numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     return {
-        "input_ids": ids, "labels": ids, "use_cache": False, "mm_token_type_ids": (ids == IMAGE).int(),
-        "pixel_values": torch.randn(high * wide, numbers, generator=random), "image_grid_thw": torch.tensor([[1, high, wide]]),
-    }  # fmt: skip
+        "input_ids": ids,
+        "labels": ids,
+        "use_cache": False,
+        "mm_token_type_ids": (ids == IMAGE).int(),
+        "pixel_values": torch.randn(high * wide, numbers, generator=random),
+        "image_grid_thw": torch.tensor([[1, high, wide]]),
+    }
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -14,7 +14,7 @@ import moefx
 from moefx import f64, ops
 from moefx.frontend.capture import Call, capture_module, flatten
 from moefx.ir.graph import aten, is_call
-from moefx.passes import (  # fmt: skip
+from moefx.passes import (
     Canonicalize,
     Changes,
     FuseNormRotary,
@@ -402,8 +402,12 @@ def test_linear_cross_entropy_refuses_a_cap_that_is_not_undone():
     def head(weight, hidden, labels):
         return F.cross_entropy((F.linear(hidden, weight) / 30.0).tanh().mul(20.0).view(-1, 32), labels.view(-1))
 
-    f, changes = run([RaiseLinearCrossEntropy()], head, [torch.randn(3, 17, 16), torch.randint(0, 32, (3, 17))],
-                     [nn.Parameter(torch.randn(32, 16))])  # fmt: skip
+    f, changes = run(
+        [RaiseLinearCrossEntropy()],
+        head,
+        [torch.randn(3, 17, 16), torch.randint(0, 32, (3, 17))],
+        [nn.Parameter(torch.randn(32, 16))],
+    )
     assert calls(f, ops.linear_cross_entropy) == [] and changes.made == []
 
 
@@ -411,8 +415,12 @@ def test_linear_cross_entropy_refuses_smoothing():
     def head(weight, hidden, labels):
         return F.cross_entropy(F.linear(hidden, weight).view(-1, 32), labels.view(-1), label_smoothing=0.1)
 
-    f, changes = run([RaiseLinearCrossEntropy()], head, [torch.randn(3, 17, 16), torch.randint(0, 32, (3, 17))],
-                     [nn.Parameter(torch.randn(32, 16))])  # fmt: skip
+    f, changes = run(
+        [RaiseLinearCrossEntropy()],
+        head,
+        [torch.randn(3, 17, 16), torch.randint(0, 32, (3, 17))],
+        [nn.Parameter(torch.randn(32, 16))],
+    )
     assert calls(f, ops.linear_cross_entropy) == [] and changes.made == []
     assert "expected label_smoothing=0.0, found the constant 0.1 at cross_entropy_loss" in changes.missed[0].what
 
@@ -422,8 +430,12 @@ def test_residual_rms_norm():
         total = x + y
         return norm(weight, total), total
 
-    f, changes = run([RaiseRMSNorm(), FuseResidualRMSNorm()], block, [torch.randn(3, 17, 16), torch.randn(3, 17, 16)],
-                     [nn.Parameter(torch.randn(16))])  # fmt: skip
+    f, changes = run(
+        [RaiseRMSNorm(), FuseResidualRMSNorm()],
+        block,
+        [torch.randn(3, 17, 16), torch.randn(3, 17, 16)],
+        [nn.Parameter(torch.randn(16))],
+    )
     assert len(calls(f, ops.add_rms_norm)) == 1 and calls(f, ops.rms_norm) == [] and calls(f, aten.add.Tensor) == []
 
 
@@ -445,8 +457,12 @@ def heads(weight, x, cos, sin, computed=False, normalise=True):
 def test_norm_rotary(computed):
     angle = torch.randn(3, 17, 16)
     inputs = [torch.randn(3, 17, 64), angle.cos(), angle.sin()]
-    f, changes = run([RaiseRMSNorm(), RaiseRotary(), FuseNormRotary()], lambda *a: heads(*a, computed=computed), inputs,
-                     [nn.Parameter(torch.randn(16))])  # fmt: skip
+    f, changes = run(
+        [RaiseRMSNorm(), RaiseRotary(), FuseNormRotary()],
+        lambda *a: heads(*a, computed=computed),
+        inputs,
+        [nn.Parameter(torch.randn(16))],
+    )
     if computed:
         assert len(calls(f, ops.rotary)) == 1 and calls(f, ops.norm_rotary) == []
         assert "is computed" in changes.missed[0].what

@@ -129,9 +129,16 @@ def padding_free(step):
     ids = torch.randint(0, 256, (1, total), generator=torch.Generator().manual_seed(step))
     longest = int(starts.diff().max())
     return {
-        "input_ids": ids, "labels": ids, "position_ids": positions, "use_cache": False, "cu_seq_lens_q": starts, "cu_seq_lens_k": starts,
-        "max_length_q": longest, "max_length_k": longest, "num_items_in_batch": total + step,
-    }  # fmt: skip
+        "input_ids": ids,
+        "labels": ids,
+        "position_ids": positions,
+        "use_cache": False,
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "num_items_in_batch": total + step,
+    }
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])

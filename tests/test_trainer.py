@@ -39,10 +39,19 @@ def trained(folder, steps=None, **options):
     model = moefx.optimize(build("qwen3_moe"), compile=False)
     rows = [{k: v[0] for k, v in batch(1, 16, seed=s).items()} for s in range(10)]
     arguments = TrainingArguments(
-        str(folder), num_train_epochs=1, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2,
-        logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
-        train_sampling_strategy="sequential", **options.pop("arguments", {}),
-    )  # fmt: skip
+        str(folder),
+        num_train_epochs=1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        train_sampling_strategy="sequential",
+        **options.pop("arguments", {}),
+    )
     made = trainer.Trainer(model, arguments, train_dataset=rows, **options)
     made.train()
     return [h["loss"] for h in made.state.log_history if "loss" in h], dict(model.named_parameters()), made
@@ -88,11 +97,22 @@ def test_one_row_at_a_time(tmp_path):
         model = build("qwen3_moe", num_hidden_layers=1)
         model = moefx.optimize(model, compile=False, strict=True) if optimized else model
         arguments = TrainingArguments(
-            str(tmp_path), max_steps=3, per_device_train_batch_size=1, per_device_eval_batch_size=1, gradient_accumulation_steps=2,
-            learning_rate=1e-2, logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
-            average_tokens_across_devices=True, label_names=["labels"], train_sampling_strategy="sequential",
+            str(tmp_path),
+            max_steps=3,
+            per_device_train_batch_size=1,
+            per_device_eval_batch_size=1,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-2,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            average_tokens_across_devices=True,
+            label_names=["labels"],
+            train_sampling_strategy="sequential",
             remove_unused_columns=False,
-        )  # fmt: skip
+        )
         made = transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:2], data_collator=padded)
         with warnings.catch_warnings():
             warnings.simplefilter("error", ShortfallWarning)

@@ -39,8 +39,20 @@ def backend(name, fn):
         transposed=False,
         interleaved=False,
     ):
-        return fn(x, index, weights, up, up_bias, down, down_bias, activation=activation, alpha=alpha, limit=limit,
-                  transposed=transposed, interleaved=interleaved)  # fmt: skip
+        return fn(
+            x,
+            index,
+            weights,
+            up,
+            up_bias,
+            down,
+            down_bias,
+            activation=activation,
+            alpha=alpha,
+            limit=limit,
+            transposed=transposed,
+            interleaved=interleaved,
+        )
 
     return moefx.Backend(name, {ops.experts: moefx.Kernel(kernel, why=f"of {name}")})
 

@@ -339,8 +339,16 @@ class ProgramCost:
         from moefx.analysis.text import render
 
         at = ", ".join(f"{k}={v}" for k, v in self.sizes.items())
-        table = Table("function", "times", "TFLOP", "GB read", "GB written", "GB sent", title=f"forward of one rank at {at}",
-                      title_justify="left")  # fmt: skip
+        table = Table(
+            "function",
+            "times",
+            "TFLOP",
+            "GB read",
+            "GB written",
+            "GB sent",
+            title=f"forward of one rank at {at}",
+            title_justify="left",
+        )
         formulas = Table("function", "of one call", "where", title="formulas", title_justify="left")
         for name, (cost, many) in self.functions.items():
             table.add_row(name, str(many), *_numbers(tuple(n * many for n in self.numbers(name))))

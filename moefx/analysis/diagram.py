@@ -19,10 +19,17 @@ if TYPE_CHECKING:
     from moefx.ir.program import Function
 
 _THROUGH = VIEWS.difference(CASTS) | {aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default}
-_PRODUCTS = frozenset({
-    aten.linear.default, aten.mm.default, aten.addmm.default, aten.matmul.default, aten.bmm.default, aten.baddbmm.default,
-    aten._grouped_mm.default,
-})  # fmt: skip
+_PRODUCTS = frozenset(
+    {
+        aten.linear.default,
+        aten.mm.default,
+        aten.addmm.default,
+        aten.matmul.default,
+        aten.bmm.default,
+        aten.baddbmm.default,
+        aten._grouped_mm.default,
+    }
+)
 _EXCHANGE = ("dispatch", "combine")
 #: Fill and border of each kind of box.
 _STYLES = {

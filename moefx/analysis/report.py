@@ -121,8 +121,13 @@ class Report:
             for op, promised in function.expects.items():
                 made = self.made(op, function)
                 if made is not None and made < promised:
-                    missed = [str(c) for p in self.passes if p.name == _MAKERS.get(op) for c in p.missed
-                              if c.function == function.name]  # fmt: skip
+                    missed = [
+                        str(c)
+                        for p in self.passes
+                        if p.name == _MAKERS.get(op)
+                        for c in p.missed
+                        if c.function == function.name
+                    ]
                     why = f": {'; '.join(missed)}" if missed else ": nothing in the graph resembles it"
                     found.append(f"{op}: {made} of {promised} in {function.name} ({len(function.instances)} instances){why}")
         if functions is None:
@@ -186,13 +191,22 @@ class Report:
             "ep_size": self.plan.ep_size,
             "dispatch_dtype": self.plan.dispatch_dtype,
             "functions": [
-                {"name": f.name, "instances": f.instances, "nodes": sum(n.op == "call_function" for n in f.graph.nodes),
-                 "expects": f.expects}
+                {
+                    "name": f.name,
+                    "instances": f.instances,
+                    "nodes": sum(n.op == "call_function" for n in f.graph.nodes),
+                    "expects": f.expects,
+                }
                 for f in self.program
             ],
             "passes": [
-                {"name": p.name, "made": p.made_count, "missed": p.missed_count, "seconds": round(p.seconds, 3),
-                 "reasons": [str(c) for c in p.missed]}
+                {
+                    "name": p.name,
+                    "made": p.made_count,
+                    "missed": p.missed_count,
+                    "seconds": round(p.seconds, 3),
+                    "reasons": [str(c) for c in p.missed],
+                }
                 for p in self.passes
             ],
             "kernels": [{"op": op, "backend": b, "count": n, "why": why} for (op, b), (n, why) in self.kernels().items()],
@@ -206,7 +220,7 @@ class Report:
             ],
             "notes": [{"path": p, "text": t, "calls": n} for (p, t), n in self.notes.items()],
             "shortfall": self.shortfall(),
-        }  # fmt: skip
+        }
 
     def __str__(self) -> str:
         from moefx.analysis.text import report_text

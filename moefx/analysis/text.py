@@ -35,8 +35,14 @@ def report_text(report: Report) -> str:
     kernels = Table("operation", "kernel", "times", "why", title="kernels", title_justify="left")
     for (op, backend), (many, why) in report.kernels().items():
         kernels.add_row(op, backend, str(many), why)
-    notes = ["NUMERICS CHANGE (dispatch_dtype='fp8'): experts on other ranks and their own read tokens rounded to 8 bits, each "
-             "number within 2**-4 of itself"] if report.plan.dispatch_dtype else []  # fmt: skip
+    notes = (
+        [
+            "NUMERICS CHANGE (dispatch_dtype='fp8'): experts on other ranks and their own read tokens rounded to 8 bits, each "
+            "number within 2**-4 of itself"
+        ]
+        if report.plan.dispatch_dtype
+        else []
+    )
     notes += [f"promised, not raised: {s}" for s in report.shortfall()]
     notes += [f"left as it is: {x}" for x in report.left]
     notes += [f"ran the original forward {n} times: {p}: {r}" for (p, r), n in report.fallbacks.items()]

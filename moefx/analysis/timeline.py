@@ -52,8 +52,11 @@ class Timeline:
         total = sum(s.end - s.start for s in self.spans if s.lane == "exchange")
         under = sum(
             max(0.0, min(a.end, b.end) - max(a.start, b.start))
-            for a in self.spans if a.lane == "exchange" for b in self.spans if b.lane == "compute"
-        )  # fmt: skip
+            for a in self.spans
+            if a.lane == "exchange"
+            for b in self.spans
+            if b.lane == "compute"
+        )
         return under / total if total else 1.0
 
     def __str__(self) -> str:
@@ -110,8 +113,11 @@ def timeline(function: Function, plan: Plan, *, backward: bool = False, **sizes:
     numbers = {**symbols.roles, "B": 1, "S": 4096, "ep": plan.ep_size, **sizes}
     nodes = [n for n in function.graph.nodes if n.op == "call_function"]
     starts = [n for n in nodes if n.target in _STARTS]
-    of_wait = {w: next(n for n in w.all_input_nodes[1 if w.target is _WAITS[0] else 0].all_input_nodes if n in starts)
-               for w in nodes if w.target in _WAITS}  # fmt: skip
+    of_wait = {
+        w: next(n for n in w.all_input_nodes[1 if w.target is _WAITS[0] else 0].all_input_nodes if n in starts)
+        for w in nodes
+        if w.target in _WAITS
+    }
     kinds = {kind: [n for n in starts if _STARTS[n.target] == kind] for kind in _STARTS.values()}
     experts = [n for n in nodes if n.meta.get("semantic", n.target) is grouped.grouped_mlp]
     spans: list[Span] = []

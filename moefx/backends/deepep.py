@@ -303,10 +303,18 @@ class DeepEP:
         per_rank, per_node, per_expert, in_rank = layout
         worst, top_k = call.ep * call.capacity, index.shape[1]
         got, experts, got_weights, counts, handle, _ = buffer.dispatch(
-            payload, topk_idx=index, topk_weights=weights, num_tokens_per_rank=per_rank, num_tokens_per_rdma_rank=per_node,
-            is_token_in_rank=in_rank, num_tokens_per_expert=per_expert, num_worst_tokens=worst, previous_event=event,
-            async_finish=True, allocate_on_comm_stream=True,
-        )  # fmt: skip
+            payload,
+            topk_idx=index,
+            topk_weights=weights,
+            num_tokens_per_rank=per_rank,
+            num_tokens_per_rdma_rank=per_node,
+            is_token_in_rank=in_rank,
+            num_tokens_per_expert=per_expert,
+            num_worst_tokens=worst,
+            previous_event=event,
+            async_finish=True,
+            allocate_on_comm_stream=True,
+        )
         here, theirs = torch.cuda.current_stream(), buffer.get_comm_stream()
         with torch.cuda.stream(theirs):
             packed, own = pack_tensors(list(handle))
@@ -354,9 +362,13 @@ class DeepEP:
         buffer = _legacy(call, rows)
         weights = None if weights is None else weights.contiguous()
         back, back_weights, event = buffer.combine(
-            rows, tuple(unpack_tensors(handle, sizes.own)), topk_weights=weights,
-            previous_event=buffer.capture(), async_finish=True, allocate_on_comm_stream=True,
-        )  # fmt: skip
+            rows,
+            tuple(unpack_tensors(handle, sizes.own)),
+            topk_weights=weights,
+            previous_event=buffer.capture(),
+            async_finish=True,
+            allocate_on_comm_stream=True,
+        )
         if rows.shape[1] == tokens.shape[1]:
             done = event
         else:

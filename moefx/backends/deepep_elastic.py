@@ -57,9 +57,13 @@ def _elastic(call: Call, hidden: int, top_k: int) -> Any:
             wanted = tuple(map(max, wanted, mine.fits))  # type: ignore[assignment]
             release(call.group.group_name)
         buffer = deepep._library().ElasticBuffer(
-            call.group, num_max_tokens_per_rank=wanted[0], hidden=wanted[1], num_topk=wanted[2],
-            deterministic=torch.are_deterministic_algorithms_enabled(), explicitly_destroy=True,
-        )  # fmt: skip
+            call.group,
+            num_max_tokens_per_rank=wanted[0],
+            hidden=wanted[1],
+            num_topk=wanted[2],
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            explicitly_destroy=True,
+        )
         mine = _buffers[call.group.group_name] = _Buffer(buffer, wanted)
     return mine.buffer
 
@@ -95,10 +99,17 @@ class Elastic:
         x, index, weights = deepep.at_least_one(x, index, weights)
         payload = deepep.on_wire(x, call)
         got, experts, got_weights, handle, _ = buffer.dispatch(
-            payload, topk_idx=index, topk_weights=weights, num_experts=call.num_experts, num_max_tokens_per_rank=call.capacity,
-            expert_alignment=1, previous_event=buffer.capture(), async_with_compute_stream=True, allocate_on_comm_stream=True,
+            payload,
+            topk_idx=index,
+            topk_weights=weights,
+            num_experts=call.num_experts,
+            num_max_tokens_per_rank=call.capacity,
+            expert_alignment=1,
+            previous_event=buffer.capture(),
+            async_with_compute_stream=True,
+            allocate_on_comm_stream=True,
             do_cpu_sync=False,
-        )  # fmt: skip
+        )
         here, theirs = torch.cuda.current_stream(), buffer.get_comm_stream()
         with torch.cuda.stream(theirs):
             got = deepep.off_wire(got, x)
@@ -131,9 +142,12 @@ class Elastic:
         buffer, x = _elastic(self._sized(call, host), x.shape[1], Host.read(host).facts[transports.TOP_K]), deepep.sent_copy(x)
         payload = deepep.on_wire(x, call)
         got, *_, event = buffer.dispatch(
-            payload, handle=self._handle(handle, host), previous_event=buffer.capture(), async_with_compute_stream=True,
+            payload,
+            handle=self._handle(handle, host),
+            previous_event=buffer.capture(),
+            async_with_compute_stream=True,
             allocate_on_comm_stream=True,
-        )  # fmt: skip
+        )
         if not call.wire:
             return got, deepep.wait_for(event, x, handle, got)
         here, theirs = torch.cuda.current_stream(), buffer.get_comm_stream()
@@ -154,9 +168,13 @@ class Elastic:
         buffer = _elastic(self._sized(call, host), tokens.shape[1], sizes.facts[transports.TOP_K])
         weights = None if weights is None else weights.contiguous()
         back, back_weights, event = buffer.combine(
-            tokens.contiguous(), self._handle(handle, host), topk_weights=weights, previous_event=buffer.capture(),
-            async_with_compute_stream=True, allocate_on_comm_stream=True,
-        )  # fmt: skip
+            tokens.contiguous(),
+            self._handle(handle, host),
+            topk_weights=weights,
+            previous_event=buffer.capture(),
+            async_with_compute_stream=True,
+            allocate_on_comm_stream=True,
+        )
         wait = deepep.wait_for(event, tokens, weights, handle, back)
         if not sizes.facts[transports.TOKENS]:
             back, back_weights = back[:0].clone(), None if back_weights is None else back_weights[:0].clone()

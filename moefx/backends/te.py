@@ -210,9 +210,18 @@ def _refuses_attention(node: fx.Node) -> str | None:
         return problem
     length = q.shape[2] if isinstance(q.shape[2], int) else TYPICAL_LENGTH
     return te_attention.why_not_fused(
-        q.dtype, q.shape[0] if isinstance(q.shape[0], int) else 1, q.shape[1], k.shape[1], length, q.shape[3], v.shape[3],
-        given["scale"], given["is_causal"], given["window"], given["sinks"] is not None,
-    )  # fmt: skip
+        q.dtype,
+        q.shape[0] if isinstance(q.shape[0], int) else 1,
+        q.shape[1],
+        k.shape[1],
+        length,
+        q.shape[3],
+        v.shape[3],
+        given["scale"],
+        given["is_causal"],
+        given["window"],
+        given["sinks"] is not None,
+    )
 
 
 # --- experts ---------------------------------------------------------------------------------------------------------
@@ -238,9 +247,18 @@ def experts(
     counts = torch.zeros(up.shape[0], dtype=torch.int64, device=x.device).scatter_add(0, flat, torch.ones_like(flat))
     rows, where = permute.te_permute(x.to(up.dtype), index.to(torch.int32))
     rows = _mlp(
-        rows, counts, up, up_bias, down, down_bias, activation=activation, alpha=alpha, limit=limit, transposed=transposed,
+        rows,
+        counts,
+        up,
+        up_bias,
+        down,
+        down_bias,
+        activation=activation,
+        alpha=alpha,
+        limit=limit,
+        transposed=transposed,
         interleaved=interleaved,
-    )  # fmt: skip
+    )
     return permute.te_unpermute(rows, where, weights.float()).to(x.dtype)
 
 
@@ -275,9 +293,21 @@ def grouped_mlp(
 ) -> Tensor:
     """The kernel of ``moefx.grouped_mlp``."""
     return te_grouped.te_grouped_mlp(
-        rows, counts, up, up_bias, down, down_bias, row_weights, *grouped.parts_of(arrived), activation, alpha, limit,
-        transposed, interleaved, grad_scale,
-    )[0]  # fmt: skip
+        rows,
+        counts,
+        up,
+        up_bias,
+        down,
+        down_bias,
+        row_weights,
+        *grouped.parts_of(arrived),
+        activation,
+        alpha,
+        limit,
+        transposed,
+        interleaved,
+        grad_scale,
+    )[0]
 
 
 def _refuses_grouped_mlp(node: fx.Node) -> str | None:

@@ -111,9 +111,23 @@ def grouped_mlp_by(gemm: str, keep: bool = True) -> Callable[..., Tensor]:
         arrived: list[Tensor] | None = None,
     ) -> Tensor:
         return fused_grouped_mlp(
-            rows, counts, up, up_bias, down, down_bias, row_weights, *grouped.parts_of(arrived), activation, alpha, limit,
-            transposed, interleaved, grad_scale, gemm, keep,
-        )[0]  # fmt: skip
+            rows,
+            counts,
+            up,
+            up_bias,
+            down,
+            down_bias,
+            row_weights,
+            *grouped.parts_of(arrived),
+            activation,
+            alpha,
+            limit,
+            transposed,
+            interleaved,
+            grad_scale,
+            gemm,
+            keep,
+        )[0]
 
     return grouped_mlp
 
@@ -147,9 +161,23 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """The kernel of ``moefx.route``; equal scores go to the first expert, and the K stand in descending order."""
     return fused_route(
-        logits, bias, top_k, score, topk_first, fp32, groups, topk_groups, group_score, zero_fill, sorted, gather, renormalize,
-        eps, scale, cast,
-    )  # fmt: skip
+        logits,
+        bias,
+        top_k,
+        score,
+        topk_first,
+        fp32,
+        groups,
+        topk_groups,
+        group_score,
+        zero_fill,
+        sorted,
+        gather,
+        renormalize,
+        eps,
+        scale,
+        cast,
+    )
 
 
 def norm_rotary(

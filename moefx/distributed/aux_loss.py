@@ -48,9 +48,13 @@ def gradient_scale(mean_of_ranks: bool) -> float:
 
 
 def load_balancing_loss(
-    gate_logits: Any, num_experts: int | None = None, top_k: int = 2, attention_mask: Tensor | None = None,
-    *, total: Callable[[Tensor], Tensor] = lambda x: x,
-) -> Any:  # fmt: skip
+    gate_logits: Any,
+    num_experts: int | None = None,
+    top_k: int = 2,
+    attention_mask: Tensor | None = None,
+    *,
+    total: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Any:
     """Transformers' function of this signature, with its sums over tokens, [2 E + 1] fp32, passed through ``total``.
 
     ``gate_logits``: a tuple of [tokens, E], one a layer. Returns ``E * sum_e(share of rows of e * mean probability of e)``.

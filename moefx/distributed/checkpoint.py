@@ -208,9 +208,10 @@ def _turns(model: Any, name: str, there: tuple[int, ...], wanted: tuple[int, ...
 
     return any(
         isinstance(op, Transpose) and op.check_dims and turned(op) == wanted
-        for c in get_model_conversion_mapping(model) if isinstance(c, WeightConverter)
-        and any(re.search(pattern, name) for pattern in c.source_patterns) for op in c.operations
-    )  # fmt: skip
+        for c in get_model_conversion_mapping(model)
+        if isinstance(c, WeightConverter) and any(re.search(pattern, name) for pattern in c.source_patterns)
+        for op in c.operations
+    )
 
 
 def _without(prefix: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

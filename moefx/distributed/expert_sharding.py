@@ -97,10 +97,16 @@ def plan(
     if options.dispatch_dtype and ep_size == 1:
         raise MoefxError(f"dispatch_dtype={options.dispatch_dtype!r}, but ep_size=1: no token is sent anywhere; leave it out")
     made = Plan(
-        backends, compile=options.compile, strict=options.strict, router_z_loss=float(options.router_z_loss),
-        balanced_routing=options.balanced_routing, check_numerics=options.check_numerics,
-        dispatch_capacity=options.dispatch_capacity, tune=Tune.of(options.tune), dispatch_dtype=options.dispatch_dtype or "",
-    )  # fmt: skip
+        backends,
+        compile=options.compile,
+        strict=options.strict,
+        router_z_loss=float(options.router_z_loss),
+        balanced_routing=options.balanced_routing,
+        check_numerics=options.check_numerics,
+        dispatch_capacity=options.dispatch_capacity,
+        tune=Tune.of(options.tune),
+        dispatch_dtype=options.dispatch_dtype or "",
+    )
     if mesh is None:
         return made
     ep, scale = mesh["ep"], experts_gradient_scale(model, ep_size)

@@ -59,10 +59,12 @@ class Layout:
     @property
     def config(self) -> DistributedConfig:
         return DistributedConfig(
-            fsdp_size=self.fsdp, dp_replicate_size=self.dp_replicate, ep_size=self.ep_size,
+            fsdp_size=self.fsdp,
+            dp_replicate_size=self.dp_replicate,
+            ep_size=self.ep_size,
             fsdp_cpu_offload=isinstance(self.offload_policy, CPUOffloadPolicy),
             fsdp_mixed_precision=self.mp_policy.param_dtype is not None,
-        )  # fmt: skip
+        )
 
 
 def spread(model: Any, layout: Layout, dtype: torch.dtype | None = None) -> Any:
@@ -202,9 +204,10 @@ def _width_is_kept(model: Any) -> bool:
 
 def _policies(layout: Layout) -> dict[str, Any]:
     return {
-        "mp_policy": layout.mp_policy, "reshard_after_forward": layout.reshard_after_forward,
+        "mp_policy": layout.mp_policy,
+        "reshard_after_forward": layout.reshard_after_forward,
         "offload_policy": layout.offload_policy,
-    }  # fmt: skip
+    }
 
 
 def _of_another_dtype(block: nn.Module, ignored: Set[nn.Parameter]) -> list[nn.Module]:

@@ -240,9 +240,12 @@ class Call:
 
     def covers(self, tensors: list[Tensor], template: Template, training: bool, adapters: tuple = ()) -> bool:
         if (
-            not self.template.covers(template) or training != self.training or adapters != self.adapters
-            or len(tensors) != len(self.dtypes) or tensors[0].device != self.device
-        ):  # fmt: skip
+            not self.template.covers(template)
+            or training != self.training
+            or adapters != self.adapters
+            or len(tensors) != len(self.dtypes)
+            or tensors[0].device != self.device
+        ):
             return False
         known: dict[str, int] = {}
         for t, dtype, sizes in zip(tensors, self.dtypes, self.sizes, strict=True):
@@ -369,12 +372,16 @@ def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module],
         with (
             # what fails is not logged with its stack as well: it becomes a sentence of the report
             silent("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes"),
-            CAPTURING, _without_checkpointing(module), unsharded_view(module),
-            hf.emitting() as callers, refusing_custom_gradients(),
-            refusing_questions(), torch.enable_grad(),
+            CAPTURING,
+            _without_checkpointing(module),
+            unsharded_view(module),
+            hf.emitting() as callers,
+            refusing_custom_gradients(),
+            refusing_questions(),
+            torch.enable_grad(),
             torch._dynamo.config.patch(fake_tensor_cache_enabled=False),  # with symbolic sizes it costs more than it saves
             torch.autocast(call.device.type if call.device.type != "meta" else "cpu", enabled=False),
-        ):  # fmt: skip
+        ):
             exported = _export(entry, tensors, call)
             refuse_no_grad_values(exported.graph_module)
             if not functionalize(exported.graph):
@@ -458,8 +465,9 @@ def _function(module: nn.Module, exported: Any, call: Call, name: str, callers: 
     graph.eliminate_dead_code()  # what computed the assertions
     fake = next(n.meta["val"].fake_mode for n in copied.values() if isinstance(n.meta.get("val"), Tensor))
     graph_module = fx.GraphModule(nn.Module(), graph)
-    made = Function(name, type(module).__name__, graph_module, [], parameters, constants, inputs, call, fake,
-                    promises(module, callers))  # fmt: skip
+    made = Function(
+        name, type(module).__name__, graph_module, [], parameters, constants, inputs, call, fake, promises(module, callers)
+    )
     made.captured = made.copy() if made.expects.get("experts") else None
     return made
 
@@ -571,9 +579,14 @@ def record(model: Any, example: Mapping[str, Any] | None) -> Recording:
         given["labels"] = given["input_ids"]
     try:
         with (
-            torch.no_grad(), hf.emitting(lenient=True), hf.unpacked_on_meta(), unsharded_view(model, meta),
-            hf.without_packages() if meta is not None else nullcontext(), watching_head(model) as head, _once(model, recording),
-        ):  # fmt: skip
+            torch.no_grad(),
+            hf.emitting(lenient=True),
+            hf.unpacked_on_meta(),
+            unsharded_view(model, meta),
+            hf.without_packages() if meta is not None else nullcontext(),
+            watching_head(model) as head,
+            _once(model, recording),
+        ):
             model(**given)
             recording.packs_beside_cache = _packs_beside_cache(model, given.get("input_ids"))
     except CaptureError:

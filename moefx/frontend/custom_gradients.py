@@ -90,8 +90,11 @@ def refuse_no_grad_values(graph_module: fx.GraphModule) -> None:
     for node in graph_module.graph.nodes:
         if node.op == "call_function" and "wrap_with_set_grad_enabled" in str(node.target):
             vals = node.meta.get("val", ())
-            floats = [v for v in (vals if isinstance(vals, (tuple, list)) else (vals,))
-                      if isinstance(v, Tensor) and v.dtype.is_floating_point]  # fmt: skip
+            floats = [
+                v
+                for v in (vals if isinstance(vals, (tuple, list)) else (vals,))
+                if isinstance(v, Tensor) and v.dtype.is_floating_point
+            ]
             if floats and not node.args[0]:
                 raise CaptureError("a torch.no_grad() region in it computes floating-point values")
 
@@ -136,9 +139,13 @@ def custom_gradients_are_seen() -> bool:
 
     def tries(x: Tensor) -> Tensor:
         attempts: list[Callable[[], Any]] = [
-            lambda: bound(x), lambda: WithSetup.apply(x), lambda: bound(x * weight),  # type: ignore[no-untyped-call]
-            lambda: (x * weight).register_hook(theirs), lambda: saves(x * weight), lambda: asks(x),
-        ]  # fmt: skip
+            lambda: bound(x),
+            lambda: WithSetup.apply(x),
+            lambda: bound(x * weight),  # type: ignore[no-untyped-call]
+            lambda: (x * weight).register_hook(theirs),
+            lambda: saves(x * weight),
+            lambda: asks(x),
+        ]
         found.extend(map(_refused, attempts))
         found.append(not _refused(lambda: (x * weight).sin()))
         return x * 1

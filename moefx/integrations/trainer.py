@@ -67,9 +67,14 @@ class TrainerMixin:
     _step: Any
 
     def __init__(
-        self, model: Any = None, args: Any = None, *rest: Any, log_router_load: bool | str = True, cuda_graph: bool = False,
+        self,
+        model: Any = None,
+        args: Any = None,
+        *rest: Any,
+        log_router_load: bool | str = True,
+        cuda_graph: bool = False,
         **named: Any,
-    ):  # fmt: skip
+    ):
         self._spread = model is not None and not isinstance(model, str) and fsdp.is_sharded(model)
         only = getattr(args, "save_only_model", None)
         if self._spread and args is not None:

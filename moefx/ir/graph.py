@@ -17,11 +17,23 @@ aten = torch.ops.aten
 #: Casts that the tracer writes in different ways; canonicalize leaves only ``aten._to_copy``.
 CASTS = (aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default)
 #: Nodes that only look at their input in another way: to share them costs nothing.
-VIEWS = frozenset({
-    aten.reshape.default, aten.view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default,
-    aten.slice.Tensor, aten.transpose.int, aten.permute.default, aten.select.int, aten._to_copy.default,
-    aten.split.Tensor, aten.split_with_sizes.default, operator.getitem,
-})  # fmt: skip
+VIEWS = frozenset(
+    {
+        aten.reshape.default,
+        aten.view.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.expand.default,
+        aten.slice.Tensor,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.select.int,
+        aten._to_copy.default,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        operator.getitem,
+    }
+)
 
 
 @dataclass(frozen=True)

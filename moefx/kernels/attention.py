@@ -93,9 +93,15 @@ def _window(window: int | None) -> dict[str, int | None]:
 
 @opaque("flash_attention")
 def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int | None, starts: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int | None,
+    starts: Tensor | None,
     by: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """q [B, A, S, D], k and v [B, A/n, S, D] in 16 bits, sinks [A], starts [B, S] (int32): the first key that each query may
     see -> out [B, S, A, D] and the logarithm [B, A, S] (fp32) of each query's sum of exponentials, the sink's included.
     ``by`` "fa4": by FlashAttention 4 where that pays; it knows of no starts, and its v may be [B, A/n, S, Dv]."""
@@ -133,9 +139,18 @@ def _(q, k, v, sinks, scale, window, starts, by):
 
 @opaque("flash_attention_backward", once=True)
 def flash_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None, scale: float,
-    window: int | None, starts: Tensor | None, by: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int | None,
+    starts: Tensor | None,
+    by: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, laid out like them, and of sinks, empty if there are none."""
     by_q, by_k, by_v = (t.transpose(1, 2) for t in (q, k, v))
     delta = None

@@ -32,8 +32,19 @@ def _loss_logits(pointer, mask, scale, softcap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def _row(logits, at, share, losses, columns, stride, scale, softcap, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
-         TOGETHER: tl.constexpr):  # fmt: skip
+def _row(
+    logits,
+    at,
+    share,
+    losses,
+    columns,
+    stride,
+    scale,
+    softcap,
+    CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
     """One program a row: running maximum and sum of exponentials (online softmax, arXiv 1805.02867), then the gradient."""
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * stride
@@ -72,7 +83,17 @@ def cross_entropy_(logits: Tensor, at: Tensor, share: Tensor, scale: float = 1.0
     if logits.shape[0]:
         with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
             _row[(logits.shape[0],)](
-                logits, at, share, losses, logits.shape[1], logits.stride(0), scale, softcap, CAPPED=softcap != 0,
-                BLOCK=BLOCK, TOGETHER=TOGETHER, num_warps=16,
-            )  # fmt: skip
+                logits,
+                at,
+                share,
+                losses,
+                logits.shape[1],
+                logits.stride(0),
+                scale,
+                softcap,
+                CAPPED=softcap != 0,
+                BLOCK=BLOCK,
+                TOGETHER=TOGETHER,
+                num_warps=16,
+            )
     return losses

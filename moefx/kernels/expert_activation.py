@@ -104,9 +104,19 @@ def _pairs(first, row, size, rows, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _load(
-    h, bias, first, row, size, rows, expert, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    h,
+    bias,
+    first,
+    row,
+    size,
+    rows,
+    expert,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BIASED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Gate and up [ROWS, BLOCK], or twice the only pre-activation, with their biases, in fp32.
 
     Those that alternate are read as they lie and parted in registers: to step over every other number would ask memory for
@@ -138,9 +148,18 @@ def _load(
 
 @triton.jit
 def _store(
-    to_h, to_gate, to_up, first, row, size, rows, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr,
+    to_h,
+    to_gate,
+    to_up,
+    first,
+    row,
+    size,
+    rows,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Gradients of gate and up [ROWS, BLOCK] where :func:`_load` found them."""
     start = row.to(tl.int64)[:, None] * (size * 2 if GATED else size)
     if INTERLEAVED:
@@ -157,10 +176,24 @@ def _store(
 
 @triton.jit
 def _forward(
-    h, bias, offsets, weights, a, size, experts, ALPHA: tl.constexpr, LIMIT: tl.constexpr, KIND: tl.constexpr,
-    GATED: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr, WEIGHTED: tl.constexpr, EXPERTS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    h,
+    bias,
+    offsets,
+    weights,
+    a,
+    size,
+    experts,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BIASED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     rows = tl.load(offsets + experts - 1)  # what comes after the last expert's rows means nothing
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * BLOCK
@@ -179,10 +212,29 @@ def _forward(
 
 @triton.jit
 def _backward(
-    h, bias, offsets, to_a, weights, order, to_h, weighted, to_weights, size, experts, ALPHA: tl.constexpr,
-    LIMIT: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr,
-    WEIGHTED: tl.constexpr, ORDERED: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    h,
+    bias,
+    offsets,
+    to_a,
+    weights,
+    order,
+    to_h,
+    weighted,
+    to_weights,
+    size,
+    experts,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BIASED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    ORDERED: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     rows = tl.load(offsets + experts - 1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     expert = _expert_of(row, offsets, experts, EXPERTS) if BIASED else row
@@ -220,9 +272,14 @@ def _sizes(size: int) -> dict[str, int]:
 
 def _constants(gate: Gate, biased: bool, experts: int) -> dict[str, Any]:
     return {
-        "ALPHA": gate.alpha, "LIMIT": gate.limit, "KIND": gate.activation, "GATED": gate.gated,
-        "INTERLEAVED": gate.interleaved, "BIASED": biased, "EXPERTS": triton.next_power_of_2(experts),
-    }  # fmt: skip
+        "ALPHA": gate.alpha,
+        "LIMIT": gate.limit,
+        "KIND": gate.activation,
+        "GATED": gate.gated,
+        "INTERLEAVED": gate.interleaved,
+        "BIASED": biased,
+        "EXPERTS": triton.next_power_of_2(experts),
+    }
 
 
 @functools.lru_cache(KEPT)
@@ -254,9 +311,14 @@ def forward(h: Tensor, bias: Tensor | None, offsets: Tensor, gate: Gate, weights
 
 
 def backward(
-    h: Tensor, bias: Tensor | None, offsets: Tensor, to_a: Tensor, gate: Gate,
-    weights: Tensor | None = None, order: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    h: Tensor,
+    bias: Tensor | None,
+    offsets: Tensor,
+    to_a: Tensor,
+    gate: Gate,
+    weights: Tensor | None = None,
+    order: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Of ``weight * f(h)``, f being :func:`forward` and to_a [R, I] the gradient without the weight:
 
     the gradient of h [R, 2I or I], the weighted activation [R, I], and, shaped like ``weights``, the gradient of the weights
@@ -270,10 +332,17 @@ def backward(
     if to_a.numel():
         launch = _launch_backward(size, gate, bias is not None, len(offsets), weights is not None, order is not None)
         launch(
-            (cdiv(rows, launch.constants["ROWS"]), 1, 1), h, h if bias is None else bias, offsets, to_a,
-            h if weights is None else weights.contiguous(), offsets if order is None else order, to_h, weighted,
+            (cdiv(rows, launch.constants["ROWS"]), 1, 1),
+            h,
+            h if bias is None else bias,
+            offsets,
+            to_a,
+            h if weights is None else weights.contiguous(),
+            offsets if order is None else order,
+            to_h,
+            weighted,
             h if to_weights is None else to_weights,
-        )  # fmt: skip
+        )
     return to_h, weighted, to_weights
 
 
@@ -282,9 +351,17 @@ def backward(
 
 @triton.jit
 def _add_bias(
-    x, bias, offsets, weights, width, experts, WEIGHTED: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
+    x,
+    bias,
+    offsets,
+    weights,
+    width,
+    experts,
+    WEIGHTED: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     rows = tl.load(offsets + experts - 1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -304,9 +381,16 @@ def add_bias_(x: Tensor, bias: Tensor, offsets: Tensor, weights: Tensor | None =
     tile = _sizes(width)
     if x.numel():
         _add_bias[(triton.cdiv(rows, tile["ROWS"]), triton.cdiv(width, tile["BLOCK"]))](
-            x, bias, offsets, x if weights is None else weights.contiguous(), width, len(offsets),
-            WEIGHTED=weights is not None, EXPERTS=triton.next_power_of_2(len(offsets)), **tile,
-        )  # fmt: skip
+            x,
+            bias,
+            offsets,
+            x if weights is None else weights.contiguous(),
+            width,
+            len(offsets),
+            WEIGHTED=weights is not None,
+            EXPERTS=triton.next_power_of_2(len(offsets)),
+            **tile,
+        )
 
 
 @triton.jit
@@ -336,9 +420,19 @@ def add_dot_(out: Tensor, x: Tensor, bias: Tensor, offsets: Tensor) -> None:
 
 @triton.jit
 def _segment_sum(
-    x, weights, order, offsets, out, width, experts, parts, WEIGHTED: tl.constexpr, ORDERED: tl.constexpr, ROWS: tl.constexpr,
+    x,
+    weights,
+    order,
+    offsets,
+    out,
+    width,
+    experts,
+    parts,
+    WEIGHTED: tl.constexpr,
+    ORDERED: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Of one expert's rows every ``parts``-th tile: out [parts, experts, width]."""
     expert = tl.program_id(0)
     part = tl.program_id(2)
@@ -378,7 +472,11 @@ def segment_sum(
     out = x.new_empty(parts, experts, width, dtype=dtype if parts == 1 else torch.float32)
     launch = _launch_sum(width, experts, parts, weights is not None, order is not None)
     launch(
-        (experts, cdiv(width, launch.constants["BLOCK"]), parts), x, x if weights is None else weights.contiguous(),
-        offsets if order is None else order, offsets, out,
-    )  # fmt: skip
+        (experts, cdiv(width, launch.constants["BLOCK"]), parts),
+        x,
+        x if weights is None else weights.contiguous(),
+        offsets if order is None else order,
+        offsets,
+        out,
+    )
     return out[0] if parts == 1 else out.sum(0).to(dtype)

@@ -27,10 +27,22 @@ from moefx.ops.grouped_mlp import _matrices
 from moefx.transports.permute import Kept
 
 #: The activations that :mod:`moefx.kernels.expert_activation` has kernels for.
-KNOWN = frozenset({
-    "swiglu", "geglu_tanh", "geglu", "reglu", "clamped_swiglu", "oai_swiglu", "softcapped_swiglu", "relu2", "silu",
-    "gelu", "gelu_tanh", "relu",
-})  # fmt: skip
+KNOWN = frozenset(
+    {
+        "swiglu",
+        "geglu_tanh",
+        "geglu",
+        "reglu",
+        "clamped_swiglu",
+        "oai_swiglu",
+        "softcapped_swiglu",
+        "relu2",
+        "silu",
+        "gelu",
+        "gelu_tanh",
+        "relu",
+    }
+)
 
 #: In the operations below: up, up_bias, down, down_bias.
 Weights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
@@ -43,10 +55,20 @@ def _gate(activation: str, alpha: float, limit: float, interleaved: bool) -> Any
 
 
 def _gradients(
-    to_out: Tensor, h: Tensor, rows: Callable[[], Tensor], bounds: Tensor, weights: Weights, gate: Any, transposed: bool,
-    gemm: str, needs: Sequence[bool], row_weights: Tensor | None = None, order: Tensor | None = None,
-    by_down: Callable[[Tensor], Tensor] | None = None, grad_scale: float = 1.0,
-) -> tuple[Tensor | None, list[Tensor | None], Tensor | None]:  # fmt: skip
+    to_out: Tensor,
+    h: Tensor,
+    rows: Callable[[], Tensor],
+    bounds: Tensor,
+    weights: Weights,
+    gate: Any,
+    transposed: bool,
+    gemm: str,
+    needs: Sequence[bool],
+    row_weights: Tensor | None = None,
+    order: Tensor | None = None,
+    by_down: Callable[[Tensor], Tensor] | None = None,
+    grad_scale: float = 1.0,
+) -> tuple[Tensor | None, list[Tensor | None], Tensor | None]:
     """Gradients of ``rows()`` [R, H], of the four ``weights`` and of ``row_weights`` [R] (with ``order`` [R], the flat
     positions of the rows: [T, K]), from to_out [R, H]: that of the weighted rows, not yet multiplied by ``row_weights``.
     That of ``row_weights`` lacks the part of down's bias. ``needs``: of rows and of the four; the rest is None. ``by_down``:
@@ -95,9 +117,21 @@ def _or_empty(found: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
 
 @opaque("fused_experts")
 def _fused_experts(
-    x: Tensor, index: Tensor, weights: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
-    activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool, gemm: str, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+    alpha: float,
+    limit: float,
+    transposed: bool,
+    interleaved: bool,
+    gemm: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y [T, H] in x's dtype; then, for the backward, h [T*K, 2I or I], order and inverse [T*K], bounds [E + 1] (int32). Without
     ``keep`` h is empty, and the backward makes it again."""
     from moefx.kernels import expert_activation as act
@@ -125,10 +159,27 @@ def _(x, index, weights, up, up_bias, down, down_bias, activation, alpha, limit,
 
 @opaque("fused_experts_backward", once=True)
 def fused_experts_backward(
-    grad: Tensor, h: Tensor, order: Tensor, inverse: Tensor, bounds: Tensor, x: Tensor, index: Tensor, weights: Tensor,
-    up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, activation: str, alpha: float, limit: float,
-    transposed: bool, interleaved: bool, gemm: str, keep: bool, needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    h: Tensor,
+    order: Tensor,
+    inverse: Tensor,
+    bounds: Tensor,
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+    alpha: float,
+    limit: float,
+    transposed: bool,
+    interleaved: bool,
+    gemm: str,
+    keep: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weights, up, up_bias, down, down_bias. ``needs``: of which (weights: always); others are empty."""
     from moefx.kernels.permute import expand, reduce
 
@@ -142,9 +193,19 @@ def fused_experts_backward(
         return grouped_gemm.of_tokens(gemm, grad, order, inverse, top_k, matrices, bounds[: down.shape[0] + 1])
 
     to_rows, found, to_weights = _gradients(
-        expand(grad, inverse, top_k), h, lambda: expand(x.to(up.dtype), inverse, top_k), bounds,
-        (up, up_bias, down, down_bias), gate, transposed, gemm, needs, weights, order, of_tokens if gemm == "fp8" else None,
-    )  # fmt: skip
+        expand(grad, inverse, top_k),
+        h,
+        lambda: expand(x.to(up.dtype), inverse, top_k),
+        bounds,
+        (up, up_bias, down, down_bias),
+        gate,
+        transposed,
+        gemm,
+        needs,
+        weights,
+        order,
+        of_tokens if gemm == "fp8" else None,
+    )
     assert to_weights is not None
     if down_bias is not None:  # what a row's weight multiplies has the bias in it
         to_weights += F.linear(grad, down_bias).float().gather(1, index)
@@ -156,8 +217,28 @@ def fused_experts_backward(
 
 
 @fused_experts_backward.register_fake
-def _(grad, h, order, inverse, bounds, x, index, weights, up, up_bias, down, down_bias, activation, alpha, limit,
-      transposed, interleaved, gemm, keep, needs):  # fmt: skip
+def _(
+    grad,
+    h,
+    order,
+    inverse,
+    bounds,
+    x,
+    index,
+    weights,
+    up,
+    up_bias,
+    down,
+    down_bias,
+    activation,
+    alpha,
+    limit,
+    transposed,
+    interleaved,
+    gemm,
+    keep,
+    needs,
+):
     made = [torch.empty_like(t) if need else h.new_empty(0) for t, need in zip((x, up, up_bias, down, down_bias), needs)]
     return made[0], torch.empty_like(weights), *made[1:]
 
@@ -194,10 +275,25 @@ def _bounds(counts: Tensor) -> Tensor:
 
 @opaque("fused_grouped_mlp")
 def _fused_grouped_mlp(
-    rows: Tensor, counts: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
-    row_weights: Tensor | None, tokens: Tensor | None, place: Tensor | None, host: Tensor | None, activation: str,
-    alpha: float, limit: float, transposed: bool, interleaved: bool, grad_scale: float, gemm: str, keep: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows: Tensor,
+    counts: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    row_weights: Tensor | None,
+    tokens: Tensor | None,
+    place: Tensor | None,
+    host: Tensor | None,
+    activation: str,
+    alpha: float,
+    limit: float,
+    transposed: bool,
+    interleaved: bool,
+    grad_scale: float,
+    gemm: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
     """The experts' output [R, H] in the weights' dtype, and the pre-activations h [R, 2I or I] for the backward, which keeps
     tokens, place and host instead of the rows where they are given. Without ``keep`` h is empty, and made again there."""
     from moefx.kernels import expert_activation as act
@@ -212,19 +308,54 @@ def _fused_grouped_mlp(
 
 
 @_fused_grouped_mlp.register_fake
-def _(rows, counts, up, up_bias, down, down_bias, row_weights, tokens, place, host, activation, alpha, limit, transposed,
-      interleaved, grad_scale, gemm, keep):  # fmt: skip
+def _(
+    rows,
+    counts,
+    up,
+    up_bias,
+    down,
+    down_bias,
+    row_weights,
+    tokens,
+    place,
+    host,
+    activation,
+    alpha,
+    limit,
+    transposed,
+    interleaved,
+    grad_scale,
+    gemm,
+    keep,
+):
     wide, out = _matrices(up, transposed).shape[2], _matrices(down, transposed).shape[2]
     return up.new_empty(rows.shape[0], out), up.new_empty(rows.shape[0], wide) if keep else up.new_empty(0)
 
 
 @opaque("fused_grouped_mlp_backward", once=True)
 def fused_grouped_mlp_backward(
-    grad: Tensor, h: Tensor, rows: Tensor | None, tokens: Tensor | None, place: Tensor | None, host: Tensor | None,
-    counts: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, row_weights: Tensor | None,
-    activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool, grad_scale: float, gemm: str, keep: bool,
+    grad: Tensor,
+    h: Tensor,
+    rows: Tensor | None,
+    tokens: Tensor | None,
+    place: Tensor | None,
+    host: Tensor | None,
+    counts: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    row_weights: Tensor | None,
+    activation: str,
+    alpha: float,
+    limit: float,
+    transposed: bool,
+    interleaved: bool,
+    grad_scale: float,
+    gemm: str,
+    keep: bool,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of rows, up, up_bias, down, down_bias, row_weights; ``needs`` says of which, the others are empty."""
     from moefx.kernels import expert_activation as act
 
@@ -234,9 +365,18 @@ def fused_grouped_mlp_backward(
         kept = Kept(kept.again(grad.shape[0], hidden))
         h = grouped_gemm.rows(gemm, kept.again(grad.shape[0], hidden).to(up.dtype), _matrices(up, transposed), bounds)
     to_rows, found, to_weights = _gradients(
-        grad, h, lambda: kept.again(grad.shape[0], hidden), bounds, (up, up_bias, down, down_bias), gate, transposed, gemm,
-        needs, row_weights, grad_scale=grad_scale,
-    )  # fmt: skip
+        grad,
+        h,
+        lambda: kept.again(grad.shape[0], hidden),
+        bounds,
+        (up, up_bias, down, down_bias),
+        gate,
+        transposed,
+        gemm,
+        needs,
+        row_weights,
+        grad_scale=grad_scale,
+    )
     if not needs[5]:
         to_weights = None
     if to_weights is not None:
@@ -249,8 +389,29 @@ def fused_grouped_mlp_backward(
 
 
 @fused_grouped_mlp_backward.register_fake
-def _(grad, h, rows, tokens, place, host, counts, up, up_bias, down, down_bias, row_weights, activation, alpha, limit,
-      transposed, interleaved, grad_scale, gemm, keep, needs):  # fmt: skip
+def _(
+    grad,
+    h,
+    rows,
+    tokens,
+    place,
+    host,
+    counts,
+    up,
+    up_bias,
+    down,
+    down_bias,
+    row_weights,
+    activation,
+    alpha,
+    limit,
+    transposed,
+    interleaved,
+    grad_scale,
+    gemm,
+    keep,
+    needs,
+):
     to_rows = h.new_empty(grad.shape[0], _matrices(up, transposed).shape[1], dtype=Kept(rows, tokens).dtype)
     given = zip((to_rows, up, up_bias, down, down_bias, row_weights), needs)
     return tuple(torch.empty_like(t) if need else h.new_empty(0) for t, need in given)

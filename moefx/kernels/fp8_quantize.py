@@ -42,7 +42,7 @@ def _rows(x, inverse, q, scales, width, TOP_K: tl.constexpr, SPREAD: tl.constexp
 @triton.jit
 def _columns(
     w, q, scales, deep, columns, by_expert, by_depth, items, DEPTH: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr
-):  # fmt: skip
+):
     """w [E, deep, columns], columns contiguous -> q [E, columns, deep], with a scale for each column of each expert."""
     blocks = tl.cdiv(columns, COLUMNS)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):

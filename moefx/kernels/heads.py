@@ -48,16 +48,34 @@ def _weights(weight, first, second, offset, WEIGHTED: tl.constexpr):
 def _tables(cos, sin, row, width, at_first, at_second):
     start = row.to(tl.int64) * width
     return (
-        tl.load(cos + start + at_first).to(tl.float32), tl.load(cos + start + at_second).to(tl.float32),
-        tl.load(sin + start + at_first).to(tl.float32), tl.load(sin + start + at_second).to(tl.float32),
-    )  # fmt: skip
+        tl.load(cos + start + at_first).to(tl.float32),
+        tl.load(cos + start + at_second).to(tl.float32),
+        tl.load(sin + start + at_first).to(tl.float32),
+        tl.load(sin + start + at_second).to(tl.float32),
+    )
 
 
 @triton.jit
 def _forward(
-    x, weight, cos, sin, out, x_batch, x_token, x_head, length, table_length, heads, eps, offset, WIDTH: tl.constexpr,
-    HALF: tl.constexpr, LAYOUT: tl.constexpr, WEIGHTED: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    cos,
+    sin,
+    out,
+    x_batch,
+    x_token,
+    x_head,
+    length,
+    table_length,
+    heads,
+    eps,
+    offset,
+    WIDTH: tl.constexpr,
+    HALF: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    HEADS: tl.constexpr,
+):
     token = tl.program_id(0)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     first, second, at_first, at_second = _columns(HALF, LAYOUT)
@@ -78,10 +96,31 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad, x, weight, cos, sin, to_x, to_weight, g_batch, g_token, g_head, x_batch, x_token, x_head, tokens, length,
-    table_length, heads, eps, offset, WIDTH: tl.constexpr, HALF: tl.constexpr, LAYOUT: tl.constexpr, WEIGHTED: tl.constexpr,
+    grad,
+    x,
+    weight,
+    cos,
+    sin,
+    to_x,
+    to_weight,
+    g_batch,
+    g_token,
+    g_head,
+    x_batch,
+    x_token,
+    x_head,
+    tokens,
+    length,
+    table_length,
+    heads,
+    eps,
+    offset,
+    WIDTH: tl.constexpr,
+    HALF: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     HEADS: tl.constexpr,
-):  # fmt: skip
+):
     first, second, at_first, at_second = _columns(HALF, LAYOUT)
     weight_a, weight_b = _weights(weight, first, second, offset, WEIGHTED)
     total_a, total_b = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)
@@ -124,9 +163,13 @@ def _constants(
     size: int, heads: int, width: int, layout: str, weighted: bool, block: int = BLOCK_HEADS, warps: int = 4
 ) -> dict[str, object]:
     return {
-        "WIDTH": width, "HALF": size // 2, "LAYOUT": layout, "WEIGHTED": weighted,
-        "HEADS": min(block, triton.next_power_of_2(heads)), "num_warps": warps,
-    }  # fmt: skip
+        "WIDTH": width,
+        "HALF": size // 2,
+        "LAYOUT": layout,
+        "WEIGHTED": weighted,
+        "HEADS": min(block, triton.next_power_of_2(heads)),
+        "num_warps": warps,
+    }
 
 
 def _table_length(table: torch.Size, tokens: int) -> int:
@@ -142,22 +185,42 @@ def _launch_forward(
 ) -> Launch:
     batch, length, heads, size = shape
     return Launch(
-        _forward, *strides[:3], length, _table_length(table, batch * length), heads, eps, offset,
+        _forward,
+        *strides[:3],
+        length,
+        _table_length(table, batch * length),
+        heads,
+        eps,
+        offset,
         **_constants(size, heads, table[2], layout, weighted),
-    )  # fmt: skip
+    )
 
 
 @functools.lru_cache(KEPT)
 def _launch_backward(
-    shape: torch.Size, grad_strides: tuple[int, ...], strides: tuple[int, ...], table: torch.Size, eps: float, offset: float,
-    layout: str, weighted: bool,
-) -> Launch:  # fmt: skip
+    shape: torch.Size,
+    grad_strides: tuple[int, ...],
+    strides: tuple[int, ...],
+    table: torch.Size,
+    eps: float,
+    offset: float,
+    layout: str,
+    weighted: bool,
+) -> Launch:
     batch, length, heads, size = shape
     tokens = batch * length
     return Launch(
-        _backward, *grad_strides[:3], *strides[:3], tokens, length, _table_length(table, tokens), heads, eps, offset,
+        _backward,
+        *grad_strides[:3],
+        *strides[:3],
+        tokens,
+        length,
+        _table_length(table, tokens),
+        heads,
+        eps,
+        offset,
         **_constants(size, heads, table[2], layout, weighted, min(32, BACKWARD_TILE // size), BACKWARD_WARPS),
-    )  # fmt: skip
+    )
 
 
 def forward(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float, offset: float, layout: str) -> Tensor:

@@ -49,9 +49,17 @@ def _losses_and_gradient(logits: Tensor, at: Tensor, share: Tensor, scale: float
 
 @opaque("chunked_linear_cross_entropy")
 def _chunked(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, mean: bool, grads: bool,
-    scale: float = 1.0, softcap: float = 0.0, gemm: str = "torch",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    mean: bool,
+    grads: bool,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    gemm: str = "torch",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss (fp32 scalar) and, if ``grads``, its gradients by hidden [T, H], weight [V, H], bias [V]; else empty tensors.
     ``gemm``: of :mod:`moefx.kernels.gemm`; with a bias torch's."""
     tokens, vocabulary = hidden.shape[0], weight.shape[0]

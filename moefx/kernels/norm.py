@@ -33,9 +33,23 @@ def _write(x, row, width, column, there, value):
 
 @triton.jit
 def _forward(
-    x, residual, weight, y, total, x_stride, residual_stride, rows, width, eps, offset, ADDS: tl.constexpr,
-    WEIGHTED: tl.constexpr, CASTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x,
+    residual,
+    weight,
+    y,
+    total,
+    x_stride,
+    residual_stride,
+    rows,
+    width,
+    eps,
+    offset,
+    ADDS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    CASTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     there = (row < rows)[:, None] & (column < width)[None, :]
@@ -54,9 +68,24 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad, to_total, x, weight, to_x, to_weight, grad_stride, to_total_stride, x_stride, rows, width, eps, offset,
-    ADDS: tl.constexpr, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    grad,
+    to_total,
+    x,
+    weight,
+    to_x,
+    to_weight,
+    grad_stride,
+    to_total_stride,
+    x_stride,
+    rows,
+    width,
+    eps,
+    offset,
+    ADDS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     column = tl.arange(0, BLOCK)
     if WEIGHTED:
         w = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32) + offset

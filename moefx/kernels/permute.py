@@ -44,9 +44,18 @@ def _scan(counts, totals, blocks, BLOCK: tl.constexpr):
 
 @triton.jit
 def _place(
-    index, counts, totals, bounds, order, inverse, flats, blocks, experts_there,
-    EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    index,
+    counts,
+    totals,
+    bounds,
+    order,
+    inverse,
+    flats,
+    blocks,
+    experts_there,
+    EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Where each flat position goes: the expert's first row, plus its positions in earlier blocks and earlier in this one."""
     block = tl.program_id(0)
     experts = tl.arange(0, EXPERTS)
@@ -72,10 +81,12 @@ def _sort(flats: int, experts: int) -> tuple[int, int, Launch, Launch, Launch]:
     blocks = triton.cdiv(flats, block)
     shape = {"EXPERTS": width, "BLOCK": block, "num_warps": 8}
     return (
-        blocks, width, Launch(_count, flats, blocks, **shape),
+        blocks,
+        width,
+        Launch(_count, flats, blocks, **shape),
         Launch(_scan, blocks, BLOCK=min(1024, triton.next_power_of_2(blocks))),
         Launch(_place, flats, blocks, experts, **shape),
-    )  # fmt: skip
+    )
 
 
 def sort_by_expert(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,9 +139,20 @@ def expand(x: Tensor, inverse: Tensor, top_k: int) -> Tensor:
 
 @triton.jit
 def _reduce(
-    rows, weights, index, bias, inverse, out, width, experts, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr,
-    BIASED: tl.constexpr, SOME: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    rows,
+    weights,
+    index,
+    bias,
+    inverse,
+    out,
+    width,
+    experts,
+    TOP_K: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BIASED: tl.constexpr,
+    SOME: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = column < width
@@ -160,9 +182,16 @@ def _launch_reduce(width: int, experts: int, top_k: int, weighted: bool, biased:
 
 
 def reduce(
-    rows: Tensor, inverse: Tensor, top_k: int, dtype: torch.dtype, *,
-    weights: Tensor | None = None, index: Tensor | None = None, bias: Tensor | None = None, experts: int = 0,
-) -> Tensor:  # fmt: skip
+    rows: Tensor,
+    inverse: Tensor,
+    top_k: int,
+    dtype: torch.dtype,
+    *,
+    weights: Tensor | None = None,
+    index: Tensor | None = None,
+    bias: Tensor | None = None,
+    experts: int = 0,
+) -> Tensor:
     """``y[t] = sum_k weights[t, k] * (rows[row(t, k)] + bias[index[t, k]])`` [T, H] in ``dtype``, added in fp32 in order.
 
     rows [T*K, H]; weights [T, K] or None (ones); bias [E, H] or None; ``experts``, unless 0: rows of others than these first
@@ -174,8 +203,12 @@ def reduce(
         nothing = rows  # an argument that the kernel does not read
         launch = _launch_reduce(width, experts, top_k, weights is not None, bias is not None)
         launch(
-            (out.shape[0], cdiv(width, launch.constants["BLOCK"]), 1), rows,
-            nothing if weights is None else weights.contiguous(), nothing if index is None else index.contiguous(),
-            nothing if bias is None else bias, inverse, out,
-        )  # fmt: skip
+            (out.shape[0], cdiv(width, launch.constants["BLOCK"]), 1),
+            rows,
+            nothing if weights is None else weights.contiguous(),
+            nothing if index is None else index.contiguous(),
+            nothing if bias is None else bias,
+            inverse,
+            out,
+        )
     return out

@@ -11,9 +11,23 @@ from moefx.ops.custom_op import opaque
 
 @opaque("fused_route")
 def fused_route(
-    logits: Tensor, bias: Tensor | None, top_k: int, score: str, topk_first: bool, fp32: bool, groups: int, topk_groups: int,
-    group_score: str, zero_fill: bool, sorted: bool, gather: bool, renormalize: bool, eps: float, scale: float, cast: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    logits: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    score: str,
+    topk_first: bool,
+    fp32: bool,
+    groups: int,
+    topk_groups: int,
+    group_score: str,
+    zero_fill: bool,
+    sorted: bool,
+    gather: bool,
+    renormalize: bool,
+    eps: float,
+    scale: float,
+    cast: bool,
+) -> tuple[Tensor, Tensor]:
     """Arguments and results of ``moefx.route``. A bias is for the choice only (``gather``), and has no gradient."""
     from moefx.kernels import router
 
@@ -21,18 +35,55 @@ def fused_route(
     if groups == topk_groups:
         groups = topk_groups = 0
     return router.forward(
-        logits, bias, top_k, dtype, score=score, topk_first=topk_first, groups=groups, topk_groups=topk_groups,
-        group_score=group_score, zero_fill=zero_fill, renormalize=renormalize, eps=eps, scale=scale,
-    )  # fmt: skip
+        logits,
+        bias,
+        top_k,
+        dtype,
+        score=score,
+        topk_first=topk_first,
+        groups=groups,
+        topk_groups=topk_groups,
+        group_score=group_score,
+        zero_fill=zero_fill,
+        renormalize=renormalize,
+        eps=eps,
+        scale=scale,
+    )
 
 
 @fused_route.register_fake
-def _(logits, bias, top_k, score, topk_first, fp32, groups, topk_groups, group_score, zero_fill, sorted, gather, renormalize,
-      eps, scale, cast):  # fmt: skip
+def _(
+    logits,
+    bias,
+    top_k,
+    score,
+    topk_first,
+    fp32,
+    groups,
+    topk_groups,
+    group_score,
+    zero_fill,
+    sorted,
+    gather,
+    renormalize,
+    eps,
+    scale,
+    cast,
+):
     return route_body(
-        logits, bias, top_k, score=score, topk_first=topk_first, fp32=fp32, sorted=sorted, gather=gather,
-        renormalize=renormalize, eps=eps, scale=scale, cast=cast,
-    )  # fmt: skip
+        logits,
+        bias,
+        top_k,
+        score=score,
+        topk_first=topk_first,
+        fp32=fp32,
+        sorted=sorted,
+        gather=gather,
+        renormalize=renormalize,
+        eps=eps,
+        scale=scale,
+        cast=cast,
+    )
 
 
 @opaque("fused_route_backward", once=True)

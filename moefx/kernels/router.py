@@ -62,10 +62,27 @@ def _only_best_groups(
 
 @triton.jit
 def _route(
-    logits, bias, weights, index, tokens, experts, eps, scale, TOP_K: tl.constexpr, SIGMOID: tl.constexpr,
-    TOPK_FIRST: tl.constexpr, BIASED: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr,
-    ZERO: tl.constexpr, RENORMALIZE: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, CHOSEN: tl.constexpr,
-):  # fmt: skip
+    logits,
+    bias,
+    weights,
+    index,
+    tokens,
+    experts,
+    eps,
+    scale,
+    TOP_K: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    TOPK_FIRST: tl.constexpr,
+    BIASED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT: tl.constexpr,
+    TOP2: tl.constexpr,
+    ZERO: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHOSEN: tl.constexpr,
+):
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lanes, chosen = tl.arange(0, EXPERTS), tl.arange(0, CHOSEN)
     there = (token < tokens)[:, None] & (lanes < experts)[None, :]
@@ -100,9 +117,22 @@ def _route(
 
 @triton.jit
 def _route_backward(
-    grad, logits, index, to_logits, tokens, experts, eps, scale, TOP_K: tl.constexpr, SIGMOID: tl.constexpr,
-    TOPK_FIRST: tl.constexpr, RENORMALIZE: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, CHOSEN: tl.constexpr,
-):  # fmt: skip
+    grad,
+    logits,
+    index,
+    to_logits,
+    tokens,
+    experts,
+    eps,
+    scale,
+    TOP_K: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    TOPK_FIRST: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHOSEN: tl.constexpr,
+):
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lanes, chosen = tl.arange(0, EXPERTS), tl.arange(0, CHOSEN)
     there = (token < tokens)[:, None] & (lanes < experts)[None, :]
@@ -146,20 +176,52 @@ def _launch(kernel: Any, tokens: int, experts: int, top_k: int, eps: float, scal
     width = triton.next_power_of_2(experts)
     rows = max(1, TILE // width)
     return Launch(
-        kernel, tokens, experts, eps, scale, TOP_K=top_k, EXPERTS=width, ROWS=rows, CHOSEN=triton.next_power_of_2(top_k),
-        num_warps=4, **constants,
-    )  # fmt: skip
+        kernel,
+        tokens,
+        experts,
+        eps,
+        scale,
+        TOP_K=top_k,
+        EXPERTS=width,
+        ROWS=rows,
+        CHOSEN=triton.next_power_of_2(top_k),
+        num_warps=4,
+        **constants,
+    )
 
 
 @functools.lru_cache(KEPT)
 def _forward(
-    tokens: int, experts: int, top_k: int, score: str, topk_first: bool, biased: bool, groups: int, topk_groups: int,
-    group_score: str, zero_fill: bool, renormalize: bool, eps: float, scale: float,
-) -> Launch:  # fmt: skip
+    tokens: int,
+    experts: int,
+    top_k: int,
+    score: str,
+    topk_first: bool,
+    biased: bool,
+    groups: int,
+    topk_groups: int,
+    group_score: str,
+    zero_fill: bool,
+    renormalize: bool,
+    eps: float,
+    scale: float,
+) -> Launch:
     return _launch(
-        _route, tokens, experts, top_k, eps, scale, SIGMOID=score == "sigmoid", TOPK_FIRST=topk_first, BIASED=biased,
-        GROUPS=groups, KEPT=topk_groups, TOP2=group_score == "top2", ZERO=zero_fill, RENORMALIZE=renormalize,
-    )  # fmt: skip
+        _route,
+        tokens,
+        experts,
+        top_k,
+        eps,
+        scale,
+        SIGMOID=score == "sigmoid",
+        TOPK_FIRST=topk_first,
+        BIASED=biased,
+        GROUPS=groups,
+        KEPT=topk_groups,
+        TOP2=group_score == "top2",
+        ZERO=zero_fill,
+        RENORMALIZE=renormalize,
+    )
 
 
 @functools.lru_cache(KEPT)
@@ -167,24 +229,54 @@ def _backward(
     tokens: int, experts: int, top_k: int, score: str, topk_first: bool, renormalize: bool, eps: float, scale: float
 ) -> Launch:
     return _launch(
-        _route_backward, tokens, experts, top_k, eps, scale, SIGMOID=score == "sigmoid", TOPK_FIRST=topk_first,
+        _route_backward,
+        tokens,
+        experts,
+        top_k,
+        eps,
+        scale,
+        SIGMOID=score == "sigmoid",
+        TOPK_FIRST=topk_first,
         RENORMALIZE=renormalize,
-    )  # fmt: skip
+    )
 
 
 def forward(
-    logits: Tensor, bias: Tensor | None, top_k: int, dtype: torch.dtype, *, score: str, topk_first: bool, groups: int,
-    topk_groups: int, group_score: str, zero_fill: bool, renormalize: bool, eps: float, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    logits: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    dtype: torch.dtype,
+    *,
+    score: str,
+    topk_first: bool,
+    groups: int,
+    topk_groups: int,
+    group_score: str,
+    zero_fill: bool,
+    renormalize: bool,
+    eps: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     """Weights [T, K] in ``dtype``, from the greatest down, and index [T, K] int64, of logits [T, E]."""
     tokens, experts = logits.shape
     weights = logits.new_empty(tokens, top_k, dtype=dtype)
     index = logits.new_empty(tokens, top_k, dtype=torch.int64)
     if tokens:
         launch = _forward(
-            tokens, experts, top_k, score, topk_first, bias is not None, groups, topk_groups, group_score, zero_fill,
-            renormalize, eps, scale,
-        )  # fmt: skip
+            tokens,
+            experts,
+            top_k,
+            score,
+            topk_first,
+            bias is not None,
+            groups,
+            topk_groups,
+            group_score,
+            zero_fill,
+            renormalize,
+            eps,
+            scale,
+        )
         grid = (cdiv(tokens, launch.constants["ROWS"]), 1, 1)
         launch(grid, logits.contiguous(), logits if bias is None else bias, weights, index)
     return weights, index

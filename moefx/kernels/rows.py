@@ -20,9 +20,20 @@ TABLE = 1 << 13
 
 @triton.jit
 def _count(
-    index, counts, entries, tokens, blocks, stride, first, each, there,
-    TOP_K: tl.constexpr, BUCKETS: tl.constexpr, ONCE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    index,
+    counts,
+    entries,
+    tokens,
+    blocks,
+    stride,
+    first,
+    each,
+    there,
+    TOP_K: tl.constexpr,
+    BUCKETS: tl.constexpr,
+    ONCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Of a block of tokens: the rows for each bucket, and (ONCE) the (token, k). counts, entries [BUCKETS, blocks]."""
     block = tl.program_id(0)
     token = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
@@ -64,9 +75,22 @@ def _scan(counts, entries, totals, blocks, ONCE: tl.constexpr, BLOCK: tl.constex
 
 @triton.jit
 def _place(
-    index, counts, totals, place, once, tokens, blocks, stride, first, each, there,
-    TOP_K: tl.constexpr, BUCKETS: tl.constexpr, ONCE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    index,
+    counts,
+    totals,
+    place,
+    once,
+    tokens,
+    blocks,
+    stride,
+    first,
+    each,
+    there,
+    TOP_K: tl.constexpr,
+    BUCKETS: tl.constexpr,
+    ONCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Where each (token, k) goes: its bucket's first row, plus the bucket's rows of earlier blocks, tokens and k."""
     block = tl.program_id(0)
     token = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
@@ -111,9 +135,19 @@ def places(index: Tensor, first: int, each: int, buckets: int, totals: Tensor, p
         _count[(blocks,)](index, counts[0], counts[1], tokens, blocks, index.stride(0), first, each, buckets, **shape)
         _scan[(buckets,)](counts[0], counts[1], totals, blocks, alone, min(1024, triton.next_power_of_2(blocks)))
         _place[(blocks,)](
-            index, counts[0], totals, place, place if once is None else once, tokens, blocks, index.stride(0), first, each,
-            buckets, **shape,
-        )  # fmt: skip
+            index,
+            counts[0],
+            totals,
+            place,
+            place if once is None else once,
+            tokens,
+            blocks,
+            index.stride(0),
+            first,
+            each,
+            buckets,
+            **shape,
+        )
 
 
 # --- from tokens to rows ---------------------------------------------------------------------------------------------
@@ -121,9 +155,20 @@ def places(index: Tensor, first: int, each: int, buckets: int, totals: Tensor, p
 
 @triton.jit
 def _spread(
-    x, place, out, values, row_values, width, x_stride, out_stride, values_stride,
-    TOP_K: tl.constexpr, WIDE_K: tl.constexpr, VALUED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x,
+    place,
+    out,
+    values,
+    row_values,
+    width,
+    x_stride,
+    out_stride,
+    values_stride,
+    TOP_K: tl.constexpr,
+    WIDE_K: tl.constexpr,
+    VALUED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One token, read once, written to its rows."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -143,9 +188,22 @@ def _spread(
 
 @triton.jit
 def _pack(
-    x, index, weights, once, hidden, row_weights, experts, width, hidden_stride, weights_stride, experts_stride, local,
-    TOP_K: tl.constexpr, WIDE_K: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x,
+    index,
+    weights,
+    once,
+    hidden,
+    row_weights,
+    experts,
+    width,
+    hidden_stride,
+    weights_stride,
+    experts_stride,
+    local,
+    TOP_K: tl.constexpr,
+    WIDE_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One token to the rows that travel, with its weights and, numbered as the receiver numbers them, its experts."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -179,10 +237,21 @@ def spread(x: Tensor, place: Tensor, out: Tensor, values: Tensor | None, row_val
         block = min(2048, max(128, triton.next_power_of_2(width)))
         with torch.cuda.device_of(x):
             _spread[(tokens, triton.cdiv(width, block))](
-                x, place, out, x if values is None else values, row_values, width, x.stride(0), out.stride(0),
-                0 if values is None else values.stride(0), TOP_K=top_k, WIDE_K=triton.next_power_of_2(top_k),
-                VALUED=values is not None, BLOCK=block, num_warps=4,
-            )  # fmt: skip
+                x,
+                place,
+                out,
+                x if values is None else values,
+                row_values,
+                width,
+                x.stride(0),
+                out.stride(0),
+                0 if values is None else values.stride(0),
+                TOP_K=top_k,
+                WIDE_K=triton.next_power_of_2(top_k),
+                VALUED=values is not None,
+                BLOCK=block,
+                num_warps=4,
+            )
 
 
 def pack(x: Tensor, index: Tensor, weights: Tensor, once: Tensor, local: int, out: Any) -> None:
@@ -192,9 +261,21 @@ def pack(x: Tensor, index: Tensor, weights: Tensor, once: Tensor, local: int, ou
         block = min(2048, max(128, triton.next_power_of_2(width)))
         with torch.cuda.device_of(x):
             _pack[(tokens, triton.cdiv(width, block))](
-                x, index, weights, once, *out, width, out.hidden.stride(0), out.weights.stride(0), out.experts.stride(0),
-                local, TOP_K=top_k, WIDE_K=triton.next_power_of_2(top_k), BLOCK=block, num_warps=4,
-            )  # fmt: skip
+                x,
+                index,
+                weights,
+                once,
+                *out,
+                width,
+                out.hidden.stride(0),
+                out.weights.stride(0),
+                out.experts.stride(0),
+                local,
+                TOP_K=top_k,
+                WIDE_K=triton.next_power_of_2(top_k),
+                BLOCK=block,
+                num_warps=4,
+            )
 
 
 # --- from rows to tokens ---------------------------------------------------------------------------------------------
@@ -202,9 +283,23 @@ def pack(x: Tensor, index: Tensor, weights: Tensor, once: Tensor, local: int, ou
 
 @triton.jit
 def _sum(
-    rows, place, out, width, row_stride, out_stride, values, value_place, picked, value_stride, value_column,
-    picked_stride, TOP_K: tl.constexpr, WIDE_K: tl.constexpr, PICKED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    rows,
+    place,
+    out,
+    width,
+    row_stride,
+    out_stride,
+    values,
+    value_place,
+    picked,
+    value_stride,
+    value_column,
+    picked_stride,
+    TOP_K: tl.constexpr,
+    WIDE_K: tl.constexpr,
+    PICKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One program for BLOCK numbers of one result."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -243,6 +338,16 @@ def sum_rows(rows: Tensor, place: Tensor, out: Tensor, picked: Any) -> None:
         extra = (values, picked.place, picked.out, *steps, picked.out.stride(0))
     with torch.cuda.device_of(rows):
         _sum[(tokens, triton.cdiv(width, block))](
-            rows, place, out, width, rows.stride(0), out.stride(0), *extra, TOP_K=top_k, WIDE_K=triton.next_power_of_2(top_k),
-            PICKED=picked is not None, BLOCK=block, num_warps=4,
-        )  # fmt: skip
+            rows,
+            place,
+            out,
+            width,
+            rows.stride(0),
+            out.stride(0),
+            *extra,
+            TOP_K=top_k,
+            WIDE_K=triton.next_power_of_2(top_k),
+            PICKED=picked is not None,
+            BLOCK=block,
+            num_warps=4,
+        )

@@ -77,8 +77,26 @@ def _meet(query, rows, seen, k, v, of_keys, start, length, row_size, size, scale
 
 
 @triton.jit
-def _forward(q, k, v, sinks, starts, out, lse, length, heads, shared, size, window, scale2,
-             SINKS: tl.constexpr, PACKED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
+def _forward(
+    q,
+    k,
+    v,
+    sinks,
+    starts,
+    out,
+    lse,
+    length,
+    heads,
+    shared,
+    size,
+    window,
+    scale2,
+    SINKS: tl.constexpr,
+    PACKED: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
     first = tl.program_id(0) * ROWS
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
@@ -107,8 +125,28 @@ def _forward(q, k, v, sinks, starts, out, lse, length, heads, shared, size, wind
 
 
 @triton.jit
-def _to_queries(grad, q, k, v, out, lse, starts, delta, to_q, length, heads, shared, size, window, scale2, scale,
-                PACKED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
+def _to_queries(
+    grad,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    starts,
+    delta,
+    to_q,
+    length,
+    heads,
+    shared,
+    size,
+    window,
+    scale2,
+    scale,
+    PACKED: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
     """Also delta, sum(grad * out) of each query, for :func:`_to_keys`."""
     first = tl.program_id(0) * ROWS
     head = tl.program_id(1)
@@ -143,8 +181,28 @@ def _last_queries(columns, ends, batch, length, window, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _to_keys(grad, q, k, v, lse, delta, ends, to_k, to_v, length, heads, shared, size, window, scale2, scale,
-             PACKED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
+def _to_keys(
+    grad,
+    q,
+    k,
+    v,
+    lse,
+    delta,
+    ends,
+    to_k,
+    to_v,
+    length,
+    heads,
+    shared,
+    size,
+    window,
+    scale2,
+    scale,
+    PACKED: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
     first = tl.program_id(0) * KEYS
     group = heads // shared
     batch = tl.program_id(2).to(tl.int64)
@@ -180,9 +238,17 @@ _KERNELS = {"forward": _forward, "to_queries": _to_queries, "to_keys": _to_keys}
 
 @functools.lru_cache(KEPT)
 def _launch(
-    kernel: str, batch: int, length: int, heads: int, shared: int, size: int, window: int, scale: float, packed: bool,
+    kernel: str,
+    batch: int,
+    length: int,
+    heads: int,
+    shared: int,
+    size: int,
+    window: int,
+    scale: float,
+    packed: bool,
     sinks: bool | None = None,
-) -> Callable[..., None]:  # fmt: skip
+) -> Callable[..., None]:
     """``kernel`` over its grid; to be called with tensors."""
     rows, keys, warps, stages = _TILES[next(n for n in _TILES if size <= n)][kernel]
     block = max(16, triton.next_power_of_2(size))
@@ -209,9 +275,16 @@ def forward(
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, window: int,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    window: int,
     starts: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from that of out, and sum(grad * out) of each query [B, A, S]."""
     to_q, to_k, to_v, delta = (torch.empty_like(t) for t in (q, k, v, lse))
     if out.numel():

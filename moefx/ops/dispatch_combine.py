@@ -186,9 +186,16 @@ def _linked(shape: tuple, like: Tensor, dtype: torch.dtype | None = None) -> Ten
 
 @opaque("dispatch_start")
 def _dispatch_start(
-    x: Tensor, index: Tensor, weights: Tensor, *, num_experts: int, group: str, capacity: int = 0, wire: str = "",
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    *,
+    num_experts: int,
+    group: str,
+    capacity: int = 0,
+    wire: str = "",
     transport: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Starts to send x [T, H] with weights [T, K] to the ranks of experts index [T, K]; expert e lives on rank e // (E / ep).
 
     Returns what :class:`moefx.transports.Dispatched` says, and the links of rows and weights. ``group`` names the ep process
@@ -228,18 +235,31 @@ def _(x, index, weights, *, num_experts: int, group: str, capacity: int = 0, wir
     shapes = mover.shapes(x, index, weights, call, lambda _: ctx.new_dynamic_size())
     experts = index.new_empty(shapes.experts, dtype=torch.int32)
     return (
-        x.new_empty(shapes.tokens), experts, weights.new_empty(shapes.experts, dtype=wide(weights.dtype)),
+        x.new_empty(shapes.tokens),
+        experts,
+        weights.new_empty(shapes.experts, dtype=wide(weights.dtype)),
         x.new_empty(shapes.handle, dtype=torch.uint8),
         torch.empty(transports.host_size(call.ep, shapes.own), dtype=torch.int64, device="cpu"),
-        _linked(shapes.back, x), _linked(shapes.back_weights, x, wide(weights.dtype)),
-    )  # fmt: skip
+        _linked(shapes.back, x),
+        _linked(shapes.back_weights, x, wide(weights.dtype)),
+    )
 
 
 @opaque("dispatch_wait")
 def _dispatch_wait(
-    x: Tensor, tokens: Tensor, experts: Tensor, weights: Tensor, handle: Tensor, host: Tensor, link: Tensor,
-    link_weights: Tensor, *, num_experts: int, group: str, capacity: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    tokens: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    handle: Tensor,
+    host: Tensor,
+    link: Tensor,
+    link_weights: Tensor,
+    *,
+    num_experts: int,
+    group: str,
+    capacity: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Waits for the tokens that ``dispatch_start(x, ...)`` moves and sorts them by expert: rows, row_weights, counts, place.
 
     See :func:`_dispatch`. x is taken so that nobody writes to it while it is sent. The last result has the shape of ``link``:
@@ -272,9 +292,15 @@ def _(x, tokens, experts, weights, handle, host, link, link_weights, *, num_expe
 
 @opaque("return_start", once=True)
 def return_start(
-    grad_rows: Tensor, grad_weights: Tensor, place: Tensor, handle: Tensor, host: Tensor, link: Tensor, link_weights: Tensor,
+    grad_rows: Tensor,
+    grad_weights: Tensor,
+    place: Tensor,
+    handle: Tensor,
+    host: Tensor,
+    link: Tensor,
+    link_weights: Tensor,
     group: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """The backward of ``dispatch_wait``: adds up the rows of each token on this rank and starts to send them back."""
     call, mover = _call(group, 0), transports.find(int(host[transports.KIND]))
     rows, tokens, weights = transports.room(mover, grad_rows, place.shape[0], place.shape[1], grad_weights.dtype)
@@ -292,9 +318,15 @@ def _(grad_rows, grad_weights, place, handle, host, link, link_weights, group: s
 
 @opaque("return_wait", once=True)
 def return_wait(
-    back: Tensor, back_weights: Tensor, index: Tensor, handle: Tensor, host: Tensor, hidden: int, dtype: torch.dtype,
+    back: Tensor,
+    back_weights: Tensor,
+    index: Tensor,
+    handle: Tensor,
+    host: Tensor,
+    hidden: int,
+    dtype: torch.dtype,
     group: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """The backward of ``dispatch_start``: gradients of x [T, H], summed over the ranks that had a token, and weights [T, K]."""
     _arrive(back)
     mover = transports.find(int(host[transports.KIND]))

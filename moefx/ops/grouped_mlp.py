@@ -147,10 +147,23 @@ def _activate_backward(
 
 @torch.library.custom_op("moefx::grouped_mlp_forward", mutates_args=())
 def grouped_mlp_forward(
-    rows: Tensor, counts: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
-    row_weights: Tensor | None, tokens: Tensor | None, place: Tensor | None, host: Tensor | None, activation: str,
-    alpha: float, limit: float, transposed: bool, interleaved: bool, grad_scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows: Tensor,
+    counts: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    row_weights: Tensor | None,
+    tokens: Tensor | None,
+    place: Tensor | None,
+    host: Tensor | None,
+    activation: str,
+    alpha: float,
+    limit: float,
+    transposed: bool,
+    interleaved: bool,
+    grad_scale: float,
+) -> tuple[Tensor, Tensor]:
     """The experts' output [R, H] and what the backward needs besides the inputs: the pre-activations [R, 2I or I].
 
     tokens, place and host are not read: they are kept for the backward, instead of the rows, where they are given.
@@ -168,18 +181,49 @@ def grouped_mlp_forward(
 
 
 @grouped_mlp_forward.register_fake
-def _(rows, counts, up, up_bias, down, down_bias, row_weights, tokens, place, host, activation, alpha, limit, transposed,
-      interleaved, grad_scale):  # fmt: skip
+def _(
+    rows,
+    counts,
+    up,
+    up_bias,
+    down,
+    down_bias,
+    row_weights,
+    tokens,
+    place,
+    host,
+    activation,
+    alpha,
+    limit,
+    transposed,
+    interleaved,
+    grad_scale,
+):
     out = up.new_empty(rows.shape[0], _matrices(down, transposed).shape[2])
     return out, up.new_empty(rows.shape[0], _matrices(up, transposed).shape[2])
 
 
 @torch.library.custom_op("moefx::grouped_mlp_backward", mutates_args=())
 def grouped_mlp_backward(
-    grad: Tensor, h: Tensor, rows: Tensor | None, tokens: Tensor | None, place: Tensor | None, host: Tensor | None,
-    counts: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, row_weights: Tensor | None,
-    activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool, grad_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    h: Tensor,
+    rows: Tensor | None,
+    tokens: Tensor | None,
+    place: Tensor | None,
+    host: Tensor | None,
+    counts: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    row_weights: Tensor | None,
+    activation: str,
+    alpha: float,
+    limit: float,
+    transposed: bool,
+    interleaved: bool,
+    grad_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of rows, up, up_bias, down, down_bias, row_weights (empty where there is none); the activation is computed
     again. A row's weight gets <its activation, its gradient times ``down``> + <bias, gradient>: no output is needed."""
     offsets = counts.cumsum(0).to(torch.int32)
@@ -209,8 +253,26 @@ def _sum_by_expert(grad: Tensor, counts: Tensor, row_weights: Tensor | None = No
 
 
 @grouped_mlp_backward.register_fake
-def _(grad, h, rows, tokens, place, host, counts, up, up_bias, down, down_bias, row_weights, activation, alpha, limit,
-      transposed, interleaved, grad_scale):  # fmt: skip
+def _(
+    grad,
+    h,
+    rows,
+    tokens,
+    place,
+    host,
+    counts,
+    up,
+    up_bias,
+    down,
+    down_bias,
+    row_weights,
+    activation,
+    alpha,
+    limit,
+    transposed,
+    interleaved,
+    grad_scale,
+):
     def like(t: Tensor | None) -> Tensor:
         return h.new_empty(0) if t is None else torch.empty_like(t)
 
@@ -268,9 +330,21 @@ def _grouped_mlp(
     rows, which it makes again: a token has a row for each of its experts here, and a capacity's worst case is mostly rows.
     """
     return torch.ops.moefx.grouped_mlp_forward(
-        rows, counts, up, up_bias, down, down_bias, row_weights, *parts_of(arrived), activation, alpha, limit, transposed,
-        interleaved, grad_scale,
-    )[0]  # fmt: skip
+        rows,
+        counts,
+        up,
+        up_bias,
+        down,
+        down_bias,
+        row_weights,
+        *parts_of(arrived),
+        activation,
+        alpha,
+        limit,
+        transposed,
+        interleaved,
+        grad_scale,
+    )[0]
 
 
 def parts_of(arrived: list[Tensor] | None) -> list[Tensor | None]:

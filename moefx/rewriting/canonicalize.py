@@ -79,8 +79,14 @@ def _rewrite(node: fx.Node) -> bool:
             given["self"].meta["identity_cast"] = True
             node.args, node.kwargs = (given["self"], given["dim"]), {}
             return True
-        cast = insert(graph, node, aten._to_copy.default, (given["self"],), {"dtype": given["dtype"]},
-                      val=value(given["self"]).to(given["dtype"]))  # fmt: skip
+        cast = insert(
+            graph,
+            node,
+            aten._to_copy.default,
+            (given["self"],),
+            {"dtype": given["dtype"]},
+            val=value(given["self"]).to(given["dtype"]),
+        )
         inherit(cast, [node], NAME)
         node.args, node.kwargs = (cast, given["dim"]), {}
         return True

@@ -187,8 +187,9 @@ def _certify(nodes, outputs, replacement, args, kwargs, sizes) -> tuple[bool, st
             old_grads = _gradients([o for _, o, _ in pairs], leaves, seed)
             new_grads = _gradients([v for _, _, v in pairs], leaves, seed)
             named = [(f"output {n.name}", o, v) for n, o, v in pairs]
-            named += [(f"a gradient through {op_name(nodes[-1].target)}", o, v)
-                      for o, v in zip(old_grads, new_grads, strict=True)]  # fmt: skip
+            named += [
+                (f"a gradient through {op_name(nodes[-1].target)}", o, v) for o, v in zip(old_grads, new_grads, strict=True)
+            ]
             for what, a, b in named:
                 if a is None and b is None:
                     continue

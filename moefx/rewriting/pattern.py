@@ -22,9 +22,16 @@ from moefx.ir.graph import VIEWS, arguments, aten, describe, dtype_of, is_call, 
 from moefx.rewriting.canonicalize import canonicalize
 
 _COMMON = VIEWS | {
-    aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor, aten.cat.default, aten.sum.dim_IntList,
-    aten.mean.dim, aten.linear.default, aten.neg.default,
-}  # fmt: skip
+    aten.mul.Tensor,
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.div.Tensor,
+    aten.cat.default,
+    aten.sum.dim_IntList,
+    aten.mean.dim,
+    aten.linear.default,
+    aten.neg.default,
+}
 _COMMUTATIVE = {aten.add.Tensor, aten.mul.Tensor}
 #: Arguments that only say what the shapes of the inputs say already; certification checks them by running both sides.
 _SHAPES = {

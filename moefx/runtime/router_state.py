@@ -204,8 +204,10 @@ def _checkpointed() -> bool:
     return hooked or not torch.is_grad_enabled() or recomputing()
 
 
-@assumed("autograd says whether it runs a backward, whether what is saved is hooked, and whether memory still exists",
-         "torch 2.11 to 2.14")  # fmt: skip
+@assumed(
+    "autograd says whether it runs a backward, whether what is saved is hooked, and whether memory still exists",
+    "torch 2.11 to 2.14",
+)
 def recomputation_is_seen() -> bool:
     seen: list[tuple[bool, bool]] = []
 

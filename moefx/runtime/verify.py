@@ -121,9 +121,12 @@ def against(original: Any, model: Any, batch: Mapping[str, Any], *, tolerance: f
 
 
 def _compared(
-    wanted_out: Mapping[str, Tensor], wanted: Mapping[str, Tensor | None], new_out: Mapping[str, Tensor],
-    new: Mapping[str, Tensor | None], tolerance: float | None,
-) -> Verification:  # fmt: skip
+    wanted_out: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor | None],
+    new_out: Mapping[str, Tensor],
+    new: Mapping[str, Tensor | None],
+    tolerance: float | None,
+) -> Verification:
     rows = [compare(k, wanted_out[k], new_out[k], tolerance) for k in wanted_out]
     largest = max((float(g.abs().max()) for g in wanted.values() if g is not None and g.numel()), default=0.0)
     rows += [compare(f"grad {n}", wanted[n], new[n], tolerance, largest) for n in new]

@@ -60,9 +60,13 @@ def host_size(ep: int, own: int = OWN) -> int:
 
 
 def make_host(
-    facts: dict[int, int], ep: int, send: Sequence[int] = (), receive: Sequence[int] = (), own: Sequence[int] = (),
+    facts: dict[int, int],
+    ep: int,
+    send: Sequence[int] = (),
+    receive: Sequence[int] = (),
+    own: Sequence[int] = (),
     own_size: int = OWN,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The facts as one int64 tensor of the CPU; see KIND, LAYER, ..."""
     facts = {**facts, RANKS: ep}
     numbers = [facts.get(i, 0) for i in range(_FACTS)]

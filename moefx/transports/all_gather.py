@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moefx.transports import (  # fmt: skip
+from moefx.transports import (
     CAPACITY,
     FP8,
     KIND,
@@ -60,9 +60,16 @@ class AllGather:
         experts[tokens:] = -1
         everything, wait = self._gather(payload, call)
         facts = {
-            KIND: NAMES.index("all_gather"), LAYER: call.layer, CAPACITY: call.capacity, TOKENS: tokens, TOP_K: top_k,
-            RECEIVED: n, ROWS: n * min(top_k, call.local), PAIRS: n, FP8: call.wire == "fp8",
-        }  # fmt: skip
+            KIND: NAMES.index("all_gather"),
+            LAYER: call.layer,
+            CAPACITY: call.capacity,
+            TOKENS: tokens,
+            TOP_K: top_k,
+            RECEIVED: n,
+            ROWS: n * min(top_k, call.local),
+            PAIRS: n,
+            FP8: call.wire == "fp8",
+        }
         sizes = [call.capacity] * call.ep
         nothing = index.new_empty(0, top_k, dtype=torch.int32), weights.new_empty(0, top_k, dtype=wide(weights.dtype))
         handle = torch.empty(0, dtype=torch.uint8, device=x.device)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moefx.transports import (  # fmt: skip
+from moefx.transports import (
     FP8,
     KIND,
     LAYER,
@@ -98,9 +98,15 @@ class AllToAll:
     def _host(self, sizes: list, index: Tensor, call: Call) -> Tensor:
         (send, sent), (receive, rows) = (list(zip(*part)) for part in sizes)
         facts = {
-            KIND: NAMES.index(self.name), LAYER: call.layer, TOKENS: index.shape[0], TOP_K: index.shape[1],
-            RECEIVED: sum(receive), ROWS: sum(rows), PAIRS: sum(send), FP8: call.wire == "fp8",
-        }  # fmt: skip
+            KIND: NAMES.index(self.name),
+            LAYER: call.layer,
+            TOKENS: index.shape[0],
+            TOP_K: index.shape[1],
+            RECEIVED: sum(receive),
+            ROWS: sum(rows),
+            PAIRS: sum(send),
+            FP8: call.wire == "fp8",
+        }
         return make_host(facts, call.ep, send, receive, own_size=0)
 
     @staticmethod

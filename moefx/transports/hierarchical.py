@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moefx.transports import (  # fmt: skip
+from moefx.transports import (
     CAPACITY,
     FP8,
     KIND,
@@ -82,18 +82,25 @@ class Hierarchical:
 
     def send(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, kept: Dispatched | None) -> tuple[Dispatched, Wait]:
         rail, node = self._calls(call)
-        before = [None, None] if kept is None else [
-            kept._replace(handle=h, host=o) for h, o in self._read(kept.handle, kept.host)
-        ]  # fmt: skip
+        before = (
+            [None, None] if kept is None else [kept._replace(handle=h, host=o) for h, o in self._read(kept.handle, kept.host)]
+        )
         crossed, wait = self.stage.send(x, index, weights, rail, before[0])
         wait()
         tokens, experts, w = self.stage.opened(crossed, x, call.wire)
         arrived, wait = self.stage.send(tokens, experts.long(), w, node, before[1])
         inner, outer = Host.read(arrived.host).facts, Host.read(crossed.host).facts
         facts = {
-            KIND: NAMES.index("hierarchical"), LAYER: call.layer, CAPACITY: 0, TOKENS: x.shape[0], TOP_K: index.shape[1],
-            RECEIVED: inner[RECEIVED], ROWS: inner[ROWS], PAIRS: outer[PAIRS], FP8: outer[FP8],
-        }  # fmt: skip
+            KIND: NAMES.index("hierarchical"),
+            LAYER: call.layer,
+            CAPACITY: 0,
+            TOKENS: x.shape[0],
+            TOP_K: index.shape[1],
+            RECEIVED: inner[RECEIVED],
+            ROWS: inner[ROWS],
+            PAIRS: outer[PAIRS],
+            FP8: outer[FP8],
+        }
         own = [len(crossed.host), len(crossed.handle), *crossed.host.tolist(), *arrived.host.tolist()]
         handle = torch.cat((crossed.handle, arrived.handle))
         return arrived._replace(handle=handle, host=make_host(facts, call.ep, own=own)), wait

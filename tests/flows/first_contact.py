@@ -125,12 +125,19 @@ class Case:
         alone = ("number of items", "tensor of items", "router logits", "embeddings")
         forms = [f for f in FORMS if ranks == 1 or f not in alone]
         return Case(
-            family=r.choice([*FAMILIES]), experts=r.choice(["some", "some", "one", "all"]) if ranks == 1 else "some",
-            form=r.choice(forms), rows=r.choice([1, 1, 2, 3]), length=r.choice([1, 2, 7, 16, 24]), grows=r.choice([0, 0, 1, 5]),
-            optimizer=optimizer, option=r.choice(["", *sorted(optional)]), clip=r.choice(["", "torch", "moefx"]),
-            precision=r.choice(["fp32", "fp32", "autocast"]), checkpointing=r.choice(["", "", "reentrant", "not reentrant"]),
+            family=r.choice([*FAMILIES]),
+            experts=r.choice(["some", "some", "one", "all"]) if ranks == 1 else "some",
+            form=r.choice(forms),
+            rows=r.choice([1, 1, 2, 3]),
+            length=r.choice([1, 2, 7, 16, 24]),
+            grows=r.choice([0, 0, 1, 5]),
+            optimizer=optimizer,
+            option=r.choice(["", *sorted(optional)]),
+            clip=r.choice(["", "torch", "moefx"]),
+            precision=r.choice(["fp32", "fp32", "autocast"]),
+            checkpointing=r.choice(["", "", "reentrant", "not reentrant"]),
             spread=r.choice(["ddp", "parallelize", "fsdp"]) if ranks > 1 else "",
-        )  # fmt: skip
+        )
 
 
 # --- a training ------------------------------------------------------------------------------------------------------

@@ -158,9 +158,18 @@ def test_the_trainers_steps(tmp_path, accumulation):
             {n: t[0] for n, t in b.items() if n != "num_items_in_batch"} for b in batches(16, model.config.vocab_size, "cpu")
         ]
         arguments = TrainingArguments(
-            str(tmp_path), max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=accumulation, learning_rate=1e-3,
-            adam_epsilon=1e-3, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, data_seed=0,
-        )  # fmt: skip
+            str(tmp_path),
+            max_steps=6,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=accumulation,
+            learning_rate=1e-3,
+            adam_epsilon=1e-3,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            data_seed=0,
+        )
         arguments._n_gpu = 1  # of several the Trainer would make copies, by nn.DataParallel
         trainer = Trainer(model, arguments, train_dataset=rows, cuda_graph=graph)
         trainer.train()

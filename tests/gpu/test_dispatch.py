@@ -30,6 +30,9 @@ def test_transports_agree_with_one_process_and_train():
     ]
     found = subprocess.run(
         [*launch, str(HERE / "dispatch_ranks.py"), "--steps", "20"],
-        capture_output=True, text=True, timeout=600, env={**os.environ, "NCCL_MULTI_RANK_GPU_ENABLE": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "NCCL_MULTI_RANK_GPU_ENABLE": "1"},
+    )
     assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-2000:]

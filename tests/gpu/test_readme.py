@@ -68,9 +68,17 @@ def checkpoint(tmp_path_factory) -> Path:
 
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=256, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
-        intermediate_size=128, moe_intermediate_size=128, num_experts=8, num_experts_per_tok=2,
-    )  # fmt: skip
+        vocab_size=256,
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        intermediate_size=128,
+        moe_intermediate_size=128,
+        num_experts=8,
+        num_experts_per_tok=2,
+    )
     folder = tmp_path_factory.mktemp("checkpoint")
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     return folder

@@ -46,9 +46,18 @@ def test_attention(name):
     given, options = checks.attention_arguments(name)
     q, k, v, _, sinks = given
     problem = attention.why_not_fused(
-        q.dtype, q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.shape[3], v.shape[3], options["scale"], options["is_causal"],
-        options.get("window"), sinks is not None,
-    )  # fmt: skip
+        q.dtype,
+        q.shape[0],
+        q.shape[1],
+        k.shape[1],
+        q.shape[2],
+        q.shape[3],
+        v.shape[3],
+        options["scale"],
+        options["is_causal"],
+        options.get("window"),
+        sinks is not None,
+    )
     if problem:
         with pytest.raises(moefx.MoefxError, match="Leave 'te' out of backends"):
             te.attention(*checks.leaves(given, CUDA, torch.bfloat16), **options)
@@ -123,9 +132,18 @@ def test_a_model_lowers_to_the_backend_and_keeps_its_loss_and_gradients():
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
     config = Qwen3MoeConfig(
-        hidden_size=128, num_experts=8, num_experts_per_tok=2, norm_topk_prob=True, moe_intermediate_size=64, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, vocab_size=512, num_hidden_layers=2, tie_word_embeddings=False,
-    )  # fmt: skip
+        hidden_size=128,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        moe_intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        vocab_size=512,
+        num_hidden_layers=2,
+        tie_word_embeddings=False,
+    )
     with torch.device(CUDA):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     ids = torch.randint(512, (2, 65), device=CUDA)

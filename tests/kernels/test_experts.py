@@ -28,8 +28,20 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 
-def make(tokens, experts=5, top_k=2, hidden=24, size=40, *, activation="swiglu", biased=False, transposed=False, dtype=torch.float32,
-         routing="random", seed=0):  # fmt: skip
+def make(
+    tokens,
+    experts=5,
+    top_k=2,
+    hidden=24,
+    size=40,
+    *,
+    activation="swiglu",
+    biased=False,
+    transposed=False,
+    dtype=torch.float32,
+    routing="random",
+    seed=0,
+):
     """Arguments of ``moefx.experts``, in float64 numbers that ``dtype`` can hold."""
     g = torch.Generator().manual_seed(seed)
 

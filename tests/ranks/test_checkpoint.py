@@ -483,9 +483,17 @@ def test_no_rank_holds_the_model(tmp_path):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
-        "qwen3_moe", hidden_size=256, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, vocab_size=256,
-        num_experts_per_tok=2, moe_intermediate_size=512, num_experts=32, head_dim=64,
-    )  # fmt: skip
+        "qwen3_moe",
+        hidden_size=256,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=256,
+        num_experts_per_tok=2,
+        moe_intermediate_size=512,
+        num_experts=32,
+        head_dim=64,
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path, max_shard_size="50MB")
     slack = 40e6  # what Python, gloo and the C library's own pools take
     for rank in run(held, 4, str(tmp_path), timeout=300):

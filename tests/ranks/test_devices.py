@@ -19,13 +19,18 @@ def taken(count, current, environment, backend="cpu:gloo,cuda:nccl", shown=None,
     where = SimpleNamespace(device=current)
     properties = lambda device: SimpleNamespace(uuid=(shown or range(count))[device.index])  # noqa: E731
     faked = {
-        "is_available": lambda: count > 0, "device_count": lambda: count, "current_device": lambda: where.device,
-        "set_device": lambda i: setattr(where, "device", i), "get_device_properties": properties,
-    }  # fmt: skip
+        "is_available": lambda: count > 0,
+        "device_count": lambda: count,
+        "current_device": lambda: where.device,
+        "set_device": lambda i: setattr(where, "device", i),
+        "get_device_properties": properties,
+    }
     with (
-        mock.patch.multiple(torch.cuda, **faked), mock.patch.object(torch.cuda.nccl, "version", lambda: nccl),
-        mock.patch.dict(os.environ, environment), mock.patch.object(dist, "get_backend_config", lambda: backend),
-    ):  # fmt: skip
+        mock.patch.multiple(torch.cuda, **faked),
+        mock.patch.object(torch.cuda.nccl, "version", lambda: nccl),
+        mock.patch.dict(os.environ, environment),
+        mock.patch.object(dist, "get_backend_config", lambda: backend),
+    ):
         try:
             device = devices.of_rank()
         except MoefxError as error:

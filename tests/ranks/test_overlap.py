@@ -19,9 +19,12 @@ def cases(rank: int, world: int) -> list[str]:
 
     wrong = []
     for name, chunks, compile, options in (
-        ("deepseek_v3", 1, False, {}), ("deepseek_v3", 2, False, {}), ("gpt_oss", 3, False, {}), ("qwen3_moe", 2, "aot_eager", {}),
+        ("deepseek_v3", 1, False, {}),
+        ("deepseek_v3", 2, False, {}),
+        ("gpt_oss", 3, False, {}),
+        ("qwen3_moe", 2, "aot_eager", {}),
         ("deepseek_v3", 2, False, {"dispatch_capacity": 22}),
-    ):  # fmt: skip
+    ):
         what = f"{name} in {chunks}, {options}, rank {rank}"
         pipeline = default().replace("overlap", Overlap(chunks=chunks))
         model = moefx.optimize(build(name), ep_size=world, compile=compile, strict=True, pipeline=pipeline, **options)

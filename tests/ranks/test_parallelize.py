@@ -144,9 +144,11 @@ class Many:
     def after(self, aux_losses, batch):
         shares = {p.to_local().numel() / p.numel() * self.shares for p in self.model.parameters() if p.dim() == 3}
         return {
-            "aux": gathered(aux_losses), "shares": gathered(shares), "seen": gathered(evaluated(self.model, batch)),
+            "aux": gathered(aux_losses),
+            "shares": gathered(shares),
+            "seen": gathered(evaluated(self.model, batch)),
             "grads": {n: whole(p.grad) for n, p in self.model.named_parameters()},
-        }  # fmt: skip
+        }
 
     def step(self, norm):
         self.optimizer.step()

@@ -24,9 +24,12 @@ def adapted(name):
     up = "up_proj" if name == "nemotron_h" else "gate_up_proj"
     part = "mixer" if name == "nemotron_h" else "mlp"
     config = LoraConfig(
-        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False,
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "v_proj"],
+        init_lora_weights=False,
         target_parameters=[f"{part}.experts.{up}", f"{part}.experts.down_proj"],
-    )  # fmt: skip
+    )
     return get_peft_model(build(name), config)
 
 
@@ -137,9 +140,10 @@ def merges(rank, world, name, how, ep, folder):
             wrong.append(f"{name} {how} ep={ep} rank {rank} {what}: {float((found - wanted).abs().max()):.1e}")
 
     for what, do in (
-        ("merged", lambda m: m.merge_adapter()), ("taken out", lambda m: m.unmerge_adapter()),
+        ("merged", lambda m: m.merge_adapter()),
+        ("taken out", lambda m: m.unmerge_adapter()),
         ("merged safely", lambda m: m.merge_adapter(safe_merge=True)),
-    ):  # fmt: skip
+    ):
         compare(f"before it is {what}", model, one)  # a forward leaves FSDP's root gathered
         for m in (model, one):
             do(m)

@@ -33,10 +33,19 @@ def balanced(rank, world, folder):
     model = moefx.parallelize(model, ep_size=world, **options) if world > 1 else moefx.optimize(model, **options)
     rows = [{k: v[0] for k, v in batch(1, 32, seed=s).items()} for s in range(32)]
     arguments = TrainingArguments(
-        f"{folder}/{world}", max_steps=4, per_device_train_batch_size=4 // world, gradient_accumulation_steps=2, learning_rate=1e-4,
-        logging_steps=2, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, lr_scheduler_type="constant",
+        f"{folder}/{world}",
+        max_steps=4,
+        per_device_train_batch_size=4 // world,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-4,
+        logging_steps=2,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        lr_scheduler_type="constant",
         train_sampling_strategy="sequential",
-    )  # fmt: skip
+    )
     trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[RouterBias(5e-2)])
     trainer.train()
     biases = {n: b.clone() for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")}
@@ -74,17 +83,27 @@ def adapters(rank, world, folder):
     where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
     os.environ |= {k: str(v) for k, v in where.items()} | {"MASTER_ADDR": "127.0.0.1"}
     lora = LoraConfig(
-        r=4, target_modules=["q_proj"], init_lora_weights=False,
+        r=4,
+        target_modules=["q_proj"],
+        init_lora_weights=False,
         target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-    )  # fmt: skip
+    )
     rows = [{k: v[0] for k, v in batch(1, 16, seed=s).items()} for s in range(40)]
 
     def trainer(out, model, callbacks=(), **options):
         arguments = TrainingArguments(
-            f"{folder}/{out}", max_steps=4, per_device_train_batch_size=1, gradient_accumulation_steps=2, logging_steps=1,
-            report_to="none", use_cpu=True, disable_tqdm=True, train_sampling_strategy="sequential", gradient_checkpointing=True,
+            f"{folder}/{out}",
+            max_steps=4,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=2,
+            logging_steps=1,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            train_sampling_strategy="sequential",
+            gradient_checkpointing=True,
             **{"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2, **options},
-        )  # fmt: skip
+        )
         return Trainer(
             model,
             arguments,
@@ -113,9 +132,17 @@ def adapters(rank, world, folder):
 
     model = moefx.parallelize(build("qwen3_moe"), ep_size=world, compile=False)
     best = trainer(
-        "best", model, learning_rate=0.5, save_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
-        metric_for_best_model="loss", greater_is_better=True, save_total_limit=1,
-    )  # fmt: skip
+        "best",
+        model,
+        learning_rate=0.5,
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,
+        save_total_limit=1,
+    )
     before = best.evaluate()["eval_loss"]  # must leave nothing gathered to the optimizer
     best.train()
     found = [before, *(h["eval_loss"] for h in best.state.log_history[1:] if "eval_loss" in h), best.evaluate()["eval_loss"]]

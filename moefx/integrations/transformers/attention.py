@@ -19,9 +19,16 @@ from moefx.integrations.transformers.recording import OwnAttention, _Callers
 
 
 def attention_forward(
-    own: Callable, kind: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None,
-    *args: Any, **kwargs: Any,
-) -> tuple[Tensor, Any]:  # fmt: skip
+    own: Callable,
+    kind: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
     """What a module calls for its attention while it is recorded or captured: ``moefx.attention``, instead of ``own``.
 
     query [B, A, S, D] -> [B, S, A, Dv]. ``kind``: "eager", "sdpa", "flash" or "flex", which decides what no mask means.
@@ -84,10 +91,17 @@ def _emit(
         mask, causal, window = _only(indices, mask, query, key, causal, window), False, None
     callers.append(("attention", module))
     return ops.attention(
-        query, key, value, mask, s_aux,
+        query,
+        key,
+        value,
+        mask,
+        s_aux,
         scale=float(query.shape[-1] ** -0.5 if scaling is None else scaling),
-        is_causal=causal, window=window, softcap=float(softcap or 0.0), dropout=float(dropout),
-    )  # fmt: skip
+        is_causal=causal,
+        window=window,
+        softcap=float(softcap or 0.0),
+        dropout=float(dropout),
+    )
 
 
 def _only(indices: Tensor, mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, window: int | None) -> Tensor:

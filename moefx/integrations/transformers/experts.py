@@ -44,9 +44,12 @@ class ExpertsLayout:
     @property
     def options(self) -> dict[str, Any]:
         return {
-            "activation": self.activation, "alpha": self.alpha, "limit": self.limit,
-            "transposed": self.transposed, "interleaved": self.interleaved,
-        }  # fmt: skip
+            "activation": self.activation,
+            "alpha": self.alpha,
+            "limit": self.limit,
+            "transposed": self.transposed,
+            "interleaved": self.interleaved,
+        }
 
     def weights(self, module: nn.Module) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         up, down = adapters.weight(module, self.up), adapters.weight(module, self.down)

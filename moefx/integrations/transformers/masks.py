@@ -191,11 +191,14 @@ def _said(dtype: torch.dtype, kwargs: dict) -> Said | None:
     local_size, padding = kwargs.get("local_size"), kwargs.get("attention_mask")
     sliding, packed = parts.pop(_SLIDING, None), parts.pop(_PACKED, None)
     if (
-        parts.keys() != {_CAUSAL} or (sliding is None) != (local_size is None) or kwargs["q_length"] != kwargs["kv_length"]
+        parts.keys() != {_CAUSAL}
+        or (sliding is None) != (local_size is None)
+        or kwargs["q_length"] != kwargs["kv_length"]
         or not (isinstance(q := kwargs.get("q_offset", 0), int) and isinstance(k := kwargs.get("kv_offset", 0), int) and q == k)
         or not (packed or kwargs.get("allow_is_causal_skip", True))
-        or padding is not None and not bool(padding.all())
-    ):  # fmt: skip
+        or padding is not None
+        and not bool(padding.all())
+    ):
         return None
     return Said(dtype, local_size, None if packed is None else _starts(packed["packed_sequence_mask"]))
 

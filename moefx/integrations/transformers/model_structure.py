@@ -89,8 +89,10 @@ def requested() -> set[str]:
     return set(_active_collector.get() or ())
 
 
-@assumed("a forward's collected outputs are in output_capturing._active_collector, put there by output_capturing_hook",
-         "transformers 5.23 to 5.24")  # fmt: skip
+@assumed(
+    "a forward's collected outputs are in output_capturing._active_collector, put there by output_capturing_hook",
+    "transformers 5.23 to 5.24",
+)
 def outputs_are_collected() -> bool:
     found = []
 
@@ -158,10 +160,12 @@ def count_as_tensor(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
 def numbers(module: nn.Module) -> list[str]:
     """The module's own attributes, numbers and the like, that its forward may compute with."""
     return [
-        k for k, v in vars(module).items()
-        if not k.startswith("_") and k not in ("training", "gradient_checkpointing")
+        k
+        for k, v in vars(module).items()
+        if not k.startswith("_")
+        and k not in ("training", "gradient_checkpointing")
         and isinstance(v, (int, float, str, bool, tuple, type(None)))
-    ]  # fmt: skip
+    ]
 
 
 def structure(module: nn.Module) -> tuple:

@@ -111,8 +111,9 @@ def _layers(config: PreTrainedConfig, own: Mapping[str, Any]) -> dict[str, Any]:
         **{k: [new for new, i in enumerate(kept) if i in v] for k, v in numbers.items()},
         "per_layer_config": {
             new: {k: _scaled(k, v, own) for k, v in overrides[i].items()} for new, i in enumerate(kept) if i in overrides
-        } or None,
-    }  # fmt: skip
+        }
+        or None,
+    }
 
 
 def _numbers_layers(found: Any, many: int) -> bool:

@@ -26,18 +26,38 @@ def _options(causal: bool, window: int | None, sinks: bool) -> dict[str, Any]:
 
 @functools.cache
 def why_not_fused(
-    dtype: torch.dtype, batch: int, heads: int, groups: int, length: int, head_size: int, value_size: int, scale: float,
-    causal: bool, window: int | None, sinks: bool, deterministic: bool = False,
-) -> str | None:  # fmt: skip
+    dtype: torch.dtype,
+    batch: int,
+    heads: int,
+    groups: int,
+    length: int,
+    head_size: int,
+    value_size: int,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    sinks: bool,
+    deterministic: bool = False,
+) -> str | None:
     """What Transformer Engine says against its fused attention for these sizes (its own backend selection), or None."""
     from transformer_engine.pytorch.attention.dot_product_attention import utils
 
     asked = utils.AttentionParams(
-        qkv_dtype=dtype, qkv_layout="bshd_bshd_bshd", batch_size=batch, num_heads=heads, num_gqa_groups=groups,
-        max_seqlen_q=length, max_seqlen_kv=length, head_dim_qk=head_size, head_dim_v=value_size, softmax_scale=scale,
-        core_attention_bias_requires_grad=False, deterministic=deterministic, is_training=True,
+        qkv_dtype=dtype,
+        qkv_layout="bshd_bshd_bshd",
+        batch_size=batch,
+        num_heads=heads,
+        num_gqa_groups=groups,
+        max_seqlen_q=length,
+        max_seqlen_kv=length,
+        head_dim_qk=head_size,
+        head_dim_v=value_size,
+        softmax_scale=scale,
+        core_attention_bias_requires_grad=False,
+        deterministic=deterministic,
+        is_training=True,
         **_options(causal, window, sinks),
-    )  # fmt: skip
+    )
     with _listening(utils) as said:
         *_, (_, fused, _) = utils.get_attention_backend(asked)
     if fused:
@@ -75,9 +95,19 @@ def _call(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, c
 
     batch, length, heads, size = q.shape
     problem = why_not_fused(
-        q.dtype, batch, heads, k.shape[2], length, size, v.shape[3], scale, causal, window, sinks is not None,
+        q.dtype,
+        batch,
+        heads,
+        k.shape[2],
+        length,
+        size,
+        v.shape[3],
+        scale,
+        causal,
+        window,
+        sinks is not None,
         torch.are_deterministic_algorithms_enabled(),
-    )  # fmt: skip
+    )
     if problem:
         raise MoefxError(
             f"te attention was chosen for another length, for q {list(q.shape)} it cannot run: {problem}. Leave 'te' out of "
@@ -124,9 +154,18 @@ def _(q, k, v, sinks, scale, causal, window):
 
 @torch.library.custom_op("moefx::te_attention_backward", mutates_args=())
 def te_attention_backward(
-    grad: Tensor, out: Tensor, statistics: Tensor, random: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
-    scale: float, causal: bool, window: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    out: Tensor,
+    statistics: Tensor,
+    random: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, and of sinks (empty without)."""
     from transformer_engine.pytorch.cpp_extensions.fused_attn import fused_attn_bwd
 
@@ -136,9 +175,20 @@ def te_attention_backward(
     lengths, backend, named = _call(q, k, v, sinks, scale, causal, window)
     kept = [statistics, random] if sinks is None else [statistics, random, _offset(sinks)]
     to_q, to_k, to_v, *rest = fused_attn_bwd(
-        *lengths, q, k, v, out, grad.contiguous(), q.dtype, kept, backend, do_format="bshd", dqkv_layout="bshd_bshd_bshd",
-        deterministic=torch.are_deterministic_algorithms_enabled(), **named,
-    )  # fmt: skip
+        *lengths,
+        q,
+        k,
+        v,
+        out,
+        grad.contiguous(),
+        q.dtype,
+        kept,
+        backend,
+        do_format="bshd",
+        dqkv_layout="bshd_bshd_bshd",
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        **named,
+    )
     to_sinks = q.new_empty(0) if sinks is None else rest[1].reshape(-1).to(sinks.dtype)
     return to_q, to_k, to_v, to_sinks
 

@@ -33,9 +33,14 @@ class Groups:
         from transformer_engine.pytorch.tensor.storage.grouped_tensor_storage import GroupedTensorStorage
 
         return GroupedTensorStorage(
-            shape=tuple(x.shape), dtype=x.dtype, num_tensors=len(self.counts), quantizer=None, data=x.reshape(-1),
-            first_dims=self.counts, tensor_offsets=self.starts * x.shape[1],
-        )  # fmt: skip
+            shape=tuple(x.shape),
+            dtype=x.dtype,
+            num_tensors=len(self.counts),
+            quantizer=None,
+            data=x.reshape(-1),
+            first_dims=self.counts,
+            tensor_offsets=self.starts * x.shape[1],
+        )
 
 
 def _matrices_of(weight: Tensor) -> Any:
@@ -75,10 +80,23 @@ def _project(x: Tensor, weight: Tensor, groups: Groups, transposed: bool) -> Ten
 
 @torch.library.custom_op("moefx::te_grouped_mlp", mutates_args=())
 def te_grouped_mlp(
-    rows: Tensor, counts: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
-    row_weights: Tensor | None, tokens: Tensor | None, place: Tensor | None, host: Tensor | None, activation: str,
-    alpha: float, limit: float, transposed: bool, interleaved: bool, grad_scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows: Tensor,
+    counts: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    row_weights: Tensor | None,
+    tokens: Tensor | None,
+    place: Tensor | None,
+    host: Tensor | None,
+    activation: str,
+    alpha: float,
+    limit: float,
+    transposed: bool,
+    interleaved: bool,
+    grad_scale: float,
+) -> tuple[Tensor, Tensor]:
     """As ``moefx.grouped_mlp``; and the pre-activations [R, 2I or I] for the backward, which keeps tokens, place and host
     instead of the rows where they are given."""
     groups = Groups(counts)
@@ -95,18 +113,49 @@ def _of_rows(bias: Tensor, counts: Tensor, rows: int) -> Tensor:
 
 
 @te_grouped_mlp.register_fake
-def _(rows, counts, up, up_bias, down, down_bias, row_weights, tokens, place, host, activation, alpha, limit, transposed,
-      interleaved, grad_scale):  # fmt: skip
+def _(
+    rows,
+    counts,
+    up,
+    up_bias,
+    down,
+    down_bias,
+    row_weights,
+    tokens,
+    place,
+    host,
+    activation,
+    alpha,
+    limit,
+    transposed,
+    interleaved,
+    grad_scale,
+):
     high, out = _matrices(up, transposed).shape[2], _matrices(down, transposed).shape[2]
     return up.new_empty(rows.shape[0], out), up.new_empty(rows.shape[0], high)
 
 
 @torch.library.custom_op("moefx::te_grouped_mlp_backward", mutates_args=())
 def te_grouped_mlp_backward(
-    grad: Tensor, h: Tensor, rows: Tensor | None, tokens: Tensor | None, place: Tensor | None, host: Tensor | None,
-    counts: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, row_weights: Tensor | None,
-    activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool, grad_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    h: Tensor,
+    rows: Tensor | None,
+    tokens: Tensor | None,
+    place: Tensor | None,
+    host: Tensor | None,
+    counts: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    row_weights: Tensor | None,
+    activation: str,
+    alpha: float,
+    limit: float,
+    transposed: bool,
+    interleaved: bool,
+    grad_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of rows, up, up_bias, down, down_bias, row_weights (empty where there is none)."""
     groups, grad = Groups(counts), grad.contiguous()
     to_a = gemm(grad, down, groups, by_columns=not transposed)
@@ -129,8 +178,26 @@ def te_grouped_mlp_backward(
 
 
 @te_grouped_mlp_backward.register_fake
-def _(grad, h, rows, tokens, place, host, counts, up, up_bias, down, down_bias, row_weights, activation, alpha, limit,
-      transposed, interleaved, grad_scale):  # fmt: skip
+def _(
+    grad,
+    h,
+    rows,
+    tokens,
+    place,
+    host,
+    counts,
+    up,
+    up_bias,
+    down,
+    down_bias,
+    row_weights,
+    activation,
+    alpha,
+    limit,
+    transposed,
+    interleaved,
+    grad_scale,
+):
     def like(t: Tensor | None) -> Tensor:
         return h.new_empty(0) if t is None else t.new_empty(t.shape)
 

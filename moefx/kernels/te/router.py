@@ -13,9 +13,15 @@ UNSORTED_FROM = 16
 
 @torch.library.custom_op("moefx::te_route", mutates_args=())
 def te_route(
-    logits: Tensor, bias: Tensor | None, top_k: int, score: str, softmax_first: bool, groups: int, topk_groups: int,
+    logits: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    score: str,
+    softmax_first: bool,
+    groups: int,
+    topk_groups: int,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Weights [T, K] fp32, index [T, K] int64, and the scores [T, E] fp32 for the backward; logits [T, E] fp32, bias [E] fp32.
 
     ``score`` softmax: of all logits, not renormalized, if ``softmax_first``, else of the chosen ones. sigmoid: of all logits,
