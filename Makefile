@@ -15,7 +15,7 @@ demo: $(STAMP)
 
 # mypy beside the tests: it takes half a minute of one core. tests/conftest.py puts the long files first.
 test: $(STAMP)
-	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
 	$(BIN)/lint-imports
 	@$(BIN)/python -m mypy > $(VENV)/mypy.txt 2>&1 & types=$$!; \
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 40; tests=$$?; \
@@ -26,7 +26,7 @@ gpu-check:
 	$(PYTHON) tests/gpu/check.py
 
 lint: $(STAMP)
-	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/python -m mypy
 

@@ -174,7 +174,7 @@ def main() -> int:
             "longer": longer,
             "peak_gib_48": gib,
             "peak_gib_96": gib96,
-        },  # fmt: skip
+        },
         "call": overhead,
         "runs": [*shallow, *deep],
         "problems": problems,

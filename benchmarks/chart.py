@@ -153,7 +153,7 @@ def main() -> int:
     by_device: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for path in args.results or sorted([*common.RESULTS.glob("single_gpu-*.json"), *common.RESULTS.glob("multi_gpu-*.json")]):
         record = json.loads(path.read_text())
-        if record.get("whole_model", record["rows"] if "rows" in record else None) and record["settings"]["model"] in TITLES:
+        if record.get("whole_model", record.get("rows", None)) and record["settings"]["model"] in TITLES:
             by_device[device_of(record)].append(record)
         else:
             common.say(f"{path.name}: no whole model that is charted, left out")

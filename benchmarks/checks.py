@@ -153,7 +153,8 @@ def check(
 
 def one_rounding_off(model: nn.Module) -> nn.Module:
     """The model with one number in 64 of its embeddings moved to a neighbour: what it computes differs from what the model does
-    by roundings, and by what follows from them, such as other experts for near-tied tokens."""
+    by roundings, and by what follows from them, such as other experts for near-tied tokens.
+    """
     off = common.twin(model)
     table = off.get_input_embeddings()
     moved = table.weight.detach().clone()

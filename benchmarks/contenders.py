@@ -441,7 +441,8 @@ def timed(
     model: nn.Module, step: Callable, batch: dict[str, Tensor], device: torch.device, steps: int, *, fresh: bool
 ) -> dict[str, Any]:
     """Milliseconds of each step, and memory: the most that tensors took (weights and gradients included; ``fresh``: from here
-    on), that the allocator held, and that the device lacks at the end (communicators and other processes included)."""
+    on), that the allocator held, and that the device lacks at the end (communicators and other processes included).
+    """
     cuda = device.type == "cuda"
     common.drop_gradients(model)
     if cuda and fresh:

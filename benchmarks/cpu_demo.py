@@ -19,7 +19,7 @@ import torch
 from models import build
 
 sys.path.insert(0, str(common.HERE.parent / "examples"))
-from bytes_data import batches  # noqa: E402
+from bytes_data import batches
 
 #: Relative L2 distance allowed per gradient, and for the loss: fp32 sums in another order. The bound is the demo's.
 TOLERANCE = 1e-4

@@ -84,7 +84,8 @@ def states(who: str, name: str, layers: int, ranks: int, dtype: torch.dtype = to
 
 def _of_units(model: Any, blocks: list[Any]) -> list[int]:
     """Bytes of each unit of blocks, and of the units within, when FSDP2 has gathered it over the ranks of its mesh: what is cut
-    over "ep" stays cut, and parameters that no unit has (experts that no other rank has) are where they were."""
+    over "ep" stays cut, and parameters that no unit has (experts that no other rank has) are where they were.
+    """
     units = [m for m in model.modules() if isinstance(m, FSDPModule)]
     managed = {id(p.sharded_param) for m in units for group in sharded.groups(m) for p in group.fsdp_params}
     sizes: Counter[int] = Counter()
@@ -127,7 +128,8 @@ def _plain(t: Tensor) -> Tensor:
 
 def activations(who: str, name: str, depth: int, ranks: int, probe: int) -> tuple[float, float]:
     """Bytes kept whatever the tokens (a loss that makes the head's gradient in the forward), and bytes for each token, by
-    ``depth`` layers that are alike, embedding, head and loss. ``probe`` tokens and twice as many are tried."""
+    ``depth`` layers that are alike, embedding, head and loss. ``probe`` tokens and twice as many are tried.
+    """
     once, twice, deeper = (_kept(who, name, *sizes, ranks) for sizes in ((1, probe), (1, 2 * probe), (2, probe)))
     a_token = (twice - once) / probe
     return once - a_token * probe, a_token + (depth - 1) * (deeper - once) / probe

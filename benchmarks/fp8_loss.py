@@ -25,7 +25,7 @@ import moefx
 from moefx.passes import FP8, default
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from bytes_data import batches  # noqa: E402
+from bytes_data import batches
 
 RECIPES = {"current": FP8("current"), "block": FP8("block"), "experts": FP8(linear=False)}
 

@@ -205,7 +205,8 @@ def tokens(name: str, batch: int, seq: int, device: str | torch.device, seed: in
 @contextmanager
 def mamba_in_torch() -> Iterator[None]:
     """Within: nemotron_h computes its Mamba layers by Transformers' own torch code even where the packages' kernels are
-    installed, whose products of fp32 numbers are rounded to TF32."""
+    installed, whose products of fp32 numbers are rounded to TF32.
+    """
     names = ("causal_conv1d_fn", "mamba2_split_conv1d_scan_combined", "mamba2_chunk_scan")
     kept = {n: getattr(modeling_nemotron_h, n) for n in names}
     for n, function in kept.items():

@@ -403,7 +403,7 @@ class _Follower:
 
     @property
     def over(self) -> bool:
-        return self.finished or bool(self.failures) and time.time() > self.failures[0]["at"] + GRACE
+        return self.finished or (bool(self.failures) and time.time() > self.failures[0]["at"] + GRACE)
 
     @property
     def failure(self) -> dict[str, Any] | None:

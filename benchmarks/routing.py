@@ -34,7 +34,8 @@ def balanced_index(tokens: int, top_k: int, experts: int, device: Any = None) ->
 
 def balance(model: nn.Module) -> None:
     """Makes the routers of a Transformers model send tokens to experts in turn. Everything else is done as they do it:
-    logits, and the weights of the experts that are not chosen but given."""
+    logits, and the weights of the experts that are not chosen but given.
+    """
     for router in routers(model).values():
         # by the class that Transformers wrote: FSDP2 makes a subclass of it
         name = next(c.__name__ for c in type(router).__mro__ if c.__name__ in _BALANCED)

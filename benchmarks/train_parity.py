@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 import moefx
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from bytes_data import batches  # noqa: E402
+from bytes_data import batches
 
 
 def arguments() -> argparse.Namespace:

@@ -27,7 +27,7 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
-from bytes_data import batches  # noqa: E402
+from bytes_data import batches
 
 RANKS, BATCH, SEQUENCE = 2, 8, 128
 ALLOWED, GOAL = 1e-4, 3.0

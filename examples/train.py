@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 import moefx
 
 sys.path.insert(0, str(Path(__file__).parent))
-from bytes_data import batches  # noqa: E402
+from bytes_data import batches
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", type=Path, help="a folder, of which each rank reads its own shards (default: a small model)")

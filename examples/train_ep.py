@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 import moefx
 
 sys.path.insert(0, str(Path(__file__).parent))
-from bytes_data import batches  # noqa: E402
+from bytes_data import batches
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--steps", type=int, default=10)

@@ -155,7 +155,8 @@ def verified(plain: Any, model: Any) -> str:
 
 def family_row(family: str, verify: bool = False, device: str = "cpu") -> dict[str, Any]:
     """What is captured and raised of a family's small configuration; the reasons for all that is not. ``device`` runs the steps
-    that are compared."""
+    that are compared.
+    """
     row: dict[str, Any] = {"family": family, "captured": 0, "raised": {}, "notes": []}
     try:
         config = tiny_config(family)

@@ -105,7 +105,8 @@ class ExpertParallel:
 
     def _local(self, function, at: fx.Node, w: fx.Node, plan) -> fx.Node:
         """This rank's part of a weight. LoRA factors are whole on every rank, like dense parameters: each rank's gradient of
-        them is that of its own experts, and the mean over ranks must not divide it twice."""
+        them is that of its own experts, and the mean over ranks must not divide it twice.
+        """
         many = value(w).shape[0] // plan.ep_size
         if w.op == "placeholder":
             with function.fake_mode:

@@ -15,7 +15,8 @@ from moefx.rewriting.pipeline import Changes
 @dataclass(frozen=True)
 class NormStreams:
     """A block's first norm reads the residual stream that a later addition reads too. Their gradients were added in a pass of
-    its own over memory; rounded once instead of twice. Runs after ``lower``: only the triton backend's norm can."""
+    its own over memory; rounded once instead of twice. Runs after ``lower``: only the triton backend's norm can.
+    """
 
     name: ClassVar[str] = "norm_streams"
 

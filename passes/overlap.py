@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -162,7 +163,9 @@ class _Chunks:
             times = self._call(operator.mul, (tokens, i), {}, self.dispatch)
             ends.append(self._call(operator.floordiv, (times, many), {}, self.dispatch))
         ends.append(tokens)
-        return [[self._call(aten.slice.Tensor, (n, 0, a, b), {}, self.dispatch) for a, b in zip(ends, ends[1:])] for n in nodes]
+        return [
+            [self._call(aten.slice.Tensor, (n, 0, a, b), {}, self.dispatch) for a, b in itertools.pairwise(ends)] for n in nodes
+        ]
 
     def write(self, many: int) -> tuple[list[fx.Node], list[fx.Node], list[fx.Node]]:
         """The starts of dispatches, their waits, and the waits of combines."""

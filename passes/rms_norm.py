@@ -30,7 +30,8 @@ def RaiseRMSNorm() -> Raise:
 
 def _written(x, weight=None, eps=1e-6, cast_first=True, offset=0.0, body=""):
     """The norm's own body, and two other ways of writing it: Nemotron-H upcasts the weight before the product, Gemma 4 too,
-    and takes the root as a power."""
+    and takes the root as a power.
+    """
     if not body:
         return ops.BODIES[ops.rms_norm](x, weight, eps, cast_first=cast_first, offset=offset)
     h = x.to(torch.float32)

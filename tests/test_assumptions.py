@@ -97,7 +97,7 @@ def test_a_trial_sees_nothing_of_what_is_around_it(tried_again):
 
 
 @pytest.mark.parametrize(
-    "uses, said",
+    ("uses", "said"),
     [
         (lambda x, w: _hooked(x @ w), "Tensor.register_hook"),
         (lambda x, w: (x @ w) * (2 if x.requires_grad else 3), r"asks for requires_grad \(test_assumptions.py:\d+\)"),

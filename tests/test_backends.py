@@ -66,7 +66,7 @@ def test_order_is_the_callers_and_the_reference_comes_last():
 
 
 @pytest.mark.parametrize(
-    "backends, message",
+    ("backends", "message"),
     [
         (["tourch"], r"no backend is named 'tourch'; there are: .*triton, torch, .*reference"),
         ([3], r"3 is not a backend: pass a name \(.*\) or a moefx.Backend"),
@@ -116,7 +116,7 @@ def test_first_that_accepts_is_chosen_and_refusals_are_kept():
 
 
 @pytest.mark.parametrize(
-    "node, sentence",
+    ("node", "sentence"),
     [
         (
             _attention_node(torch.empty(4, device="meta")),
@@ -138,7 +138,7 @@ def test_torch_refuses_with_the_reason_and_the_reference_runs(node, sentence):
     assert choice.refusals == [("torch", sentence)]
 
 
-@pytest.mark.parametrize("inner, accepted", [(24, True), (18, False), (20, False)])
+@pytest.mark.parametrize(("inner", "accepted"), [(24, True), (18, False), (20, False)])
 def test_torch_refuses_experts_that_the_grouped_gemm_cannot_read(inner, accepted):
     with FakeTensorMode():
         up, down = (torch.empty(4, *s, dtype=torch.bfloat16, device="cuda") for s in ((2 * inner, 16), (16, inner)))
@@ -202,7 +202,7 @@ def _compare(kernel, op, inputs, options, grad_of=1.0):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("cast_first, weighted", [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize(("cast_first", "weighted"), [(True, True), (False, True), (True, False)])
 def test_rms_norm(dtype, cast_first, weighted):
     weight = (1 + _random(24, seed=1) / 4).to(dtype).requires_grad_() if weighted else None
     x = _random(2, 3, 24, dtype=dtype).requires_grad_()
@@ -217,7 +217,7 @@ def _mask(kind, batch, length):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kv_heads, value_width", [(4, 8), (2, 8), (1, 8), (4, 6), (2, 6)])
+@pytest.mark.parametrize(("kv_heads", "value_width"), [(4, 8), (2, 8), (1, 8), (4, 6), (2, 6)])
 @pytest.mark.parametrize("kind", ["causal", "all", "window", "wide window", "bool", "float", "left padding"])
 def test_attention(kind, kv_heads, value_width, dtype):
     length = 7
@@ -263,7 +263,7 @@ def test_experts(layout, top_k, dtype):
     _compare(torch_backend.experts, ops.experts, inputs, LAYOUTS[layout])
 
 
-@pytest.mark.parametrize("tokens, allowed", [(0, range(E)), (1, range(E)), (7, [2]), (7, [0, 3]), (31, range(E))])
+@pytest.mark.parametrize(("tokens", "allowed"), [(0, range(E)), (1, range(E)), (7, [2]), (7, [0, 3]), (31, range(E))])
 def test_experts_for_few_tokens_and_unused_experts(tokens, allowed):
     inputs = _experts_inputs(tokens=tokens, allowed=allowed)
     _compare(torch_backend.experts, ops.experts, inputs, LAYOUTS["qwen3"])
@@ -282,7 +282,9 @@ def test_experts_do_not_depend_on_how_equal_experts_are_sorted():
 
 @pytest.mark.parametrize("chunk", [1 << 27, 4 * 33], ids=["one chunk", "four rows a chunk"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("reduction, bias, ignored", itertools.product(["mean", "sum"], [False, True], ["none", "some", "all"]))
+@pytest.mark.parametrize(
+    ("reduction", "bias", "ignored"), itertools.product(["mean", "sum"], [False, True], ["none", "some", "all"])
+)
 def test_linear_cross_entropy(reduction, bias, ignored, dtype, chunk, monkeypatch):
     """Both ways to it: torch's own where it has one (fp32, eager), and the chunked operation itself."""
     monkeypatch.setattr(chunked, "CHUNK", chunk)

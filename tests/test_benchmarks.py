@@ -16,24 +16,26 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-import breakdown  # noqa: E402
-import chart  # noqa: E402
-import checks  # noqa: E402
-import clocks  # noqa: E402
-import common  # noqa: E402
-import contenders  # noqa: E402
-import dispatch  # noqa: E402
-import extrapolate  # noqa: E402
-import footprint  # noqa: E402
-import models  # noqa: E402
-import multi_gpu  # noqa: E402
-import overlap_trace  # noqa: E402
-import routing  # noqa: E402
-import simulate_ep  # noqa: E402
-import sketch  # noqa: E402
-import tunings  # noqa: E402
+import itertools
 
-import moefx  # noqa: E402
+import breakdown
+import chart
+import checks
+import clocks
+import common
+import contenders
+import dispatch
+import extrapolate
+import footprint
+import models
+import multi_gpu
+import overlap_trace
+import routing
+import simulate_ep
+import sketch
+import tunings
+
+import moefx
 
 
 @pytest.mark.parametrize("name", ["qwen3_30b", "gpt_oss_20b", "nemotron_nano"])
@@ -243,7 +245,7 @@ def test_sketch_of_parts_is_the_sketch_of_the_whole(shape: tuple[int, ...]) -> N
     def whole(t: torch.Tensor, cuts: list[int]) -> torch.Tensor:
         ends = [0, *cuts, len(t)]
         rest = tuple(slice(0, n) for n in shape[1:])
-        return sum(sketch.part("name", t[a:b], (slice(a, b), *rest), shape) for a, b in zip(ends, ends[1:]))
+        return sum(sketch.part("name", t[a:b], (slice(a, b), *rest), shape) for a, b in itertools.pairwise(ends))
 
     a, b = whole(g, []), whole(other, [])
     torch.testing.assert_close(whole(g, [len(g) // 3, len(g) // 2, len(g) // 2]), a, rtol=1e-4, atol=1e-3)

@@ -80,7 +80,8 @@ def test_a_device_that_is_not_there(capsys):
 
 
 @pytest.mark.parametrize(
-    "name,text", [("gpu", "--device gpu is no name of a device"), ("cuda:2", "the last of the CUDA devices here is cuda:1")]
+    ("name", "text"),
+    [("gpu", "--device gpu is no name of a device"), ("cuda:2", "the last of the CUDA devices here is cuda:1")],
 )
 def test_other_devices_that_are_not_there(name, text, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -169,7 +170,7 @@ def test_a_reader_that_has_seen_enough(monkeypatch, capfd):
 
 
 @pytest.mark.parametrize(
-    "argv,text",
+    ("argv", "text"),
     [
         (["inspect", "qwen3_mo"], "no language model of type 'qwen3_mo': did you mean qwen3_moe"),
         (["inspect", "nowhere/config.json"], "there is no"),
@@ -217,7 +218,7 @@ def test_doctor_says_what_to_do_about_a_deep_ep_that_does_not_serve(monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "te, torch_version, nccl, text",
+    ("te", "torch_version", "nccl", "text"),
     [
         (None, "2.12.0", (2, 31, 0), "transformer-engine is not installed: pip install moefx[te]"),
         ("2.19.0", "2.12.0", (2, 31, 0), "transformer-engine 2.19.0 has no NCCL EP, 2.20 and later have"),

@@ -50,7 +50,7 @@ class _Own(CustomGraphPass):
         return "mine"
 
 
-@pytest.mark.parametrize("then, cached", [(_Own(), True), (lambda graph: setattr(_Own, "seen", _Own.seen + 1), False)])
+@pytest.mark.parametrize(("then", "cached"), [(_Own(), True), (lambda graph: setattr(_Own, "seen", _Own.seen + 1), False)])
 def test_a_pass_of_the_users_still_runs(then, cached):
     _Own.seen = 0
     with fresh_inductor_cache(), config.patch(post_grad_custom_post_pass=then):

@@ -52,7 +52,7 @@ def test_every_operation_of_a_block():
     assert flops_by_operation(report.program["head"], 3, 5)["moefx.linear_cross_entropy"] == 2 * 15 * 80 * 256
 
 
-@pytest.mark.parametrize("length, pairs", [(5, 15), (8, 36), (20, 36 + 12 * 8)])
+@pytest.mark.parametrize(("length", "pairs"), [(5, 15), (8, 36), (20, 36 + 12 * 8)])
 def test_a_sliding_window_costs_its_band(length, pairs):
     _, report = report_of("gpt_oss")
     windows = {

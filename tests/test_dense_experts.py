@@ -32,7 +32,7 @@ def of_one_expert(model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "rows,length,seed,routing", [(2, 17, 0, "real"), (1, 1, 1, "real"), (3, 5, 2, "real"), (2, 9, 3, "one expert")]
+    ("rows", "length", "seed", "routing"), [(2, 17, 0, "real"), (1, 1, 1, "real"), (3, 5, 2, "real"), (2, 9, 3, "one expert")]
 )
 def test_loss_and_all_gradients(rows, length, seed, routing, dtype):
     model = build("llama4_text", seed).to(dtype)

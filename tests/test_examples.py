@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
-    "name, text",
+    ("name", "text"),
     [
         ("inspect_graph", "moefx.route"),
         ("custom_pass", "gated_linear: 2 made, 0 missed"),

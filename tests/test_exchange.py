@@ -117,7 +117,7 @@ def test_combine_keeps_no_rows_for_the_backward(group, capacity):
     assert (place[7:] == -1).all() and torch.equal(to_each[place[:7].long()], grad.unsqueeze(1).expand(-1, K, -1))
 
 
-@pytest.mark.parametrize("backend, capacity", [("aot_eager", 0), ("inductor", 0), ("inductor", 20)])
+@pytest.mark.parametrize(("backend", "capacity"), [("aot_eager", 0), ("inductor", 0), ("inductor", 20)])
 def test_compiled_experts_over_the_group_are_the_experts_operation(group, backend, capacity):
     """fullgraph, forward and backward, two numbers of tokens in one graph."""
     torch._dynamo.reset()

@@ -121,7 +121,7 @@ def _node(dtype=torch.bfloat16, size=64, of_values=64, keys=32, shared=2, mask=N
     return graph.call_function(ops.attention, (*inputs, mask, None), {"scale": 0.1, "is_causal": True, **options})
 
 
-@pytest.mark.parametrize("options,said", [
+@pytest.mark.parametrize(("options", "said"), [
     ({"dtype": torch.float32}, "q is torch.float32"), ({"size": 80, "of_values": 80}, "have 80 (80)"), ({"of_values": 72}, "have 64 (72)"),
     ({"size": 192, "of_values": 128}, "4 of 192 numbers share 2, whose values have 128"),
     ({"keys": 33}, "q has 32, k 33"), ({"mask": True}, "the mask a tensor"), ({"is_causal": False}, "is_causal is False"),
@@ -137,7 +137,7 @@ def test_what_it_takes(options):
 
 
 @pytest.mark.parametrize(
-    "have,said",
+    ("have", "said"),
     [
         ("4.0.0b30", "flash-attn-4 4.0.0b30 is installed, 4.0.0b36 or newer"),
         ("4.0.0", "is no CUDA"),

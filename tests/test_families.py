@@ -67,7 +67,7 @@ def test_nothing_promised_is_counted_twice(family):
     assert len(norms) == EXPECTED[name].get("norm_modules", EXPECTED[name]["rms_norm"])
 
 
-@pytest.mark.parametrize("rows,length,seed", [(2, 11, 0), (3, 7, 1), (1, 13, 2)])
+@pytest.mark.parametrize(("rows", "length", "seed"), [(2, 11, 0), (3, 7, 1), (1, 13, 2)])
 def test_parity(family, rows, length, seed):
     _, model, _, _ = family
     check(model, batch(rows, length, seed))
@@ -139,7 +139,7 @@ def test_generate_gives_the_same_tokens(family):
 
 
 def test_state_dict_round_trip(family, tmp_path):
-    name, model, before, _ = family
+    _name, model, before, _ = family
     now = model.state_dict()
     assert list(now) == list(before) and all(torch.equal(now[k], before[k]) for k in before)
     model.load_state_dict(before)
@@ -153,7 +153,7 @@ def test_state_dict_round_trip(family, tmp_path):
 
 def test_restore(family):
     """Last in the file: the model is as it was before optimize."""
-    name, model, before, _ = family
+    name, model, _before, _ = family
     moefx.restore(model)
     untouched = build(name)
     assert type(model) is type(untouched)

@@ -146,7 +146,7 @@ def test_grouped_mlp_for_any_layout_and_activation(activation, transposed, inter
 
 
 @pytest.mark.parametrize(
-    "activation, transposed, interleaved",
+    ("activation", "transposed", "interleaved"),
     [("swiglu", False, False), ("oai_swiglu", True, True), ("relu2", False, False)],
 )
 def test_grouped_mlp_in_bf16(activation, transposed, interleaved):
@@ -217,7 +217,7 @@ def test_grouped_mlp_wants_all_that_arrived():
 def test_grouped_mlp_passes_gradcheck_and_opcheck():
     counts = torch.tensor([2, 0, 1, 2])
     inputs = _mlp_inputs(counts.tolist(), bias=True, transposed=False, gated=True, dtype=torch.float64)
-    rows, up, up_bias, down, down_bias = inputs
+    rows, up, _up_bias, down, _down_bias = inputs
 
     row_weights = _random(5, seed=7).requires_grad_()
 

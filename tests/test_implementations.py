@@ -85,7 +85,7 @@ def test_flash_attention_gets_its_masks_where_no_graph_is_and_graphs_get_theirs(
     assert hf.attention_mask(flash_attention_mask, **given | {"attention_mask": torch.ones_like(padding)}) is None
 
 
-@pytest.mark.parametrize("name,implementation", [("gpt_oss", "eager"), ("qwen3_moe", "eager"), ("qwen3_moe", "sdpa")])
+@pytest.mark.parametrize(("name", "implementation"), [("gpt_oss", "eager"), ("qwen3_moe", "eager"), ("qwen3_moe", "sdpa")])
 def test_rows_that_are_hidden_whole(name, implementation):
     """Eager attention gives such a query the mean of all values, SDPA gives it nothing; the loss here counts them too."""
     plain, model = pair(name, attn_implementation=implementation)

@@ -77,7 +77,7 @@ def test_a_copy_trains_on_its_own_parameters():
 PACKED = {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * 2)}
 
 
-@pytest.mark.parametrize("train, checkpointed, kind", [
+@pytest.mark.parametrize(("train", "checkpointed", "kind"), [
     (True, False, {}), (True, True, {}), (True, False, {"labels": None}), (True, False, {"num_items_in_batch": 5}),
     (True, False, PACKED), (False, False, {}),
 ])  # fmt: skip

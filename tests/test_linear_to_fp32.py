@@ -35,7 +35,7 @@ def inputs(shape, experts, hidden, dtype, seed=0):
 OFF = {torch.bfloat16: 2**-8, torch.float32: 2e-6}
 
 
-@pytest.mark.parametrize("shape,experts,hidden", [((1,), 8, 16), ((2, 13), 6, 24), ((700,), 128, 64), ((0,), 8, 16)])
+@pytest.mark.parametrize(("shape", "experts", "hidden"), [((1,), 8, 16), ((2, 13), 6, 24), ((700,), 128, 64), ((0,), 8, 16)])
 @pytest.mark.parametrize("dtype", OFF, ids=str)
 def test_kernel(products, shape, experts, hidden, dtype):
     """Against float64; as near as the float32 product that it replaces."""

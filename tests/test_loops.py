@@ -32,7 +32,7 @@ def batch(model, rows, length, seed=0):
     return {"input_ids": ids, "labels": ids, "use_cache": False}
 
 
-@pytest.mark.parametrize("rows,length", [(1, 1), (2, 13), (1, 70)])
+@pytest.mark.parametrize(("rows", "length"), [(1, 1), (2, 13), (1, 70)])
 def test_losses_and_all_gradients_are_the_models(family, rows, length):
     _, plain, model = family
     against(plain, model, batch(plain, rows, length, seed=rows)).raise_if_wrong()

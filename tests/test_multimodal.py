@@ -155,7 +155,7 @@ def from_a_folder(rank, world, family, folder):
     return of_a_checkpoint(rank, world, folder, AutoModelForImageTextToText, batches)
 
 
-@pytest.mark.parametrize("family_name,published", [("qwen3_vl_moe", False), ("qwen3_vl_moe", True), ("glm4v_moe", False)])
+@pytest.mark.parametrize(("family_name", "published"), [("qwen3_vl_moe", False), ("qwen3_vl_moe", True), ("glm4v_moe", False)])
 def test_a_checkpoint_over_ranks(family_name, published, tmp_path):
     """Qwen3-VL-MoE's checkpoints are published with the experts' weights transposed, and saved as the model has them."""
     plain = build(family_name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -146,7 +147,7 @@ def test_the_timeline_hides_the_exchange_under_the_other_chunk():
         for t, chunks in ((a, 1), (b, 2)):
             lanes = {lane: [s for s in t.spans if s.lane == lane] for lane in ("compute", "exchange")}
             for spans in lanes.values():
-                assert all(x.end <= y.start + 1e-12 for x, y in zip(spans, spans[1:]))
+                assert all(x.end <= y.start + 1e-12 for x, y in itertools.pairwise(spans))
             kinds = [(s.kind, s.chunk) for s in lanes["exchange"]]
             assert sorted(kinds) == [(k, c) for k in ("combine", "dispatch") for c in range(1, chunks + 1)]
             experts = [s.chunk for s in lanes["compute"] if s.kind == "experts"]

@@ -121,7 +121,7 @@ def norm_inkling2_weightless(x):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "function, options",
+    ("function", "options"),
     [(norm, {}), (norm_after, {"cast_first": False}), (norm_zero_centred, {"offset": 1.0}), (norm_nemotron, {"cast_first": False}),
      (norm_gemma4, {"cast_first": False}), (norm_gemma4_weightless, {}), (norm_inkling2_weightless, {})],
 )  # fmt: skip
@@ -131,7 +131,7 @@ def test_rms_norm(dtype, function, options):
     (node,) = calls(f, ops.rms_norm)
     assert node.args[2] == 1e-5 and len(changes.made) == 1 and changes.missed == []
     # in fp32 casts do nothing: which of two forms it was cannot be told, nor does it matter
-    assert node.kwargs == options or dtype == torch.float32 and "offset" not in options
+    assert node.kwargs == options or (dtype == torch.float32 and "offset" not in options)
 
 
 def test_rms_norm_refuses_a_sum_for_the_mean():
@@ -248,7 +248,7 @@ ROUTERS = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("function, options", ROUTERS)
+@pytest.mark.parametrize(("function", "options"), ROUTERS)
 def test_route(function, options, dtype):
     """Logits as a router has them: bf16 ones are neither tied nor near a tie."""
     given = [n for n in inspect.signature(function).parameters if n != "logits"]
@@ -329,7 +329,7 @@ def _by_complex_numbers(dim, flat):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dim, flat", [(1, True), (2, True), (2, False)])
+@pytest.mark.parametrize(("dim", "flat"), [(1, True), (2, True), (2, False)])
 def test_rotary_by_complex_numbers(dim, flat, dtype):
     q, k = (torch.randn(3, *((h, 19) if dim == 1 else (19, h)), 16, dtype=dtype) for h in (4, 2))
     f, changes = run([RaiseRotary()], _by_complex_numbers(dim, flat), [q, k, torch.randn(3, 19, 8)])
@@ -346,7 +346,7 @@ def test_rotary_refuses_complex_numbers_that_do_not_only_turn():
             for x in (q, k)
         )
 
-    f, changes = run([RaiseRotary()], rope, [torch.randn(3, 4, 19, 16), torch.randn(3, 2, 19, 16), torch.randn(3, 19, 8)])
+    f, _changes = run([RaiseRotary()], rope, [torch.randn(3, 4, 19, 16), torch.randn(3, 2, 19, 16), torch.randn(3, 19, 8)])
     assert calls(f, ops.rotary) == []
 
 
@@ -380,7 +380,7 @@ def test_linear_cross_entropy(reduction):
 
 
 @pytest.mark.parametrize(
-    "form, options",
+    ("form", "options"),
     [
         (lambda x: x * 0.3, {"scale": 0.3}), (lambda x: x / 6.0, {"scale": 1 / 6.0}), (lambda x: x, {}),
         (lambda x: (x / 30.0).tanh() * 30.0, {"softcap": 30.0}), (lambda x: (x.float() / 30.0).tanh() * 30.0, {"softcap": 30.0}),
@@ -393,7 +393,7 @@ def test_linear_cross_entropy_of_scaled_and_capped_logits(form, options, dtype):
 
     given = [torch.randn(3, 17, 16, dtype=dtype), torch.randint(0, 32, (3, 17))]
     close = dict(rtol=2**-6, atol=0.05) if dtype == torch.bfloat16 else {}
-    f, changes = run([RaiseLinearCrossEntropy()], head, given, [nn.Parameter(torch.randn(32, 16, dtype=dtype))], **close)
+    f, _changes = run([RaiseLinearCrossEntropy()], head, given, [nn.Parameter(torch.randn(32, 16, dtype=dtype))], **close)
     (node,) = calls(f, ops.linear_cross_entropy)
     assert node.kwargs == options
 
@@ -430,7 +430,7 @@ def test_residual_rms_norm():
         total = x + y
         return norm(weight, total), total
 
-    f, changes = run(
+    f, _changes = run(
         [RaiseRMSNorm(), FuseResidualRMSNorm()],
         block,
         [torch.randn(3, 17, 16), torch.randn(3, 17, 16)],
@@ -526,7 +526,7 @@ def test_canonicalize_drops_what_does_nothing():
 
 
 def test_lower_keeps_the_choice_and_the_refusals():
-    module, f = captured(norm, [torch.randn(3, 17, 16)], [nn.Parameter(torch.randn(16))])
+    _module, f = captured(norm, [torch.randn(3, 17, 16)], [nn.Parameter(torch.randn(16))])
     never = moefx.Backend(
         "never", {ops.rms_norm: moefx.Kernel(lambda x, weight, eps, *, cast_first, offset: x, lambda n: "16 is too small")}
     )
@@ -588,7 +588,7 @@ def test_capture_refuses_a_baked_length_and_data_dependent_python():
 
 
 @pytest.mark.parametrize(
-    "asks, question",
+    ("asks", "question"),
     [
         (lambda x: x * 2 if x.shape[1] > 8 else x, r"n > 8, for lengths, .*test_passes.py:\d+\): here it is so"),
         (lambda x: x * 2 if x.shape[1] == 1 else x, r"Eq\(n, 1\), .*: here it is not so"),

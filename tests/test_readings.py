@@ -65,7 +65,7 @@ def test_one_row_or_one_token_first(shapes, monkeypatch):
         seen = [
             train(model, kinds(*shape)[name], f"{name} of {shape}") for shape in shapes if shape[1] > 1 or name not in LONGER
         ]
-        assert seen[-1] == seen[0] or name in SHARED and seen[-1] == seen[0] + 1, name
+        assert seen[-1] == seen[0] or (name in SHARED and seen[-1] == seen[0] + 1), name
 
 
 @pytest.mark.parametrize("changes", [{"num_experts": 1, "num_experts_per_tok": 1}, {"num_attention_heads": 1, "num_key_value_heads": 1}],

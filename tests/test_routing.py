@@ -92,7 +92,7 @@ CHECKPOINTING = [(how, reentrant) for how in (checkpointing_hf, checkpointing_so
 CHECKPOINTING.append((checkpointing_ops, False))
 
 
-@pytest.mark.parametrize("how, reentrant", CHECKPOINTING)
+@pytest.mark.parametrize(("how", "reentrant"), CHECKPOINTING)
 def test_plain_transformers_trains_other_experts_than_it_ran(how, reentrant):
     """What the next test is about."""
     b, plain, flipped = batch(2, 40, seed=1), nearly_tied(build("qwen3_moe")), nearly_tied(build("qwen3_moe"))

@@ -23,7 +23,7 @@ def pair(request):
     return plain, moefx.optimize(copy.deepcopy(plain), compile=False, strict=True)
 
 
-@pytest.mark.parametrize("rows,length", [(1, 1), (2, 5), (1, 8), (3, 9), (2, 40)])  # the indexer takes 8
+@pytest.mark.parametrize(("rows", "length"), [(1, 1), (2, 5), (1, 8), (3, 9), (2, 40)])  # the indexer takes 8
 def test_all_gradients_are_the_untouched_models(pair, rows, length):
     plain, model = pair
     assert plain.config.index_topk == 8

@@ -80,7 +80,7 @@ def test_own_mesh():
 
 
 @pytest.mark.parametrize(
-    "options, text",
+    ("options", "text"),
     [
         ({"ep_size": 128}, "ep_size=128 does not divide the 64 ranks: start a multiple of 128"),
         ({"ep_size": 3}, "ep_size=3 does not divide the 128 experts"),

@@ -72,7 +72,7 @@ BIAS = (FP32, 32)
 
 
 @pytest.mark.parametrize(
-    "found, sentence",
+    ("found", "sentence"),
     [
         (lambda: norm(), None),
         (lambda: norm(offset=1.0), None),
@@ -264,7 +264,7 @@ def _routed(gate, x):
     return weights / weights.sum(-1, keepdim=True), index
 
 
-@pytest.mark.parametrize("raised", (True, False))
+@pytest.mark.parametrize("raised", [True, False])
 def test_routers_keep_their_precision(standin, raised):
     _, f = captured(_routed, [torch.randn(5, 32).to(BF16)], _parameters((16, 32)))
     for p in (Canonicalize(), *([RaiseRoute()] if raised else []), FP8()):
@@ -274,7 +274,7 @@ def test_routers_keep_their_precision(standin, raised):
 
 
 @pytest.mark.parametrize(
-    "shape, dtype, sentence",
+    ("shape", "dtype", "sentence"),
     [
         ((48, 36), BF16, r"Float8CurrentScaling wants features in multiples of 16, the weight is \(48, 36\)"),
         ((1, 32), BF16, r"wants features in multiples of 16, the weight is \(1, 32\)"),

@@ -9,15 +9,15 @@ import torch
 
 pytest.importorskip("accelerate")
 
-import transformers  # noqa: E402
-from transformers import TrainingArguments  # noqa: E402
+import transformers
+from transformers import TrainingArguments
 
-import moefx  # noqa: E402
-from moefx.analysis.report import ShortfallWarning  # noqa: E402
+import moefx
+from moefx.analysis.report import ShortfallWarning
 from moefx.integrations import trainer
-from moefx.integrations import transformers as hf  # noqa: E402
+from moefx.integrations import transformers as hf
 
-from .families import batch, build  # noqa: E402
+from .families import batch, build
 
 
 class Step:

@@ -67,7 +67,7 @@ def rows(given):
 
 
 @pytest.mark.parametrize(
-    "make,auto", [(dpo, AutoModelForCausalLM), (reward, AutoModelForSequenceClassification), (grpo, AutoModelForCausalLM)]
+    ("make", "auto"), [(dpo, AutoModelForCausalLM), (reward, AutoModelForSequenceClassification), (grpo, AutoModelForCausalLM)]
 )
 def test_losses_are_those_without_moefx(make, auto, tokenizer, tmp_path):
     settings = {

@@ -198,7 +198,7 @@ def test_the_tables_that_moefx_has_are_of_devices_and_sites_that_it_asks_for():
 
 
 @pytest.mark.parametrize(
-    "where, served",
+    ("where", "served"),
     [("NVIDIA H100 80GB HBM3", True), ("NVIDIA GH200 480GB", True), ("NVIDIA H20", False), ("NVIDIA A100-SXM4-80GB", False)],
 )
 def test_a_device_with_the_same_chip_is_served_by_its_table(where, served):

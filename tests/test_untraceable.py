@@ -26,7 +26,7 @@ class Block(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "compute,reason",
+    ("compute", "reason"),
     [
         (lambda x: x.view(3, -1), "its graph would hold for one value only of the batch size (dimension 0 of input)"),
         (lambda x: x + torch.ones(x.shape[0], 17, 8), "one value only of the sequence length (dimension 1 of input)"),

@@ -186,7 +186,8 @@ def _experts(given: dict[str, Any], sizes: Sizes) -> tuple[Any, Any, Any]:
 
 def _attention(given: dict[str, Any], sizes: Sizes) -> tuple[Any, Any, Any]:
     """Pairs of positions that see each other: the triangle (packed sequences: at most), a sliding window's band (its mask says
-    the same), or all."""
+    the same), or all.
+    """
     q, v = value(given["q"]), value(given["v"])
     same = q.shape[3] == v.shape[3]
     widths = 2 * sizes.role("D") if same else sizes.role("D") + sizes.size(v.shape[3])

@@ -52,7 +52,8 @@ class Report:
 
     def fell_back(self, path: str, reason: str, warn: bool = False, detail: str = "", comes_of_it: str = "") -> None:
         """Counts a call that ran the original forward. ``warn``: it trains, so says it, once a reason, and what comes of it.
-        ``detail``: what PyTorch said."""
+        ``detail``: what PyTorch said.
+        """
         if warn and reason not in self._warned:
             self._warned.add(reason)
             text = f"{self.program.model_class} trains without its graph of {path} in this call: {reason}"
@@ -75,7 +76,8 @@ class Report:
 
     def ignored_packing(self, position_ids: Tensor | None) -> None:
         """Says once that packed sequences see one another, as in the model without moefx. It looks at the first positions only:
-        the host waits for them."""
+        the host waits for them.
+        """
         if position_ids is None or position_ids.dim() != 2 or self._has_positions:
             return
         self._has_positions = True
@@ -163,7 +165,8 @@ class Report:
 
     def diagram(self, function: str | None = None, after: str | None = None) -> str:
         """The functions' graphs as a Mermaid flowchart; ``function``: of this one alone, ``after``: as that pass left them,
-        instead of as they are. Raises MoefxError for a name that there is not."""
+        instead of as they are. Raises MoefxError for a name that there is not.
+        """
         from moefx.analysis.diagram import mermaid
 
         if function is not None and function not in self.program.functions:

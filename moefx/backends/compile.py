@@ -31,7 +31,8 @@ def revision() -> str:
 
 class _Key(CustomGraphPass):
     """Changes nothing in the graph. Inductor's disk cache knows an operation by its name and arguments; but an exchange's
-    shapes depend on the size of the group that it names, and those of all operations on moefx's version."""
+    shapes depend on the size of the group that it names, and those of all operations on moefx's version.
+    """
 
     def __init__(self, ep_size: int, then: Any) -> None:
         self.ep_size, self.then = ep_size, then  #: ``then``: the user's own pass

@@ -62,7 +62,7 @@ def attention(
         if refuses_flash(q, padded, dropout) is None:
             out = flash_attention(*map(by_position, (q, k, padded)), sinks, scale, window, starts, "torch")[0]
             return out if size == wide else out[..., :size]
-    if asked and (starts is not None or window is not None and q.shape[2] > window):
+    if asked and (starts is not None or (window is not None and q.shape[2] > window)):
         mask = ops.visible(q.shape[2], k.shape[2], window, starts, q.device)
     repeats = q.shape[1] // k.shape[1]
     # without a mask the flash kernels share key and value heads; with one SDPA would fall to its slow path
@@ -77,7 +77,8 @@ def attention(
 
 def by_position(t: Tensor) -> Tensor:
     """[B, A, S, D] with the heads of a position side by side, as attention's output lies: else each gradient is copied, outside
-    of Inductor's reach."""
+    of Inductor's reach.
+    """
     return t.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -93,7 +94,7 @@ def refuses_flash(q: Tensor, v: Tensor, dropout: float) -> str | None:
 def _refuses_attention(node: fx.Node) -> str | None:
     given = arguments(node)
     if given["sinks"] is not None:
-        if given["mask"] is not None and not ops.is_packed(value(given["mask"])) or not given["is_causal"]:
+        if (given["mask"] is not None and not ops.is_packed(value(given["mask"]))) or not given["is_causal"]:
             return "scaled_dot_product_attention has no sinks, and flash attention with sinks takes no mask"
         problem = refuses_flash(value(given["q"]), value(given["v"]), given["dropout"])
         if problem:
@@ -164,7 +165,8 @@ class _Permute(torch.autograd.Function):
 
 class _BiasOfRows(torch.autograd.Function):
     """``bias[expert]``: the backward is a product with the experts' one-hot rows, since an indexed sum would add all rows
-    of an expert to one place, atomically, in an order that changes."""
+    of an expert to one place, atomically, in an order that changes.
+    """
 
     @staticmethod
     def forward(ctx, bias: Tensor, expert: Tensor) -> Tensor:  # type: ignore[override]

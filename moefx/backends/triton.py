@@ -65,7 +65,8 @@ def refuses_norm(node: fx.Node) -> str | None:
 @functools.cache
 def experts_by(gemm: str, keep: bool = True) -> Callable[..., Tensor]:
     """The kernel of ``moefx.experts`` around a grouped GEMM of :mod:`moefx.kernels.grouped_gemm`. ``keep``: pre-activations are
-    kept for the backward, not made again there."""
+    kept for the backward, not made again there.
+    """
 
     def experts(
         x: Tensor,

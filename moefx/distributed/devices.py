@@ -29,7 +29,7 @@ def of_rank(model: nn.Module | None = None) -> torch.device:
         MoefxError: two ranks would use one GPU, which NCCL refuses with "invalid usage".
     """
     given = next((p.device for p in model.parameters() if p.is_cuda), None) if model is not None else None
-    if not torch.cuda.is_available() or given is None and not _over_nccl():
+    if not torch.cuda.is_available() or (given is None and not _over_nccl()):
         return torch.device("cpu")
     index = torch.cuda.current_device() if given is None or given.index is None else given.index
     local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))

@@ -46,7 +46,8 @@ _works: bool | None = None  #: None: not tried yet
 
 def install(mesh: DeviceMesh) -> None:
     """Registers the handlers, once a process, and tries them; all ranks of ``mesh`` call it. If they do not do what is said
-    here (another torch), they are taken back with a warning that says what to call instead."""
+    here (another torch), they are taken back with a warning that says what to call instead.
+    """
     global _works
     if _works is not None:
         return
@@ -100,7 +101,8 @@ def _handlers() -> dict[Any, Handler]:
 
 def _dispatcher(base: type, ours: dict[Any, Handler], kept: dict[Any, Handler]) -> type:
     """DTensor's dispatcher, which does not see our handlers while one of them leaves an operation to it, in this thread only:
-    others may be in the middle of a step."""
+    others may be in the middle of a step.
+    """
 
     class Dispatcher(base):  # type: ignore[misc,valid-type]
         @property
@@ -199,7 +201,7 @@ def _to_local(tensors: list[Any], changes: list[bool], op: Any, local: list[list
                     )
                 t = t.redistribute(placements=placements)
             local[k][i] = t._local_tensor
-        elif t.dim() > 0 or k == 0 and changes[k]:
+        elif t.dim() > 0 or (k == 0 and changes[k]):
             raise MoefxError(
                 f"{op} got a plain tensor of shape {tuple(t.shape)} for a DTensor of shape {tuple(like.shape)}: ranks may hold "
                 "other values of a plain one; make a DTensor of it (torch.distributed.tensor.distribute_tensor)"
@@ -330,7 +332,7 @@ def _masked(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     x, indices, number, *rest = args
     (mask, *more) = indices
     fits = isinstance(x, DTensor) and isinstance(mask, DTensor) and mask.dtype == torch.bool and not more
-    if not fits or isinstance(number, DTensor) or number.dim() > 0 or mask.shape != x.shape or rest and rest[0]:
+    if not fits or isinstance(number, DTensor) or number.dim() > 0 or mask.shape != x.shape or (rest and rest[0]):
         return _by_dtensor(op, args, kwargs)
     if mask.device_mesh != x.device_mesh or mask.placements != x.placements or _is_partial(x):
         return _by_dtensor(op, args, kwargs)
@@ -340,7 +342,8 @@ def _masked(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 def _set_data(tensor: DTensor, value: Any) -> None:
     """``p.data = value``, as averages of weights and ``vector_to_parameters`` do, which DTensor takes and forgets: the value
-    is written where the parameter lies, since FSDP reads it there."""
+    is written where the parameter lies, since FSDP reads it there.
+    """
     if not isinstance(value, Tensor) or value.shape != tensor.shape or value.dtype != tensor.dtype or _is_partial(tensor):
         raise MoefxError(
             f".data of a parameter of shape {tuple(tensor.shape)} and {tensor.dtype}, spread over ranks as "

@@ -157,7 +157,8 @@ def shard_parameters(model: nn.Module, ep: DeviceMesh, replicas: DeviceMesh | No
 
 def average_over_replicas(model: nn.Module, replicas: DeviceMesh | None) -> None:
     """Experts' gradients are averaged as they accumulate, over the ranks that hold the same experts. Called again in each
-    forward: parameters of a copied model have lost the hook."""
+    forward: parameters of a copied model have lost the hook.
+    """
     if replicas is None or replicas.size() == 1:
         return
     average = _average_over(replicas)
@@ -170,7 +171,8 @@ def average_over_replicas(model: nn.Module, replicas: DeviceMesh | None) -> None
 
 def _dense_over_ranks(module: nn.Module, hidden_states: Tensor) -> Tensor:
     """Experts that run on every token (``hf.is_dense_experts``), in a call that no captured graph covers: hidden_states
-    [E * T, H], expert by expert, zeros but for each token's own. By the exchange that graphs make: another rank may run one."""
+    [E * T, H], expert by expert, zeros but for each token's own. By the exchange that graphs make: another rank may run one.
+    """
     layout = hf.experts_layout(module)
     rows = hidden_states.view(getattr(module, layout.up).shape[0], -1, hidden_states.shape[-1])
     index = rows.detach().abs().amax(-1).argmax(0)

@@ -157,7 +157,8 @@ def _distribute(model: Any, layout: Layout, meshes: TransformersDeviceMesh | Non
 
 def _experts_of_one_rank(model: Any, layout: Layout) -> set[nn.Parameter]:
     """Experts' parameters that FSDP has nothing to do for: no other rank has a part of them, nor a copy. FSDP would gather each
-    rank's from itself, twice a step, and copy their gradients. It is left to it where it casts or offloads them."""
+    rank's from itself, twice a step, and copy their gradients. It is left to it where it casts or offloads them.
+    """
     found = {p for module in hf.experts_modules(model).values() for p in module.parameters()} if layout.ep_size > 1 else set()
     cast = layout.mp_policy.param_dtype
     moved = isinstance(layout.offload_policy, CPUOffloadPolicy) or any(cast not in (None, p.dtype) for p in found)
@@ -166,7 +167,8 @@ def _experts_of_one_rank(model: Any, layout: Layout) -> set[nn.Parameter]:
 
 def _units(blocks: list[nn.Module], ignored: Set[nn.Parameter]) -> list[list[nn.Module]]:
     """Neighbouring blocks that FSDP gathers together: one, or without their experts as many as take UNIT bytes. What a unit
-    costs the host (hooks, streams, events, two collectives) is then paid once for all of them."""
+    costs the host (hooks, streams, events, two collectives) is then paid once for all of them.
+    """
     found: list[list[nn.Module]] = []
     room = 0
     for block in blocks:
@@ -199,7 +201,7 @@ def _width_is_kept(model: Any) -> bool:
     """Do Transformers' conversions of the family's checkpoints leave the experts' widths where they are? (They load shards.)"""
     converters = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightConverter)]
     ops = [op for c in converters if any("experts" in t for t in c.target_patterns) for op in c.operations]
-    return all(isinstance(op, MergeModulelist) or isinstance(op, Concatenate) and op.dim == 1 for op in ops)
+    return all(isinstance(op, MergeModulelist) or (isinstance(op, Concatenate) and op.dim == 1) for op in ops)
 
 
 def _policies(layout: Layout) -> dict[str, Any]:
@@ -222,7 +224,8 @@ def _of_another_dtype(block: nn.Module, ignored: Set[nn.Parameter]) -> list[nn.M
 
 def initialize(model: Any, device: torch.device) -> None:
     """Random weights for a model on meta, module by module: each rank draws a whole module's (the same: the first rank's seed)
-    and keeps its shards, since initializations are written for whole tensors."""
+    and keeps its shards, since initializations are written for whole tensors.
+    """
     seed = [torch.initial_seed()]
     dist.broadcast_object_list(seed)
     model._move_missing_keys_from_meta_to_device(set(model.state_dict()), {"": device}, model._device_mesh, None)
@@ -306,7 +309,8 @@ def _distributing(layout: Layout, folder: Path) -> Iterator[None]:
 def _transposing_parts(convert: Callable[..., Any]) -> Callable[..., Any]:
     """Transformers' ``Transpose.convert`` for what a rank has read of a tensor. With ``check_dims`` it leaves a tensor as it is
     that has the parameter's shape (Qwen3-VL-MoE's experts are published one way and saved the other); of a spread parameter it
-    takes the whole one's, which no part has."""
+    takes the whole one's, which no part has.
+    """
 
     def convert_part(self: Any, input_dict: Any, source_patterns: list[str], target_patterns: list[str], **kwargs: Any) -> Any:
         parameter = kwargs["model"].get_parameter(kwargs["full_layer_name"]) if self.check_dims else None

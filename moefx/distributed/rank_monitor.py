@@ -78,7 +78,7 @@ def _cause_of(error: BaseException) -> str | None:
 
 
 def _is_collectives(error: BaseException) -> bool:
-    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and bool(_COLLECTIVE.search(str(error)))
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(_COLLECTIVE.search(str(error))))
 
 
 class _Watcher(threading.Thread):

@@ -1,5 +1,6 @@
 """Capture: one forward on a small example records what each block is called with, torch.export turns each distinct block
-into a graph."""
+into a graph.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ class Template:
     """A call's arguments with its tensors taken out: nested tuples of ("t", position), constants, ("any", (name, type)) for a
     number that the module does not read, ("said", (dtype, window, position)) for a mask that says nothing but who comes before
     whom (:class:`hf.Said`), the tensor being where packed sequences begin if any are, and ("written", (class, name)) for a
-    dictionary that takes results."""
+    dictionary that takes results.
+    """
 
     args: Any
     kwargs: Any
@@ -57,7 +59,8 @@ class Template:
 
     def names(self) -> dict[int, str]:
         """What the call names its tensors, by position: of ``block(hidden, position_embeddings=(cos, sin))`` "input",
-        "position_embeddings 0", "position_embeddings 1"."""
+        "position_embeddings 0", "position_embeddings 1".
+        """
         places = ((name, what if kind == "t" else what[2]) for name, (kind, what) in self._leaves() if kind in ("t", "said"))
         return {place: name for name, place in places if place is not None}
 
@@ -121,7 +124,7 @@ def _leaves(part: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _number(part: Any) -> str:
-    """ "int" or "float", of a number or of one that is left open; else ""."""
+    """Of a number, also one that is left open: "int" or "float"; else ""."""
     kind, what = part
     return what[1] if kind == "any" else type(what).__name__ if kind == "c" and type(what) in (int, float) else ""
 
@@ -144,7 +147,8 @@ def _opened(part: Any, other: Any, name: str = "") -> Any:
 
 def _written_only(cls: type, name: str, into: dict) -> Any:
     """An instance of the dictionary ``cls`` that takes what is put in and refuses to be looked into: a graph captured with it
-    holds whatever is in there."""
+    holds whatever is in there.
+    """
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise CaptureError(f"it reads its argument {name}, a {cls.__name__}: neither tensor nor constant")
@@ -227,7 +231,8 @@ class Call:
         tensors: list[Tensor], template: Template, training: bool, known: Set[int] = frozenset(), others: Iterable[Call] = ()
     ) -> Iterator[Call]:
         """The kinds of calls that this one can be of: see :mod:`moefx.frontend.readings`. ``known``: sizes of the module;
-        ``others``: other kinds of calls of it."""
+        ``others``: other kinds of calls of it.
+        """
         if not tensors:
             raise CaptureError("it is called without tensors")
         before: dict[str, list[Sizes]] = {}
@@ -610,7 +615,8 @@ class _Enough(Exception):
 
 def _packs_beside_cache(model: nn.Module, ids: Any) -> bool | None:
     """Does the model keep packed sequences apart in a call that fills a cache? Most do not; Gemma 4's class with images makes
-    its masks before there is one. Tried up to the first block; None: the model does not take such a call, nobody knows."""
+    its masks before there is one. Tried up to the first block; None: the model does not take such a call, nobody knows.
+    """
     asked: list[Tensor] = []
 
     def stop(*_: Any) -> None:

@@ -80,7 +80,8 @@ def _saving() -> Any:
 @contextmanager
 def refusing_custom_gradients() -> Iterator[None]:
     """Within: raises CaptureError for an ``autograd.Function``, for hooks on gradients, and for Python that looks at whether a
-    tensor has gradients."""
+    tensor has gradients.
+    """
     with _CONTEXTS.by(_refuse_function), _Watching():
         yield
 

@@ -34,7 +34,7 @@ def depends(question: Any) -> bool:
     if not isinstance(question, sympy.Basic):
         return False
     symbols = sorted(question.free_symbols, key=str)
-    around = {int(n) + d for n in question.atoms(sympy.Integer) for d in (-1, 0, 1) if 1 <= int(n) + d}
+    around = {int(n) + d for n in question.atoms(sympy.Integer) for d in (-1, 0, 1) if int(n) + d >= 1}
     lengths = sorted({*LENGTHS, *around})
     while len(lengths) ** len(symbols) > MOST:
         lengths = lengths[::2]
@@ -44,7 +44,8 @@ def depends(question: Any) -> bool:
 
 def _question(asked: torch.SymBool) -> Any:
     """The comparison, with one symbol for one size: an example has no two different sizes that are equal, so those that are
-    equal there are one size, although export has a symbol for each tensor's until it has seen all."""
+    equal there are one size, although export has a symbol for each tensor's until it has seen all.
+    """
     expression = getattr(asked.node, "expr", None)  # a constant has none
     if not isinstance(expression, sympy.Basic):
         return expression

@@ -22,7 +22,8 @@ MOST = 8
 
 def leading(first: Tensor, known: Set[int]) -> Sizes:
     """The sizes of a call's first tensor: letters for the leading ones. After two, one that is in ``known``, a size of the
-    module, is no length: the streams of hyper-connections [B, S, streams, H]."""
+    module, is no length: the streams of hyper-connections [B, S, streams, H].
+    """
     lead = tuple(map(int, first.shape[:-1] if first.dim() > 1 else first.shape))
     names = (x if i < 2 or n not in known else n for i, (x, n) in enumerate(zip("abcdefg", lead)))
     return (*names, *map(int, first.shape[len(lead) :]))
@@ -32,7 +33,8 @@ def readings(
     tensors: Sequence[Tensor], known: Set[int], names: Mapping[int, str], before: Mapping[str, Sequence[Sizes]]
 ) -> Iterator[tuple[Sizes, ...]]:
     """Of each tensor its sizes, likeliest reading of all together first, at most ``MOST``. ``names``: what the call names its
-    tensors, by position; ``before``: how tensors of these names were read in other calls of the module."""
+    tensors, by position; ``before``: how tensors of these names were read in other calls of the module.
+    """
     first, own = leading(tensors[0], known), iter(OWN)
     each = [
         _of_tensor(t, _values(first, tensors[0]), before.get(names.get(i, ""), ()), next(own, "") if _is_list(t) else "")

@@ -97,7 +97,8 @@ _MERGING = ("merge_adapter", "unmerge_adapter", "merge_and_unload", "unload", "d
 @functools.cache
 def merging(base: type) -> type:
     """A subclass of PEFT's tuner (``LoraModel``) that merges into the weights that stay. FSDP shows others within and after a
-    forward; PEFT takes merged adapters out in the next forward once they are disabled, where these are all there is."""
+    forward; PEFT takes merged adapters out in the next forward once they are disabled, where these are all there is.
+    """
 
     def on_shards(name: str) -> Callable:
         plain = getattr(base, name)
@@ -157,7 +158,8 @@ def _is_adapter(name: str, parameter: nn.Parameter) -> bool:
 @contextmanager
 def _adapted(wrapper: Any) -> Iterator[None]:
     """Within: the module that ``wrapper`` adapts finds its parameter with the update, or, where that is spread over ranks, the
-    factors of the update."""
+    factors of the update.
+    """
     module, name = wrapper.get_base_layer(), wrapper.parameter_name
     active = [a for a in wrapper.active_adapters if a in wrapper.lora_A]
     parameter = getattr(module, name)

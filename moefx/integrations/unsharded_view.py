@@ -66,7 +66,7 @@ def _number_of_experts(module: nn.Module) -> int:
 
 
 def _stand_in(tensor: Any, device: torch.device | None) -> Any:
-    if tensor is None or device is None and not isinstance(tensor, DTensor):
+    if tensor is None or (device is None and not isinstance(tensor, DTensor)):
         return tensor
     if device is not None:
         new = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)

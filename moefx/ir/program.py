@@ -75,7 +75,8 @@ class Function:
 
     def routed(self, tensors: Sequence[torch.Tensor]) -> list[int]:
         """How many tokens each of ``routes`` has in a call with these inputs, as the graph says: which of an input's sizes
-        count tokens is the block's own affair (hyper-connections take [B, S, streams, H])."""
+        count tokens is the block's own affair (hyper-connections take [B, S, streams, H]).
+        """
         sizes = tuple(n for t in tensors for n in t.shape)
         if sizes not in self._routed:
             nodes = {n.name: n for n in self.graph.nodes if n.op == "placeholder"}
@@ -96,7 +97,8 @@ class Function:
 
     def replaying(self) -> Function:
         """A copy of a captured function, before the passes, with an input [T, K] for each call of experts, whom to call, and
-        one, a boolean scalar, that says whether these count or what the routers choose."""
+        one, a boolean scalar, that says whether these count or what the routers choose.
+        """
         made = self.copy()
         graph = made.graph
         calls = [n for n in graph.nodes if n.op == "call_function" and n.target is torch.ops.moefx.experts.default]

@@ -63,13 +63,15 @@ def is_short(window: int | None, size: int) -> bool:
 
 def _by_fa4(q: Tensor, v: Tensor, by: str) -> bool:
     """Whether FlashAttention 4 runs these [B, A, S, D], which a graph gives to ``by``. Values of a size of their own it always
-    does."""
+    does.
+    """
     return by == "fa4" and (_recorded or q.shape[0] * q.shape[2] >= MANY_TOKENS or q.shape[3] != v.shape[3])
 
 
 def _by_window(q: Tensor, k: Tensor, window: int | None, starts: Tensor | None) -> bool:
     """Whether moefx's own kernels run these [B, A, S, D]: they are faster, or the only ones that know of packed sequences. All
-    kernels here keep the same logarithms, so a backward may run on one that did not make them."""
+    kernels here keep the same logarithms, so a backward may run on one that did not make them.
+    """
     if starts is not None:
         return True
     short = is_short(window, q.shape[3]) and window < q.shape[2] == k.shape[2]  # type: ignore[operator]
@@ -78,7 +80,7 @@ def _by_window(q: Tensor, k: Tensor, window: int | None, starts: Tensor | None) 
 
 def _by_cudnn(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> bool:
     """Whether cuDNN takes these [B, A, S, D]. torch's binding has no window, and its backward no fixed order of sums."""
-    if window is not None and window < q.shape[2] or not _is_hopper_or_newer(q.device):
+    if (window is not None and window < q.shape[2]) or not _is_hopper_or_newer(q.device):
         return False
     if another_is_registered() or torch.are_deterministic_algorithms_enabled():
         return False
@@ -104,7 +106,8 @@ def flash_attention(
 ) -> tuple[Tensor, Tensor]:
     """q [B, A, S, D], k and v [B, A/n, S, D] in 16 bits, sinks [A], starts [B, S] (int32): the first key that each query may
     see -> out [B, S, A, D] and the logarithm [B, A, S] (fp32) of each query's sum of exponentials, the sink's included.
-    ``by`` "fa4": by FlashAttention 4 where that pays; it knows of no starts, and its v may be [B, A/n, S, Dv]."""
+    ``by`` "fa4": by FlashAttention 4 where that pays; it knows of no starts, and its v may be [B, A/n, S, Dv].
+    """
     if _by_fa4(q, v, by):
         from moefx.kernels import flash_attention_4
 

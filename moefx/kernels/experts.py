@@ -73,7 +73,8 @@ def _gradients(
     positions of the rows: [T, K]), from to_out [R, H]: that of the weighted rows, not yet multiplied by ``row_weights``.
     That of ``row_weights`` lacks the part of down's bias. ``needs``: of rows and of the four; the rest is None. ``by_down``:
     multiplies to_out with matrices [E, H, I] group by group, where tokens are less to round than rows. The four are
-    multiplied by ``grad_scale``."""
+    multiplied by ``grad_scale``.
+    """
     from moefx.kernels import expert_activation as act
 
     up, up_bias, down, down_bias = weights
@@ -133,7 +134,8 @@ def _fused_experts(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y [T, H] in x's dtype; then, for the backward, h [T*K, 2I or I], order and inverse [T*K], bounds [E + 1] (int32). Without
-    ``keep`` h is empty, and the backward makes it again."""
+    ``keep`` h is empty, and the backward makes it again.
+    """
     from moefx.kernels import expert_activation as act
     from moefx.kernels.permute import reduce, sort_by_expert
 
@@ -295,7 +297,8 @@ def _fused_grouped_mlp(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """The experts' output [R, H] in the weights' dtype, and the pre-activations h [R, 2I or I] for the backward, which keeps
-    tokens, place and host instead of the rows where they are given. Without ``keep`` h is empty, and made again there."""
+    tokens, place and host instead of the rows where they are given. Without ``keep`` h is empty, and made again there.
+    """
     from moefx.kernels import expert_activation as act
 
     bounds = _bounds(counts)

@@ -43,7 +43,8 @@ def _readable(t: Tensor) -> bool:
 
 def mm(gemm: str, a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
     """out [m, n] = a [m, k] @ b [k, n], or out += it with ``add``; 16 bits for QuACK, which leaves matrices that lie so that it
-    cannot read them to torch."""
+    cannot read them to torch.
+    """
     if gemm == "torch" or not a.numel() or not b.numel() or not all(map(_readable, (a, b, out))):
         if add:
             out.addmm_(a, b)

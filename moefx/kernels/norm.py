@@ -144,7 +144,8 @@ def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, cast_first: bool, offset: float
 ) -> tuple[Tensor, Tensor]:
     """x and residual [..., H] -> their sum's norm, contiguous, and the sum (empty without ``residual``: it is x); in the dtypes
-    of :func:`rms_norm.dtypes`."""
+    of :func:`rms_norm.dtypes`.
+    """
     shape, adds = x.shape, residual is not None
     of_y, of_total = dtypes(x, residual, weight, cast_first, offset)
     y, total = x.new_empty(shape, dtype=of_y), x.new_empty(shape if adds else 0, dtype=of_total)

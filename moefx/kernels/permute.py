@@ -92,7 +92,8 @@ def _sort(flats: int, experts: int) -> tuple[int, int, Launch, Launch, Launch]:
 def sort_by_expert(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """``order`` [T*K]: the flat position of each row; ``inverse`` [T*K]: the row of each flat position; ``bounds``
     [E + 1]: expert e has the rows from bounds[e] to bounds[e + 1]. All int32; index [T, K] int64. A stable sort: within an
-    expert, rows stand by token."""
+    expert, rows stand by token.
+    """
     flats = index.numel()
 
     def integers(*shape: int) -> Tensor:

@@ -19,7 +19,8 @@ ROWS = 64
 @triton.jit
 def _places(length, heads, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """This program's head, and of its positions: where their numbers are in [B, S, A, D], which there are, where they are in
-    [B, A, S], and which of these there are."""
+    [B, A, S], and which of these there are.
+    """
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     position = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -55,7 +56,8 @@ def _launch(kernel: Any, length: int, heads: int, size: int) -> Launch:
 
 def join_(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
     """In place: out [B, S, A, D] becomes what attention with the sinks [A] gives, lse [B, A, S] (fp32) the logarithm of the
-    whole sum of exponentials. Both contiguous; rounded once."""
+    whole sum of exponentials. Both contiguous; rounded once.
+    """
     batch, length, heads, size = out.shape
     if out.numel():
         _launch(_join, length, heads, size)((cdiv(length, ROWS), heads, batch), out, lse, sinks.contiguous())
@@ -91,7 +93,8 @@ def _launch_gradient(batch: int, length: int, heads: int) -> Launch:
 
 def gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """That of sinks [A]. A sink has no value, so what it takes it takes from ``delta``, sum(grad * out) of each query
-    [B, A, S]; lse is what :func:`join_` makes. One fixed order of sums."""
+    [B, A, S]; lse is what :func:`join_` makes. One fixed order of sums.
+    """
     to_sinks = torch.empty_like(sinks)
     batch, heads, length = lse.shape
     _launch_gradient(batch, length, heads)((heads, 1, 1), lse, delta, sinks.contiguous(), to_sinks)

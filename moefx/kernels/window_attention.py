@@ -67,7 +67,8 @@ def _first_keys(rows, starts, batch, length, window, PACKED: tl.constexpr):
 @triton.jit
 def _meet(query, rows, seen, k, v, of_keys, start, length, row_size, size, scale2, D: tl.constexpr, KEYS: tl.constexpr):
     """The block of keys from ``start`` on: keys and values [m, D], and the base-2 logits [n, m] that queries ``rows`` give
-    them, -inf before the first that each has ``seen`` and after itself."""
+    them, -inf before the first that each has ``seen`` and after itself.
+    """
     columns = start + tl.arange(0, KEYS)
     key = _rows(k + of_keys, columns, length, row_size, size, D)
     value = _rows(v + of_keys, columns, length, row_size, size, D)

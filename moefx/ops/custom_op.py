@@ -52,7 +52,8 @@ class Opaque:
 
     def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
         """``setup_context(ctx, inputs, keyword_only_inputs, output)``; ``backward(ctx, *grads)`` gives one gradient for each
-        positional input. Inputs at the end that have their default, and keyword-only ones, may be missing."""
+        positional input. Inputs at the end that have their default, and keyword-only ones, may be missing.
+        """
         overload, below = self.overload, _BELOW
 
         class Function(torch.autograd.Function):
@@ -92,5 +93,6 @@ class Opaque:
 
 def opaque(name: str, *, once: bool = False) -> Callable[[Callable], Opaque]:
     """Makes the decorated function an operation ``moefx::<name>``, whose schema are its annotations. It changes no argument, no
-    result shares memory with an argument or another result. ``once``: it belongs to a backward, and has none itself."""
+    result shares memory with an argument or another result. ``once``: it belongs to a backward, and has none itself.
+    """
     return lambda function: Opaque(name, function, once)

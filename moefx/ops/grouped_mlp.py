@@ -137,7 +137,8 @@ def _activate_backward(
     h: Tensor, to_a: Tensor, row_weights: Tensor | None, activation: str, alpha: float, limit: float, interleaved: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of h, what :func:`_activate` gave, and the weights' gradient (empty if there are none), from
-    to_a [R, I]: that of what it gave."""
+    to_a [R, I]: that of what it gave.
+    """
     act, high, to_a = ACTIVATIONS[activation], h.to(wide(h.dtype)), to_a.to(wide(h.dtype))
     a = act.forward(high, alpha, limit, interleaved)
     to_weights = h.new_empty(0) if row_weights is None else (to_a * a).sum(1).to(row_weights.dtype)
@@ -225,7 +226,8 @@ def grouped_mlp_backward(
     grad_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of rows, up, up_bias, down, down_bias, row_weights (empty where there is none); the activation is computed
-    again. A row's weight gets <its activation, its gradient times ``down``> + <bias, gradient>: no output is needed."""
+    again. A row's weight gets <its activation, its gradient times ``down``> + <bias, gradient>: no output is needed.
+    """
     offsets = counts.cumsum(0).to(torch.int32)
     to_a = _grouped_gemm(grad, _matrices(down, transposed).transpose(1, 2), offsets)
     to_h, a, to_weights = _activate_backward(h, to_a, row_weights, activation, alpha, limit, interleaved)

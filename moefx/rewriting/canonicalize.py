@@ -35,7 +35,7 @@ def _is_whole(part: fx.Node) -> bool:
     """``x[:]``: a slice from the first to the last that skips nothing."""
     given = arguments(part)
     start, end = given.get("start") or 0, given.get("end")
-    return start == 0 and given.get("step", 1) == 1 and (end is None or type(end) is int and end == sys.maxsize)
+    return start == 0 and given.get("step", 1) == 1 and (end is None or (type(end) is int and end == sys.maxsize))
 
 
 def _feeds_output(node: fx.Node) -> bool:

@@ -1,5 +1,6 @@
 """Certifies one rewrite on numbers: the matched nodes and their replacement are run on the same random inputs, forward
-and backward, before the graph is changed."""
+and backward, before the graph is changed.
+"""
 
 from __future__ import annotations
 

@@ -74,7 +74,8 @@ class Match:
 @dataclass(frozen=True)
 class Miss:
     """Not found. Falsy; ``str(miss)`` is the sentence; ``depth`` distinctive nodes of the pattern, ``matched`` in all, had
-    matched."""
+    matched.
+    """
 
     expected: Any = ""
     found: Any = None

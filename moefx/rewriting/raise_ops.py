@@ -98,9 +98,10 @@ class Raise:
             if isinstance(result, Miss):
                 if result.depth and (near is None or (result.depth, result.matched) > (near.depth, near.matched)):
                     near = result
-            elif not covered.intersection(result.nodes):
-                if best is None or (len(result.nodes), -result.loose) > (len(best.nodes), -best.loose):
-                    best = result
+            elif not covered.intersection(result.nodes) and (
+                best is None or (len(result.nodes), -result.loose) > (len(best.nodes), -best.loose)
+            ):
+                best = result
         return best, near
 
     def call(self, graph: fx.Graph, before: fx.Node, match: Match) -> tuple[tuple, dict[str, Any]]:

@@ -87,7 +87,8 @@ class GraphedStep:
 
     def close(self) -> None:
         """Frees the graphs and their memory. Over ranks, call it before ``destroy_process_group``: two ranks with a live
-        graph over NCCL were seen not to end."""
+        graph over NCCL were seen not to end.
+        """
         for found in self.recorded.values():
             found.graph.reset()
         self.recorded.clear()

@@ -145,12 +145,10 @@ class Site:
             self.holders = [m for m in module.modules() if m._parameters]
             self.weights = None if self.units or fsdp.is_unit(module) else self._weights(module)
         for children, before, hooks, m in self.watched:
-            if children != before or hooks >= 0 and self._hooks(m) != hooks:
+            if children != before or (hooks >= 0 and self._hooks(m) != hooks):
                 return self._still_exact(module, children, before)
-        if (
-            self.weights is not None
-            and self.weights != self._weights(module)
-            or any(read(held) != before for read, held, before in self.numbers)
+        if (self.weights is not None and self.weights != self._weights(module)) or any(
+            read(held) != before for read, held, before in self.numbers
         ):
             self.forget()
             return self.intact(module)
@@ -372,12 +370,12 @@ def _compute_more(state: Optimized, routing: Routing, training: bool) -> bool:
     plan = state.plan
     always = plan.ep_size > 1 or plan.balanced_routing or plan.check_numerics
     asked = routing.recorded is not None or routing.replayed is not None
-    return always or asked or training and (plan.router_z_loss > 0 or state.global_aux_loss)
+    return always or asked or (training and (plan.router_z_loss > 0 or state.global_aux_loss))
 
 
 def _only_graphs(state: Optimized, routing: Routing, training: bool) -> bool:
     """Do the graphs do what the original forward does not? Then nobody may trace that instead."""
-    return _compute_more(state, routing, training) or training and routing.counting
+    return _compute_more(state, routing, training) or (training and routing.counting)
 
 
 @torch.compiler.disable(
@@ -531,7 +529,7 @@ def _model_forward(base: type) -> Callable:
         if fused and not hasattr(lm_head, "_moefx_active"):
             _take_head(lm_head, self._loss_function.site)
         numbered = len(args) <= 1 and kwargs.get("position_ids") is None and kwargs.get("past_key_values") is None
-        with hf.unpacked() if numbered and training or ignores_packing else contextlib.nullcontext():
+        with hf.unpacked() if (numbered and training) or ignores_packing else contextlib.nullcontext():
             if not fused or kwargs.get("labels") is None or not hasattr(lm_head, "_moefx_active"):
                 out = plain(self, *args, **kwargs)
                 if unasked and any(getattr(out, k, None) is not None for k in ("past_key_values", "cache")):
@@ -548,7 +546,8 @@ def _model_forward(base: type) -> Callable:
 
 def _refuse_replica(state: Optimized, routing: Routing, training: bool) -> None:
     """nn.DataParallel runs copies of the model, whose parameters are none, in threads that share all else. What is computed
-    must not differ for that; routes are only counted without theirs."""
+    must not differ for that; routes are only counted without theirs.
+    """
     if _compute_more(state, routing, training):
         raise MoefxError(
             "nn.DataParallel runs copies of the model that know nothing of ep_size above 1, router_z_loss, balanced_routing, "

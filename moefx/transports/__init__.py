@@ -179,7 +179,8 @@ def nodes(group: dist.ProcessGroup) -> list[list[int]]:
 
 def usual(call: Call) -> str:
     """What torch.distributed's collectives serve best: all_gather where a capacity is given; else all_to_all, or hierarchical
-    between nodes of as many ranks each, if a token can save a way: at least two ranks a node."""
+    between nodes of as many ranks each, if a token can save a way: at least two ranks a node.
+    """
     if call.capacity:
         return "all_gather"
     parts = nodes(call.group)

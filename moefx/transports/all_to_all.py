@@ -96,7 +96,7 @@ class AllToAll:
         return payload
 
     def _host(self, sizes: list, index: Tensor, call: Call) -> Tensor:
-        (send, sent), (receive, rows) = (list(zip(*part)) for part in sizes)
+        (send, _sent), (receive, rows) = (list(zip(*part)) for part in sizes)
         facts = {
             KIND: NAMES.index(self.name),
             LAYER: call.layer,

@@ -264,7 +264,7 @@ def _compared(case: Case, wanted: Training, found: Training) -> list[str]:
     loose = case.precision == "autocast"
     said = []
     for step, (a, b) in enumerate(zip(wanted.losses, found.losses)):
-        if not (abs(a - b) <= (3e-2 if loose else 1e-4) * max(1.0, abs(a)) or a != a and b != b):
+        if not (abs(a - b) <= (3e-2 if loose else 1e-4) * max(1.0, abs(a)) or (a != a and b != b)):
             said.append(f"loss of step {step}: {a:.6f} / {b:.6f}")
     largest = max((float(g.abs().max()) for g in wanted.gradients.values() if g.numel()), default=0.0)
     for name, a in wanted.gradients.items():

@@ -9,7 +9,7 @@ import pytest
 from spawn import run
 
 sys.path.append(str(Path(__file__).parent))
-from first_contact import Case, differences  # noqa: E402
+from first_contact import Case, differences
 
 pytestmark = pytest.mark.usefixtures("remembered_captures")
 

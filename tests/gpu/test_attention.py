@@ -49,15 +49,15 @@ def run(fn, given, mask=None, **options):
 
 @pytest.mark.parametrize("sinks", [True, False])
 @pytest.mark.parametrize("window", [None, 16, 1, 1000])
-@pytest.mark.parametrize("batch,heads,shared,length,size", [
+@pytest.mark.parametrize(("batch", "heads", "shared", "length", "size"), [
     (2, 8, 2, 67, 64), (1, 4, 4, 200, 128), (1, 8, 1, 1, 64), (2, 16, 2, 1024, 64),
 ])  # fmt: skip
 def test_window_and_sinks(kernel, batch, heads, shared, length, size, window, sinks):
     compare(kernel, inputs(batch, heads, shared, length, size, sinks), {"scale": size**-0.5, "window": window})
 
 
-@pytest.mark.parametrize("heads,shared,sinks,window", [(16, 1, True, None), (6, 2, False, 700), (4, 4, False, None)])
-@pytest.mark.parametrize("size,of_values", fa4.SIZES)
+@pytest.mark.parametrize(("heads", "shared", "sinks", "window"), [(16, 1, True, None), (6, 2, False, 700), (4, 4, False, None)])
+@pytest.mark.parametrize(("size", "of_values"), fa4.SIZES)
 def test_sizes_of_flash_attention_4(size, of_values, heads, shared, sinks, window):
     if problem := fa4.BACKEND.available():
         pytest.skip(problem)
@@ -71,7 +71,7 @@ def test_sizes_of_flash_attention_4(size, of_values, heads, shared, sinks, windo
 
 @pytest.mark.parametrize("sinks", [True, False])
 @pytest.mark.parametrize("window", [None, 40])
-@pytest.mark.parametrize("heads,shared,size,of_values", [(8, 2, 64, None), (4, 4, 192, 128), (4, 2, 256, None)])
+@pytest.mark.parametrize(("heads", "shared", "size", "of_values"), [(8, 2, 64, None), (4, 4, 192, 128), (4, 2, 256, None)])
 def test_packed_sequences(heads, shared, size, of_values, window, sinks):
     """Their kernels take no mask of all pairs, and values may be shorter than keys (multi-head latent attention)."""
     rows = [[1, 300, 99], [64, 64, 272]]

@@ -56,7 +56,7 @@ def differ(found, wanted):
 
 
 @pytest.mark.parametrize(
-    "name, every, compile",
+    ("name", "every", "compile"),
     [("qwen3_moe", 1, False), ("qwen3_moe", 2, True), ("deepseek_v3", 2, False), ("gpt_oss", 1, False), ("olmoe", 3, False)],
 )
 def test_replayed_steps_train_as_others_do(name, every, compile):

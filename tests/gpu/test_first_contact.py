@@ -12,9 +12,9 @@ import torch
 import moefx
 
 sys.path.append(str(Path(__file__).parent.parent / "flows"))
-from first_contact import Case, differences  # noqa: E402
+from first_contact import Case, differences
 
-from ..families import batch, build  # noqa: E402
+from ..families import batch, build
 
 
 @pytest.mark.parametrize("seed", range(20))

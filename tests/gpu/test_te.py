@@ -22,21 +22,21 @@ def usable():
         pytest.skip(problem)
 
 
-@pytest.mark.parametrize("dtype", (*DTYPES, torch.float16), ids=str)
-@pytest.mark.parametrize("shape", ((1, 2048), (0, 2048), (2, 37, 2048), (3, 5, 4, 128), (7, 2880), (2, 96), (5, 7168)), ids=str)
-@pytest.mark.parametrize("residual", (False, True), ids=("norm", "add"))
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 2048), (0, 2048), (2, 37, 2048), (3, 5, 4, 128), (7, 2880), (2, 96), (5, 7168)], ids=str)
+@pytest.mark.parametrize("residual", [False, True], ids=("norm", "add"))
 def test_norms(shape, dtype, residual):
     for offset in (0.0, 1.0):
         checks.check_norm(shape, dtype, CUDA, offset, residual)
 
 
-@pytest.mark.parametrize("tokens", (0, 1, 37, 1000))
+@pytest.mark.parametrize("tokens", [0, 1, 37, 1000])
 @pytest.mark.parametrize("name", checks.ROUTERS)
 def test_routers(name, tokens):
     checks.check_router(name, tokens, CUDA)
 
 
-@pytest.mark.parametrize("layers, tokens, experts, top_k", ((1, 1, 8, 2), (3, 37, 128, 8), (2, 1000, 60, 4)))
+@pytest.mark.parametrize(("layers", "tokens", "experts", "top_k"), [(1, 1, 8, 2), (3, 37, 128, 8), (2, 1000, 60, 4)])
 def test_aux_loss(layers, tokens, experts, top_k):
     checks.check_aux_loss(layers, tokens, experts, top_k, CUDA)
 
@@ -71,19 +71,19 @@ def test_attention_that_would_run_unfused_is_refused_with_transformer_engines_re
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens, top_k", ((0, 2), (1, 1), (1, 7), (37, 3), (1000, 4)))
+@pytest.mark.parametrize(("tokens", "top_k"), [(0, 2), (1, 1), (1, 7), (37, 3), (1000, 4)])
 def test_permutation(tokens, top_k, dtype):
     checks.check_permutation(tokens, top_k, dtype, CUDA)
 
 
-@pytest.mark.parametrize("tokens, routing", ((1, "random"), (37, "random"), (600, "random"), (64, "skewed")))
+@pytest.mark.parametrize(("tokens", "routing"), [(1, "random"), (37, "random"), (600, "random"), (64, "skewed")])
 @pytest.mark.parametrize("name", checks.EXPERTS)
 def test_experts(name, tokens, routing):
     checks.check_experts(name, tokens, routing, CUDA)
 
 
 @pytest.mark.parametrize("name", checks.EXPERTS)
-@pytest.mark.parametrize("counts", ([3, 0, 5, 1], [0, 0, 0, 0], [0, 700, 64, 1]), ids=str)
+@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 0, 0], [0, 700, 64, 1]], ids=str)
 def test_grouped_mlp(name, counts):
     found = grouped.cublaslt()
     if found < grouped.CUBLASLT:
@@ -169,7 +169,7 @@ def test_a_model_lowers_to_the_backend_and_keeps_its_loss_and_gradients():
 
 @pytest.mark.parametrize("recipe", linear.RECIPES)
 @pytest.mark.parametrize(
-    "shape, out", (((1, 256), 128), ((2, 37, 256), 384), ((128, 512), 128), ((1000, 128), 256), ((0, 128), 128)), ids=str
+    ("shape", "out"), [((1, 256), 128), ((2, 37, 256), 384), ((128, 512), 128), ((1000, 128), 256), ((0, 128), 128)], ids=str
 )
 def test_fp8_linear(recipe, shape, out):
     problem = linear.why_not(recipe)

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from moefx import ops  # noqa: E402
-from moefx.kernels.cross_entropy import cross_entropy_  # noqa: E402
-from moefx.kernels.linear_cross_entropy import linear_cross_entropy  # noqa: E402
+from moefx import ops
+from moefx.kernels.cross_entropy import cross_entropy_
+from moefx.kernels.linear_cross_entropy import linear_cross_entropy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = 2**-8 if DEVICE == "cuda" else 2**-7  # Triton's interpreter truncates where a GPU rounds
@@ -30,8 +30,8 @@ def wanted(logits, at, share, **form):
     return losses.detach(), x.grad
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-@pytest.mark.parametrize("rows, columns", ((1, 1), (3, 7), (5, 8192), (4, 8193), (2, 151_936), (70, 999), (0, 5)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 7), (5, 8192), (4, 8193), (2, 151_936), (70, 999), (0, 5)])
 @pytest.mark.parametrize("form", FORMS)
 def test_losses_and_gradient(rows, columns, dtype, form):
     torch.manual_seed(columns)
@@ -44,8 +44,8 @@ def test_losses_and_gradient(rows, columns, dtype, form):
     torch.testing.assert_close(logits.double(), gradient, rtol=BF16 if dtype is torch.bfloat16 else 1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("value", (float("-inf"), 1e4, -1e4))
-@pytest.mark.parametrize("form", ({}, {"softcap": 30.0}))
+@pytest.mark.parametrize("value", [float("-inf"), 1e4, -1e4])
+@pytest.mark.parametrize("form", [{}, {"softcap": 30.0}])
 def test_extreme_logits(value, form):
     logits = torch.randn(4, 9000, device=DEVICE)
     logits[:, 3:8500] = value
@@ -77,8 +77,8 @@ def test_strided_rows_are_refused():
         cross_entropy_(torch.randn(8, 4, device=DEVICE).T, torch.zeros(4, dtype=torch.int64, device=DEVICE), torch.ones(4))
 
 
-@pytest.mark.parametrize("tokens", (0, 1, 37, 600))
-@pytest.mark.parametrize("biased, form", ((False, "plain"), (True, "plain"), (True, "scaled"), (False, "both")))
+@pytest.mark.parametrize("tokens", [0, 1, 37, 600])
+@pytest.mark.parametrize(("biased", "form"), [(False, "plain"), (True, "plain"), (True, "scaled"), (False, "both")])
 def test_linear_cross_entropy(monkeypatch, tokens, biased, form):
     """Chunks that do not divide the tokens; labels that do not count; loss and all gradients in bf16 against fp64."""
     monkeypatch.setattr("moefx.kernels.linear_cross_entropy.CHUNK", 1000 * 128)

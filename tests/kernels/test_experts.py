@@ -8,19 +8,19 @@ import torch.utils.checkpoint
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-import moefx  # noqa: E402
-from moefx import ops  # noqa: E402
-from moefx.backends import Backend, Kernel  # noqa: E402
-from moefx.backends import torch as torch_backend  # noqa: E402
-from moefx.backends import triton as backend  # noqa: E402
-from moefx.errors import MoefxError  # noqa: E402
-from moefx.kernels import experts  # noqa: E402
+import moefx
+from moefx import ops
+from moefx.backends import Backend, Kernel
+from moefx.backends import torch as torch_backend
+from moefx.backends import triton as backend
+from moefx.errors import MoefxError
+from moefx.kernels import experts
 from moefx.ops import grouped_mlp as grouped
-from moefx.ops.activations import ACTIVATIONS  # noqa: E402
-from moefx.passes import RecomputeExperts, default  # noqa: E402
+from moefx.ops.activations import ACTIVATIONS
+from moefx.passes import RecomputeExperts, default
 
-from .. import grouped_checks  # noqa: E402
-from ..families import batch, build  # noqa: E402
+from .. import grouped_checks
+from ..families import batch, build
 
 EXPERTS, GROUPED_MLP = (backend.BACKEND.kernels[op].fn for op in (ops.experts, grouped.grouped_mlp))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -88,7 +88,7 @@ def check(given, dtype, **options):
 
 
 def test_all_activations_are_known():
-    assert experts.KNOWN == set(ACTIVATIONS)
+    assert set(ACTIVATIONS) == experts.KNOWN
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -97,7 +97,9 @@ def test_activations(activation):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("biased,transposed,interleaved", [(True, True, True), (True, False, False), (False, True, False)])
+@pytest.mark.parametrize(
+    ("biased", "transposed", "interleaved"), [(True, True, True), (True, False, False), (False, True, False)]
+)
 def test_layouts(biased, transposed, interleaved, dtype):
     given = make(9, activation="oai_swiglu", biased=biased, transposed=transposed, dtype=dtype, seed=1)
     check(given, dtype, activation="oai_swiglu", alpha=1.7, limit=0.6, transposed=transposed, interleaved=interleaved)
@@ -108,7 +110,7 @@ def test_biased_without_gate_and_with(activation):
     check(make(6, activation=activation, biased=True), torch.float32, activation=activation)
 
 
-@pytest.mark.parametrize("tokens,experts,top_k,routing", [
+@pytest.mark.parametrize(("tokens", "experts", "top_k", "routing"), [
     (1, 5, 1, "random"), (1, 8, 8, "random"), (33, 3, 2, "skewed"), (50, 17, 4, "random"), (0, 4, 2, "random"),
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -133,7 +135,7 @@ def looped(x, index, weights, up, _, down, __, activation, transposed=False):
     "fn", [ops.BODIES[ops.experts], torch_backend.experts, EXPERTS, backend.recomputing(EXPERTS)],
     ids=["body", "torch", "triton", "again"],
 )  # fmt: skip
-@pytest.mark.parametrize("tokens,somebodys,transposed", [(1, 3, False), (40, 3, True), (33, 5, False), (9, 1, False)])
+@pytest.mark.parametrize(("tokens", "somebodys", "transposed"), [(1, 3, False), (40, 3, True), (33, 5, False), (9, 1, False)])
 def test_choices_that_are_nobodys(fn, tokens, somebodys, transposed, dtype, monkeypatch):
     """Some of eight experts compute nothing: of 40 tokens about three in five choices, with one expert seven in eight. What
     products leave in rows that are nobody's, undefined on a device, is NaN here."""
@@ -207,7 +209,7 @@ def test_frozen_experts_get_no_gradient():
     assert torch.equal(given[0].grad, wanted["gradient 0"]) and all(t.grad is None for t in given[2:])
 
 
-@pytest.mark.parametrize("biased,transposed", [(False, False), (True, True)])
+@pytest.mark.parametrize(("biased", "transposed"), [(False, False), (True, True)])
 def test_a_ranks_experts(biased, transposed):
     """moefx.grouped_mlp: rows that lie expert by expert, one expert without any; gradients scaled."""
     x, _, _, *weights = make(11, experts=4, biased=biased, transposed=transposed)
@@ -239,7 +241,7 @@ def weighted_rows(fn, given, counts, dtype, device, **options):
 
 @pytest.mark.parametrize("counts", [[5, 0, 4, 2], [0, 0, 0, 0], [0, 0, 1, 0], [11, 0, 0, 0]], ids=str)
 @pytest.mark.parametrize(
-    "activation,biased,transposed", [("swiglu", False, False), ("oai_swiglu", True, True), ("relu2", True, False)]
+    ("activation", "biased", "transposed"), [("swiglu", False, False), ("oai_swiglu", True, True), ("relu2", True, False)]
 )
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_a_ranks_experts_weight_their_rows(dtype, activation, biased, transposed, counts):

@@ -9,15 +9,15 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-import moefx  # noqa: E402
-from moefx import ops  # noqa: E402
-from moefx.backends import quack, triton  # noqa: E402
-from moefx.kernels import fp8_grouped, fp8_quantize, permute  # noqa: E402
+import moefx
+from moefx import ops
+from moefx.backends import quack, triton
+from moefx.kernels import fp8_grouped, fp8_quantize, permute
 from moefx.ops import grouped_mlp as grouped
-from moefx.passes import FP8, default  # noqa: E402
+from moefx.passes import FP8, default
 
-from ..families import batch, build  # noqa: E402
-from .test_experts import make, run  # noqa: E402
+from ..families import batch, build
+from .test_experts import make, run
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -46,7 +46,7 @@ def same_numbers(q, wanted):
     assert not CUDA or torch.equal(q.float().cpu(), wanted.float())
 
 
-@pytest.mark.parametrize("rows,width", [(1, 16), (5, 200), (3, 4100)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 16), (5, 200), (3, 4100)])
 def test_rows_are_rounded_with_a_scale_each(rows, width):
     x = numbers(rows, width)
     wanted, of_rows = fp8_grouped._rounded(x)
@@ -80,7 +80,7 @@ def test_matrices_are_rounded_with_a_scale_a_column(shape, transposed):
 
 @products
 @pytest.mark.parametrize("counts", [[1], [3, 0, 5], [0, 0, 130], [200, 1, 0, 7]], ids=str)
-@pytest.mark.parametrize("deep,columns", [(64, 48), (16, 528), (528, 160)])
+@pytest.mark.parametrize(("deep", "columns"), [(64, 48), (16, 528), (528, 160)])
 @pytest.mark.parametrize("transposed", [True, False])
 def test_products_are_those_of_the_rounded_numbers(counts, deep, columns, transposed):
     """And rows after the last, which may be anything, spoil none."""
@@ -99,7 +99,7 @@ def test_products_are_those_of_the_rounded_numbers(counts, deep, columns, transp
 
 
 @products
-@pytest.mark.parametrize("tokens,experts,top_k,routing", [
+@pytest.mark.parametrize(("tokens", "experts", "top_k", "routing"), [
     (1, 5, 1, "random"), (1, 8, 8, "random"), (33, 3, 2, "skewed"), (50, 17, 4, "random"), (0, 4, 2, "random"),
 ])  # fmt: skip
 @pytest.mark.parametrize("options", [
@@ -121,7 +121,7 @@ def test_experts_and_all_gradients_are_as_far_as_e4m3_rounds(tokens, experts, to
 @products
 def test_a_ranks_experts_are_those_of_a_process_and_two_runs_are_bitwise_equal():
     x, index, weights, up, _, down, _ = make(40, 4, 2, 48, 80, dtype=BF16)
-    order, inverse, bounds = permute.sort_by_expert(index.to(DEVICE), 4)
+    order, _inverse, bounds = permute.sort_by_expert(index.to(DEVICE), 4)
     token, counts = order.cpu().long() // 2, bounds.cpu().diff().long()
     found = []
     for _ in range(2):

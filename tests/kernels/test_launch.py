@@ -9,9 +9,9 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from triton.compiler import CompiledKernel  # noqa: E402
+from triton.compiler import CompiledKernel
 
-from moefx.kernels import launch  # noqa: E402
+from moefx.kernels import launch
 
 
 class Compiled(CompiledKernel):

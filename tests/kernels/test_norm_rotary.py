@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from moefx import ops  # noqa: E402
-from moefx.backends import triton as backend  # noqa: E402
-from moefx.kernels import heads as heads_kernel  # noqa: E402
+from moefx import ops
+from moefx.backends import triton as backend
+from moefx.kernels import heads as heads_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -50,7 +50,7 @@ def test_layouts(layout, dtype):
     check(2, 5, 3, 16, layout=layout, dtype=dtype)
 
 
-@pytest.mark.parametrize("batch,length,heads,size", [(1, 1, 1, 32), (3, 7, 17, 64), (1, 75, 1, 16)])
+@pytest.mark.parametrize(("batch", "length", "heads", "size"), [(1, 1, 1, 32), (3, 7, 17, 64), (1, 75, 1, 16)])
 def test_sizes(batch, length, heads, size, monkeypatch):
     """One token; more heads than a program holds; more tokens than the backward has programs."""
     monkeypatch.setattr(heads_kernel, "PROGRAMS", 32)

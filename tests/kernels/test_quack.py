@@ -7,14 +7,14 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from moefx import ops  # noqa: E402
-from moefx.backends import quack as backend  # noqa: E402
-from moefx.backends import triton  # noqa: E402
+from moefx import ops
+from moefx.backends import quack as backend
+from moefx.backends import triton
 from moefx.kernels import linear_cross_entropy as chunked
 from moefx.ops import grouped_mlp as grouped
 
-from .. import grouped_checks  # noqa: E402
-from .test_experts import compare, make, run  # noqa: E402
+from .. import grouped_checks
+from .test_experts import compare, make, run
 
 problem = backend.BACKEND.available() if torch.cuda.is_available() else "no CUDA device"
 pytestmark = pytest.mark.skipif(problem is not None, reason=str(problem))
@@ -23,7 +23,7 @@ EXPERTS, GROUPED_MLP, HEAD = (
 )
 
 
-@pytest.mark.parametrize("tokens,experts,top_k,routing", [
+@pytest.mark.parametrize(("tokens", "experts", "top_k", "routing"), [
     (1, 5, 1, "random"), (1, 8, 8, "random"), (33, 3, 2, "skewed"), (50, 17, 4, "random"), (0, 4, 2, "random"), (700, 6, 2, "skewed"),
     (1000, 3, 2, "random"),  # many rows an expert: other tiles
 ])  # fmt: skip
@@ -32,7 +32,7 @@ EXPERTS, GROUPED_MLP, HEAD = (
     {"activation": "oai_swiglu", "alpha": 1.7, "limit": 100.0, "transposed": True, "interleaved": True},
     {"activation": "relu2"},
 ], ids=lambda o: o["activation"])  # fmt: skip
-@pytest.mark.parametrize("hidden,size", [(24, 40), (2048, 256), (384, 320)])  # tiles of 128, 160, 192 columns
+@pytest.mark.parametrize(("hidden", "size"), [(24, 40), (2048, 256), (384, 320)])  # tiles of 128, 160, 192 columns
 def test_routings(tokens, experts, top_k, routing, options, hidden, size):
     layout = {"transposed": options.get("transposed", False), "biased": "transposed" in options}
     given = make(
@@ -62,7 +62,7 @@ def test_gradients_are_scaled_within_their_products():
 
 
 @pytest.mark.parametrize("form", [{}, {"reduction": "sum"}, {"scale": 0.5, "softcap": 4.0}], ids=str)
-@pytest.mark.parametrize("tokens,vocabulary,hidden,rows", [
+@pytest.mark.parametrize(("tokens", "vocabulary", "hidden", "rows"), [
     (1, 8, 8, 1), (67, 1000, 64, 32), (700, 4104, 2880, 512), (300, 520, 48, 300),
 ])  # fmt: skip
 def test_head(tokens, vocabulary, hidden, rows, form, monkeypatch):

@@ -11,15 +11,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-import moefx  # noqa: E402
-from moefx import Backend, Kernel, ops  # noqa: E402
-from moefx.analysis.cost import Sizes, node_cost  # noqa: E402
-from moefx.backends import triton as backend  # noqa: E402
-from moefx.ir.graph import value  # noqa: E402
-from moefx.kernels import norm as kernels  # noqa: E402
-from moefx.kernels.partial_sums import partial_sums  # noqa: E402
+import moefx
+from moefx import Backend, Kernel, ops
+from moefx.analysis.cost import Sizes, node_cost
+from moefx.backends import triton as backend
+from moefx.ir.graph import value
+from moefx.kernels import norm as kernels
+from moefx.kernels.partial_sums import partial_sums
 
-from ..families import batch, build  # noqa: E402
+from ..families import batch, build
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: Two roundings. Triton's interpreter cuts off where a device rounds to the nearest.
@@ -116,7 +116,7 @@ def test_dtypes_are_promoted_as_by_the_body(kind, options, compiled):
             assert far <= (4e-2 if half in (of_x, of_residual, of_weight) else 2e-6), (i, far)
 
 
-@pytest.mark.parametrize("kind,used", [("sum", (0,)), ("sum", (1,)), ("stream", (0,))])
+@pytest.mark.parametrize(("kind", "used"), [("sum", (0,)), ("sum", (1,)), ("stream", (0,))])
 def test_a_result_that_nobody_reads(kind, used):
     check(kind, (2, 3, 40), used=used)
 
@@ -137,7 +137,7 @@ def test_a_norm_in_bf16_is_rounded_where_the_model_rounds(cast_first):
     assert other[0] < 0.01 < 0.1 < other[1], other
 
 
-@pytest.mark.parametrize("rows,width", [(1, 1), (130, 40), (528, 2048)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (130, 40), (528, 2048)])
 def test_partial_sums(rows, width):
     parts = torch.randn(rows, width, generator=torch.Generator().manual_seed(rows))
     found = partial_sums(parts.to(DEVICE), torch.bfloat16)
@@ -177,7 +177,7 @@ def test_a_stream_that_is_handed_on_is_not_written():
     )
 
 
-@pytest.mark.parametrize("dtype,width,device,said", [
+@pytest.mark.parametrize(("dtype", "width", "device", "said"), [
     (torch.float64, 2048, "cuda", "adds in float32, the input is torch.float64"),
     (torch.bfloat16, 256, "cuda", "rows of 512 to 16384 numbers, these have 256"),
     (torch.bfloat16, 20480, "cuda", "rows of 512 to 16384 numbers, these have 20480"),

@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from moefx import ops  # noqa: E402
-from moefx.backends import triton as backend  # noqa: E402
+from moefx import ops
+from moefx.backends import triton as backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -42,7 +42,7 @@ def check(tokens, experts, top_k, *, biased=False, dtype=torch.float32, **option
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("topk_first", [False, True])
-@pytest.mark.parametrize("renormalize,eps,scale", [(False, 0.0, 1.0), (True, 0.0, 2.5), (True, 1e-2, 1.0)])
+@pytest.mark.parametrize(("renormalize", "eps", "scale"), [(False, 0.0, 1.0), (True, 0.0, 2.5), (True, 1e-2, 1.0)])
 def test_kinds(score, topk_first, renormalize, eps, scale):
     check(9, 12, 3, score=score, topk_first=topk_first, renormalize=renormalize, eps=eps, scale=scale)
 
@@ -57,7 +57,9 @@ def test_groups(score, group_score):
         check(11, 32, 5, biased=True, renormalize=True, scale=2.5, eps=1e-20, **options)
 
 
-@pytest.mark.parametrize("tokens,experts,top_k", [(0, 8, 2), (1, 8, 8), (1, 1, 1), (33, 128, 8), (5, 60, 4), (3, 300, 6)])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k"), [(0, 8, 2), (1, 8, 8), (1, 1, 1), (33, 128, 8), (5, 60, 4), (3, 300, 6)]
+)
 def test_sizes(tokens, experts, top_k):
     check(tokens, experts, top_k, renormalize=True)
     check(tokens, experts, top_k, biased=True, score="sigmoid")

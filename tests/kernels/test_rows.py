@@ -7,8 +7,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from moefx import transports  # noqa: E402
-from moefx.kernels import rows as kernels  # noqa: E402
+from moefx import transports
+from moefx.kernels import rows as kernels
 from moefx.ops import dispatch_combine
 from moefx.transports import permute as rows
 
@@ -44,7 +44,7 @@ def random(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
-@pytest.mark.parametrize("tokens, experts, k, ep", SIZES)
+@pytest.mark.parametrize(("tokens", "experts", "k", "ep"), SIZES)
 def test_tables_of_places(both, tokens, experts, k, ep):
     index = choose(tokens, experts, k)
     (sizes, tables), (found_sizes, found_tables) = both("ways", index, ep, experts // ep)
@@ -64,7 +64,7 @@ def test_the_same_expert_twice_has_two_rows_and_is_sent_once(both):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tokens, experts, k, ep", SIZES)
+@pytest.mark.parametrize(("tokens", "experts", "k", "ep"), SIZES)
 def test_moves(both, tokens, experts, k, ep, dtype):
     index, weights = choose(tokens, experts, k), random(tokens, k).abs()
     x = random(tokens, 24, seed=1, dtype=dtype)

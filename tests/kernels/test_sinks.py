@@ -7,12 +7,12 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from moefx.kernels import sinks as kernels  # noqa: E402
+from moefx.kernels import sinks as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("batch,length,heads,size", [(1, 1, 1, 8), (2, 70, 3, 24), (1, 130, 2, 64)])
+@pytest.mark.parametrize(("batch", "length", "heads", "size"), [(1, 1, 1, 8), (2, 70, 3, 24), (1, 130, 2, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_join(batch, length, heads, size, dtype):
     g = torch.Generator().manual_seed(length)
@@ -33,7 +33,7 @@ def test_join(batch, length, heads, size, dtype):
     )
 
 
-@pytest.mark.parametrize("batch,length,heads,size", [(1, 1, 1, 8), (2, 70, 3, 24), (3, 1030, 2, 64)])
+@pytest.mark.parametrize(("batch", "length", "heads", "size"), [(1, 1, 1, 8), (2, 70, 3, 24), (3, 1030, 2, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradient(batch, length, heads, size, dtype):
     g = torch.Generator().manual_seed(length)

@@ -21,9 +21,9 @@ def standin(monkeypatch):
     te_standin.forget()
 
 
-@pytest.mark.parametrize("shape", ((1, 8), (2, 3, 4, 8), (0, 8)))
-@pytest.mark.parametrize("residual", (False, True))
-@pytest.mark.parametrize("offset", (0.0, 1.0))
+@pytest.mark.parametrize("shape", [(1, 8), (2, 3, 4, 8), (0, 8)])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_norms(shape, offset, residual):
     checks.check_norm(shape, torch.float32, CPU, offset, residual)
     checks.check_norm(shape, torch.bfloat16, CPU, offset, residual)
@@ -51,13 +51,13 @@ def test_attention(name):
     checks.check_attention(name, CPU)
 
 
-@pytest.mark.parametrize("tokens, top_k", ((0, 2), (1, 1), (37, 3)))
+@pytest.mark.parametrize(("tokens", "top_k"), [(0, 2), (1, 1), (37, 3)])
 def test_permutation(tokens, top_k):
     checks.check_permutation(tokens, top_k, torch.float32, CPU)
 
 
 @pytest.mark.parametrize("name", checks.EXPERTS)
-@pytest.mark.parametrize("counts", ([3, 0, 5, 1], [0, 0, 0], [0, 7]))
+@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 0], [0, 7]])
 def test_grouped_mlp(name, counts):
     checks.check_grouped_mlp(name, counts, torch.float32, CPU, grad_scale=0.5)
 
@@ -105,8 +105,8 @@ def test_torch_compile_keeps_the_kernels_in_one_graph():
         )
 
 
-@pytest.mark.parametrize("shape", ((16, 32), (2, 5, 32), (1, 32), (0, 32)))
-@pytest.mark.parametrize("biased", (False, True))
+@pytest.mark.parametrize("shape", [(16, 32), (2, 5, 32), (1, 32), (0, 32)])
+@pytest.mark.parametrize("biased", [False, True])
 def test_fp8_linear(shape, biased):
     checks.check_fp8_linear("current", shape, 48, biased, CPU)
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from moefx import ops  # noqa: E402
-from moefx.kernels import window_attention as kernels  # noqa: E402
+from moefx import ops
+from moefx.kernels import window_attention as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: Triton's interpreter multiplies matrices in float16 and float32; on a GPU these kernels run in 16 bits.
@@ -43,7 +43,7 @@ def exact(q, k, v, sinks, grad, scale, window, starts=None):
 
 
 @pytest.mark.parametrize("sinks", [True, False], ids=["sinks", "plain"])
-@pytest.mark.parametrize("batch,heads,shared,length,size,window", [
+@pytest.mark.parametrize(("batch", "heads", "shared", "length", "size", "window"), [
     (1, 1, 1, 1, 8, 1), (2, 4, 2, 67, 64, 16), (1, 8, 1, 130, 16, 128), (1, 3, 3, 200, 40, 65), (2, 2, 1, 129, 128, 1),
     (1, 2, 2, 70, 64, 1000),
 ])  # fmt: skip
@@ -70,7 +70,7 @@ def beginnings(*rows):
     "rows", [[[1]], [[7, 1, 60, 62], [130]], [[1] * 70], [[33, 64, 103], [64, 64, 72]], [[130, 70], [199, 1]]], ids=str
 )
 @pytest.mark.parametrize(
-    "heads,shared,size,window,sinks", [(4, 2, 64, 1000, False), (2, 1, 24, 20, True), (2, 2, 128, 64, False)]
+    ("heads", "shared", "size", "window", "sinks"), [(4, 2, 64, 1000, False), (2, 1, 24, 20, True), (2, 2, 128, 64, False)]
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_packed_sequences(rows, heads, shared, size, window, sinks, dtype):

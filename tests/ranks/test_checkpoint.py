@@ -120,7 +120,7 @@ def test_saved_as_plain_transformers_saves(saved, name):
     assert all(shape[0] == 4 for shape in results[0][name].values())  # of 8 experts, on each of two ranks
 
 
-@pytest.mark.parametrize("world, ep", [(1, 1), (4, 4)])
+@pytest.mark.parametrize(("world", "ep"), [(1, 1), (4, 4)])
 def test_resumed_on_another_mesh(saved, world, ep):
     folder, results = saved
     start()

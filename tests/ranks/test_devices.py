@@ -27,9 +27,9 @@ def taken(count, current, environment, backend="cpu:gloo,cuda:nccl", shown=None,
     }
     with (
         mock.patch.multiple(torch.cuda, **faked),
-        mock.patch.object(torch.cuda.nccl, "version", lambda: nccl),
+        mock.patch.object(torch.cuda.nccl, "version", return_value=nccl),
         mock.patch.dict(os.environ, environment),
-        mock.patch.object(dist, "get_backend_config", lambda: backend),
+        mock.patch.object(dist, "get_backend_config", return_value=backend),
     ):
         try:
             device = devices.of_rank()

@@ -42,6 +42,8 @@ ALL = ["qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "glm4_moe", "gpt_oss", "g
 KINDS = ["deepseek_v3", "gpt_oss", "nemotron_h", "llama4_text"]
 
 
-@pytest.mark.parametrize("world,ep_size,names", [(4, 4, ALL), (2, 2, KINDS), (8, 8, ["gpt_oss"]), (4, 2, ["qwen3_moe"])])
+@pytest.mark.parametrize(
+    ("world", "ep_size", "names"), [(4, 4, ALL), (2, 2, KINDS), (8, 8, ["gpt_oss"]), (4, 2, ["qwen3_moe"])]
+)
 def test_families_over_ranks(world, ep_size, names):
     assert [w for wrong in run(families_agree, world, names, ep_size, timeout=900) for w in wrong] == []

@@ -125,7 +125,7 @@ def steps_agree(rank, world, how, ep, few):
 
 
 @pytest.mark.parametrize(
-    "world, how, ep, few",
+    ("world", "how", "ep", "few"),
     [(2, "optimize", 2, False), (2, "parallelize", 1, True), (2, "parallelize", 2, False), (4, "parallelize", 2, True)],
 )
 def test_steps(world, how, ep, few):
@@ -136,7 +136,7 @@ def calls_agree(rank, world, how, ep):
     """Runs in each rank: norms, clipping, the scaler, state dicts, averages; what differs, as sentences."""
     import moefx
 
-    model, step, one = start(how, ep)
+    model, _step, one = start(how, ep)
     wrong = []
 
     def check(what, holds):
@@ -214,6 +214,6 @@ def calls_agree(rank, world, how, ep):
     return wrong
 
 
-@pytest.mark.parametrize("world, how, ep", [(4, "optimize", 2), (2, "parallelize", 2)])
+@pytest.mark.parametrize(("world", "how", "ep"), [(4, "optimize", 2), (2, "parallelize", 2)])
 def test_calls(world, how, ep):
     assert [w for wrong in run(calls_agree, world, how, ep, timeout=300) for w in wrong] == []

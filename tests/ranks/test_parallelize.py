@@ -205,7 +205,7 @@ FEW = "fewer experts than ranks"  #: of tests/families.py
 
 
 @pytest.mark.parametrize(
-    "world, cases",
+    ("world", "cases"),
     [
         (
             2,

@@ -110,7 +110,7 @@ def saved_as_one(name, path, one):
 
 
 @pytest.mark.parametrize(
-    "world, cases",
+    ("world", "cases"),
     [
         (1, [("nemotron_h", "optimize", 1)]),
         (2, [("qwen3_moe", "optimize", 2), ("gpt_oss", "parallelize", 2), ("qwen3_moe", "parallelize", 1)]),
@@ -174,6 +174,6 @@ def merges(rank, world, name, how, ep, folder):
     return wrong
 
 
-@pytest.mark.parametrize("how, name, world, ep", [("optimize", "qwen3_moe", 2, 2), ("parallelize", "gpt_oss", 4, 2)])
+@pytest.mark.parametrize(("how", "name", "world", "ep"), [("optimize", "qwen3_moe", 2, 2), ("parallelize", "gpt_oss", 4, 2)])
 def test_merging(how, name, world, ep, tmp_path):
     assert [w for wrong in run(merges, world, name, how, ep, str(tmp_path), timeout=300) for w in wrong] == []

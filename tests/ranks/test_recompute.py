@@ -82,7 +82,7 @@ def agrees(rank, world, layouts):
 
 
 @pytest.mark.parametrize(
-    "world, layouts", [(2, [(2, ["full", "reentrant", "selective"]), (1, ["full"])]), (4, [(2, ["full"])])]
+    ("world", "layouts"), [(2, [(2, ["full", "reentrant", "selective"]), (1, ["full"])]), (4, [(2, ["full"])])]
 )
 def test_routes_are_those_of_the_forward(world, layouts):
     assert [w for wrong in run(agrees, world, layouts, timeout=300) for w in wrong] == []

@@ -66,7 +66,8 @@ def is_experts(module: nn.Module) -> bool:
 
 def is_dense_experts(module: nn.Module) -> bool:
     """Experts that a model multiplies with all tokens at once (Llama 4): see ``passes/dense_experts.py``. They are given rows
-    and nothing of who chose them, and hold gate_up_proj [E, H, 2I] and down_proj [E, I, H]."""
+    and nothing of who chose them, and hold gate_up_proj [E, H, 2I] and down_proj [E, I, H].
+    """
     up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
     if not (isinstance(up, Tensor) and isinstance(down, Tensor) and up.dim() == down.dim() == 3 and hasattr(module, "act_fn")):
         return False
@@ -109,7 +110,8 @@ def _experts_layout(module: nn.Module) -> ExpertsLayout:
 
 def _activation(module: nn.Module, interleaved: bool) -> tuple[str, float, float]:
     """Which activation the module applies, found by running it in fp64 over six decades of magnitudes; in fp32, if it computes
-    in fp32 whatever it is given."""
+    in fp32 whatever it is given.
+    """
     generator = torch.Generator().manual_seed(0)
     magnitude = 10 ** (torch.rand(64, 64, generator=generator, dtype=torch.float64) * 6 - 3)
     h = torch.where(torch.rand(64, 64, generator=generator) < 0.5, -magnitude, magnitude)
@@ -174,7 +176,7 @@ def _activation_of_loop(module: nn.Module) -> tuple[str, float, float] | str:
 def _emitter(module: nn.Module) -> Callable[..., Tensor] | None:
     """While capturing: emits ``moefx.experts`` for a module of :mod:`loops`."""
     callers, known = recording.callers(), module.__dict__.get("_moefx_layout")
-    if callers is None or known is None or isinstance(known, str) and callers.lenient:
+    if callers is None or known is None or (isinstance(known, str) and callers.lenient):
         return None
     if isinstance(known, str):
         raise CaptureError(known)

@@ -27,7 +27,8 @@ Names = list[str | None]
 @contextmanager
 def implementations(model: PreTrainedModel, attention: bool = True) -> Iterator[None]:
     """Within: the model calls moefx for its experts, and for its attention if ``attention``; what it called before comes back
-    afterwards."""
+    afterwards.
+    """
     before = _names(model)
     use(model, attention)
     try:
@@ -71,7 +72,8 @@ def _configurations(model: PreTrainedModel) -> list[Any]:
 
 def previous(model: PreTrainedModel) -> Names:
     """What the model calls for its experts; where a configuration says "moefx", for this model or another that shares or copied
-    it, what it said before."""
+    it, what it said before.
+    """
     return [_before(name, "grouped_mm") for name in _names(model)]
 
 

@@ -1,5 +1,6 @@
 """Transformers' mask interface: masks that say what they hide, so that attention can do without them, and that exist only when
-somebody reads them."""
+somebody reads them.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +34,15 @@ _KINDS = {sdpa_attention_forward: "sdpa", flash_attention_forward: "flash", flex
 
 
 def kind_of(function: Any) -> str | None:
-    """ "sdpa", "flash" or "flex"; None for an implementation of somebody else's."""
+    """Of an attention function: "sdpa", "flash" or "flex"; None for one that is not Transformers'."""
     return _KINDS.get(function.func if isinstance(function, functools.partial) else function)
 
 
 @contextmanager
 def saying_masks() -> Iterator[None]:
     """Within: Transformers makes masks that attention in a graph can do without, where they say nothing but who comes before
-    whom (:class:`SaidMask`)."""
+    whom (:class:`SaidMask`).
+    """
     token = _saying.set(True)
     try:
         yield
@@ -51,7 +53,8 @@ def saying_masks() -> Iterator[None]:
 @dataclass(frozen=True)
 class Said:
     """All that a mask hides: what comes later, what is ``window`` positions back or more, what lies before where each
-    position's sequence begins (``starts`` [B, S], int32). ``dtype``: bool, or that of a mask that is added to the scores."""
+    position's sequence begins (``starts`` [B, S], int32). ``dtype``: bool, or that of a mask that is added to the scores.
+    """
 
     dtype: torch.dtype
     window: int | None = None
@@ -142,7 +145,7 @@ def attention_mask(own: Callable, **kwargs: Any) -> Any:
     """What the mask function ``own`` of Transformers makes of ``kwargs``, as a :class:`SaidMask` where that helps graphs."""
     if own is sdpa_mask:
         said = _said(torch.bool, kwargs)
-        if said is None or said.window is None and said.starts is None:
+        if said is None or (said.window is None and said.starts is None):
             return own(**kwargs)  # None, where attention is causal by itself
         # a sequence shorter than its window needs no mask, but would be another kind of call than a longer one
         return _mask(said, lambda: own(**kwargs | {"allow_is_causal_skip": False}), lambda: own(**kwargs), kwargs)
@@ -168,7 +171,8 @@ def _mask(said: Said | None, make: Callable, own: Callable, kwargs: dict) -> Sai
 
 def _flash(kwargs: dict) -> Any:
     """Flash attention is told the window, and where sequences begin if there is one row of them, beside the mask: that is of
-    padding alone, in which queries give zeros."""
+    padding alone, in which queries give zeros.
+    """
     padding = flash_attention_mask(**kwargs)
     said = _said(torch.bool, kwargs)
     if padding is None and (said is None or said.starts is None or kwargs["batch_size"] != 1):
@@ -196,8 +200,7 @@ def _said(dtype: torch.dtype, kwargs: dict) -> Said | None:
         or kwargs["q_length"] != kwargs["kv_length"]
         or not (isinstance(q := kwargs.get("q_offset", 0), int) and isinstance(k := kwargs.get("kv_offset", 0), int) and q == k)
         or not (packed or kwargs.get("allow_is_causal_skip", True))
-        or padding is not None
-        and not bool(padding.all())
+        or (padding is not None and not bool(padding.all()))
     ):
         return None
     return Said(dtype, local_size, None if packed is None else _starts(packed["packed_sequence_mask"]))
@@ -233,7 +236,7 @@ def _mask_function(self: AttentionMaskInterface, name: str) -> Callable:
     if torch.compiler.is_dynamo_compiling() or not _saying.get():
         return own
     callers = recording.callers()
-    if recording.is_traced() or callers is not None and not callers.lenient:
+    if recording.is_traced() or (callers is not None and not callers.lenient):
         return own  # it is made within a graph, somebody else's or a block's
     attention = ALL_ATTENTION_FUNCTIONS._local_mapping.get(name, ALL_ATTENTION_FUNCTIONS._global_mapping.get(name))
     if name != "eager" and kind_of(attention) is None:

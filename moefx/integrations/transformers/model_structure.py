@@ -149,7 +149,8 @@ def reads_layer_index(cls: type) -> bool:
 
 def count_as_tensor(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """``kwargs`` of a call with ``num_items_in_batch`` as a tensor [], on the device of the call's first tensor. Transformers
-    hands it to every block and to the loss; as a number, another one each step would be another kind of call."""
+    hands it to every block and to the loss; as a number, another one each step would be another kind of call.
+    """
     count = kwargs.get("num_items_in_batch")
     if not isinstance(count, (int, float)):
         return dict(kwargs)

@@ -66,13 +66,15 @@ def unpacked_on_meta() -> AbstractContextManager[None]:
 
 def without_packages() -> AbstractContextManager[None]:
     """Within: what Transformers takes from other packages where they are installed (Mamba's scan, causal convolutions) is its
-    own PyTorch code, as in an export: their kernels read memory, which there is none of on the meta device."""
+    own PyTorch code, as in an export: their kernels read memory, which there is none of on the meta device.
+    """
     return _EXPORTING.by(lambda exporting: True)
 
 
 def unpacked() -> AbstractContextManager[None]:
     """Within: no packed sequences are looked for. For a call without position ids, whose positions the model numbers
-    itself: reading them back would make the host wait, once a step, until the device has done all that is queued."""
+    itself: reading them back would make the host wait, once a step, until the device has done all that is queued.
+    """
     return _PACKING.by(lambda look, position_ids: None)
 
 
@@ -101,7 +103,8 @@ class OwnAttention(CaptureError):
 
 def callers() -> _Callers | None:
     """Who has called what so far, while a model is recorded or captured; else None. Dynamo cannot read a ContextVar, and what
-    it traces is never a capture of ours."""
+    it traces is never a capture of ours.
+    """
     return None if torch.compiler.is_dynamo_compiling() else _emitting.get()
 
 

@@ -79,7 +79,9 @@ def _changes(config: PreTrainedConfig) -> dict[str, Any]:
 
 def _small(name: str, size: Any, own: Mapping[str, Any]) -> Any:
     """A small size, not above the default one."""
-    if name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts") or size is None and name in _NEEDED:
+    if name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts") or (
+        size is None and name in _NEEDED
+    ):
         return _SMALL[name]
     if not isinstance(size, int) or isinstance(size, bool):
         return size

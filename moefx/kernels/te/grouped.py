@@ -98,7 +98,8 @@ def te_grouped_mlp(
     grad_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """As ``moefx.grouped_mlp``; and the pre-activations [R, 2I or I] for the backward, which keeps tokens, place and host
-    instead of the rows where they are given."""
+    instead of the rows where they are given.
+    """
     groups = Groups(counts)
     h = _project(rows.to(up.dtype), up, groups, transposed)
     h = h if up_bias is None else h + _of_rows(up_bias, counts, len(h))
