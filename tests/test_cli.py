@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moefx import backends, cli, ops
+from moefx import backends, ops
 from moefx.backends import deepep, te_ep
-from moefx.cli import cuda_lacks, main
+from moefx.cli import main, models
+from moefx.cli.doctor import cuda_lacks
 
 
 def test_inspect_as_json_over_fake_ranks(capsys):
@@ -99,7 +100,7 @@ def test_a_device_that_is_there_runs_the_steps(capsys, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(cli, "family_row", row)
+    monkeypatch.setattr(models, "family_row", row)
     assert main(["models", "olmoe", "--verify", "--device", "cuda"]) == 0
     assert seen == [("olmoe", True, "cuda")] and "verified: 3 tensors" in capsys.readouterr().out
 
@@ -108,7 +109,7 @@ def test_a_family_that_cannot_be_tried_is_no_success(capsys, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(cli, "optimize", fail)
+    monkeypatch.setattr(models, "optimize", fail)
     assert main(["models", "olmoe", "mixtral", "--verify"]) == 1
     said = capsys.readouterr()
     assert "out of luck" in said.out and said.err.endswith(
@@ -143,7 +144,7 @@ def test_doctor_by_itself_imports_what_it_asks():
     code = (
         "import torch\ntorch.cuda.is_available = lambda: True\ntorch.cuda.get_device_name = lambda *_: 'Some GPU'\n"
         "torch.cuda.get_device_capability = lambda *_: (9, 0)\ntorch.cuda.nccl.version = lambda: (2, 28, 9)\n"
-        "torch.version.cuda = '12.1'\nfrom moefx.cli import diagnose\nprint(diagnose()[3]['state'])"
+        "torch.version.cuda = '12.1'\nfrom moefx.cli.doctor import diagnose\nprint(diagnose()[3]['state'])"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert said.returncode == 0, said.stderr

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moefx
 from moefx.analysis.cost import EP, B, S, Sizes, node_cost
-from moefx.cli import inspect
+from moefx.cli.inspect import inspect
 from moefx.integrations.transformers.tiny_config import tiny_config
 from moefx.ir.graph import aten, is_call, op_name
 

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from moefx.cli import inspect, main
+from moefx.cli import main
+from moefx.cli.inspect import inspect
 from moefx.errors import MoefxError
 from moefx.integrations.transformers.tiny_config import tiny_config
 from moefx.ir.graph import is_call, op_name

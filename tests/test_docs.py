@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import Qwen3MoeConfig
 
-from moefx.cli import inspect
+from moefx.cli.inspect import inspect
 
 ROOT = Path(__file__).parent.parent
 

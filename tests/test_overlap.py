@@ -13,7 +13,7 @@ import moefx
 from moefx import backends
 from moefx.analysis.timeline import timeline
 from moefx.api import rewrite
-from moefx.cli import ranks
+from moefx.cli.inspect import ranks
 from moefx.distributed import expert_sharding
 from moefx.frontend.capture import capture
 from moefx.integrations import transformers as hf

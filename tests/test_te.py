@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 import moefx
 from moefx import ops
 from moefx.backends import builtin, check_signature, resolve, te
-from moefx.cli import diagnose
+from moefx.cli.doctor import diagnose
 from moefx.ir.graph import aten, is_call
 from moefx.kernels import te as kernels
 from moefx.kernels.te import linear
