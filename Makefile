@@ -8,7 +8,7 @@ STAMP := $(VENV)/.made-$(subst =,-,$(TORCH))
 # A process imports 2,300 files of Python: 16 s of compiling on a slow core, or 6 without, where a shell forbids to keep bytecode.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test gpu-check lint clean
+.PHONY: demo test gpu-check lint docs clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/quickstart.py
@@ -29,6 +29,10 @@ lint: $(STAMP)
 	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/python -m mypy
+
+# the site, in build/site; the tests build it too (tests/docs/test_site.py)
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # torch is named, so that nothing chooses another build of it; what is imported is compiled then, most is never imported
 $(STAMP): pyproject.toml

@@ -2,7 +2,7 @@
 micro-batch.
 
     pip install matplotlib
-    python benchmarks/chart.py                     # all of results/ -> results/single_gpu-<device>.png, multi_gpu-8x-<device>.png
+    python benchmarks/chart.py                     # all of results/ -> docs/images/single_gpu-<device>.png, multi_gpu-8x-<device>.png
     python benchmarks/chart.py a.json b.json -o chart.png
 
 One device: whole models, extrapolated from the measured depths; the number on a bar is its speed over Transformers eager in that
@@ -22,6 +22,8 @@ from typing import Any
 
 import common
 
+#: The pages that show them are built from this folder alone.
+IMAGES = Path(__file__).parent.parent / "docs/images"
 #: Contenders in the order of their bars. Colours of Okabe and Ito, which colour-blind readers tell apart.
 CONTENDERS = {
     "hf": ("Transformers eager", "#999999"),
@@ -169,7 +171,7 @@ def main() -> int:
             key=lambda r: (list(ROUTING).index(r["settings"].get("routing", "real")), order.index(r["settings"]["model"]))
         )
         kind = "single_gpu" if "whole_model" in records[0] else "multi_gpu"
-        draw(records, device, args.output or common.RESULTS / f"{kind}-{common.slug(device)}.png")
+        draw(records, device, args.output or IMAGES / f"{kind}-{common.slug(device)}.png")
     return 0
 
 

@@ -8,12 +8,20 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 __all__ = [
-    "Backend", "CaptureError", "Changes", "ExchangeError", "Function", "Kernel", "Match", "Miss", "MoefxError", "Pass",
-    "PassError", "Pattern", "Pipeline", "Plan", "Program", "Raise", "RankLostError", "Report", "ShortfallWarning",
-    "Verification", "VerifyError",
-    "capture", "clip_grad_norm_", "count_routes", "cuda_graph", "expert_load", "explain", "f64", "insert", "load_checkpoint",
-    "load_metrics", "op", "optimize", "parallelize", "passes", "record_routes", "replay_routes", "report", "resolve", "restore",
-    "rewrite", "save_checkpoint", "update_router_bias", "verify", "watch_ranks",
+    # Optimize and train
+    "optimize", "parallelize", "restore", "cuda_graph", "clip_grad_norm_", "save_checkpoint", "load_checkpoint", "watch_ranks",
+    # Inspect and verify
+    "report", "explain", "verify", "Report", "Verification", "ShortfallWarning",
+    # Routers
+    "count_routes", "expert_load", "load_metrics", "record_routes", "replay_routes", "update_router_bias",
+    # Capture and rewrite
+    "capture", "rewrite", "Program", "Function", "Plan", "passes", "Pipeline", "Pass", "Changes",
+    # Patterns and operations
+    "op", "Raise", "Pattern", "Match", "Miss", "f64", "insert",
+    # Kernels
+    "Backend", "Kernel", "resolve",
+    # Errors
+    "MoefxError", "CaptureError", "ExchangeError", "PassError", "RankLostError", "VerifyError",
 ]  # fmt: skip
 
 if TYPE_CHECKING:

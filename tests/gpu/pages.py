@@ -92,7 +92,7 @@ class Block:
 
 
 def blocks() -> list[Block]:
-    """The Python of pages whose blocks stand alone; those of docs/extending.md are one program (tests/test_docs.py)."""
+    """The Python of pages whose blocks stand alone; those of docs/extending.md are one program (tests/docs/test_pages.py)."""
     pages = [p for p in PAGES if p != "docs/extending.md"]
     return [Block(f"{p}, block {i + 1}", c) for p in pages for i, c in enumerate(code_of(p))]
 

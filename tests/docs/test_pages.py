@@ -10,7 +10,7 @@ from transformers import Qwen3MoeConfig
 
 from moefx.cli.inspect import inspect
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 def test_the_code_of_extending_runs(capsys):
