@@ -20,7 +20,7 @@ from moefx.rewriting.raise_ops import replace_outputs
 @cache
 def _patterns() -> tuple[tuple[str, Pattern], ...]:
     def one(x, cos, sin, layout):
-        return ops._rotate(x, cos, sin, layout)
+        return ops.apply_rotary(x, cos, sin, layout)
 
     def pattern(layout: str) -> Pattern:
         table = (2, 1, 3, 8 if layout in ("half", "pairs") else 4)

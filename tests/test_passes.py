@@ -289,7 +289,7 @@ def test_route_refuses_another_score():
 def test_rotary(layout, dtype):
     def rope(q, k, cos, sin):
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        return ops._rotate(q, cos, sin, layout), ops._rotate(k, cos, sin, layout)
+        return ops.apply_rotary(q, cos, sin, layout), ops.apply_rotary(k, cos, sin, layout)
 
     table = torch.randn(3, 19, 16 if layout in ("half", "pairs") else 8)
     given = torch.randn(3, 4, 19, 16), torch.randn(3, 2, 19, 16), table, table + 1
@@ -303,7 +303,7 @@ def test_rotary_with_tables_that_were_unsqueezed_before():
 
     def rope(q, k, cos, sin):
         cos, sin = (t.unsqueeze(1)[..., :8].repeat_interleave(2, dim=-1) for t in (cos, sin))
-        return ops._rotate(q, cos, sin, "pairs"), ops._rotate(k, cos, sin, "pairs")
+        return ops.apply_rotary(q, cos, sin, "pairs"), ops.apply_rotary(k, cos, sin, "pairs")
 
     table = torch.randn(3, 19, 16)
     f, changes = run([RaiseRotary()], rope, [torch.randn(3, 4, 19, 16), torch.randn(3, 2, 19, 16), table, table + 1])
@@ -352,7 +352,7 @@ def test_rotary_refuses_complex_numbers_that_do_not_only_turn():
 
 def test_rotary_refuses_a_query_without_a_key():
     def rope(q, cos, sin):
-        return ops._rotate(q, cos.unsqueeze(1), sin.unsqueeze(1), "half")
+        return ops.apply_rotary(q, cos.unsqueeze(1), sin.unsqueeze(1), "half")
 
     f, changes = run([RaiseRotary()], rope, [torch.randn(3, 4, 19, 16), torch.randn(3, 19, 16), torch.randn(3, 19, 16)])
     assert calls(f, ops.rotary) == []

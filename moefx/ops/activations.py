@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moefx.ops.registry import op
+
 
 def split(h: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     """Gate and up halves of h [..., 2I]: one after the other, or alternating."""
@@ -139,3 +141,9 @@ ACTIVATIONS: dict[str, Activation] = {
         _plain("relu", F.relu, _relu_derivative),
     )
 }
+
+
+@op("swiglu(Tensor gate, Tensor up) -> Tensor")
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up`` (arXiv 2002.05202), elementwise."""
+    return F.silu(gate) * up

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 
 from moefx.errors import MoefxError
+from moefx.ops.registry import LIBRARY
 
-_LIBRARY = torch.library.Library("moefx", "FRAGMENT")
 _BELOW = torch._C._after_autograd_keyset  # type: ignore[attr-defined]
 #: In a backward, ``ctx.needs_input_grad[FIRST_INPUT:]`` says of which positional inputs a gradient is wanted.
 FIRST_INPUT = 2
@@ -37,8 +37,8 @@ class Opaque:
     def __init__(self, name: str, function: Callable, once: bool):
         self.name, self.function = name, function
         schema = torch.library.infer_schema(function, mutates_args=())
-        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         self.overload = getattr(torch.ops.moefx, name).default
         if once:
             self._register(self._refuse)
@@ -47,7 +47,7 @@ class Opaque:
         return self.overload(*args, **keywords)
 
     def register_fake(self, function: Callable) -> Callable:
-        torch.library.register_fake(f"moefx::{self.name}", function, lib=_LIBRARY)
+        torch.library.register_fake(f"moefx::{self.name}", function, lib=LIBRARY)
         return function
 
     def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
@@ -88,7 +88,7 @@ class Opaque:
                 direct[which] = _on_a_device(keys)
             return function(*args, **keywords) if direct[which] else overload.redispatch(keys & _BELOW, *args, **keywords)
 
-        _LIBRARY.impl(self.name, autograd, "Autograd", with_keyset=True)
+        LIBRARY.impl(self.name, autograd, "Autograd", with_keyset=True)
 
 
 def opaque(name: str, *, once: bool = False) -> Callable[[Callable], Opaque]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moefx.errors import MoefxError
 from moefx.ops.activations import ACTIVATIONS
+from moefx.ops.registry import LIBRARY
 from moefx.transports import wide
 from moefx.transports.permute import Kept
 
@@ -356,12 +357,11 @@ def parts_of(arrived: list[Tensor] | None) -> list[Tensor | None]:
     return [None, None, None] if arrived is None else list(arrived)
 
 
-_LIBRARY = torch.library.Library("moefx", "FRAGMENT")
-_LIBRARY.define(
+LIBRARY.define(
     "grouped_mlp(Tensor rows, Tensor counts, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, *, str activation, "
     "float alpha=0.0, float limit=0.0, bool transposed=False, bool interleaved=False, float grad_scale=1.0, "
     "Tensor? row_weights=None, Tensor[]? arrived=None) -> Tensor"
 )
-_LIBRARY.impl("grouped_mlp", _grouped_mlp, "CompositeImplicitAutograd")
+LIBRARY.impl("grouped_mlp", _grouped_mlp, "CompositeImplicitAutograd")
 #: See :func:`_grouped_mlp`.
 grouped_mlp = torch.ops.moefx.grouped_mlp.default

@@ -1,0 +1,22 @@
+"""Linear layers with a dtype or a layout of their own."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moefx.ops.grouped_mlp import grouped_mm
+from moefx.ops.registry import op
+
+
+@op("linear_to_fp32(Tensor x, Tensor weight) -> Tensor")
+def linear_to_fp32(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., H] in 16 bits times weight [E, H], in 16 bits or fp32 -> [..., E] in fp32."""
+    return F.linear(x.float(), weight.float())
+
+
+@op("grouped_linear(Tensor rows, Tensor weight, Tensor counts) -> Tensor")
+def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """rows [R, a], expert by expert, ``counts`` [E] of each, times weight [E, b, a] -> [R, b] in the weight's dtype."""
+    return grouped_mm(rows.to(weight.dtype), weight.transpose(1, 2), counts.cumsum(0).to(torch.int32))

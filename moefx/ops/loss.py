@@ -1,0 +1,47 @@
+"""Losses: the language modelling head with its cross entropy, and the load balancing loss."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moefx.ops.registry import op
+
+
+@op("load_balancing_loss(Tensor logits, int top_k) -> Tensor")
+def load_balancing_loss(logits: Tensor, top_k: int) -> Tensor:
+    """``E * sum_e(rows of e / T * mean probability of e)`` of a softmax router's logits [T, E] (arXiv 2101.03961, eq. 4 to 6).
+
+    fp32 scalar; the probabilities are computed in fp32, the rows are those of their ``top_k`` greatest.
+    """
+    probability = torch.softmax(logits.to(torch.float32), dim=-1)
+    chosen = torch.zeros_like(probability).scatter(1, torch.topk(probability, top_k, dim=-1).indices, 1.0)
+    return (chosen.mean(0) * probability.mean(0)).sum() * logits.shape[1]
+
+
+@op(
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, *, int ignore_index=-100, "
+    "str reduction='mean', float scale=1.0, float softcap=0.0) -> Tensor"
+)
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    scale: float = 1.0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Cross entropy of ``hidden @ weight.T + bias`` against labels: hidden [T, H], weight [V, H], labels [T]; fp32 scalar.
+
+    The labels are already shifted. ``reduction`` "mean" divides by the labels that are not ``ignore_index`` (NaN if there
+    are none, as torch), "sum" does not divide. The logits are multiplied by ``scale``, then, if ``softcap`` is not 0, become
+    ``softcap * tanh(logits / softcap)`` (Gemma 2, arXiv 2408.00118, section 2).
+    """
+    logits = F.linear(hidden, weight, bias).to(torch.float32)
+    logits = logits * scale if scale != 1.0 else logits
+    logits = torch.tanh(logits / softcap) * softcap if softcap else logits
+    return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction)
