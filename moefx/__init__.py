@@ -17,7 +17,9 @@ __all__ = [
     # Capture and rewrite
     "capture", "rewrite", "Program", "Function", "Plan", "passes", "Pipeline", "Pass", "Changes",
     # Patterns and operations
-    "op", "Raise", "Pattern", "Match", "Miss", "f64", "insert",
+    "op", "Raise", "Pattern", "Match", "Miss", "f64",
+    # Graphs
+    "is_call", "arguments", "value", "emit", "unpack", "replace",
     # Kernels
     "Backend", "Kernel", "resolve",
     # Errors
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from moefx.distributed.rank_monitor import watch as watch_ranks
     from moefx.errors import CaptureError, ExchangeError, MoefxError, PassError, RankLostError, VerifyError
     from moefx.frontend.capture import capture
-    from moefx.ir.graph import insert
+    from moefx.ir.graph import arguments, emit, is_call, replace, unpack, value
     from moefx.ir.plan import Plan
     from moefx.ir.program import Function, Program
     from moefx.ops import op
@@ -64,7 +66,7 @@ else:  # a type checker that saw __getattr__ would accept any name
         "moefx.distributed.rank_monitor": ("watch as watch_ranks",),
         "moefx.errors": ("CaptureError", "ExchangeError", "MoefxError", "PassError", "RankLostError", "VerifyError"),
         "moefx.frontend.capture": ("capture",),
-        "moefx.ir.graph": ("insert",),
+        "moefx.ir.graph": ("arguments", "emit", "is_call", "replace", "unpack", "value"),
         "moefx.ir.plan": ("Plan",),
         "moefx.ir.program": ("Function", "Program"),
         "moefx.ops": ("op",),
@@ -90,8 +92,8 @@ else:  # a type checker that saw __getattr__ would accept any name
         if name not in _SOURCES:
             raise AttributeError(f"module 'moefx' has no attribute {name!r}")
         module, attribute = _SOURCES[name]
-        value = globals()[name] = getattr(importlib.import_module(module), attribute)
-        return value
+        found = globals()[name] = getattr(importlib.import_module(module), attribute)
+        return found
 
     def __dir__():
         return sorted({*globals(), *__all__})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moefx.rewriting.canonicalize import NAME, canonicalize
+from moefx.rewriting.canonicalize import canonicalize
 from moefx.rewriting.pipeline import Changes
 
 
@@ -13,7 +13,7 @@ from moefx.rewriting.pipeline import Changes
 class Canonicalize:
     """Keeps numerics bitwise."""
 
-    name: ClassVar[str] = NAME
+    name: ClassVar[str] = "canonicalize"
 
     def run(self, function, plan=None) -> Changes:
         return canonicalize(function.graph)

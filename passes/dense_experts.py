@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from moefx import ops
-from moefx.ir.graph import aten, compute, inherit, insert, value
+from moefx.ir.graph import aten, emit, inherit, replace, value
 from moefx.rewriting.certify import certify
 from moefx.rewriting.pattern import Match, f64
 from moefx.rewriting.pipeline import Changes
@@ -40,15 +40,15 @@ def _dense(x: Tensor, logits: Tensor, up: Tensor, down: Tensor, top_k: int, expe
 
 
 def _sparse(call: Callable, x: Any, logits: Any, up: Any, down: Any) -> Any:
-    """The same for the best expert of each token; ``call(target, args, kwargs)`` computes, or writes a node that does."""
-    chosen = call(ops.route, (logits, None, 1), _SCORES)
-    weights, index = (call(operator.getitem, (chosen, i), {}) for i in (0, 1))
-    ones = call(aten.ones_like.default, (weights,), {})
-    return call(ops.experts, (call(aten.mul.Tensor, (x, weights), {}), index, ones, up, None, down, None), _OPTIONS)
+    """The same for the best expert of each token; ``call(op, *args, **kwargs)`` computes, or emits a node that does."""
+    chosen = call(ops.route, logits, None, 1, **_SCORES)
+    weights, index = (call(operator.getitem, chosen, i) for i in (0, 1))
+    ones = call(aten.ones_like.default, weights)
+    return call(ops.experts, call(aten.mul.Tensor, x, weights), index, ones, up, None, down, None, **_OPTIONS)
 
 
 def _computed(*given: Tensor) -> Tensor:
-    return _sparse(lambda target, args, kwargs: target(*args, **kwargs), *given)
+    return _sparse(lambda op, *args, **kwargs: op(*args, **kwargs), *given)
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,16 @@ class _RaiseDenseExperts(Raise):
             return f"it looks like experts that run on zeros, but {how}"
         (out,) = match.outputs
         assert out is not None
-        made = []
+        made: list[fx.Node] = []
 
-        def write(target, args: tuple, kwargs: dict):
-            val = compute(target, args, kwargs, function.fake_mode)
-            made.append(insert(function.graph, out, target, args, dict(kwargs), val=val))
+        def call(op: Any, *args: Any, **kwargs: Any) -> fx.Node:
+            made.append(emit(out, op, *args, **kwargs))
             return made[-1]
 
-        experts = _sparse(write, *given)
+        experts = _sparse(call, *given)
         for node in made:
-            inherit(node, match.nodes, self.name)
-        experts.meta["val"] = value(out)
-        out.replace_all_uses_with(experts)
+            inherit(node, match.nodes)
+        replace(out, experts)
         many = value(given[2]).shape[0]
         changes.did(experts, f"moefx.experts for {len(match.nodes)} nodes, one of {many} experts a token instead of all, {how}")
         return None

@@ -10,7 +10,7 @@ from torch import fx
 
 from moefx import ops
 from moefx.errors import MoefxError
-from moefx.ir.graph import arguments, aten, compute, describe, inherit, insert, is_call, value
+from moefx.ir.graph import arguments, aten, describe, emit, inherit, is_call, replace, unpack, value
 from moefx.ops import dispatch_combine
 from moefx.ops import grouped_mlp as grouped
 from moefx.rewriting.pipeline import Changes
@@ -53,7 +53,7 @@ class ExpertParallel:
         return changes
 
     def _rewrite(self, function, node: fx.Node, plan, changes: Changes) -> str | None:
-        graph, given = function.graph, arguments(node)
+        given = arguments(node)
         num_experts = value(given["up"]).shape[0]
         if ops.has_nobody(value(given["up"]), value(given["down"])):
             return f"{value(given['down']).shape[0]} of {num_experts} experts compute something: ranks would hold unlike parts"
@@ -68,29 +68,17 @@ class ExpertParallel:
         limited = {**where, "capacity": plan.dispatch_capacity} if plan.dispatch_capacity else dict(where)
         if plan.dispatch_dtype:
             limited["wire"] = plan.dispatch_dtype
-        made = []
-
-        def call(op, args, kwargs):
-            new = insert(graph, node, op, args, kwargs, val=compute(op, args, kwargs, function.fake_mode))
-            made.append(new)
-            return new
-
-        sent = call(dispatch_combine.dispatch, (given["x"], given["index"], given["weights"]), limited)
-        items = [self._item(graph, node, sent, i) for i in range(8)]
-        rows, row_weights, counts, *way, tokens = items
+        sent = emit(node, dispatch_combine.dispatch, given["x"], given["index"], given["weights"], **limited)
+        rows, row_weights, counts, *way, tokens = unpack(sent)
         place, _, host, _ = way
         options = {k: given[k] for k in ("activation", "alpha", "limit", "transposed", "interleaved")}
         weights = tuple(local.get(w) for w in _WEIGHTS)
         options |= {"grad_scale": plan.experts_gradient_scale, "row_weights": row_weights, "arrived": [tokens, place, host]}
-        done = call(grouped.grouped_mlp, (rows, counts, *weights), options)
-        back = call(dispatch_combine.combine, (done, given["index"], *way), where)
+        done = emit(node, grouped.grouped_mlp, rows, counts, *weights, **options)
+        back = emit(node, dispatch_combine.combine, done, given["index"], *way, **where)
         if value(back).dtype != value(node).dtype:
-            back = call(torch.ops.aten._to_copy.default, (back,), {"dtype": value(node).dtype})
-        for new in [*made, *items]:
-            inherit(new, [node], self.name)
-        back.meta["val"] = value(node)
-        node.replace_all_uses_with(back)
-        graph.erase_node(node)
+            back = emit(node, aten._to_copy.default, back, dtype=value(node).dtype)
+        replace(node, back)
         share = f"{num_experts // plan.ep_size} of {num_experts} experts a rank"
         sends = "; tokens are sent in FP8: numerics change" if plan.dispatch_dtype else ""
         changes.did(sent, f"dispatch, grouped_mlp, combine: {share}{sends}")
@@ -112,20 +100,11 @@ class ExpertParallel:
             with function.fake_mode:
                 w.meta["val"] = value(w).new_empty((many, *value(w).shape[1:]))
             return w
-
-        def call(op, args, kwargs=None):
-            new = insert(function.graph, at, op, args, kwargs, val=compute(op, args, kwargs or {}, function.fake_mode))
-            inherit(new, [w], self.name)
-            return new
-
         inner, *factors = w.args
         first = plan.ep_rank * many
-        parts = [call(aten.slice.Tensor, (f, 0, first, first + many)) for f in factors]
-        parts = [call(torch.ops.moefx.scale_gradient.default, (f, 1.0 / plan.experts_gradient_scale)) for f in parts]
-        return call(aten.baddbmm.default, (self._local(function, at, inner, plan), *parts), dict(w.kwargs))
-
-    @staticmethod
-    def _item(graph: fx.Graph, before: fx.Node, source: fx.Node, i: int) -> fx.Node:
-        import operator
-
-        return insert(graph, before, operator.getitem, (source, i), val=value(source)[i])
+        parts = [emit(at, aten.slice.Tensor, f, 0, first, first + many) for f in factors]
+        scaled = [emit(at, torch.ops.moefx.scale_gradient.default, p, 1.0 / plan.experts_gradient_scale) for p in parts]
+        local = emit(at, aten.baddbmm.default, self._local(function, at, inner, plan), *scaled, **w.kwargs)
+        for new in (*parts, *scaled, local):
+            inherit(new, [w])
+        return local

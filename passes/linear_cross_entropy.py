@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from moefx import ops
-from moefx.ir.graph import aten, insert, value
+from moefx.ir.graph import aten, emit, value
 from moefx.rewriting.pattern import Match, f64
 from moefx.rewriting.raise_ops import Raise
 
@@ -34,8 +34,7 @@ def _written(hidden, weight, labels, ignore_index, reduction, form, scale, divis
 
 def _build(graph: fx.Graph, before: fx.Node, match: Match) -> dict:
     hidden = match.bound["hidden"]
-    val = value(hidden)
-    flat = insert(graph, before, aten.reshape.default, (hidden, [-1, val.shape[-1]]), val=val.reshape(-1, val.shape[-1]))
+    flat = emit(before, aten.reshape.default, hidden, [-1, value(hidden).shape[-1]])
     divisor = match.bound.get("divisor")
     return {"hidden": flat} if divisor is None else {"hidden": flat, "scale": 1.0 / divisor}
 

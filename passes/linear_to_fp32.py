@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from moefx import ops
-from moefx.ir.graph import arguments, aten, dtype_of, inherit, insert, is_call, value
+from moefx.ir.graph import arguments, aten, dtype_of, emit, inherit, is_call, replace
 from moefx.rewriting.certify import certify
 from moefx.rewriting.pipeline import Changes
 
@@ -42,9 +42,9 @@ class LinearToFP32:
             if not agrees:
                 changes.miss(node, f"it looks like moefx.linear_to_fp32 but {how}")
                 continue
-            new = insert(function.graph, node, ops.linear_to_fp32, args, {}, val=value(node))
-            inherit(new, [*casts, node], self.name)
-            node.replace_all_uses_with(new)
+            new = emit(node, ops.linear_to_fp32, *args)
+            inherit(new, [*casts, node])
+            replace(node, new)
             changes.did(new, f"moefx.linear_to_fp32, {how}")
         return changes
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import fx
 
 from moefx import ops
-from moefx.ir.graph import arguments, aten, describe, getitems, inherit, insert, is_call, value
+from moefx.ir.graph import arguments, aten, describe, emit, getitems, inherit, is_call, replace, value
 from moefx.rewriting.pipeline import Changes
 
 
@@ -34,7 +34,7 @@ class FuseNormRotary:
                 changes.miss(rotary, f"the weight of {describe(late[0])} is computed")
                 continue
             for i, norm in enumerate(norms):
-                self._fuse(function.graph, rotary, i, norm, given)
+                self._fuse(rotary, i, norm, given)
             function.graph.erase_node(rotary)
             changes.did(norms[0], "moefx.norm_rotary for the norms of query and key and their rotation")
         return changes
@@ -47,17 +47,16 @@ class FuseNormRotary:
         norm = x.args[0] if heads == 1 else x
         return norm if is_call(norm, ops.rms_norm) and value(norm).dim() == 4 else None  # type: ignore[return-value]
 
-    def _fuse(self, graph: fx.Graph, rotary: fx.Node, i: int, norm: fx.Node, tables: dict) -> None:
+    @staticmethod
+    def _fuse(rotary: fx.Node, i: int, norm: fx.Node, tables: dict) -> None:
         given = arguments(norm)
         options = {"cast_first": given["cast_first"], "offset": given["offset"], "layout": tables["layout"]}
-        args = (given["x"], given["weight"], tables["cos"], tables["sin"], given["eps"])
-        val, heads = value(rotary)[i], tables["unsqueeze_dim"]
-        new = insert(graph, rotary, ops.norm_rotary, args, options, val=val if heads == 1 else val.transpose(1, 2))
-        inherit(new, [norm, rotary], self.name)
-        if heads != 1:
-            new = insert(graph, rotary, aten.transpose.int, (new, 1, 2), val=val)
-            inherit(new, [norm, rotary], self.name)
         old = getitems(rotary).get(i)
-        if old is not None:
-            old.replace_all_uses_with(new)
-            graph.erase_node(old)
+        if old is None:
+            return
+        args = (given["x"], given["weight"], tables["cos"], tables["sin"], given["eps"])
+        new = emit(rotary, ops.norm_rotary, *args, **options)
+        inherit(new, [norm, rotary])
+        if tables["unsqueeze_dim"] != 1:
+            new = emit(rotary, aten.transpose.int, new, 1, 2)
+        replace(old, new)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import ClassVar
 
 from moefx import ops
 from moefx.backends import triton
-from moefx.ir.graph import inherit, insert, is_call, origin, value
+from moefx.ir.graph import insert, is_call, origin, replace, unpack, value
 from moefx.rewriting.pipeline import Changes
 
 
@@ -30,13 +29,11 @@ class NormStreams:
             later = [user for user in x.users if is_call(user) and order[user] > order[norm]]
             if not later:
                 continue
-            new = insert(function.graph, norm, triton.normed_stream, (x, *rest), norm.kwargs, val=(value(norm), value(x)))
-            inherit(new, [norm], self.name)
+            new = insert(norm, triton.normed_stream, (x, *rest), norm.kwargs, val=(value(norm), value(x)))
             new.meta |= {"semantic": ops.rms_norm, "moefx": origin(norm).touched(self.name)}
-            y, stream = (insert(function.graph, norm, operator.getitem, (new, i), val=val) for i, val in enumerate(value(new)))
-            norm.replace_all_uses_with(y)
+            y, stream = unpack(new)
             for user in later:
                 user.replace_input_with(x, stream)
-            function.graph.erase_node(norm)
+            replace(norm, y)
             changes.did(new, f"its backward adds the gradients of {len(later)} later readers of what it normalises")
         return changes

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar
 
 from torch import fx
 
 from moefx.analysis.cost import Rates, Sizes, node_cost
-from moefx.ir.graph import VIEWS, arguments, aten, compute, describe, getitems, inherit, insert, is_call, origin, value
+from moefx.ir.graph import VIEWS, arguments, aten, describe, emit, getitems, inherit, is_call, origin, replace, unpack, value
 from moefx.ops import dispatch_combine
 from moefx.ops import grouped_mlp as grouped
 from moefx.rewriting.pipeline import Changes
@@ -57,7 +58,7 @@ class Overlap:
             return f"its experts' rows go to {combine.name}, not to a combine"
         clock = _Clock(function, plan, self.tokens)
         many = self.chunks or clock.best_chunks(dispatch, experts, combine)
-        parts = _Chunks(function, dispatch, experts, combine, self.name)
+        parts = _Chunks(dispatch, experts, combine)
         starts, waits, ends = parts.write(many)
         between = self._independent(function.graph, starts, waits + ends)
         first, second = self._divide(between, clock, clock.exchange(starts[0]), parts.inputs)
@@ -139,18 +140,14 @@ class _Clock:
 class _Chunks:
     """Writes a dispatch, its experts and its combine anew, chunk by chunk."""
 
-    def __init__(self, function, dispatch: fx.Node, experts: fx.Node, combine: fx.Node, name: str):
-        self.function, self.graph, self.name = function, function.graph, name
+    def __init__(self, dispatch: fx.Node, experts: fx.Node, combine: fx.Node):
         self.dispatch, self.experts, self.combine = dispatch, experts, combine
         self.inputs = {n for n in experts.all_input_nodes if n not in getitems(dispatch).values()}
 
     def _call(self, target: Any, args: tuple, kwargs: dict, like: fx.Node) -> fx.Node:
-        new = insert(self.graph, self.combine, target, args, kwargs, val=compute(target, args, kwargs, self.function.fake_mode))
-        inherit(new, [like], self.name)
+        new = emit(self.combine, target, *args, **kwargs)
+        inherit(new, [like])
         return new
-
-    def _items(self, node: fx.Node) -> list[fx.Node]:
-        return [insert(self.graph, self.combine, operator.getitem, (node, i), val=val) for i, val in enumerate(value(node))]
 
     def _cut(self, nodes: tuple[fx.Node, ...], many: int) -> list[list[fx.Node]]:
         """Each of ``nodes`` [T, ...] in ``many`` parts of equal length, but one: from ``i * T // many`` on."""
@@ -181,12 +178,12 @@ class _Chunks:
                 dispatch_combine.dispatch_start, (x[i], index[i], weights[i]), {**where, "transport": transport}, self.dispatch
             )
             starts.append(self._stands_for(start, self.dispatch, many))
-            sent.append(self._items(start))
+            sent.append(unpack(start))
         back = []
         for i in range(many):
             waits.append(self._call(dispatch_combine.dispatch_wait, (x[i], *sent[i]), arrives, self.dispatch))
             waits[-1].meta["share"] = Fraction(1, many)
-            rows, row_weights, counts, place, room = self._items(waits[-1])
+            rows, row_weights, counts, place, room = unpack(waits[-1])
             handle, host = sent[i][3:5]
             own = {"row_weights": row_weights, "arrived": [sent[i][0], place, host]}
             options = {k: own[k] if k in own and v is not None else v for k, v in self.experts.kwargs.items()}
@@ -195,21 +192,20 @@ class _Chunks:
             start = self._call(
                 dispatch_combine.combine_start, (done, index[i], place, handle, host, room), back_where, self.combine
             )
-            back.append(self._items(self._stands_for(start, self.combine, many)))
+            back.append(unpack(self._stands_for(start, self.combine, many)))
         for i in range(many):
             ends.append(
                 self._call(dispatch_combine.combine_wait, (*back[i], index[i], *sent[i][3:5]), back_where, self.combine)
             )
         y = ends[0] if many == 1 else self._call(aten.cat.default, (ends,), {}, self.combine)
-        y.meta["val"] = value(self.combine)
-        self.combine.replace_all_uses_with(y)
-        for old in (self.combine, self.experts, *getitems(self.dispatch).values(), self.dispatch):
-            self.graph.erase_node(old)
+        replace(self.combine, y)
+        for old in (self.experts, *getitems(self.dispatch).values(), self.dispatch):
+            old.graph.erase_node(old)
         return starts, waits, ends
 
     @staticmethod
     def _stands_for(new: fx.Node, old: fx.Node, many: int) -> fx.Node:
         """``new`` does one of ``many`` parts of what ``old`` does, by the same kernel."""
         new.meta["semantic"], new.meta["share"] = old.meta.get("semantic", old.target), Fraction(1, many)
-        new.meta["moefx"] = replace(origin(new), kernel=origin(old).kernel, why=origin(old).why)
+        new.meta["moefx"] = dataclasses.replace(origin(new), kernel=origin(old).kernel, why=origin(old).why)
         return new

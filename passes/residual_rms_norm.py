@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from moefx import ops
-from moefx.ir.graph import aten, describe, inherit, insert, is_call, value
+from moefx.ir.graph import aten, describe, emit, inherit, is_call, value
 from moefx.rewriting.pipeline import Changes
 from moefx.rewriting.raise_ops import replace_outputs
 
@@ -32,14 +32,12 @@ class FuseResidualRMSNorm:
             ):
                 changes.miss(norm, f"its input {describe(total)} is not a plain sum of two equal shapes")
                 continue
-            val = (value(norm), value(total))
-            new = insert(function.graph, total, ops.add_rms_norm, (*total.args, *norm.args[1:]), norm.kwargs, val=val)
             late = [a for a in norm.args[1:] if isinstance(a, torch.fx.Node) and a.op != "placeholder"]
             if late:
-                function.graph.erase_node(new)
                 changes.miss(norm, f"its weight is computed: {describe(late[0])}")
                 continue
-            inherit(new, [total, norm], self.name)
-            replace_outputs(function.graph, new, (norm, total), self.name)
+            new = emit(total, ops.add_rms_norm, *total.args, *norm.args[1:], **norm.kwargs)
+            inherit(new, [total, norm])
+            replace_outputs((norm, total), new)
             changes.did(new, "moefx.add_rms_norm for a sum and its norm")
         return changes

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from moefx import ops
-from moefx.ir.graph import VIEWS, aten, describe, inherit, insert, is_call, value
+from moefx.ir.graph import VIEWS, aten, describe, emit, inherit, insert, is_call, value
 from moefx.rewriting.certify import certify
 from moefx.rewriting.pattern import Match, Pattern, f64
 from moefx.rewriting.pipeline import Changes
@@ -77,24 +77,24 @@ class RaiseRotary:
                 changes.miss(found[0].outputs[0], problem)
         return changes
 
-    def _table(self, graph: fx.Graph, table: fx.Node, dim: int) -> fx.Node:
+    @staticmethod
+    def _table(table: fx.Node, dim: int) -> fx.Node:
         """The table without the dimension of the heads."""
         if is_call(table, aten.unsqueeze.default):
             return table.args[0]  # type: ignore[return-value]
-        new = insert(graph, table.next, aten.squeeze.dim, (table, dim), val=value(table).squeeze(dim))
-        inherit(new, [table], self.name)
+        new = emit(table.next, aten.squeeze.dim, table, dim)
+        inherit(new, [table])
         return new
 
-    def _plain(self, graph: fx.Graph, layout: str, tables: tuple[fx.Node, ...], dim: int) -> tuple[fx.Node, ...]:
-        plain = tuple(self._table(graph, t, dim) for t in tables)
+    def _plain(self, layout: str, tables: tuple[fx.Node, ...], dim: int) -> tuple[fx.Node, ...]:
+        plain = tuple(self._table(t, dim) for t in tables)
         if layout != "complex":
             return plain
-        parts, before = [], plain[0].next
-        for part in ("cos", "sin"):
-            val = ops.rotary_table(value(plain[0]), part)
-            parts.append(insert(graph, before, ops.rotary_table, (plain[0], part), val=val))
-            inherit(parts[-1], [tables[0]], self.name)
-        return tuple(parts)
+        before = plain[0].next
+        parts = tuple(emit(before, ops.rotary_table, plain[0], part) for part in ("cos", "sin"))
+        for part in parts:
+            inherit(part, [tables[0]])
+        return parts
 
     def _pair(self, function, layout: str, found: list[Match], changes: Changes) -> str | None:
         tables = _tables(found[0])
@@ -106,7 +106,7 @@ class RaiseRotary:
             return f"the tables {' and '.join(map(describe, tables))} do not say alike which dimension the heads are"
         (unsqueeze_dim,) = dims
         q, k = (m.bound["x"] for m in found)
-        args = (q, k, *self._plain(function.graph, layout, tables, unsqueeze_dim))
+        args = (q, k, *self._plain(layout, tables, unsqueeze_dim))
         layout = "pairs" if layout == "complex" else layout
         kwargs = {"layout": layout, "unsqueeze_dim": unsqueeze_dim}
         graph, outputs = function.graph, tuple(m.outputs[0] for m in found)
@@ -124,9 +124,9 @@ class RaiseRotary:
         agrees, how = certify(region, outputs, ops.rotary, args, kwargs)
         if not agrees:
             return f"it looks like moefx.rotary but {how}"
-        new = insert(graph, before, ops.rotary, args, kwargs, val=tuple(value(o) for o in outputs))
-        inherit(new, region, self.name)
-        replace_outputs(graph, new, outputs, self.name)
+        new = insert(before, ops.rotary, args, kwargs, val=tuple(value(o) for o in outputs))
+        inherit(new, region)
+        replace_outputs(outputs, new)
         for view in early:
             view.args[0].append(view)
         changes.did(new, f"moefx.rotary ({layout}) for {len(region)} nodes, {how}")

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import fx
 
 from moefx import ops
-from moefx.ir.graph import VIEWS, arguments, aten, compute, describe, getitems, inherit, insert, is_call, value
+from moefx.ir.graph import VIEWS, arguments, aten, describe, emit, is_call, replace, unpack, value
 from moefx.ir.program import Route
 from moefx.rewriting.pipeline import Changes
 
@@ -54,24 +54,19 @@ class Routes:
         here = is_call(index, operator.getitem) and index.args[1] == 1 and is_call(index.args[0], ops.route)
         return index.args[0] if here else None  # type: ignore[return-value]
 
-    def _call(self, function, at: fx.Node, op, args: tuple, kwargs: dict | None = None) -> fx.Node:
-        new = insert(function.graph, at, op, args, kwargs, val=compute(op, args, kwargs or {}, function.fake_mode))
-        inherit(new, [at], self.name)
-        return new
-
-    def _choose(self, function, route: fx.Node, plan, at: int) -> None:
+    @staticmethod
+    def _choose(function, route: fx.Node, plan, at: int) -> None:
         """Lets the plan, or the function's inputs, choose instead of ``route``."""
-        given, used = arguments(route), getitems(route)
-        after, index = max(used.values()).next, used[1]
+        given, (weights, chosen) = arguments(route), unpack(route)
+        after, index = chosen.next, chosen
         if plan.balanced_routing:
-            index = self._call(function, after, ops.balanced_index, (given["logits"], given["top_k"]))
+            index = emit(after, ops.balanced_index, given["logits"], given["top_k"])
         if function.given:
             known = {n.name: n for n in function.graph.nodes if n.op == "placeholder"}
-            index = self._call(function, after, aten.where.self, (known[function.given[-1]], known[function.given[at]], index))
-        options = {k: given[k] for k in _GIVEN}
-        weights = self._call(function, after, ops.route_at, (given["logits"], given["bias"], index), options)
-        for i, old in used.items():
-            old.replace_all_uses_with((weights, index)[i], lambda reader: reader is not index)
+            index = emit(after, aten.where.self, known[function.given[-1]], known[function.given[at]], index)
+        of_index = emit(after, ops.route_at, given["logits"], given["bias"], index, **{k: given[k] for k in _GIVEN})
+        replace(weights, of_index)
+        chosen.replace_all_uses_with(index, lambda reader: reader is not index)
 
     def _return(self, function, experts: fx.Node, route: fx.Node | None, fixed: str, plan) -> Route:
         graph, given = function.graph, arguments(experts)
@@ -88,7 +83,7 @@ class Routes:
         if route is not None:
             of_router = arguments(route)
             logits = put(of_router["logits"]) if plan.router_z_loss else None
-            nonfinite = put(self._call(function, route, ops.nonfinite, (of_router["logits"],))) if plan.check_numerics else None
+            nonfinite = put(emit(route, ops.nonfinite, of_router["logits"])) if plan.check_numerics else None
             bias = self._name(function, of_router["bias"])
         output.args = (tuple(results),)
         up = given["up"]

@@ -1,16 +1,20 @@
-"""Small helpers over ``torch.fx`` graphs: normalised arguments, where a node comes from, how it is shown."""
+"""Small helpers over ``torch.fx`` graphs: normalised arguments, new nodes, where a node comes from, how it is shown."""
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 aten = torch.ops.aten
 
@@ -46,7 +50,7 @@ class Origin:
     why: str = ""  #: why that kernel
 
     def touched(self, name: str) -> Origin:
-        return self if self.passes[-1:] == (name,) else replace(self, passes=(*self.passes, name))
+        return self if self.passes[-1:] == (name,) else dataclasses.replace(self, passes=(*self.passes, name))
 
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
@@ -70,17 +74,33 @@ def origin(node: fx.Node) -> Origin:
     return found
 
 
-def inherit(new: fx.Node, old: Iterable[fx.Node], pass_name: str) -> None:
-    """Gives ``new`` the sources of the nodes that it replaces, and notes the pass."""
+#: What the exporter notes of a node: the line of Python that made it, the modules around it.
+_STACKS = ("stack_trace", "nn_module_stack")
+_running_pass: ContextVar[str] = ContextVar("running_pass", default="")
+
+
+@contextmanager
+def running_pass(name: str) -> Iterator[None]:
+    """Inside, new nodes are noted as made by the pass ``name``."""
+    token = _running_pass.set(name)
+    try:
+        yield
+    finally:
+        _running_pass.reset(token)
+
+
+def inherit(new: fx.Node, old: Iterable[fx.Node]) -> None:
+    """Gives ``new`` the sources of the nodes that it replaces, and notes the running pass."""
     old = list(old)
     sources = dict.fromkeys(s for n in old for s in origin(n).sources)
     passes = dict.fromkeys(p for n in old for p in origin(n).passes)
-    new.meta["moefx"] = Origin(tuple(sources), (*passes,)).touched(pass_name)
-    for n in old:
-        if "stack_trace" in n.meta:
-            new.meta["stack_trace"] = n.meta["stack_trace"]
-        if "nn_module_stack" in n.meta:
-            new.meta["nn_module_stack"] = n.meta["nn_module_stack"]
+    made, name = Origin(tuple(sources), tuple(passes)), _running_pass.get()
+    new.meta["moefx"] = made.touched(name) if name else made
+    for key in _STACKS:
+        new.meta.pop(key, None)
+        for n in old:
+            if key in n.meta:
+                new.meta[key] = n.meta[key]
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
@@ -176,12 +196,55 @@ class Listing:
         return "\n".join(lines) + "\n"
 
 
-def insert(graph: fx.Graph, before: fx.Node, target: Callable, args: tuple, kwargs: dict | None = None, *, val: Any) -> fx.Node:
-    """A new call before ``before``, with its fake value set."""
-    with graph.inserting_before(before):
-        node = graph.call_function(target, args, kwargs or {})
+def emit(at: fx.Node | fx.Graph, op: Callable, /, *args: Any, **kwargs: Any) -> fx.Node:
+    """Adds the call ``op(*args, **kwargs)`` before the node ``at``, or at the end of the graph ``at``.
+
+    Arguments may be nodes, also within lists. The new node's fake value (``value(node)``) is ``op`` run on the fake values
+    of its arguments. A node emitted before another comes from the same lines of the model, as ``moefx.explain`` shows.
+    """
+    graph = at if isinstance(at, fx.Graph) else at.graph
+    before = next(n for n in reversed(graph.nodes) if n.op == "output") if isinstance(at, fx.Graph) else at
+    return insert(before, op, args, kwargs, val=_run_on_fakes(graph, op, args, kwargs))
+
+
+def insert(before: fx.Node, op: Callable, args: tuple, kwargs: dict | None = None, *, val: Any) -> fx.Node:
+    """:func:`emit` where the fake value is known: that of the nodes that the new one stands for."""
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(op, args, kwargs or {})
     node.meta["val"] = val
+    inherit(node, [before] if before.op == "call_function" else [])
     return node
+
+
+def unpack(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The outputs of a call that returns several values, as nodes in their order."""
+    found, outputs = getitems(node), []
+    for i, val in enumerate(value(node)):
+        at = outputs[-1] if outputs else node
+        if i in found:
+            at.append(found[i])
+        else:
+            with node.graph.inserting_after(at):
+                found[i] = node.graph.call_function(operator.getitem, (node, i))
+            found[i].meta["val"] = val
+            inherit(found[i], [node])
+        outputs.append(found[i])
+    return tuple(outputs)
+
+
+def replace(old: fx.Node, new: fx.Node) -> None:
+    """Makes all readers of ``old`` read ``new`` instead, and erases ``old``.
+
+    ``new`` inherits where ``old`` comes from. What only ``old`` read is dead code, which the pipeline erases after the pass.
+    """
+    mine, theirs = origin(new), origin(old)
+    sources, passes = dict.fromkeys(mine.sources + theirs.sources), dict.fromkeys(theirs.passes + mine.passes)
+    new.meta["moefx"] = dataclasses.replace(mine, sources=tuple(sources), passes=tuple(passes))
+    new.meta = {key: old.meta[key] for key in _STACKS if key in old.meta} | new.meta
+    if shape_text(value(old)) != shape_text(value(new)):
+        new.meta["val"] = value(old)  # the same sizes, as the readers of ``old`` write them
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
 
 
 def getitems(node: fx.Node) -> dict[int, fx.Node]:
@@ -196,8 +259,10 @@ def nodes_of(args: Any) -> list[fx.Node]:
     return list(found)
 
 
-def compute(target: Callable, args: tuple, kwargs: dict, fake_mode: Any) -> Any:
-    """The fake value of ``target(*args)`` where arguments may be nodes."""
+def _run_on_fakes(graph: fx.Graph, op: Callable, args: tuple, kwargs: dict) -> Any:
+    """The fake value of ``op(*args, **kwargs)`` where arguments may be nodes."""
     args, kwargs = fx.node.map_arg((args, kwargs), value)  # type: ignore[assignment,misc]
-    with fake_mode, torch.no_grad():
-        return target(*args, **kwargs)
+    fakes = (value(n) for n in graph.nodes)
+    mode = next((v.fake_mode for v in fakes if isinstance(v, FakeTensor)), nullcontext())
+    with mode, torch.no_grad():
+        return op(*args, **kwargs)

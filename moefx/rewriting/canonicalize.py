@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from moefx.ir.graph import CASTS, arguments, aten, dtype_of, inherit, insert, is_call, op_name, value
+from moefx.ir.graph import CASTS, arguments, aten, dtype_of, emit, is_call, op_name, replace, value
 from moefx.rewriting.pipeline import Changes
 
-#: The pass that does this to captured graphs.
-NAME = "canonicalize"
 _ASSERTIONS = {
     aten._assert_tensor_metadata.default, aten._assert_async.msg, aten._assert_scalar.default,
     aten.sym_constrain_range.default, aten.sym_constrain_range_for_size.default,
@@ -26,7 +24,8 @@ def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
     return len(a.shape) == len(b.shape) and all(str(x) == str(y) for x, y in zip(a.shape, b.shape, strict=True))
 
 
-def _replace(node: fx.Node, by: fx.Node) -> None:
+def _drop(node: fx.Node, by: fx.Node) -> None:
+    """Makes the readers of ``node`` read ``by``, which is what it was already."""
     node.replace_all_uses_with(by)
     node.graph.erase_node(node)
 
@@ -55,21 +54,21 @@ def canonicalize(graph: fx.Graph) -> Changes:
 
 
 def _rewrite(node: fx.Node) -> bool:
-    graph, x = node.graph, node.args[0] if node.args else None
+    x = node.args[0] if node.args else None
     if node.target in _ASSERTIONS:
         if node.target is aten._assert_tensor_metadata.default and isinstance(x, fx.Node):
             # Export leaves this where the model casts to the dtype that the value already has: a trace of the cast.
             x.meta["identity_cast"] = True
-        graph.erase_node(node)
+        node.graph.erase_node(node)
         return True
     if node.target in _COPIES and isinstance(x, fx.Node) and not _feeds_output(node):
-        _replace(node, x)  # the graph is functional: nobody can tell a copy from its source
+        _drop(node, x)  # the graph is functional: nobody can tell a copy from its source
         return True
     if is_call(node, aten.slice.Tensor) and _is_whole(node) and not _feeds_output(node):
-        _replace(node, x)  # type: ignore[arg-type]
+        _drop(node, x)  # type: ignore[arg-type]
         return True
     if is_call(node, aten.dropout.default) and (not node.args[2] or node.args[1] == 0):
-        _replace(node, x)  # type: ignore[arg-type]
+        _drop(node, x)  # type: ignore[arg-type]
         return True
     if node.target in CASTS and isinstance(value(node), torch.Tensor):
         return _cast(node, x)
@@ -79,29 +78,18 @@ def _rewrite(node: fx.Node) -> bool:
             given["self"].meta["identity_cast"] = True
             node.args, node.kwargs = (given["self"], given["dim"]), {}
             return True
-        cast = insert(
-            graph,
-            node,
-            aten._to_copy.default,
-            (given["self"],),
-            {"dtype": given["dtype"]},
-            val=value(given["self"]).to(given["dtype"]),
-        )
-        inherit(cast, [node], NAME)
+        cast = emit(node, aten._to_copy.default, given["self"], dtype=given["dtype"])
         node.args, node.kwargs = (cast, given["dim"]), {}
         return True
     if is_call(node, aten.copy.default):  # what functionalization leaves of `x[...] = y`; autograd has no rule for it
         source = node.args[1]
         if _same_shape(value(source), value(node)) and value(source).dtype == value(node).dtype:
-            _replace(node, source)  # type: ignore[arg-type]
+            _drop(node, source)  # type: ignore[arg-type]
             return True
-        wide = value(node).to(value(source).dtype)
-        target = insert(graph, node, aten.expand_as.default, (source, node.args[0]), val=wide)
+        target = emit(node, aten.expand_as.default, source, node.args[0])
         if value(source).dtype != value(node).dtype:
-            inherit(target, [node], NAME)
-            target = insert(graph, node, aten._to_copy.default, (target,), {"dtype": value(node).dtype}, val=value(node))
-        inherit(target, [node], NAME)
-        _replace(node, target)
+            target = emit(node, aten._to_copy.default, target, dtype=value(node).dtype)
+        replace(node, target)
         return True
     if is_call(node, aten.square.default):  # which torch computes as a power
         node.target, node.args = aten.pow.Tensor_Scalar, (x, 2)
@@ -112,7 +100,7 @@ def _rewrite(node: fx.Node) -> bool:
         return True
     if node.target in _RESHAPES and isinstance(x, fx.Node):
         if _same_shape(value(x), value(node)) and not _feeds_output(node):
-            _replace(node, x)
+            _drop(node, x)
             return True
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default  # a view can fail where a kernel returns other strides
@@ -127,7 +115,7 @@ def _cast(node: fx.Node, x: Any) -> bool:
     # in float64 casts are kept: a traced pattern says "to the dtype of the input" with them
     if value(x).dtype == val.dtype and val.dtype is not torch.float64 and not (x.op == "placeholder" and _feeds_output(node)):
         x.meta["identity_cast"] = True
-        _replace(node, x)
+        _drop(node, x)
         return True
     if node.target is not aten._to_copy.default or node.kwargs != {"dtype": val.dtype}:
         node.target, node.args, node.kwargs = aten._to_copy.default, (x,), {"dtype": val.dtype}

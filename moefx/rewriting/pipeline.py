@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from torch import fx
 
 from moefx.errors import MoefxError, PassError
-from moefx.ir.graph import Listing, describe, op_name, origin
+from moefx.ir.graph import Listing, describe, op_name, origin, running_pass
 
 if TYPE_CHECKING:
     from moefx.ir.plan import Plan
@@ -163,7 +163,8 @@ def run_pass(p: Pass, function: Function, plan: Plan) -> tuple[Changes, float, L
     """One pass over one function: the changes, seconds, and the code before and after. Its module is not compiled again."""
     before, started = Listing.of(function.graph), time.perf_counter()
     try:
-        changes = p.run(function, plan)
+        with running_pass(p.name):
+            changes = p.run(function, plan)
     except MoefxError:
         raise
     except Exception as error:
@@ -197,7 +198,7 @@ def check(name: str, function: Function) -> None:
         if node.op == "call_function" and "val" not in node.meta:
             raise PassError(
                 f"pass {name!r} left {describe(node)} in {function.name!r} without meta['val']: later passes and backends "
-                "read shapes and dtypes there; use moefx.insert"
+                "read shapes and dtypes there; use moefx.emit"
             )
         seen.add(node)
     outputs = [n for n in function.graph.nodes if n.op == "output"]

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from moefx.errors import MoefxError
-from moefx.ir.graph import aten, compute, describe, inherit, insert, is_call, op_name, value
+from moefx.ir.graph import aten, describe, emit, inherit, insert, is_call, op_name, replace, unpack, value
 from moefx.ops import BODIES
 from moefx.rewriting.certify import certify
 from moefx.rewriting.pattern import Match, Miss, Pattern
@@ -130,30 +130,19 @@ class Raise:
         if not agrees:
             return f"it looks like {op_name(self.op)} but {how}"
         if len(outputs) == 1:
-            node = insert(graph, before, self.op, args, kwargs, val=value(outputs[0]))
+            node = insert(before, self.op, args, kwargs, val=value(before))
+        elif None in outputs:  # nothing in the graph says what this output is
+            node = emit(before, self.op, *args, **kwargs)
         else:
-            vals = [value(o) for o in outputs]
-            if any(o is None for o in outputs):
-                made = compute(self.op, args, kwargs, function.fake_mode)
-                vals = [m if o is None else v for o, m, v in zip(outputs, made, vals, strict=True)]
-            node = insert(graph, before, self.op, args, kwargs, val=tuple(vals))
-        inherit(node, match.nodes, self.name)
-        replace_outputs(graph, node, outputs, self.name)
+            node = insert(before, self.op, args, kwargs, val=tuple(map(value, outputs)))
+        inherit(node, match.nodes)
+        replace_outputs(outputs, node)
         changes.did(node, f"{op_name(self.op)} for {len(match.nodes)} nodes, {how}")
         return None
 
 
-def replace_outputs(graph: fx.Graph, node: fx.Node, outputs: Sequence[fx.Node | None], name: str) -> None:
-    """Makes the users of ``outputs`` read ``node``: its value, or its values through getitem."""
-    import operator
-
-    for i, out in enumerate(outputs):
-        if out is None:
-            continue
-        new = node
-        if len(outputs) > 1:
-            with graph.inserting_after(node):
-                new = graph.call_function(operator.getitem, (node, i))
-            new.meta["val"] = value(out)
-            inherit(new, [node], name)
-        out.replace_all_uses_with(new)
+def replace_outputs(outputs: Sequence[fx.Node | None], node: fx.Node) -> None:
+    """Makes the readers of ``outputs`` read what ``node`` returns; None: nobody reads this output."""
+    for old, new in zip(outputs, unpack(node) if len(outputs) > 1 else [node], strict=True):
+        if old is not None:
+            replace(old, new)
