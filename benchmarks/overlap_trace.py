@@ -144,8 +144,8 @@ def svg(found: dict[str, list[Span]], title: str) -> str:
 
 def build(family: str, cpu: bool) -> torch.nn.Module:
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    from tests import families
     from tests.gpu.dispatch_ranks import MODELS
+    from tests.support import families
 
     return families.build(family, **({} if cpu else MODELS[family])).bfloat16()
 

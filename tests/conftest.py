@@ -1,10 +1,9 @@
-"""Shared by all tests: one thread a process (the ranks' tests start several), quiet models, ``spawn`` importable."""
+"""Shared by all tests: one thread a process (the ranks' tests start several), quiet models."""
 
 import gc
 import logging
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +29,6 @@ def pytest_configure(config: pytest.Config) -> None:
     # tests compile operations by themselves, without moefx's cache key: code of another version's shapes must not be found
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir(), f"moefx-tests-{os.getuid()}-{revision()[:12]}"))
     torch.set_num_threads(1)
-    sys.path.append(str(Path(__file__).parent / "ranks"))  # under pytest's importlib mode no test folder is on the path
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
@@ -54,24 +52,24 @@ def seed() -> None:
 
 
 @pytest.fixture(scope="module")
-def remembered_captures() -> Iterator[None]:
+def cached_captures() -> Iterator[None]:
     """Models of these tests that were captured before are not captured again."""
-    import remembered
+    from tests.support import capture_cache
 
-    remembered.start()
+    capture_cache.start()
     yield
-    remembered.stop()
+    capture_cache.stop()
 
 
 #: Files that take long, longest first: started last, one would run alone while the other process has nothing to do.
 _LONG = (
-    "ranks/test_parallelize",
-    "ranks/test_families",
-    "test_examples",
-    "test_routing",
-    "test_families",
-    "ranks/",
-    "test_install",
+    "distributed/test_parallelize",
+    "distributed/test_families",
+    "flows/test_examples",
+    "runtime/test_router_state",
+    "flows/test_families",
+    "distributed/",
+    "runtime/test_install",
 )
 
 

@@ -10,10 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import moefx
 from moefx import ops
+from tests.support.families import COMMON, batch, build
 
-from .families import COMMON, batch, build
-
-pytestmark = pytest.mark.usefixtures("remembered_captures")
+pytestmark = pytest.mark.usefixtures("cached_captures")
 
 
 @pytest.fixture(scope="module")

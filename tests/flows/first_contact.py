@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 import moefx
-from tests.families import FAMILIES, build
+from tests.support.families import FAMILIES, build
 
 STEPS = 3
 
@@ -298,15 +298,14 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     seeds, wrong = range(args.seed, args.seed + args.cases), 0
-    sys.path.insert(0, str(Path(__file__).parent.parent / "ranks"))
-    import remembered
+    from tests.support import capture_cache
 
-    remembered.start()
+    capture_cache.start()
     for seed in seeds:
         case = Case.drawn(seed, args.ranks)
         if args.ranks > 1:
-            from spawn import run
-            from test_first_contact import in_ranks
+            from tests.flows.test_first_contact import in_ranks
+            from tests.support.spawn import run
 
             said = next((s[seed] for s in run(in_ranks, args.ranks, [seed], timeout=120) if s[seed]), [])
         else:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-from spawn import run
 
-sys.path.append(str(Path(__file__).parent))
-from first_contact import Case, differences
+from tests.flows.first_contact import Case, differences
+from tests.support.spawn import run
 
-pytestmark = pytest.mark.usefixtures("remembered_captures")
+pytestmark = pytest.mark.usefixtures("cached_captures")
 
 
 @pytest.mark.parametrize("seed", [2, 3, 7, 11, 26])

@@ -247,7 +247,7 @@ WARM = 10  #: steps until memory has to be flat
 
 def train(family: str, backends: tuple[str, ...], steps: int, compile: bool, chunks: int = 0, **options: Any) -> Trained:
     """As one would: checkpointed blocks, gradients clipped over all meshes at once, AdamW. Lengths change from step to step."""
-    from tests.families import build
+    from tests.support.families import build
 
     with torch.device(DEVICE):
         model = build(family, **({} if CPU else MODELS[family])).bfloat16()

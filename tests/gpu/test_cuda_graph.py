@@ -61,7 +61,7 @@ def differ(found, wanted):
 )
 def test_replayed_steps_train_as_others_do(name, every, compile):
     import moefx
-    from tests.families import build
+    from tests.support.families import build
 
     results = []
     for graph in (False, True):
@@ -75,7 +75,7 @@ def test_replayed_steps_train_as_others_do(name, every, compile):
 
 def test_other_kinds_of_batches_run_as_ever_and_counts_go_on():
     import moefx
-    from tests.families import build
+    from tests.support.families import build
 
     model = moefx.optimize(build("qwen3_moe").to("cuda", torch.bfloat16), compile=False)
     moefx.count_routes(model)
@@ -92,7 +92,7 @@ def test_other_kinds_of_batches_run_as_ever_and_counts_go_on():
 def test_slices_of_longer_batches_are_recorded():
     """Their strides are not those of the memory that is recorded: code that was compiled for them does not serve it."""
     import moefx
-    from tests.families import build
+    from tests.support.families import build
 
     model = moefx.optimize(build("qwen3_moe").to("cuda", torch.bfloat16))
     step = moefx.cuda_graph(model)
@@ -103,7 +103,7 @@ def test_slices_of_longer_batches_are_recorded():
 
 def test_packed_sequences_are_others_in_each_replay():
     import moefx
-    from tests.families import build
+    from tests.support.families import build
 
     results = []
     for graph in (False, True):
@@ -119,7 +119,7 @@ def test_packed_sequences_are_others_in_each_replay():
 
 def test_what_would_be_silently_wrong_is_an_error():
     import moefx
-    from tests.families import build
+    from tests.support.families import build
 
     model = moefx.optimize(build("qwen3_moe").to("cuda", torch.bfloat16), compile=False)
     step = moefx.cuda_graph(model)
@@ -148,7 +148,7 @@ def test_the_trainers_steps(tmp_path, accumulation):
 
     import moefx
     from moefx.trainer import Trainer
-    from tests.families import build
+    from tests.support.families import build
 
     results = []
     for graph in (False, True):
@@ -185,7 +185,7 @@ def job() -> None:
     sys.path.insert(0, str(ROOT))
     import moefx
     from moefx.backends import deepep
-    from tests.families import build
+    from tests.support.families import build
 
     rank = int(sys.argv[1])
     device = torch.device("cuda", rank % torch.cuda.device_count())

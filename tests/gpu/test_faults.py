@@ -24,7 +24,7 @@ def job() -> None:
 
     sys.path.insert(0, str(ROOT))
     import moefx
-    from tests.families import batch, build
+    from tests.support.families import batch, build
 
     rank = int(sys.argv[1])
     device = torch.device("cuda", rank % torch.cuda.device_count())

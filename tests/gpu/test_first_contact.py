@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import moefx
-
-sys.path.append(str(Path(__file__).parent.parent / "flows"))
-from first_contact import Case, differences
-
-from ..families import batch, build
+from tests.flows.first_contact import Case, differences
+from tests.support.families import batch, build
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parent))
-from pages import ROOT, Command, blocks, code_of, commands
+from tests.gpu.pages import ROOT, Command, blocks, code_of, commands
 
 GPUS = torch.cuda.device_count()
 SHARED = GPUS == 1 and torch.cuda.nccl.version() >= (2, 30)

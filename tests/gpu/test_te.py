@@ -7,9 +7,8 @@ import moefx
 from moefx import ops
 from moefx.backends import builtin, te
 from moefx.kernels.te import attention, available, grouped, linear
-
-from .. import grouped_checks
-from .. import te_checks as checks
+from tests.support import grouped_checks
+from tests.support import te_checks as checks
 
 CUDA = "cuda"
 DTYPES = (torch.float32, torch.bfloat16)

@@ -18,9 +18,8 @@ from moefx.kernels import experts
 from moefx.ops import grouped_mlp as grouped
 from moefx.ops.activations import ACTIVATIONS
 from moefx.passes import RecomputeExperts, default
-
-from .. import grouped_checks
-from ..families import batch, build
+from tests.support import grouped_checks
+from tests.support.families import batch, build
 
 EXPERTS, GROUPED_MLP = (backend.BACKEND.kernels[op].fn for op in (ops.experts, grouped.grouped_mlp))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -15,9 +15,8 @@ from moefx.backends import quack, triton
 from moefx.kernels import fp8_grouped, fp8_quantize, permute
 from moefx.ops import grouped_mlp as grouped
 from moefx.passes import FP8, default
-
-from ..families import batch, build
-from .test_experts import make, run
+from tests.kernels.test_experts import make, run
+from tests.support.families import batch, build
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

@@ -12,9 +12,8 @@ from moefx.backends import quack as backend
 from moefx.backends import triton
 from moefx.kernels import linear_cross_entropy as chunked
 from moefx.ops import grouped_mlp as grouped
-
-from .. import grouped_checks
-from .test_experts import compare, make, run
+from tests.kernels.test_experts import compare, make, run
+from tests.support import grouped_checks
 
 problem = backend.BACKEND.available() if torch.cuda.is_available() else "no CUDA device"
 pytestmark = pytest.mark.skipif(problem is not None, reason=str(problem))

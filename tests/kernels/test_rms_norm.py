@@ -18,8 +18,7 @@ from moefx.backends import triton as backend
 from moefx.ir.graph import value
 from moefx.kernels import norm as kernels
 from moefx.kernels.partial_sums import partial_sums
-
-from ..families import batch, build
+from tests.support.families import batch, build
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: Two roundings. Triton's interpreter cuts off where a device rounds to the nearest.

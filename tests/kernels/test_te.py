@@ -7,9 +7,8 @@ from moefx import ops
 from moefx.backends import te
 from moefx.errors import MoefxError
 from moefx.kernels.te import attention
-
-from .. import grouped_checks, te_standin
-from .. import te_checks as checks
+from tests.support import grouped_checks, te_standin
+from tests.support import te_checks as checks
 
 CPU = "cpu"
 

@@ -1,0 +1,89 @@
+"""PEFT's adapters in captured blocks: loss and gradients of the adapters as without moefx, however they are switched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import moefx
+from tests.runtime.test_lifecycle import assert_same_step
+from tests.support.families import batch, build
+
+peft = pytest.importorskip("peft")
+
+
+def adapted(family: str, optimize: bool, **options: Any) -> Any:
+    model = peft.get_peft_model(build(family), peft.LoraConfig(r=4, lora_alpha=8, **options))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return (moefx.optimize(model, compile=False, strict=True) if optimize else model).train()
+
+
+ROUTER = ["gate.weight", "router.weight"]
+CASES = {
+    "all-linear": ("qwen3_moe", {"target_modules": "all-linear"}),
+    "gate": ("deepseek_v3", {"target_modules": ["q_b_proj", "gate"]}),
+    "router and experts": ("gpt_oss", {"target_modules": ["q_proj"], "target_parameters": [*ROUTER, "gate_up_proj"]}),
+    "experts on every token": ("llama4_text", {"target_parameters": ["gate_up_proj", "down_proj"]}),
+    "a router saved whole": ("mixtral", {"target_modules": ["q_proj"], "modules_to_save": ["gate"]}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_adapted_parameters_are_captured(case):
+    family, options = CASES[case]
+    model = adapted(family, True, **options)
+    assert_same_step(model, adapted(family, False, **options))
+    assert not moefx.report(model).fallbacks
+
+
+def test_adapters_that_are_switched():
+    """A graph holds the update of one state: off (DPO's reference), another adapter, merged, scaled."""
+    options = {"target_modules": ["q_proj", "gate"], "target_parameters": ["mlp.experts.gate_up_proj"]}
+    losses: list[list[float]] = []
+    for optimize in (False, True):
+        model = adapted("qwen3_moe", False, **options)
+        torch.manual_seed(3)
+        model.add_adapter("second", peft.LoraConfig(r=4, init_lora_weights=False, **options))
+        if optimize:
+            moefx.optimize(model, compile=False)
+        found: list[float] = []
+
+        def look(model: Any = model, found: list[float] = found) -> None:
+            with torch.no_grad():
+                found.append(float(model(**batch(2, 9)).loss))
+
+        look()
+        with model.disable_adapter():
+            look()
+        model.set_adapter("second")
+        look()
+        model.merge_adapter()
+        look()
+        with model.disable_adapter():  # takes them out of the weights in the forward
+            look()
+        look()
+        for module in model.modules():
+            if hasattr(module, "scale_layer"):
+                module.scale_layer(2.0)
+        look()
+        losses.append(found)
+    plain, ours = losses
+    assert ours == pytest.approx(plain, abs=2e-5)
+    assert len({round(x, 4) for x in plain}) >= 4  # they differ, so that a mistake shows
+
+
+def test_layers_that_differ_in_scaling_alone():
+    options = {"target_modules": ["q_proj"], "alpha_pattern": {"layers.1.self_attn.q_proj": 32}}
+    assert_same_step(adapted("qwen3_moe", True, **options), adapted("qwen3_moe", False, **options))
+
+
+def test_restore_gives_peft_its_classes_back():
+    model = adapted("qwen3_moe", True, target_modules=["q_proj"])
+    moefx.restore(model)
+    assert type(model) is peft.PeftModel and type(model.base_model) is peft.LoraModel

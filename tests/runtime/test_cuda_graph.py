@@ -1,0 +1,78 @@
+"""What a recorded step does besides replaying, without a GPU: tests/gpu/test_cuda_graph.py has the graphs themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import moefx
+from moefx.runtime.cuda_graph import Recorded, _ran_out
+from tests.support.families import batch, build
+
+
+class Replays:
+    """Stands for a graph: writes what a backward of ``x -> sum(w * x)`` would, into the same memory each time."""
+
+    def __init__(self, recorded):
+        self.recorded = recorded
+
+    def replay(self):
+        (w,) = self.recorded.gradients
+        x = self.recorded.inputs["x"]
+        self.recorded.loss.copy_((w.detach() * x).sum())
+        self.recorded.gradients[w].copy_(x)
+
+
+def recorded(w):
+    made = Recorded(None, {"x": torch.zeros(3)}, torch.zeros(()), {w: torch.full((3,), 7.0)}, [])
+    made.graph = Replays(made)
+    return made
+
+
+def test_gradients_add_up_until_they_are_none():
+    w = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+    step, plain = recorded(w), nn.Parameter(w.detach().clone())
+    losses = []
+    for i in range(6):
+        x = torch.tensor([1.0, -1.0, 0.5]) * (i + 1)
+        losses.append(step.replay({"x": x}))
+        loss = (plain * x).sum()
+        loss.backward()
+        assert torch.equal(losses[-1], loss.detach()) and torch.equal(w.grad, plain.grad)
+        if i == 1:
+            w.grad = plain.grad = None
+        if i == 3:  # as zero_grad(set_to_none=False)
+            w.grad.zero_()
+            plain.grad.zero_()
+    assert len({float(x) for x in losses}) == 6  # not one tensor that all replays write
+
+
+def test_a_gradient_of_another_step_is_kept():
+    w = nn.Parameter(torch.ones(3))
+    step = recorded(w)
+    (w * 10).sum().backward()
+    before = w.grad
+    step.replay({"x": torch.ones(3)})
+    assert w.grad is before and torch.equal(w.grad, torch.full((3,), 11.0))
+
+
+def test_memory_that_ran_out_is_found_behind_the_error_that_hides_it():
+    def recording():
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            raise RuntimeError("capturing stream has unjoined work")
+
+    with pytest.raises(RuntimeError) as caught:
+        recording()
+    assert _ran_out(caught.value) and not _ran_out(RuntimeError("operation not permitted when stream is capturing"))
+
+
+def test_refusals():
+    with pytest.raises(moefx.MoefxError, match="is not optimized"):
+        moefx.cuda_graph(build("qwen3_moe"))
+    model = moefx.optimize(build("qwen3_moe"), compile=False)
+    with pytest.raises(moefx.MoefxError, match="needs a model on a CUDA device, this one is on cpu"):
+        moefx.cuda_graph(model)
+    model(**batch(1, 5)).loss.backward()  # and nothing has changed
