@@ -227,7 +227,7 @@ def test_doctor_says_what_to_do_about_a_deep_ep_that_does_not_serve(monkeypatch)
             "2.20.2",
             "2.12.0",
             (2, 28, 9),
-            "NCCL EP needs NCCL 2.30.4 or later, torch has 2.28.9: pip install -U nvidia-nccl-cu13",
+            "NCCL EP needs NCCL 2.30.4 or later, this process has 2.28.9: pip install -U nvidia-nccl-cu13",
         ),
         (
             "2.20.2",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,11 +50,32 @@ class _Key(CustomGraphPass):
         return then and (own, then)  # None: not to be cached, as Inductor has it for such a pass
 
 
+#: torch.export's functions of sizes, and Python's own, which Dynamo traces of sizes and of plain numbers alike: of the former
+#: it refuses numbers (torch 2.11: "torch.* op returned non-Tensor"; 2.13 takes sym_min and sym_max), and the sizes of a first
+#: call are numbers.
+_OF_NUMBERS: dict[Any, Callable] = {
+    torch.sym_min: min, torch.sym_max: max, torch.sym_int: int, torch.sym_float: float, torch.sym_not: operator.not_,
+}  # fmt: skip
+
+
+def with_builtins(graph: fx.GraphModule) -> fx.GraphModule:
+    """``graph``, or a copy that calls Python's functions of numbers; tracing it again would specialize on their results."""
+    if not any(n.target in _OF_NUMBERS for n in graph.graph.nodes):
+        return graph
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(graph.graph, {}))
+    for node in copied.nodes:
+        if node.target in _OF_NUMBERS:
+            node.target = _OF_NUMBERS[node.target]
+    return fx.GraphModule(graph, copied)
+
+
 def compiled(graph: fx.GraphModule, plan: Plan) -> Callable:
     """The graph's forward, compiled as ``plan.compile`` says (True: Inductor; a name: that backend; False: not)."""
-    run: Callable = graph.forward  # not the module: its __call__ looks into exceptions that pass, as early stopping is one
+    # not the module: its __call__ looks into exceptions that pass, as early stopping is one
     if not plan.compile:
-        return run
+        return graph.forward
+    run: Callable = with_builtins(graph).forward
     backend = plan.compile if isinstance(plan.compile, str) else "inductor"
     options: dict[str, Any] | None = None
     if backend == "inductor":

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from moefx import transports
 from moefx.backends import Backend, Kernel, deepep
+from moefx.internals import nccl
 from moefx.ir.graph import arguments, value
 from moefx.ops import dispatch_combine
 from moefx.transports import Call, Dispatched, Host, Shapes, Wait, fp8_rows, make_host
@@ -34,9 +35,9 @@ def available() -> str | None:
         return problem
     if not hasattr(deepep._library(), "ElasticBuffer"):
         return f"deep_ep {deepep.version()} has no ElasticBuffer, 2.0 and later have: {deepep.INSTALL}"
-    if torch.cuda.nccl.version() < (2, 30, 4):
-        found = ".".join(map(str, torch.cuda.nccl.version()))
-        return f"ElasticBuffer needs NCCL 2.30.4 or later, torch has {found}: pip install -U nvidia-nccl-cu13 (or -cu12)"
+    if nccl.version() < (2, 30, 4):
+        found = ".".join(map(str, nccl.version()))
+        return f"ElasticBuffer needs NCCL 2.30.4 or later, this process has {found}: pip install -U nvidia-nccl-cu13 (or -cu12)"
     return None
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from moefx import transports
 from moefx.backends import Backend, Kernel, deepep
 from moefx.errors import MoefxError
+from moefx.internals import nccl
 from moefx.ir.graph import arguments
 from moefx.ops import dispatch_combine
 from moefx.transports import Call, Dispatched, Host, Shapes, Wait, make_host
@@ -57,9 +58,11 @@ def missing() -> str | None:
         return f"transformer-engine {version} has no NCCL EP, 2.20 and later have: pip install -U moefx[te]"
     if not torch.cuda.is_available():
         return "NCCL EP needs a CUDA device, and there is none"
-    found = torch.cuda.nccl.version()
+    found = nccl.version()
     if found < (2, 30, 4):
-        return f"NCCL EP needs NCCL 2.30.4 or later, torch has {'.'.join(map(str, found))}: pip install -U nvidia-nccl-cu13"
+        return (
+            f"NCCL EP needs NCCL 2.30.4 or later, this process has {'.'.join(map(str, found))}: pip install -U nvidia-nccl-cu13"
+        )
     try:
         library = _library()
     except Exception as error:

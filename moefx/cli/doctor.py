@@ -17,6 +17,7 @@ import moefx
 from moefx import backends
 from moefx.analysis.text import render
 from moefx.backends import deepep
+from moefx.internals import nccl
 
 
 def cuda_lacks(version: str | None) -> str:
@@ -31,7 +32,7 @@ def nccl_state() -> str:
     """NCCL's version, and what an older one lacks."""
     if not torch.cuda.is_available() or not torch.distributed.is_nccl_available():
         return "not used: no CUDA device"
-    found = torch.cuda.nccl.version()
+    found = nccl.version()
     lacks = f"; DeepEP's ElasticBuffer and NCCL EP need 2.30.4: pip install -U nvidia-nccl-cu{(torch.version.cuda or '13')[:2]}"
     return ".".join(map(str, found)) + (lacks if found < (2, 30, 4) else "")
 

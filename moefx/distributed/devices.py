@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store
 
 from moefx.errors import MoefxError
+from moefx.internals import nccl
 
 #: From this version on, with NCCL_MULTI_RANK_GPU_ENABLE=1, NCCL lets several ranks share a GPU.
 SHARING = (2, 30)
@@ -51,7 +52,7 @@ def _over_nccl() -> bool:
 
 
 def _may_share() -> bool:
-    return os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1" and torch.cuda.nccl.version() >= SHARING
+    return os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1" and nccl.version() >= SHARING
 
 
 def _refuse_sharing(device: torch.device) -> None:

@@ -1,5 +1,7 @@
 """Inductor's disk cache: code is found again, but never that of another version of moefx or another size of the group."""
 
+import operator
+
 import pytest
 import torch
 from torch import fx
@@ -69,3 +71,32 @@ def test_revision_is_of_all_sources(tmp_path, monkeypatch):
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "b.py").write_text("")
     assert read() != first
+
+
+def _of_numbers() -> fx.GraphModule:
+    """A function that computes with a size what torch.export writes for ``min``, ``max``, ``int``, ``float`` and ``not``."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    size = graph.call_function(torch.ops.aten.sym_size.int, (x, 0))
+    few = graph.call_function(torch.sym_min, (size, 8))
+    many = graph.call_function(torch.sym_max, (few, 3))
+    half = graph.call_function(torch.sym_int, (graph.call_function(torch.sym_float, (many,)),))
+    kept = graph.call_function(torch.ops.aten.slice.Tensor, (x, 0, 0, half))
+    wide = graph.call_function(torch.sym_not, (graph.call_function(operator.lt, (size, 100)),))
+    scaled = graph.call_function(torch.ops.aten.mul.Tensor, (kept, graph.call_function(torch.sym_int, (wide,))))
+    graph.output((graph.call_function(torch.ops.aten.add.Tensor, (kept, scaled)),))
+    return fx.GraphModule({}, graph)
+
+
+def test_what_exports_compute_of_sizes_compiles_at_a_first_length_and_another():
+    plain = _of_numbers()
+    run = compile.compiled(plain, Plan((), compile="eager"))
+    for size in (4, 20, 120, 2):
+        x = torch.randn(size, 3)
+        torch.testing.assert_close(run(x), plain(x))
+    with_numbers = compile.with_builtins(plain)
+    # torch 2.11's Dynamo traces none of these where their arguments are plain numbers
+    assert not any(
+        getattr(torch, n) in {node.target for node in with_numbers.graph.nodes} for n in dir(torch) if n.startswith("sym_")
+    )
+    assert any(node.target is torch.sym_min for node in plain.graph.nodes), "the graph that people look at stays as it was"

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from moefx.internals import nccl
+
 ROOT = Path(__file__).parent.parent.parent
 #: What belongs to which part of the report, by the beginning of a test's name.
 SUITES = {
@@ -97,7 +99,7 @@ def main() -> int:
     results = sorted_out(cases)
     summary = {
         "commit": commit(), "gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count(),
-        "cuda": torch.version.cuda, "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "cuda": torch.version.cuda, "nccl": ".".join(map(str, nccl.version())),
         "python": sys.version.split()[0], "versions": {p: v for p in PACKAGES if (v := version(p))}, "seconds": round(time.monotonic() - started),
         "exit_code": code, "results": results,
     }  # fmt: skip

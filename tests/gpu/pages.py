@@ -34,7 +34,7 @@ class Command:
         text = next((i for start, i in INSTEAD.items() if f"{self.text}  ".startswith(start)), self.text)
         text = re.sub(r"(--nproc-per-node|--num_processes) 8", rf"\1 {ranks}", text)
         text = re.sub(r"(torchrun.*--ep-size) 8", rf"\1 {ranks}", text).replace("FOLDER", folder)
-        wanted = _ranks_of(text)
+        wanted = min(_ranks_of(self.text), 2) if ranks == 1 else _ranks_of(text)
         return f"skip: {wanted} ranks, {ranks} can be had" if wanted > ranks else text
 
     @property

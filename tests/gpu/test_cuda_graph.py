@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from moefx.internals import nccl
+
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 8  #: of which WARMUP run as ever
 
@@ -216,7 +218,7 @@ def job() -> None:
 
 
 @pytest.mark.skipif(
-    torch.cuda.device_count() < 2 and (not torch.cuda.is_available() or torch.cuda.nccl.version() < (2, 30)),
+    torch.cuda.device_count() < 2 and (not torch.cuda.is_available() or nccl.version() < (2, 30)),
     reason="needs two GPUs, or NCCL 2.30 for two ranks on one",
 )
 def test_over_ranks():

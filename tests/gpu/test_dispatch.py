@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from moefx.internals import nccl
+
 HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(
-    torch.cuda.device_count() < 2 and (not torch.cuda.is_available() or torch.cuda.nccl.version() < (2, 30)),
+    torch.cuda.device_count() < 2 and (not torch.cuda.is_available() or nccl.version() < (2, 30)),
     reason="one GPU, and NCCL before 2.30 lets no two ranks share it",
 )
 def test_transports_agree_with_one_process_and_train():

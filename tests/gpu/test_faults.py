@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from moefx.internals import nccl
+
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -45,7 +47,7 @@ def job() -> None:
 
 
 def several_ranks() -> bool:
-    return torch.cuda.device_count() > 1 or (torch.cuda.is_available() and torch.cuda.nccl.version() >= (2, 30))
+    return torch.cuda.device_count() > 1 or (torch.cuda.is_available() and nccl.version() >= (2, 30))
 
 
 @pytest.mark.skipif(not several_ranks(), reason="needs two GPUs, or NCCL 2.30 for two ranks on one")

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from moefx.internals import nccl
 from tests.gpu.pages import ROOT, Command, blocks, code_of, commands
 
 GPUS = torch.cuda.device_count()
-SHARED = GPUS == 1 and torch.cuda.nccl.version() >= (2, 30)
+SHARED = GPUS == 1 and nccl.version() >= (2, 30)
 RANKS = 4 if SHARED else max(GPUS, 1)
 #: Put before a block of a page: what the page takes for granted.
 BEFORE = """
