@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -51,8 +49,16 @@ def _computed(*given: Tensor) -> Tensor:
     return _sparse(lambda op, *args, **kwargs: op(*args, **kwargs), *given)
 
 
-@dataclass(frozen=True)
-class _RaiseDenseExperts(Raise):
+class DenseExperts(Raise):
+    """One expert a token instead of all, where the others would compute zeros."""
+
+    def __init__(self) -> None:
+        example = {
+            "x": f64(3, 10), "logits": f64(3, 19), "up": f64(19, 10, 14), "down": f64(19, 7, 10), "top_k": 13, "experts": 19,
+        }  # fmt: skip
+        needs = {aten.topk.default, aten.scatter.src, aten.repeat.default, aten.bmm.default}
+        super().__init__("dense_experts", ops.experts, example, body=_dense, needs=lambda _: needs)
+
     def run(self, function, plan=None) -> Changes:
         changes = super().run(function, plan)
         if changes.made:  # now there are experts, to whom tokens can be told to go
@@ -82,10 +88,3 @@ class _RaiseDenseExperts(Raise):
         many = value(given[2]).shape[0]
         changes.did(experts, f"moefx.experts for {len(match.nodes)} nodes, one of {many} experts a token instead of all, {how}")
         return None
-
-
-@cache
-def RaiseDenseExperts() -> Raise:
-    example = {"x": f64(3, 10), "logits": f64(3, 19), "up": f64(19, 10, 14), "down": f64(19, 7, 10), "top_k": 13, "experts": 19}
-    needs = {aten.topk.default, aten.scatter.src, aten.repeat.default, aten.bmm.default}
-    return _RaiseDenseExperts("dense_experts", ops.experts, example, body=_dense, needs=lambda _: needs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from itertools import product
 from typing import Any
 
@@ -44,13 +43,15 @@ def _needs(variant: Mapping[str, Any]) -> set:
     return used.get(variant["form"], {aten.tanh.default})
 
 
-@cache
-def RaiseLinearCrossEntropy() -> Raise:
-    example = {
-        "hidden": f64(2, 3, 8), "weight": f64(5, 8), "bias": f64(5),
-        "labels": torch.zeros(6, dtype=torch.int64), "ignore_index": -7919,
-        "scale": 0.0625, "divisor": 7.5, "softcap": 29.5,
-    }  # fmt: skip
-    forms = product((f64(5), None), ("mean", "sum"), ("plain", "scaled", "divided", "capped", "fp32 capped"))
-    variants = [{"bias": bias, "reduction": reduction, "form": form} for bias, reduction, form in forms]
-    return Raise("linear_cross_entropy", ops.linear_cross_entropy, example, variants, _written, _build, _needs)
+class LinearCrossEntropy(Raise):
+    """With logits that are scaled, divided or capped, the mean or the sum over tokens."""
+
+    def __init__(self) -> None:
+        example = {
+            "hidden": f64(2, 3, 8), "weight": f64(5, 8), "bias": f64(5),
+            "labels": torch.zeros(6, dtype=torch.int64), "ignore_index": -7919,
+            "scale": 0.0625, "divisor": 7.5, "softcap": 29.5,
+        }  # fmt: skip
+        forms = product((f64(5), None), ("mean", "sum"), ("plain", "scaled", "divided", "capped", "fp32 capped"))
+        variants = [{"bias": bias, "reduction": reduction, "form": form} for bias, reduction, form in forms]
+        super().__init__("linear_cross_entropy", ops.linear_cross_entropy, example, variants, _written, _build, _needs)

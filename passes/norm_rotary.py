@@ -13,7 +13,7 @@ from moefx.rewriting.pipeline import Changes
 
 
 @dataclass(frozen=True)
-class FuseNormRotary:
+class NormRotary:
     """``rotary(norm(q).transpose(1, 2), norm(k).transpose(1, 2), cos, sin)`` becomes a ``norm_rotary`` of q and one of k.
 
     So does ``rotary(norm(q), norm(k), cos, sin, unsqueeze_dim=2)`` (Gemma 4), whose results are views of these.

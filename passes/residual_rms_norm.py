@@ -14,7 +14,7 @@ from moefx.rewriting.raise_ops import replace_outputs
 
 
 @dataclass(frozen=True)
-class FuseResidualRMSNorm:
+class ResidualRMSNorm:
     """Bitwise: the operation's body is the same addition and the same norm."""
 
     name: ClassVar[str] = "residual_rms_norm"

@@ -1,31 +1,28 @@
 """Raises every root mean square norm to one ``moefx.rms_norm``, however the model casts around the weight."""
 
-from functools import cache
-
 import torch
 
 from moefx import ops
 from moefx.rewriting.pattern import f64
 from moefx.rewriting.raise_ops import Raise
 
+_VARIANTS = (
+    {"cast_first": True},
+    {"cast_first": False},
+    {"offset": 1.0},
+    {"weight": None},
+    {"body": "weight upcast first", "cast_first": False},
+    {"body": "power", "cast_first": False},
+    {"body": "power", "weight": None},
+)
 
-@cache
-def RaiseRMSNorm() -> Raise:
-    return Raise(
-        "rms_norm",
-        ops.rms_norm,
-        {"x": f64(2, 3, 8), "weight": f64(8), "eps": 0.0123},
-        variants=(
-            {"cast_first": True},
-            {"cast_first": False},
-            {"offset": 1.0},
-            {"weight": None},
-            {"body": "weight upcast first", "cast_first": False},
-            {"body": "power", "cast_first": False},
-            {"body": "power", "weight": None},
-        ),
-        body=_written,
-    )
+
+class RMSNorm(Raise):
+    """With the weight multiplied before or after the cast back, with an offset, or without a weight."""
+
+    def __init__(self) -> None:
+        example = {"x": f64(2, 3, 8), "weight": f64(8), "eps": 0.0123}
+        super().__init__("rms_norm", ops.rms_norm, example, _VARIANTS, _written)
 
 
 def _written(x, weight=None, eps=1e-6, cast_first=True, offset=0.0, body=""):

@@ -54,7 +54,7 @@ def _heads_dim(table: fx.Node) -> int | None:
 
 
 @dataclass(frozen=True)
-class RaiseRotary:
+class Rotary:
     """Finds the rotation of each tensor, then pairs those that read the same tables: query first, as in the graph."""
 
     name: ClassVar[str] = "rotary"

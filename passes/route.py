@@ -51,6 +51,7 @@ def _choices() -> list[dict[str, Any]]:
     return made + [{"topk_first": True, **s, **c} for s in first for c in ({}, biased)]
 
 
+@cache
 def _variants() -> list[dict[str, Any]]:
     """Each way to choose with each way to weight what was chosen: renormalization, scales, cast."""
     off: dict[str, Any] = {"groups": 0, "topk_groups": 0, "fill": 0.0, "eps": 0.0, "least": 0.0, "scale": 1.0}
@@ -61,7 +62,9 @@ def _variants() -> list[dict[str, Any]]:
     return [{**off, **choice, **normed, **scaled, "cast": cast} for choice, normed, scaled, cast in parts]
 
 
-@cache
-def RaiseRoute() -> Raise:
-    example = {"logits": f64(3, 323), "bias": f64(323), "expert_scale": f64(323), **_NUMBERS}
-    return Raise("route", ops.route, example, _variants(), ops.route_body, _flags, _needs)
+class Route(Raise):
+    """The whole router after its linear layer: scores, choice of experts, weights."""
+
+    def __init__(self) -> None:
+        example = {"logits": f64(3, 323), "bias": f64(323), "expert_scale": f64(323), **_NUMBERS}
+        super().__init__("route", ops.route, example, _variants(), ops.route_body, _flags, _needs)

@@ -28,8 +28,8 @@ class Left:
 
 
 @dataclass(frozen=True)
-class Route:
-    """A router of a function, found by the pass ``routes``: what its function returns of it, by output position."""
+class RouterOutputs:
+    """What a function returns of one of its routers, by output position, as the pass ``expose_routes`` notes it."""
 
     experts: str  #: path of the experts module inside the block
     index: int  #: [T, K]: the experts chosen
@@ -65,7 +65,7 @@ class Function:
     fake_mode: Any
     expects: dict[str, int] = field(default_factory=dict)  #: operations that one instance promises
     placeholders: list[str] = field(default_factory=list)
-    routes: tuple[Route, ...] = ()
+    routes: tuple[RouterOutputs, ...] = ()
     captured: Function | None = None  #: before any pass but those that raise experts, where it has some
     given: tuple[str, ...] = ()  #: in a replaying function: the inputs that choose experts, one per route, and whether they do
     _routed: dict[tuple[int, ...], list[int]] = field(default_factory=dict, init=False)  #: by the inputs' sizes: see routed

@@ -53,9 +53,8 @@ class Raise:
         if at not in self._cache:
             given = {**self.example, **self.variants[at]}
             example = {k: v for k, v in given.items() if k in self.example and type(v) not in (bool, str, type(None))}
-            self._cache[at] = Pattern(
-                self.body or BODIES[self.op], example, {k: v for k, v in given.items() if k not in example}
-            )
+            fixed = {k: v for k, v in given.items() if k not in example}
+            self._cache[at] = _traced(self.body or BODIES[self.op], example, fixed)
         return self._cache[at]
 
     def patterns(self, graph: fx.Graph) -> list[Pattern]:
@@ -139,6 +138,18 @@ class Raise:
         replace_outputs(outputs, node)
         changes.did(node, f"{op_name(self.op)} for {len(match.nodes)} nodes, {how}")
         return None
+
+
+#: Patterns of a process, by what they are traced from: each pipeline makes its own passes, and tracing is slow.
+_PATTERNS: dict[tuple[Callable, str], Pattern] = {}
+
+
+def _traced(body: Callable, example: dict[str, Any], fixed: dict[str, Any]) -> Pattern:
+    seen = {k: (tuple(v.shape), v.dtype) if isinstance(v, torch.Tensor) else v for k, v in (example | fixed).items()}
+    key = body, repr((seen, list(fixed)))
+    if key not in _PATTERNS:
+        _PATTERNS[key] = Pattern(body, example, fixed)
+    return _PATTERNS[key]
 
 
 def replace_outputs(outputs: Sequence[fx.Node | None], node: fx.Node) -> None:

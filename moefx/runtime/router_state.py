@@ -1,7 +1,7 @@
 """Who chose which experts: kept for recomputation, recorded and replayed, counted, and balanced by a bias.
 
-A captured function returns its routers' choices (the pass ``routes``), and has a twin that takes them as inputs. What is done
-with the choices is Python around compiled code, and costs nothing where nobody asks.
+A captured function returns its routers' choices (the pass ``expose_routes``), and has a twin that takes them as inputs. What is
+done with the choices is Python around compiled code, and costs nothing where nobody asks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moefx.ops.dispatch_combine import Dispatches
 from moefx.runtime.state import Optimized, state_of
 
 if TYPE_CHECKING:
-    from moefx.ir.program import Function, Route
+    from moefx.ir.program import Function, RouterOutputs
     from moefx.runtime.install import Site
 
 #: Recorded choices: path of an experts module -> index [T, K], in the order of the model.
@@ -93,7 +93,7 @@ class Routing:
             index = [torch.zeros(tokens, r.top_k, dtype=torch.int64, device=x.device) for r, tokens in counts]
         return [*index, torch.full((), told, device=x.device)], dispatches
 
-    def _replayed(self, path: str, route: Route, tokens: int, device: torch.device) -> Tensor:
+    def _replayed(self, path: str, route: RouterOutputs, tokens: int, device: torch.device) -> Tensor:
         assert self.replayed is not None
         if route.fixed:
             raise MoefxError(f"the routes of {path} cannot be replayed: {route.fixed}")
@@ -133,7 +133,7 @@ class Routing:
             if r.nonfinite is not None:
                 self.nonfinite.append((path, out[r.nonfinite]))
 
-    def _count(self, path: str, route: Route, index: Tensor) -> None:
+    def _count(self, path: str, route: RouterOutputs, index: Tensor) -> None:
         before = self.counts.get(path)
         if before is None or before.device != index.device:  # the model may have moved
             before = torch.zeros(route.num_experts, dtype=torch.int64) if before is None else before
@@ -343,7 +343,7 @@ def update_router_bias(model: Any, rate: float = 1e-3, load: Mapping[str, Tensor
                 bias.add_(step)
 
 
-def _routes(model: Any) -> Iterator[tuple[str, Route]]:
+def _routes(model: Any) -> Iterator[tuple[str, RouterOutputs]]:
     """(path of the block, route) for each router of the model, in its order."""
     for path, module in model.named_modules():
         site = vars(module).get("_moefx_site")

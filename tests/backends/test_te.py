@@ -19,7 +19,7 @@ from moefx.ir.graph import aten, is_call
 from moefx.kernels import te as kernels
 from moefx.kernels.te import linear
 from moefx.ops import grouped_mlp as grouped
-from moefx.passes import FP8, Canonicalize, Lower, RaiseRoute, default
+from moefx.passes import FP8, Canonicalize, Lower, Route, default
 from moefx.rewriting.pipeline import run_pass
 from tests.passes.test_passes import captured
 from tests.support import te_standin
@@ -265,7 +265,7 @@ def _routed(gate, x):
 @pytest.mark.parametrize("raised", [True, False])
 def test_routers_keep_their_precision(standin, raised):
     _, f = captured(_routed, [torch.randn(5, 32).to(BF16)], _parameters((16, 32)))
-    for p in (Canonicalize(), *([RaiseRoute()] if raised else []), FP8()):
+    for p in (Canonicalize(), *([Route()] if raised else []), FP8()):
         changes = run_pass(p, f, moefx.Plan(resolve(["reference"])))[0]
     assert [c.what for c in changes.missed] == ["these are a router's logits: in FP8 tokens would go to other experts"]
     assert not changes.made and any(is_call(n, aten.linear.default) for n in f.graph.nodes)

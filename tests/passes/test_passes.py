@@ -17,14 +17,14 @@ from moefx.ir.graph import aten, is_call
 from moefx.passes import (
     Canonicalize,
     Changes,
-    FuseNormRotary,
-    FuseResidualRMSNorm,
+    LinearCrossEntropy,
     Lower,
-    RaiseLinearCrossEntropy,
-    RaiseRMSNorm,
-    RaiseRotary,
-    RaiseRoute,
-    RaiseSwiGLU,
+    NormRotary,
+    ResidualRMSNorm,
+    RMSNorm,
+    Rotary,
+    Route,
+    SwiGLU,
     default,
 )
 from moefx.rewriting.pipeline import run_pass
@@ -127,7 +127,7 @@ def norm_inkling2_weightless(x):
 )  # fmt: skip
 def test_rms_norm(dtype, function, options):
     weights = [] if "weightless" in function.__name__ else [nn.Parameter(torch.randn(16).to(dtype))]
-    f, changes = run([RaiseRMSNorm()], function, [torch.randn(3, 17, 16).to(dtype)], weights)
+    f, changes = run([RMSNorm()], function, [torch.randn(3, 17, 16).to(dtype)], weights)
     (node,) = calls(f, ops.rms_norm)
     assert node.args[2] == 1e-5 and len(changes.made) == 1 and changes.missed == []
     # in fp32 casts do nothing: which of two forms it was cannot be told, nor does it matter
@@ -138,7 +138,7 @@ def test_rms_norm_refuses_a_sum_for_the_mean():
     def wrong(weight, x):
         return weight * (x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-5))
 
-    f, changes = run([RaiseRMSNorm()], wrong, [torch.randn(3, 17, 16)], [nn.Parameter(torch.randn(16))])
+    f, changes = run([RMSNorm()], wrong, [torch.randn(3, 17, 16)], [nn.Parameter(torch.randn(16))])
     assert calls(f, ops.rms_norm) == []
     assert any("expected aten.mean.dim, found sum_1 = aten.sum.dim_IntList" in c.what for c in changes.missed), changes.missed
 
@@ -147,7 +147,7 @@ def test_rms_norm_refuses_another_power():
     def wrong(weight, x):
         return weight * (x * torch.rsqrt(x.pow(4).mean(-1, keepdim=True) + 1e-5))
 
-    f, changes = run([RaiseRMSNorm()], wrong, [torch.randn(3, 17, 16)], [nn.Parameter(torch.randn(16))])
+    f, changes = run([RMSNorm()], wrong, [torch.randn(3, 17, 16)], [nn.Parameter(torch.randn(16))])
     assert calls(f, ops.rms_norm) == [] and any("expected exponent=2, found the constant 4" in c.what for c in changes.missed)
 
 
@@ -254,7 +254,7 @@ def test_route(function, options, dtype):
     given = [n for n in inspect.signature(function).parameters if n != "logits"]
     parameters = [nn.Parameter(torch.rand(8).to(torch.float32 if n == "bias" else dtype)) for n in given]
     logits = torch.stack([torch.randperm(8) / 4 - 1 for _ in range(17)]).to(dtype)
-    f, changes = run([RaiseRoute()], function, [logits], parameters)
+    f, changes = run([Route()], function, [logits], parameters)
     (node,) = calls(f, ops.route)
     assert node.args[2] == 2 and options.items() <= node.kwargs.items() and len(changes.made) == 1
     assert (node.args[1] is not None) == ("bias" in given) and (node.kwargs.get("expert_scale") is not None) == (
@@ -266,7 +266,7 @@ def test_route(function, options, dtype):
 def test_routes_weights_are_the_same_at_the_experts_it_chose(function):
     """``route_at``, given what ``route`` chose."""
     given = [n for n in inspect.signature(function).parameters if n != "logits"]
-    f, _ = run([RaiseRoute()], function, [torch.randn(17, 8)], [nn.Parameter(torch.rand(8)) for _ in given])
+    f, _ = run([Route()], function, [torch.randn(17, 8)], [nn.Parameter(torch.rand(8)) for _ in given])
     (node,) = calls(f, ops.route)
     logits, bias = torch.randn(17, 8), torch.rand(8) if node.args[1] is not None else None
     kwargs = {k: torch.rand(8) if k == "expert_scale" else v for k, v in node.kwargs.items()}
@@ -280,7 +280,7 @@ def test_route_refuses_another_score():
         value, index = torch.topk(torch.softmax(logits, -1).sqrt(), 2, dim=-1)
         return value / value.sum(dim=-1, keepdim=True), index
 
-    f, changes = run([RaiseRoute()], wrong, [torch.randn(17, 8)])
+    f, changes = run([Route()], wrong, [torch.randn(17, 8)])
     assert calls(f, ops.route) == [] and any("found sqrt = aten.sqrt" in c.what for c in changes.missed), changes.missed
 
 
@@ -293,7 +293,7 @@ def test_rotary(layout, dtype):
 
     table = torch.randn(3, 19, 16 if layout in ("half", "pairs") else 8)
     given = torch.randn(3, 4, 19, 16), torch.randn(3, 2, 19, 16), table, table + 1
-    f, changes = run([RaiseRotary()], rope, [t.to(dtype) for t in given])
+    f, changes = run([Rotary()], rope, [t.to(dtype) for t in given])
     (node,) = calls(f, ops.rotary)
     assert node.kwargs == {"layout": layout, "unsqueeze_dim": 1} and len(changes.made) == 1
 
@@ -306,7 +306,7 @@ def test_rotary_with_tables_that_were_unsqueezed_before():
         return ops.apply_rotary(q, cos, sin, "pairs"), ops.apply_rotary(k, cos, sin, "pairs")
 
     table = torch.randn(3, 19, 16)
-    f, changes = run([RaiseRotary()], rope, [torch.randn(3, 4, 19, 16), torch.randn(3, 2, 19, 16), table, table + 1])
+    f, changes = run([Rotary()], rope, [torch.randn(3, 4, 19, 16), torch.randn(3, 2, 19, 16), table, table + 1])
     (node,) = calls(f, ops.rotary)
     assert node.kwargs == {"layout": "pairs", "unsqueeze_dim": 1} or node.kwargs == {"layout": "pairs"}
     assert len(changes.made) == 1
@@ -332,7 +332,7 @@ def _by_complex_numbers(dim, flat):
 @pytest.mark.parametrize(("dim", "flat"), [(1, True), (2, True), (2, False)])
 def test_rotary_by_complex_numbers(dim, flat, dtype):
     q, k = (torch.randn(3, *((h, 19) if dim == 1 else (19, h)), 16, dtype=dtype) for h in (4, 2))
-    f, changes = run([RaiseRotary()], _by_complex_numbers(dim, flat), [q, k, torch.randn(3, 19, 8)])
+    f, changes = run([Rotary()], _by_complex_numbers(dim, flat), [q, k, torch.randn(3, 19, 8)])
     (node,) = calls(f, ops.rotary)
     assert node.kwargs == {"layout": "pairs", "unsqueeze_dim": dim} and len(changes.made) == 1
     assert len(calls(f, ops.rotary_table)) == 2
@@ -346,7 +346,7 @@ def test_rotary_refuses_complex_numbers_that_do_not_only_turn():
             for x in (q, k)
         )
 
-    f, _changes = run([RaiseRotary()], rope, [torch.randn(3, 4, 19, 16), torch.randn(3, 2, 19, 16), torch.randn(3, 19, 8)])
+    f, _changes = run([Rotary()], rope, [torch.randn(3, 4, 19, 16), torch.randn(3, 2, 19, 16), torch.randn(3, 19, 8)])
     assert calls(f, ops.rotary) == []
 
 
@@ -354,15 +354,15 @@ def test_rotary_refuses_a_query_without_a_key():
     def rope(q, cos, sin):
         return ops.apply_rotary(q, cos.unsqueeze(1), sin.unsqueeze(1), "half")
 
-    f, changes = run([RaiseRotary()], rope, [torch.randn(3, 4, 19, 16), torch.randn(3, 19, 16), torch.randn(3, 19, 16)])
+    f, changes = run([Rotary()], rope, [torch.randn(3, 4, 19, 16), torch.randn(3, 19, 16), torch.randn(3, 19, 16)])
     assert calls(f, ops.rotary) == []
     assert "1 tensors are rotated by" in changes.missed[0].what and "expected a query and its key" in changes.missed[0].what
 
 
 def test_swiglu_and_its_refusal():
-    f, changes = run([RaiseSwiGLU()], lambda g, u: F.silu(g) * u, [torch.randn(3, 17), torch.randn(3, 17)])
+    f, changes = run([SwiGLU()], lambda g, u: F.silu(g) * u, [torch.randn(3, 17), torch.randn(3, 17)])
     assert len(calls(f, ops.swiglu)) == 1 and len(changes.made) == 1
-    f, changes = run([RaiseSwiGLU()], lambda g, u: F.silu(g) + u, [torch.randn(3, 17), torch.randn(3, 17)])
+    f, changes = run([SwiGLU()], lambda g, u: F.silu(g) + u, [torch.randn(3, 17), torch.randn(3, 17)])
     assert calls(f, ops.swiglu) == []
 
 
@@ -374,7 +374,7 @@ def test_linear_cross_entropy(reduction):
 
     labels = torch.randint(0, 32, (3, 17))
     labels[0, :5] = -100
-    f, changes = run([RaiseLinearCrossEntropy()], head, [torch.randn(3, 17, 16), labels], [nn.Parameter(torch.randn(32, 16))])
+    f, changes = run([LinearCrossEntropy()], head, [torch.randn(3, 17, 16), labels], [nn.Parameter(torch.randn(32, 16))])
     (node,) = calls(f, ops.linear_cross_entropy)
     assert node.kwargs.get("reduction", "mean") == reduction and len(changes.made) == 1
 
@@ -393,7 +393,7 @@ def test_linear_cross_entropy_of_scaled_and_capped_logits(form, options, dtype):
 
     given = [torch.randn(3, 17, 16, dtype=dtype), torch.randint(0, 32, (3, 17))]
     close = dict(rtol=2**-6, atol=0.05) if dtype == torch.bfloat16 else {}
-    f, _changes = run([RaiseLinearCrossEntropy()], head, given, [nn.Parameter(torch.randn(32, 16, dtype=dtype))], **close)
+    f, _changes = run([LinearCrossEntropy()], head, given, [nn.Parameter(torch.randn(32, 16, dtype=dtype))], **close)
     (node,) = calls(f, ops.linear_cross_entropy)
     assert node.kwargs == options
 
@@ -403,7 +403,7 @@ def test_linear_cross_entropy_refuses_a_cap_that_is_not_undone():
         return F.cross_entropy((F.linear(hidden, weight) / 30.0).tanh().mul(20.0).view(-1, 32), labels.view(-1))
 
     f, changes = run(
-        [RaiseLinearCrossEntropy()],
+        [LinearCrossEntropy()],
         head,
         [torch.randn(3, 17, 16), torch.randint(0, 32, (3, 17))],
         [nn.Parameter(torch.randn(32, 16))],
@@ -416,7 +416,7 @@ def test_linear_cross_entropy_refuses_smoothing():
         return F.cross_entropy(F.linear(hidden, weight).view(-1, 32), labels.view(-1), label_smoothing=0.1)
 
     f, changes = run(
-        [RaiseLinearCrossEntropy()],
+        [LinearCrossEntropy()],
         head,
         [torch.randn(3, 17, 16), torch.randint(0, 32, (3, 17))],
         [nn.Parameter(torch.randn(32, 16))],
@@ -431,7 +431,7 @@ def test_residual_rms_norm():
         return norm(weight, total), total
 
     f, _changes = run(
-        [RaiseRMSNorm(), FuseResidualRMSNorm()],
+        [RMSNorm(), ResidualRMSNorm()],
         block,
         [torch.randn(3, 17, 16), torch.randn(3, 17, 16)],
         [nn.Parameter(torch.randn(16))],
@@ -458,7 +458,7 @@ def test_norm_rotary(computed):
     angle = torch.randn(3, 17, 16)
     inputs = [torch.randn(3, 17, 64), angle.cos(), angle.sin()]
     f, changes = run(
-        [RaiseRMSNorm(), RaiseRotary(), FuseNormRotary()],
+        [RMSNorm(), Rotary(), NormRotary()],
         lambda *a: heads(*a, computed=computed),
         inputs,
         [nn.Parameter(torch.randn(16))],
@@ -487,7 +487,7 @@ def test_norm_rotary_of_heads_that_follow_positions(keys_first):
 
     angle = torch.randn(3, 17, 16)
     inputs = [torch.randn(3, 17, 64), angle.cos(), angle.sin()]
-    f, changes = run([RaiseRMSNorm(), RaiseRotary(), FuseNormRotary()], heads, inputs, [nn.Parameter(torch.randn(16))])
+    f, changes = run([RMSNorm(), Rotary(), NormRotary()], heads, inputs, [nn.Parameter(torch.randn(16))])
     assert len(calls(f, ops.norm_rotary)) == 2 and calls(f, ops.rotary) == calls(f, ops.rms_norm) == []
     assert changes.missed == []
 
@@ -498,14 +498,14 @@ def test_a_router_whose_scores_are_returned():
         weights, index = torch.topk(scores, k=2, dim=-1)
         return scores, weights / weights.sum(dim=-1, keepdim=True), index
 
-    f, changes = run([RaiseRoute()], route, [torch.randn(17, 8)])
+    f, changes = run([Route()], route, [torch.randn(17, 8)])
     assert len(calls(f, ops.route)) == 1 and changes.missed == []
 
 
 def test_norm_rotary_leaves_rotations_of_other_things_alone():
     angle = torch.randn(3, 17, 16)
     inputs = [torch.randn(3, 17, 64), angle.cos(), angle.sin()]
-    f, changes = run([RaiseRMSNorm(), RaiseRotary(), FuseNormRotary()], lambda *a: heads(None, *a, normalise=None), inputs)
+    f, changes = run([RMSNorm(), Rotary(), NormRotary()], lambda *a: heads(None, *a, normalise=None), inputs)
     assert len(calls(f, ops.rotary)) == 1 and changes.made == [] and changes.missed == []
 
 
@@ -531,7 +531,7 @@ def test_lower_keeps_the_choice_and_the_refusals():
         "never", {ops.rms_norm: moefx.Kernel(lambda x, weight, eps, *, cast_first, offset: x, lambda n: "16 is too small")}
     )
     plan = moefx.Plan(moefx.resolve([never, "reference"]))
-    for p in (Canonicalize(), RaiseRMSNorm(), Lower()):
+    for p in (Canonicalize(), RMSNorm(), Lower()):
         changes = run_pass(p, f, plan)[0]
     assert "never refused: 16 is too small" in changes.made[0].what
 

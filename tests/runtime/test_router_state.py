@@ -223,7 +223,7 @@ def test_bad_routes():
     routes.pop("model.layers.1.mlp.experts")
     with moefx.replay_routes(model, routes), pytest.raises(moefx.MoefxError, match="have none for model.layers.1.mlp.experts"):
         model(**batch(2, 9))
-    without = optimized(build("qwen3_moe"), pipeline=moefx.passes.default().without("routes"))
+    without = optimized(build("qwen3_moe"), pipeline=moefx.passes.default().without("expose_routes"))
     with pytest.raises(moefx.MoefxError, match="is the pass 'routes' in the pipeline"), moefx.record_routes(without):
         pass
 

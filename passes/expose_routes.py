@@ -10,14 +10,14 @@ from torch import fx
 
 from moefx import ops
 from moefx.ir.graph import VIEWS, arguments, aten, describe, emit, is_call, replace, unpack, value
-from moefx.ir.program import Route
+from moefx.ir.program import RouterOutputs
 from moefx.rewriting.pipeline import Changes
 
 _GIVEN = ("score", "topk_first", "fp32", "gather", "renormalize", "eps", "least", "scale", "expert_scale", "cast")
 
 
 @dataclass(frozen=True)
-class Routes:
+class ExposeRoutes:
     """For ``weights, index = route(logits, ...)`` before ``experts(x, index, weights, ...)``
 
         return ..., index                                    # what was chosen: load metrics, recording, recomputation
@@ -29,7 +29,7 @@ class Routes:
     without its top-k.
     """
 
-    name: ClassVar[str] = "routes"
+    name: ClassVar[str] = "expose_routes"
 
     def run(self, function, plan) -> Changes:
         changes, found = Changes(), []
@@ -68,7 +68,7 @@ class Routes:
         replace(weights, of_index)
         chosen.replace_all_uses_with(index, lambda reader: reader is not index)
 
-    def _return(self, function, experts: fx.Node, route: fx.Node | None, fixed: str, plan) -> Route:
+    def _return(self, function, experts: fx.Node, route: fx.Node | None, fixed: str, plan) -> RouterOutputs:
         graph, given = function.graph, arguments(experts)
         output = next(n for n in graph.nodes if n.op == "output")
         results = list(output.args[0])
@@ -91,7 +91,7 @@ class Routes:
             up = up.args[0]
         path = (self._name(function, up) or experts.name).rpartition(".")[0]
         num_experts, top_k = value(given["up"]).shape[0], value(given["index"]).shape[1]
-        return Route(path, index, num_experts, top_k, bias, logits, nonfinite, fixed)
+        return RouterOutputs(path, index, num_experts, top_k, bias, logits, nonfinite, fixed)
 
     @staticmethod
     def _name(function, node: fx.Node | None) -> str | None:
