@@ -20,7 +20,9 @@ from moefx.analysis.report import explain as explain_report
 from moefx.distributed import dtensor_ops, expert_sharding, rank_monitor, state_dict
 from moefx.distributed import parallelize as parallelize_
 from moefx.errors import MoefxError
-from moefx.frontend.capture import CAPTURING, capture, default_example
+from moefx.frontend.capture import capture
+from moefx.frontend.export import CAPTURING
+from moefx.frontend.record import default_example
 from moefx.integrations import peft as adapters
 from moefx.integrations import transformers as hf
 from moefx.integrations.peft import unwrap

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 
 from torch import Tensor
 
-#: A number, or a letter: see :class:`moefx.frontend.capture.Call`.
+#: A number, or a letter: see :class:`moefx.frontend.call_signature.Call`.
 Sizes = tuple[int | str, ...]
 #: Letters for the lengths of lists of integers that are neither batch nor sequence: where packed sequences begin, say.
 OWN = ("s", "t", "u", "v", "w")

@@ -59,7 +59,7 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 def source_of(node: fx.Node) -> str:
     """``file.py:line`` of the innermost frame of the model's own code that made ``node``; "" if unknown."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    frames = [f for f in frames if "/torch/" not in f[0] and not f[0].endswith("/moefx/frontend/capture.py")]
+    frames = [f for f in frames if "/torch/" not in f[0] and not f[0].endswith("/moefx/frontend/export.py")]
     models = [f for f in frames if "modeling_" in Path(f[0]).name]
     path, line = (models or frames or [("", "")])[-1]
     return f"{Path(path).name}:{line}" if path else ""

@@ -19,8 +19,10 @@ from transformers import PreTrainedModel
 from moefx import ops
 from moefx.distributed import aux_loss, checkpoint, expert_sharding, rank_monitor
 from moefx.errors import CaptureError, MoefxError
-from moefx.frontend.capture import CAPTURING, Call, capture_module, flatten, foreign_hooks, said_beside, sizes_of
-from moefx.frontend.head import LazyLogits, capture_head_call, head_call, split_logits
+from moefx.frontend.call_signature import Call, flatten, said_beside, sizes_of
+from moefx.frontend.export import CAPTURING, capture_module, foreign_hooks
+from moefx.frontend.head import capture_head_call, head_call, split_logits
+from moefx.frontend.lazy_logits import LazyLogits
 from moefx.integrations import fsdp
 from moefx.integrations import peft as adapters
 from moefx.integrations import transformers as hf

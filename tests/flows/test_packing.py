@@ -12,7 +12,7 @@ from transformers import masking_utils
 from transformers.masking_utils import sdpa_mask
 
 import moefx
-from moefx.frontend.capture import _packs_beside_cache
+from moefx.frontend.record import _packs_beside_cache
 from moefx.integrations import transformers as hf
 from moefx.integrations.transformers.auto import auto_class
 from moefx.integrations.transformers.tiny_config import tiny_config

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 import moefx
 from moefx import ops
-from moefx.frontend.head import LazyLogits
+from moefx.frontend.lazy_logits import LazyLogits
 from moefx.integrations.transformers.tiny_config import tiny_config
 
 MODELS = {"granitemoe": {"logits_scaling": 6.0}, "cohere2_moe": {"logit_scale": 0.3}, "beam": {"final_logit_softcapping": 0.5}}

@@ -10,7 +10,7 @@ import torch
 
 import moefx
 from moefx.analysis.report import ShortfallWarning
-from moefx.frontend.capture import Call, flatten
+from moefx.frontend.call_signature import Call, flatten
 from moefx.frontend.readings import MOST, readings
 from moefx.runtime import install
 from tests.support.families import batch, build

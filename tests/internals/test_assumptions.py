@@ -19,7 +19,7 @@ from moefx.internals import assumptions
 from moefx.runtime import router_state as routing
 from tests.support.families import build
 
-capture_of = import_module("moefx.frontend.capture")
+capture_of = import_module("moefx.frontend.export")
 NETS = {
     "custom_gradients": (gradients.custom_gradients_are_seen, gradients._CONTEXTS, BackwardCFunction),
     "questions": (length_guards.questions_are_seen, length_guards._TRUTH, torch.SymBool),

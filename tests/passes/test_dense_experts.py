@@ -11,7 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import moefx
 from moefx import ops
-from moefx.frontend.capture import Call, Template
+from moefx.frontend.call_signature import Call, Template
 from moefx.ir.graph import aten
 from moefx.passes import default
 from moefx.rewriting import certify

@@ -12,7 +12,8 @@ from torch import nn
 
 import moefx
 from moefx import f64, ops
-from moefx.frontend.capture import Call, capture_module, flatten
+from moefx.frontend.call_signature import Call, flatten
+from moefx.frontend.export import capture_module
 from moefx.ir.graph import aten, is_call
 from moefx.passes import (
     Canonicalize,

@@ -1,0 +1,220 @@
+"""One module as a graph: torch.export, and what is checked before the graph may stand for the module."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+from torch.export.graph_signature import InputKind, OutputKind
+
+from moefx.errors import CaptureError
+from moefx.frontend.call_signature import Call, flatten, sizes_of
+from moefx.frontend.custom_gradients import (
+    custom_gradients_are_seen,
+    no_grad_is_seen,
+    refuse_no_grad_values,
+    refusing_custom_gradients,
+)
+from moefx.frontend.functionalize import functionalize
+from moefx.frontend.length_guards import questions_are_seen, refuse_limits, refusing_questions
+from moefx.frontend.readings import OWN
+from moefx.frontend.untraceable import untraceable
+from moefx.integrations import fsdp
+from moefx.integrations import transformers as hf
+from moefx.integrations.unsharded_view import unsharded_view
+from moefx.internals.patches import silent
+from moefx.ir.graph import aten
+from moefx.ir.program import Function
+
+#: Held while modules are captured and their graphs rewritten: torch.export and fx keep notes that are of all threads.
+CAPTURING = threading.RLock()
+
+
+class _Entry(nn.Module):
+    """The module to export, called with its tensors only."""
+
+    def __init__(self, module: nn.Module, call: Call, routers: dict[str, nn.Module], outputs: Callable):
+        super().__init__()
+        # `outputs` is told the template: torch.export undoes what a forward writes to the module
+        self.block, self.template, self.routers, self.outputs = module, call.template, list(routers.items()), outputs
+        self.sizes = call.sizes
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        seen: dict[str, Any] = {}  # in the order in which they run, as Transformers collects them
+        hooks = [m.register_forward_hook(lambda _, __, out, path=p: seen.__setitem__(path, out)) for p, m in self.routers]
+        written: dict[str, dict] = {}
+        try:
+            args, kwargs = self.template.fill(tensors, written)
+            _, before = flatten(args, kwargs)
+            out = self.block(*args, **kwargs)
+        except RuntimeError as error:  # of one that depends on data torch.export would print the graph so far, a screen or ten
+            raise untraceable(error, self.template.names(), self.sizes) from error
+        finally:
+            for h in hooks:
+                h.remove()
+        after, template = flatten(args, kwargs)
+        if template != before or any(a is not b for a, b in zip(after, tensors, strict=True)):
+            raise CaptureError("it writes into a dictionary or list that it is given")
+        left = tuple(tuple(w.items()) for w in written.values())
+        flat, template = flatten((out, left, *seen.values()), {})
+        self.outputs((tuple(written), tuple(seen), template.args[1]))
+        return tuple(flat)
+
+
+@contextmanager
+def _without_checkpointing(module: nn.Module) -> Iterator[None]:
+    """Activation checkpointing wraps a block's call from outside: it is no part of the graph."""
+    before = [(m, m.gradient_checkpointing) for m in module.modules() if getattr(m, "gradient_checkpointing", False)]
+    for m, _ in before:
+        m.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for m, value in before:
+            m.gradient_checkpointing = value
+
+
+def foreign_hooks(module: nn.Module) -> str | None:
+    """The first forward hook inside that neither Transformers' output recording nor a parallel wrapper put there."""
+    for path, m in module.named_modules():
+        if path == "":
+            continue  # its own hooks run around the call, captured or not
+        for hook in itertools.chain(m._forward_hooks.values(), m._forward_pre_hooks.values()):
+            if "output_capturing_hook" not in getattr(hook, "__qualname__", "") and not fsdp.is_fsdp_hook(hook):
+                return f"{getattr(hook, '__qualname__', hook)} on {path}"
+        for hook in itertools.chain(m._backward_hooks.values(), m._backward_pre_hooks.values()):
+            return f"{getattr(hook, '__qualname__', hook)} (backward) on {path}"
+    return None
+
+
+def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module], name: str) -> Function:
+    """Exports ``module`` for the calls that ``call`` describes.
+
+    Raises CaptureError, with the reason, if the graph would not be exact: a size or a value of data decides the Python
+    control flow, a custom backward would be lost, a buffer is written, a hook would be baked in.
+    """
+    for assumption in (custom_gradients_are_seen, no_grad_is_seen, questions_are_seen):
+        assumption()
+    hook = foreign_hooks(module)
+    if hook:
+        raise CaptureError(f"the forward hook {hook} would be baked into the graph")
+    if any(disabled and merged for disabled, _, merged, _ in call.adapters):
+        raise CaptureError("PEFT takes merged adapters out of the weights in this call, since they are switched off")
+    tensors = call.example(sizes_of(module))
+    returned: list[Any] = []
+    entry = _Entry(module, call, routers, returned.append)
+    entry.training = module.training
+    try:
+        with (
+            # what fails is not logged with its stack as well: it becomes a sentence of the report
+            silent("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes"),
+            CAPTURING,
+            _without_checkpointing(module),
+            unsharded_view(module),
+            hf.emitting() as callers,
+            refusing_custom_gradients(),
+            refusing_questions(),
+            torch.enable_grad(),
+            torch._dynamo.config.patch(fake_tensor_cache_enabled=False),  # with symbolic sizes it costs more than it saves
+            torch.autocast(call.device.type if call.device.type != "meta" else "cpu", enabled=False),
+        ):
+            exported = _export(entry, tensors, call)
+            refuse_no_grad_values(exported.graph_module)
+            if not functionalize(exported.graph):
+                exported = exported.run_decompositions({})
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise untraceable(error, call.template.names(), call.sizes) from error
+    names, paths, (outputs, left, *of_routers) = returned[-1]
+    written = tuple((name, what) for name, what in zip(names, left[1], strict=True) if what[1])
+    call = replace(call, outputs=outputs, routers=tuple(zip(paths, of_routers, strict=True)), written=written)
+    return _function(module, exported, call, name, callers)
+
+
+def _export(entry: _Entry, tensors: list[Tensor], call: Call) -> Any:
+    """torch.export with every lettered size dynamic; an error if one would become a constant."""
+
+    def export(names: Callable[[str], Any]) -> Any:
+        shapes = tuple({i: names(n) for i, n in enumerate(size) if isinstance(n, str)} for size in call.sizes)
+        return torch.export.export(entry, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
+
+    named = {n: Dim(f"size_{n}") for n in ("a", "b", "c", "d", "e", "f", "g", *OWN)}
+    try:
+        # one name, one symbol: batch and sequence are the same in every input
+        return export(lambda n: named.get(n, Dim.DYNAMIC))
+    except torch._dynamo.exc.UserError:
+        # named sizes must satisfy every guard for all numbers; torch 2.11 writes guards, always true, that it cannot prove so
+        exported = export(lambda n: Dim.DYNAMIC)
+        refuse_limits(exported)
+        return exported
+
+
+def _function(module: nn.Module, exported: Any, call: Call, name: str, callers: list) -> Function:
+    signature = exported.graph_signature
+    for spec in signature.output_specs:
+        if spec.kind is not OutputKind.USER_OUTPUT:
+            raise CaptureError(f"it writes {spec.target or 'an input'} ({spec.kind.name.lower().replace('_', ' ')})")
+    parameters: list[str] = []
+    constants: list[Tensor] = []
+    inputs: list[str] = []
+    kinds: list[int] = []
+    for spec in signature.input_specs:
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            parameters.append(spec.target.removeprefix("block."))
+            kinds.append(0)
+        elif spec.kind is InputKind.CONSTANT_TENSOR:
+            constants.append(exported.constants[spec.target])
+            kinds.append(1)
+        elif spec.kind is InputKind.USER_INPUT:
+            inputs.append(spec.arg.name)
+            kinds.append(2)
+        else:
+            raise CaptureError(f"it has an input of kind {spec.kind.name.lower().replace('_', ' ')}")
+    graph = fx.Graph()
+    old = [n for n in exported.graph.nodes if n.op == "placeholder"]
+    copied: dict[fx.Node, fx.Node] = {}
+    # parameters, then constants, then inputs, whatever the order of the export
+    for kind in (0, 1, 2):
+        for node, k in zip(old, kinds, strict=True):
+            if k == kind:
+                copied[node] = graph.node_copy(node)
+                copied[node].name = node.name.removeprefix("p_block_").removeprefix("b_block_")
+                copied[node].target = copied[node].name
+    for node in exported.graph.nodes:
+        if node.op == "placeholder":
+            continue
+        if node.op not in ("call_function", "output"):
+            if node.op == "call_module" and "guards" in str(node.target) and not node.users:
+                continue
+            raise CaptureError(f"its graph has a {node.op} of {node.target}")
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise CaptureError(f"it uses the higher-order operator {node.target.name()}")
+        if node.target is aten._assert_scalar.default or node.target is torch._C._set_grad_enabled:
+            continue
+        copied[node] = graph.node_copy(node, copied.__getitem__)
+    graph.eliminate_dead_code()  # what computed the assertions
+    fake = next(n.meta["val"].fake_mode for n in copied.values() if isinstance(n.meta.get("val"), Tensor))
+    graph_module = fx.GraphModule(nn.Module(), graph)
+    made = Function(
+        name, type(module).__name__, graph_module, [], parameters, constants, inputs, call, fake, promises(module, callers)
+    )
+    made.captured = made.copy() if made.expects.get("experts") else None
+    return made
+
+
+def promises(module: nn.Module, callers: list[tuple[str, nn.Module]]) -> dict[str, int]:
+    """How many of each semantic operation the module's own structure promises."""
+    inside = {id(m) for m in module.modules()}
+    counts = {"rms_norm": sum(hf.is_norm(m) for m in module.modules())}
+    counts["dense_experts"] = sum(hf.is_dense_experts(m) for m in module.modules())
+    for kind in ("experts", "attention"):
+        counts[kind] = len({id(m) for k, m in callers if k == kind and id(m) in inside})
+    return {k: v for k, v in counts.items() if v}

@@ -1,0 +1,108 @@
+"""Logits that exist only when somebody reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LOOKS = {
+    Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.ndim.__get__, Tensor.layout.__get__,  # type: ignore[attr-defined]
+    Tensor.is_cuda.__get__, Tensor.is_sparse.__get__, Tensor.size, Tensor.dim, Tensor.numel,  # type: ignore[attr-defined]
+    Tensor.is_floating_point, Tensor.is_complex, Tensor.ndimension, Tensor.__len__, torch.is_floating_point, torch.is_complex,
+}  # fmt: skip
+
+
+#: What models do to logits before the loss, element by element: scale them (Granite, Cohere), cap them (Gemma), cast them.
+_STEPS: dict[str, Callable[..., Tensor]] = {"mul": torch.mul, "div": torch.div, "tanh": torch.tanh, "to": Tensor.to}
+_STEP_OF = {
+    Tensor.mul: "mul", Tensor.__mul__: "mul", Tensor.__rmul__: "mul", torch.mul: "mul", torch.multiply: "mul",
+    Tensor.div: "div", Tensor.__truediv__: "div", torch.div: "div", Tensor.tanh: "tanh", torch.tanh: "tanh",
+}  # fmt: skip
+Steps = tuple[tuple, ...]  #: (name, operands) each
+
+
+def after(logits: Tensor, steps: Steps) -> Tensor:
+    for name, *operands in steps:
+        logits = _STEPS[name](logits, *operands)
+    return logits
+
+
+class LazyLogits(Tensor):
+    """``project(hidden)`` [B, S, V] after ``steps``, computed the first time that somebody reads a value.
+
+    Shapes and dtypes are known without it. A loss that reads hidden states instead leaves it uncomputed, and V floats a
+    token are never stored.
+    """
+
+    hidden: Tensor
+    project: Callable[[Tensor], Tensor]
+    steps: Steps
+    logits: Tensor | None
+    hooks: list[Callable]  #: what FSDP registers on outputs: for the logits, should there ever be any
+
+    @staticmethod
+    def __new__(
+        cls, hidden: Tensor, project: Callable[[Tensor], Tensor], vocabulary: int, dtype: torch.dtype, steps: Steps = ()
+    ):
+        shape = (*hidden.shape[:-1], vocabulary)
+        out = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)  # type: ignore[attr-defined]
+        out.hidden, out.project, out.steps, out.logits, out.hooks = hidden, project, steps, None, []
+        return out
+
+    def materialize(self) -> Tensor:
+        if self.logits is None:
+            # hidden's dtype first: under autocast lm_head's own is another than what was promised
+            self.logits = after(self.project(self.hidden).to(self.hidden.dtype), self.steps).to(self.dtype)
+            for hook in self.hooks if self.logits.requires_grad else ():
+                self.logits.register_hook(hook)
+        return self.logits
+
+    def _then(self, name: str, *operands: Any) -> LazyLogits:
+        dtype = operands[0] if name == "to" else self.dtype
+        steps = (*self.steps, (name, *operands))
+        return LazyLogits(self.hidden, self.project, self.shape[-1], dtype, steps)
+
+    def _as(self, dtype: torch.dtype) -> LazyLogits:
+        return self if dtype == self.dtype else self._then("to", dtype)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _LOOKS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        me = args[0] if args else None
+        if isinstance(me, LazyLogits) and me.logits is None:
+            if func == Tensor.requires_grad.__get__:  # type: ignore[attr-defined]  # ==: each look at it makes another object
+                return me.hidden.requires_grad
+            if func == Tensor._base.__get__:  # type: ignore[attr-defined]  # FSDP asks whether it is a view
+                return None
+            if func is Tensor.float and not kwargs and len(args) == 1:
+                return me._as(torch.float32)
+            if func is Tensor.to and not kwargs and len(args) == 2 and isinstance(args[1], torch.dtype):
+                return me._as(args[1])
+            if func in _STEP_OF and not kwargs and all(type(x) in (int, float) for x in args[1:]):
+                return me._then(_STEP_OF[func], *args[1:])
+            if func is Tensor.register_hook and not kwargs:
+                return me.hooks.append(args[1])
+
+        return func(*_real(tuple(args)), **{k: _real(v) for k, v in kwargs.items()})
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        # reached only from C++ that skipped __torch_function__
+        from torch.utils._pytree import tree_map_only
+
+        args, kwargs = tree_map_only(LazyLogits, lambda x: x.materialize(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _real(x: Any) -> Any:
+    if isinstance(x, LazyLogits):
+        return x.materialize()
+    if isinstance(x, (tuple, list)):
+        return type(x)(map(_real, x))
+    return x
