@@ -308,8 +308,10 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     return record
 
 
-#: What only the run itself wants to look into: kernels, each step's time, each parameter's distance.
-DETAILS = {"top", "steps_ms", "distances", "gradients", "flipped", "losses", "trace"}
+#: What stays out of the repository: kernels, single steps, each parameter's distance, and what follows from the configuration.
+DETAILS = {"top", "steps_ms", "distances", "gradients", "flipped", "losses", "trace", "work", "floors_ms"}
+#: Characters of a line of a result: a row of a table is one line.
+WIDTH = 500
 
 
 def summary(record: Any) -> Any:
@@ -319,13 +321,47 @@ def summary(record: Any) -> Any:
     return [summary(v) for v in record] if isinstance(record, (list, tuple)) else record
 
 
+def dump(record: Any, indent: int = 0) -> str:
+    """``record`` as JSON: what fits on a line stands on one, numbers have seven digits."""
+    line = json.dumps(_rounded(record))
+    if len(line) + indent <= WIDTH or not record or not isinstance(record, (Mapping, list, tuple)):
+        return line
+    if isinstance(record, Mapping):
+        parts, brackets = [f"{json.dumps(str(k))}: {dump(v, indent + 1)}" for k, v in record.items()], "{}"
+    else:
+        parts, brackets = [dump(v, indent + 1) for v in record], "[]"
+    return f",\n{' ' * (indent + 1)}".join(parts).join(
+        (f"{brackets[0]}\n{' ' * (indent + 1)}", f"\n{' ' * indent}{brackets[1]}")
+    )
+
+
+def _rounded(record: Any) -> Any:
+    if isinstance(record, float):
+        return float(f"{record:.7g}") if abs(record) < 1e7 else round(record, 1)
+    if isinstance(record, Mapping):
+        return {k: _rounded(v) for k, v in record.items()}
+    return [_rounded(v) for v in record] if isinstance(record, (list, tuple)) else record
+
+
+def details_of(path: Path) -> Path:
+    """Where the whole record of the result at ``path`` is written: into a folder that git ignores."""
+    return (DETAILED if path.parent == RESULTS else path.parent / "details") / path.name
+
+
+def write(path: Path, record: Mapping[str, Any]) -> None:
+    """Writes the summary of ``record`` to ``path`` and all of it to :func:`details_of`; a run that is cut off leaves no half file."""
+    for file, content in ((details_of(path), json.dumps(record, indent=1)), (path, dump(summary(record)))):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        part.write_text(content + "\n")
+        part.replace(file)
+
+
 def save(name: str, record: Mapping[str, Any]) -> Path:
     """Writes ``benchmarks/results/<name>.json``, and all of the record to ``build/benchmarks/<name>.json``, which git ignores."""
-    path, whole = RESULTS / f"{name}.json", DETAILED / f"{name}.json"
-    for file, content in ((whole, record), (path, summary(record))):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(content, indent=1) + "\n")
-    say(f"wrote {path.relative_to(HERE.parent)} (its details: {whole.relative_to(HERE.parent)})")
+    path = RESULTS / f"{name}.json"
+    write(path, record)
+    say(f"wrote {path.relative_to(HERE.parent)} (its details: {details_of(path).relative_to(HERE.parent)})")
     return path
 
 

@@ -90,7 +90,9 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="moefx's functions")
     parser.add_argument("--budget", type=float, default=3600, help="seconds: rows take fewer steps or are left out")
     parser.add_argument("--patience", type=float, default=180, help="seconds without news after which ranks count as hung")
-    parser.add_argument("--resume", action="store_true", help="keep what the JSON has, from this machine and these settings")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what its details have, from this machine and these settings"
+    )
     parser.add_argument("--name", help="of the JSON file")
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="its folder")
     parser.add_argument("--fail", default="", help=argparse.SUPPRESS)
@@ -141,14 +143,14 @@ class Run:
             "checks": {},
             "problems": [],
         }
-        if args.resume and self.path.exists():
+        if args.resume and common.details_of(self.path).exists():
             self._resume()
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(exist_ok=True)
 
     def _resume(self) -> None:
-        before = json.loads(self.path.read_text())
+        before = json.loads(common.details_of(self.path).read_text())
         for what in ("boot", "settings"):
             if before[what] != json.loads(json.dumps(self.record[what])):
                 raise SystemExit(
@@ -293,10 +295,7 @@ class Run:
     def save(self) -> None:
         self.summarize()  # a run that is cut off leaves its speed-ups too
         self.record["seconds"] = common.elapsed()
-        self.args.out.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.record, indent=1) + "\n")
-        part.replace(self.path)
+        common.write(self.path, self.record)
 
     def compare(self, name: str, routing: str, said: dict[str, Any]) -> None:
         """A contender's loss and gradients against fp32's and against those of Transformers with FSDP2."""

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 benchmarks/overlap_trace.py --chunks 2           # NCCL; --backends deepep triton torch for DeepEP
     torchrun --nproc-per-node 2 benchmarks/overlap_trace.py --chunks 2 --cpu     # gloo: tries the script
 
-Writes results/overlap-<device>-<transport>-<n>-chunks.svg and build/benchmarks/....trace.json.gz (chrome://tracing opens it). The
+Writes build/benchmarks/overlap-<device>-<transport>-<n>-chunks.svg and ....trace.json.gz (chrome://tracing opens it). The
 number is the share of the time of communication during which this rank computes. On CUDA: kernels of NCCL or DeepEP, against all
 others, on any stream; a kernel that waits for another rank counts as communication. On a CPU: gloo's transfers from start to end,
 against operations that run meanwhile; the operation that waits for the rows does not count, nor does Python between operations.
@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import DETAILED, RESULTS, machine, save, say, slug, synchronize
+from common import DETAILED, machine, save, say, slug, synchronize
 
 import moefx
 
@@ -221,7 +221,7 @@ if __name__ == "__main__":
                 "hidden_us": under,
             },
         )
-        (RESULTS / f"{name}.svg").write_text(svg(found, title))
+        (DETAILED / f"{name}.svg").write_text(svg(found, title))
         with gzip.open(DETAILED / f"{name}.trace.json.gz", "wt") as file:
             json.dump(trace, file)
         say(title)

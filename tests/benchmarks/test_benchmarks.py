@@ -308,7 +308,9 @@ def test_contenders_agree_and_one_that_runs_out_of_memory_is_a_result(tmp_path: 
     args = "--model tiny --layers 1 --device cpu --gpus 2 --seq 32 --mbs 1 --warmup 1 --steps 2 --routing balanced --no-compile"
     run = [*args.split(), "--contenders", "hf_fsdp,hf_ep,moefx", "--out", str(tmp_path), "--name", "run"]
     assert multi_gpu.main([*run, "--fail", "memory:hf_fsdp:1:balanced, mbs 1"]) == 0
-    record = json.loads((tmp_path / "run.json").read_text())
+    record = json.loads((tmp_path / "details/run.json").read_text())
+    summary = json.loads((tmp_path / "run.json").read_text())
+    assert [r["who"] for r in summary["rows"]] == ["hf_fsdp", "hf_ep", "moefx"] and "steps_ms" not in summary["rows"][0]
     assert [(r["who"], r["recompute"], len(r["steps_ms"])) for r in record["rows"]] == [
         ("hf_fsdp", True, 2),
         ("hf_ep", False, 2),
@@ -332,7 +334,8 @@ def test_contenders_agree_and_one_that_runs_out_of_memory_is_a_result(tmp_path: 
         assert record["contenders"][name]["weights_gib"] * 2**30 == pytest.approx(whole / 2, rel=0.01)
     # again: everything is there
     assert multi_gpu.main([*run, "--resume"]) == 0
-    assert json.loads((tmp_path / "run.json").read_text())["rows"] == record["rows"]
+    assert json.loads((tmp_path / "details/run.json").read_text())["rows"] == record["rows"]
+    assert json.loads((tmp_path / "run.json").read_text())["rows"] == summary["rows"]
 
 
 def test_a_contender_whose_row_fails_is_checked_all_the_same(tmp_path: Path) -> None:
@@ -531,3 +534,24 @@ def test_what_triton_chose_is_handed_to_the_next_process(tmp_path: Path, monkeyp
     assert tunings.load(tmp_path / "kept.json") == 1
     assert module.first.fn.cache == {(16, "torch.bfloat16"): module.first.fn.configs[2]}
     assert tunings.load(tmp_path / "kept.json") == 0  # has them
+
+
+RESULTS = sorted(p for p in common.RESULTS.iterdir() if not p.name.startswith("first_contact-"))  # of tests/gpu/check.py
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.name)
+def test_results_are_summaries(path):
+    """What stands in the repository is what `common.write` would write of it: no details, a row a line."""
+    record = json.loads(path.read_text())
+    assert path.suffix == ".json" and path.read_text() == common.dump(common.summary(record)) + "\n"
+
+
+def test_details_stay_out_of_results(tmp_path):
+    rows = [{"who": "hf", "ms": 1.23456789, "steps_ms": [1.0] * 30, "note": "x" * 300} for _ in range(2)]
+    record = {"rows": rows, "checks": {"hf": {"distances": {"w": 0.1}, "max": 0.1}}, "at": 1795818991.92, "none": []}
+    common.write(tmp_path / "run.json", record)
+    text = (tmp_path / "run.json").read_text()
+    row = {"who": "hf", "ms": 1.234568, "note": "x" * 300}
+    assert json.loads(text) == {"rows": [row, row], "checks": {"hf": {"max": 0.1}}, "at": 1795818991.9, "none": []}
+    assert text.count("\n") == 9 and f"  {json.dumps(row)}\n" in text
+    assert json.loads((tmp_path / "details/run.json").read_text()) == record
