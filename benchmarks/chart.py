@@ -4,6 +4,7 @@ micro-batch.
     pip install matplotlib
     python benchmarks/chart.py                     # all of results/ -> docs/images/single_gpu-<device>.png, multi_gpu-8x-<device>.png
     python benchmarks/chart.py a.json b.json -o chart.png
+    python benchmarks/chart.py --overview          # -> docs/images/overview.png, the README's
 
 One device: whole models, extrapolated from the measured depths; the number on a bar is its speed over Transformers eager in that
 run. Several: whole models as measured, tokens per second and GPU; the number is the speed over Transformers with FSDP2, "r" says
@@ -142,16 +143,70 @@ def draw(records: Sequence[Mapping[str, Any]], device: str, path: Path) -> None:
     common.say(f"drew {path.name}")
 
 
+#: The README's chart: Qwen3-30B-A3B on one H200, and on four.
+OVERVIEW = ("single_gpu-qwen3-30b-nvidia-h200", "multi_gpu-qwen3-30b-4x-nvidia-h200")
+
+
+def overview(single: Mapping[str, Any], several: Mapping[str, Any], path: Path) -> None:
+    """Tokens per second on one device, then tokens per second and peak memory on several; micro-batch 1, balanced over several."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [r for r in several["rows"] if r["mbs"] == 1 and r["routing"] == "balanced"]
+    shown = [
+        (
+            f"1 × {device_of(single)}\nthousand tokens/s, whole model extrapolated",
+            {r["who"]: r["tokens_per_s"] / 1e3 for r in single["whole_model"] if r["mbs"] == 1},
+        ),
+        (
+            f"{device_of(several).replace('x', ' ×')}\nthousand tokens/s per GPU, 48 layers",
+            {r["who"]: r["tokens_per_s_per_gpu"]["mean"] / 1e3 for r in rows},
+        ),
+        (f"{device_of(several).replace('x', ' ×')}\npeak memory per GPU, GiB", {r["who"]: r["peak_gib"] for r in rows}),
+    ]
+    figure, axes = plt.subplots(1, len(shown), figsize=(12, 2.6))
+    for axis, (title, found) in zip(axes, shown):
+        names = [who for who in ("hf", "hf_compile", "nemo", "hf_fsdp", "hf_ep", "moefx", "moefx_graph") if who in found]
+        drawn = axis.barh([CONTENDERS[n][0] for n in names], [found[n] for n in names], color=[CONTENDERS[n][1] for n in names])
+        axis.bar_label(drawn, fmt="%.1f", fontsize=8, padding=3)
+        axis.invert_yaxis()
+        axis.set_title(title, fontsize=9, loc="left")
+        axis.set_xlim(0, 1.18 * max(found.values()))
+        axis.set_xticks([])
+        axis.tick_params(axis="y", length=0, labelsize=8)
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+    days = " and ".join(r["machine"]["time"][:10] for r in (single, several))
+    figure.text(
+        0.005,
+        0.01,
+        f"Qwen3-30B-A3B, bf16, sequence {single['settings']['seq']}, micro-batch 1, forward + loss + backward; {days}",
+        fontsize=8,
+        color="#555555",
+    )
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+    common.say(f"drew {path.name}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="*", type=Path, help="JSON files (default: all of results/)")
     parser.add_argument("-o", "--output", type=Path, help="of the PNG, if all results are of one device")
+    parser.add_argument("--overview", action="store_true", help="the README's chart")
     args = parser.parse_args()
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         print("matplotlib is not installed: pip install matplotlib")
         return 1
+    if args.overview:
+        overview(
+            *(json.loads((common.RESULTS / f"{n}.json").read_text()) for n in OVERVIEW), args.output or IMAGES / "overview.png"
+        )
+        return 0
     by_device: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for path in args.results or sorted([*common.RESULTS.glob("single_gpu-*.json"), *common.RESULTS.glob("multi_gpu-*.json")]):
         record = json.loads(path.read_text())
