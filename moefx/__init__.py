@@ -1,4 +1,4 @@
-"""moefx: Hugging Face mixture-of-experts models, captured, rewritten and trained with expert parallelism.
+"""moefx: faster and expert-parallel training of Hugging Face mixture-of-experts models.
 
 ``import moefx`` loads neither torch nor Transformers: each public name is imported from its module when it is first used.
 """

@@ -1,4 +1,7 @@
-"""What people call: ``optimize`` (check, capture, rewrite, only then touch the model), ``parallelize`` over it, ``restore``."""
+"""The public functions: ``optimize``, ``parallelize``, ``restore``, ``report`` and ``explain``.
+
+``optimize`` checks its arguments, captures and rewrites before it changes the model: an error leaves the model as it was.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ Model = TypeVar("Model")
 
 
 def _reads_positions(function: Function) -> bool:
-    """Does the function read the tables that it is called with? Layers without positions get them too."""
+    """Whether the function reads the rotary tables it is called with; layers without positions get them too."""
     tables = [i for i, name in function.call.template.names().items() if re.fullmatch(r"position_embeddings( \d+)?", name)]
     places = {n.name: n for n in function.graph.nodes if n.op == "placeholder"}
     return any(isinstance(value(u), Tensor) for i in tables for u in places[function.inputs[i]].users)
@@ -54,7 +57,7 @@ def _reads_positions(function: Function) -> bool:
 
 @surroundings.none_of_them()
 def rewrite(program: Program, plan: Plan, pipeline: Pipeline, model: Any = None) -> Report:
-    """Runs ``pipeline`` over a captured program; the report of what it did. The program's graphs are changed."""
+    """Runs ``pipeline`` over a captured program and returns the report. The program's graphs are changed in place."""
     for function in program:
         experts = function.expects.get("experts", 0)
         if experts:
@@ -68,7 +71,7 @@ def rewrite(program: Program, plan: Plan, pipeline: Pipeline, model: Any = None)
 
 
 def _without_z_loss(report: Report, model: Any) -> list[str]:
-    """What a router z-loss would leave out. Raises MoefxError if that is everything."""
+    """Warnings about routers without logits, which a z-loss leaves out. Raises MoefxError if there is no other."""
     if not report.plan.router_z_loss:
         return []
     routes = {r.path(path): r for f in report.program for r in f.routes for path in f.instances}
@@ -100,37 +103,46 @@ def optimize(
     tune: bool | tuple[int, int] = False,
     dispatch_dtype: str | None = None,
 ) -> Model:
-    """Makes a Transformers mixture of experts train on rewritten, compiled graphs. Returns the same object.
+    """Rewrites a Transformers mixture-of-experts model in place for training, and returns it.
+
+    Each distinct block is captured as a graph, rewritten by the passes of ``pipeline`` and compiled. Class, parameter names,
+    ``save_pretrained`` and ``generate`` stay as they are.
 
     Args:
-        model: a ``PreTrainedModel`` with experts (a language model, with images or without, a reward model, a classifier, a
+        model: a ``PreTrainedModel`` with experts (a language model, with images or without, a reward model, a classifier or a
             bare model), or a PEFT model around one, on one device (or on meta), before DDP, FSDP or torch.compile.
-        ep_size: over how many ranks the experts are spread. Their parameters become DTensors; build the optimizer after. Under
-            NCCL a model on the CPU is moved to this rank's GPU: the current one, else that of LOCAL_RANK.
-        mesh: instead of ``ep_size``, a DeviceMesh with a dimension "ep" (and optionally "dp_replicate").
+        ep_size: number of ranks that the experts are sharded across. Their parameters become DTensors, so create the
+            optimizer afterwards. Under NCCL a model on the CPU is moved to this rank's GPU: the current one, else LOCAL_RANK's.
+        mesh: a DeviceMesh with a dimension "ep" and optionally "dp_replicate", instead of ``ep_size``.
         example: keyword arguments of the model's forward that show what kinds of inputs it gets (default: input_ids, labels).
-        pipeline: the passes, ``moefx.passes.default()`` if None.
-        backends: names or ``Backend`` objects in order of preference (default: torch, reference).
+        pipeline: the passes to run (default: ``moefx.passes.default()``).
+        backends: names or ``Backend`` objects in order of preference (default: all that are not opt-in, see
+            :func:`moefx.resolve`).
         compile: compile each function with torch.compile: True for Inductor, a string for another compiler backend.
-        strict: raise, instead of warning, if something that the model promises is not raised.
-        verify: compare loss and all gradients with the original model on ``example`` and raise if they differ.
-        router_z_loss: adds this times ``sum over layers of mean(logsumexp(router logits)^2)`` to the loss (arXiv 2202.08906);
-            the mean is over tokens that are not padding, under ``parallelize`` over those of all ranks.
-        balanced_routing: send tokens to experts in turn, whatever the routers say. For benchmarks only: nothing is learnt.
-        check_numerics: raise MoefxError, naming forward and layer, when routing logits are NaN or infinite. The host waits
-            once a forward.
-        dispatch_capacity: under expert parallelism, the most tokens that a rank ever has in one call. Exchanges then use
-            buffers of the worst case (``ep_size * dispatch_capacity`` tokens a rank, all of which may choose its experts)
-            and the host never waits for counts. 0: it waits once a layer, and buffers are as large as the data says.
-        tune: where several backends take an operation that costs much, the fastest gets it instead of the first. Sequences and
-            tokens a sequence of a rank's micro-batch; True: (1, 4096). Measurements are kept (:mod:`moefx.backends.tuning`).
-        dispatch_dtype: "fp8": under expert parallelism, tokens are sent to their experts in e4m3 with a float32 scale for each
-            128 numbers (:mod:`moefx.transports.fp8_rows`), half of the bytes. Numerics change: each number that an expert
-            reads is within 2**-4 of itself. Gradients, and what the experts send back, keep the model's dtype.
+        strict: raise, instead of warning, if an expected operation was not matched.
+        verify: compare the loss and all gradients with the original model on ``example``, and raise if they differ.
+        router_z_loss: coefficient of ``sum over layers of mean(logsumexp(router logits)^2)``, added to the loss (arXiv
+            2202.08906). The mean is over tokens that are not padding, under ``parallelize`` over those of all ranks.
+        balanced_routing: assign tokens to experts in turn, whatever the router computes. For benchmarks only: routers learn
+            nothing.
+        check_numerics: raise MoefxError, naming step and layer, if routing logits are NaN or infinite. Costs one device sync
+            per forward.
+        dispatch_capacity: under expert parallelism, the most tokens that a rank ever has in one call. Buffers then have the
+            worst-case size (``ep_size * dispatch_capacity`` tokens per rank, all of which may choose its experts), and no
+            exchange needs a device sync. 0: one device sync per layer, and buffers of the actual size.
+        tune: give an expensive operation to the fastest of the backends that accept it, instead of the first. The size of a
+            rank's micro-batch, (sequences, tokens per sequence); True: (1, 4096). Measurements are cached
+            (:mod:`moefx.backends.tuning`).
+        dispatch_dtype: "fp8": under expert parallelism, tokens are dispatched as e4m3 with a float32 scale per 128 numbers,
+            half of the bytes. Numerics change: each number that an expert reads is within 2**-4 of itself. Gradients, and
+            what experts send back, keep the model's dtype.
+
+    Returns:
+        The same object.
 
     Raises:
-        MoefxError: bad input, in one sentence; the model is untouched.
-        PassError: a pass broke a graph, or under ``strict`` something promised is missing; the model is untouched.
+        MoefxError: an argument is wrong; the model is unchanged.
+        PassError: a pass broke a graph, or with ``strict`` an expected operation is missing; the model is unchanged.
         VerifyError: ``verify`` found a difference; the model is restored.
     """
     return _optimize(
@@ -217,29 +229,34 @@ def parallelize(
     lost_after: float = 60.0,
     **options: Any,
 ) -> Any:
-    """Spreads a model over all ranks (FSDP2, HSDP, expert parallelism) and optimizes it. Returns the model.
+    """Shards a model across all ranks (FSDP2, HSDP, expert parallelism), optimizes it and returns it.
 
     Call it on every rank, after ``torch.distributed.init_process_group``. Under NCCL a rank trains on the current CUDA device
-    if one was chosen, else on that of LOCAL_RANK. Every decoder block is an FSDP2 unit, its experts are another on the ranks
-    that hold the same experts; embeddings, final norm and lm_head belong to the root. Where each rank is alone with its experts
-    (``ep_size`` is all ranks) these are in no unit, and neighbouring blocks share one. All ranks see their own batches;
-    gradients come out as the mean over all ranks.
+    if one was chosen, else on LOCAL_RANK's. Every decoder block is an FSDP2 unit; its experts are another unit, on the ranks
+    that hold the same experts. Embeddings, final norm and lm_head belong to the root. If ``ep_size`` is the number of ranks,
+    experts are in no unit, and neighbouring blocks share one. Each rank has its own batches; gradients are the mean over all
+    ranks.
 
     Args:
-        model: a checkpoint folder in Hugging Face layout, of which each rank reads only its own shards; or a model, with or
-            without PEFT around it, the same on every rank; or a model on the meta device, which gets random weights.
-        ep_size: ranks that share one copy of the experts; divides the number of experts and the ranks of a replica.
-        dp_replicate: copies of the whole model (HSDP): gradients are reduced inside a copy, then summed over copies.
-        mp_policy, reshard_after_forward, offload_policy: as in ``torch.distributed.fsdp.fully_shard``.
-        dtype: of the parameters, if ``model`` is a folder (default: what its configuration says).
-        global_aux_loss: with ``output_router_logits``, the auxiliary load-balancing loss is that of all ranks' tokens
-            together, as one process would compute it (one small all-reduce); otherwise each rank's own.
-        lost_after: seconds without a sign of life after which a rank counts as lost, the others say which and end
-            (:func:`moefx.watch_ranks`); 0: nobody watches.
-        options: of :func:`moefx.optimize` (``compile``, ``pipeline``, ``backends``, ``strict``, ``example``, ...).
+        model: a checkpoint folder in Hugging Face layout, from which each rank reads its own shards; a model, with or without
+            PEFT, the same on every rank; or a model on the meta device, which gets random weights.
+        ep_size: number of ranks that share one copy of the experts; divides the number of experts and the ranks of a replica.
+        dp_replicate: number of replicas of the whole model (HSDP): gradients are reduced within a replica, then across them.
+        mp_policy: as in ``torch.distributed.fsdp.fully_shard``.
+        reshard_after_forward: as in ``fully_shard``.
+        offload_policy: as in ``fully_shard``.
+        dtype: dtype of the parameters, if ``model`` is a folder (default: the configuration's).
+        global_aux_loss: with ``output_router_logits``, compute the auxiliary load-balancing loss over all ranks' tokens, as
+            one process would (one small all-reduce); otherwise over each rank's own.
+        lost_after: seconds without a heartbeat after which a rank counts as lost, and the others name it and exit
+            (:func:`moefx.watch_ranks`). 0: ranks are not monitored.
+        options: options of :func:`moefx.optimize` (``compile``, ``pipeline``, ``backends``, ``strict``, ``example``, ...).
+
+    Returns:
+        The sharded model, in training mode.
 
     Raises:
-        MoefxError: bad sizes; a checkpoint that lacks a tensor of the model, has one too many, or one of another shape.
+        MoefxError: sizes that do not divide; a checkpoint with a missing, an unexpected or a differently shaped tensor.
     """
     for name in ("mesh", "verify"):
         if name in options:
@@ -255,7 +272,7 @@ def parallelize(
 
 
 def restore(model: Model) -> Model:
-    """Back to the untouched forward, experts' parameters whole on every rank. Returns the same object."""
+    """Restores the original forward, gathers the experts' parameters on every rank, and returns the same object."""
     state = state_of(model)
     inner = unwrap(model)
     if state.shards_experts:
@@ -268,12 +285,12 @@ def restore(model: Model) -> Model:
 
 
 def report(model: Any) -> Report:
-    """What ``optimize`` did to this model, and what has happened since."""
+    """The report of an optimized model: what ``optimize`` did to it, and what has happened since."""
     return state_of(model).report
 
 
 def explain(model: Any, path: str) -> Explanation:
-    """Each node of the module ``path``: the model's line -> passes -> kernel and why; and what was not rewritten, and why."""
+    """Explains the nodes of the module ``path``: source lines, passes, kernels and why; and what was not rewritten, and why."""
     state_of(model)
     inner = unwrap(model)
     if path not in dict(inner.named_modules()):

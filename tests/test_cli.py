@@ -71,7 +71,7 @@ def test_models_are_verified(capsys, monkeypatch):
     monkeypatch.setitem(backends.builtin()["torch"].kernels, ops.rms_norm, backends.Kernel(off))
     assert main(["models", "olmoe", "--verify"]) == 1
     said = capsys.readouterr()
-    assert "WRONG: " in said.out and said.err.endswith("the optimized model is not the untouched one: olmoe\n")
+    assert "WRONG: " in said.out and said.err.endswith("the optimized model differs from the original: olmoe\n")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -82,7 +82,7 @@ def test_a_device_that_is_not_there(capsys):
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("gpu", "--device gpu is no name of a device"), ("cuda:2", "the last of the CUDA devices here is cuda:1")],
+    [("gpu", "--device gpu is not a device"), ("cuda:2", "the last of the CUDA devices here is cuda:1")],
 )
 def test_other_devices_that_are_not_there(name, text, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

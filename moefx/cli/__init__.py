@@ -40,7 +40,7 @@ def _version(package: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 1, with one sentence on stderr, for bad input."""
+    """Runs the command line; returns 1, with one sentence on stderr, if an argument is wrong."""
     parser = argparse.ArgumentParser(
         prog="moefx", description="Captures Hugging Face mixtures of experts and rewrites their graphs."
     )
@@ -57,12 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--diagram", action="store_true", help="the graphs as a Mermaid flowchart (after the pass, if one is named)")
     p = commands.add_parser("models", help="the families of Transformers: what was captured and raised of each")
     p.add_argument("families", nargs="*", metavar="FAMILY")
-    p.add_argument("--verify", action="store_true", help="compare a training step with the untouched model's")
-    p.add_argument("--device", default="cpu", help="that runs these steps: cuda for the kernels that training would take there")
+    p.add_argument("--verify", action="store_true", help="compare a training step with the original model's")
+    p.add_argument("--device", default="cpu", help="where these steps run: cuda for the kernels that training uses there")
     p.add_argument("--width", type=int, default=160, metavar="N", help="characters shown of each reason (--json has all)")
-    commands.add_parser("doctor", help="what is usable here, and why the rest is not")
+    commands.add_parser("doctor", help="which backends are usable here, and why the others are not")
     for p in commands.choices.values():
-        p.add_argument("--json", action="store_true", help="for programs")
+        p.add_argument("--json", action="store_true", help="machine-readable output")
     args = parser.parse_args(argv)
     run = importlib.import_module(f"moefx.cli.{args.command}").run
     logging.getLogger("transformers").setLevel(logging.ERROR)  # after the import, which sets it

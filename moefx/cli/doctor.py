@@ -21,7 +21,7 @@ from moefx.internals import nccl
 
 
 def cuda_lacks(version: str | None) -> str:
-    """What cannot run with this CUDA, and what to do."""
+    """What does not run with this CUDA version, and what to do; empty if everything does."""
     if tuple(map(int, (version or "0.0").split("."))) >= deepep.CUDA:
         return ""
     wanted = ".".join(map(str, deepep.CUDA))
@@ -29,7 +29,7 @@ def cuda_lacks(version: str | None) -> str:
 
 
 def nccl_state() -> str:
-    """NCCL's version, and what an older one lacks."""
+    """NCCL's version, and what it lacks if it is an old one."""
     if not torch.cuda.is_available() or not torch.distributed.is_nccl_available():
         return "not used: no CUDA device"
     found = nccl.version()
@@ -38,7 +38,7 @@ def nccl_state() -> str:
 
 
 def diagnose() -> list[dict[str, str]]:
-    """What is here: name, version or state, and what to do where something is missing."""
+    """A row per component: its version or state, and what to do if it is missing."""
 
     def version(package: str) -> str:
         try:
@@ -72,6 +72,7 @@ def diagnose() -> list[dict[str, str]]:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Prints what :func:`diagnose` finds."""
     rows = diagnose()
     if args.json:
         print(json.dumps(rows, indent=1))

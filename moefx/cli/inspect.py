@@ -29,7 +29,7 @@ from moefx.ir.plan import Options
 
 
 def read_config(model: str, tiny: bool) -> PreTrainedConfig:
-    """The configuration of a model_type, a config.json or a checkpoint folder."""
+    """Reads the configuration of a model_type, a config.json or a checkpoint folder; ``tiny``: a small one of the family."""
     path = Path(model)
     if path.suffix == ".json" or path.exists() or "/" in model:
         file = path / "config.json" if path.is_dir() else path
@@ -38,7 +38,7 @@ def read_config(model: str, tiny: bool) -> PreTrainedConfig:
         try:
             found = json.loads(file.read_text())
         except (OSError, ValueError) as error:
-            raise MoefxError(f"{file} is not readable as JSON ({error}): pass an intact config.json") from error
+            raise MoefxError(f"{file} is not readable as JSON ({error}): pass a valid config.json") from error
         if not isinstance(found, dict) or "model_type" not in found:
             raise MoefxError(f"{file} has no model_type: it is not a Transformers config.json")
         return (
@@ -50,6 +50,7 @@ def read_config(model: str, tiny: bool) -> PreTrainedConfig:
 
 
 def known_type(model_type: str) -> str:
+    """Returns ``model_type``; raises MoefxError, with similar names, if Transformers has no such language model."""
     if model_type not in LANGUAGE_MODELS:
         near = difflib.get_close_matches(model_type, LANGUAGE_MODELS, 3)
         hint = f"did you mean {' or '.join(near)}?" if near else "`moefx models` lists the families"
@@ -59,7 +60,7 @@ def known_type(model_type: str) -> str:
 
 @contextlib.contextmanager
 def ranks(ep_size: int) -> Iterator[Any]:
-    """A process group that only pretends to have ``ep_size`` ranks: enough to see the structure."""
+    """A fake process group of ``ep_size`` ranks, enough to see the structure; yields its mesh, or None for one rank."""
     if ep_size == 1:
         yield None
         return
@@ -73,7 +74,7 @@ def ranks(ep_size: int) -> Iterator[Any]:
 
 
 def inspect(config: PreTrainedConfig, ep_size: int, device: str = "meta") -> Report:
-    """Captures and rewrites a model of ``config`` without installing anything."""
+    """Captures and rewrites a model of ``config`` on ``device``, without weights and without installing anything."""
     with torch.device(device):
         model = auto_class(config).from_config(config)
     hf.check(model)
@@ -84,6 +85,7 @@ def inspect(config: PreTrainedConfig, ep_size: int, device: str = "meta") -> Rep
 
 
 def run(args: argparse.Namespace) -> None:
+    """Prints the report and costs of a model, or the part that ``args`` name."""
     if args.pass_name:
         passes.default()[args.pass_name]  # an unknown name, before a minute of work
     report = inspect(read_config(args.model, args.tiny), args.ep_size)

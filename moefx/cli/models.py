@@ -28,7 +28,7 @@ from moefx.runtime.verify import against
 
 
 def moe_families() -> list[str]:
-    """The language models of Transformers, with images or without, whose small configuration names experts."""
+    """The language models of Transformers, with images or without, whose small configuration has experts."""
     found = []
     for name in LANGUAGE_MODELS:
         with contextlib.suppress(Exception):
@@ -37,7 +37,7 @@ def moe_families() -> list[str]:
     return found
 
 
-#: Parameters that a small configuration may have to be tried with real memory: some models look at values, which meta has not.
+#: The most parameters for which a small configuration is tried in real memory: some models read values, which meta lacks.
 FITS = 150_000_000
 
 
@@ -51,7 +51,7 @@ VERIFIED = ((1, 1), (2, 13), (1, 70))
 
 
 def verified(plain: Any, model: Any) -> str:
-    """What was compared of a training step of ``model`` with one of the untouched model; the worst, if it differs."""
+    """Compares a training step of ``model`` with one of the original: how many tensors agree, or the worst that differs."""
     found = []
     for shape in VERIFIED:
         ids = torch.randint(1, model.config.get_text_config().vocab_size, shape, generator=torch.Generator().manual_seed(0))
@@ -64,8 +64,9 @@ def verified(plain: Any, model: Any) -> str:
 
 
 def family_row(family: str, verify: bool = False, device: str = "cpu") -> dict[str, Any]:
-    """What is captured and raised of a family's small configuration; the reasons for all that is not. ``device`` runs the steps
-    that are compared.
+    """What is captured and raised of a family's small configuration, and why the rest is not.
+
+    With ``verify``, a training step on ``device`` is compared with the original model's.
     """
     row: dict[str, Any] = {"family": family, "captured": 0, "raised": {}, "notes": []}
     try:
@@ -100,6 +101,7 @@ def _describe(report: Report, row: dict[str, Any]) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Prints a row per family; raises MoefxError if one differs from its original model or failed."""
     families = [known_type(f) for f in args.families] or moe_families()
     check_device(args.device)
     rows = [family_row(f, args.verify, args.device) for f in tqdm(families, file=sys.stderr, disable=None)]
@@ -109,22 +111,22 @@ def run(args: argparse.Namespace) -> None:
     else:
         _show_families(rows, args)
     if wrong:
-        raise MoefxError(f"the optimized model is not the untouched one: {', '.join(wrong)}")
+        raise MoefxError(f"the optimized model differs from the original: {', '.join(wrong)}")
     failed = {r["family"]: r["failed"] for r in rows if "failed" in r}
     if failed:
         raise MoefxError("could not be tried: " + "; ".join(f"{family}: {why}" for family, why in failed.items()))
 
 
 def check_device(name: str) -> None:
-    """Raises MoefxError if there is no device of this name here."""
+    """Raises MoefxError if this machine has no device of this name."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise MoefxError(f"--device {name} is no name of a device: pass cpu, cuda or cuda:1, say") from error
+        raise MoefxError(f"--device {name} is not a device: pass cpu, cuda or cuda:1") from error
     if device.type != "cuda":
         return
     if not torch.cuda.is_available():
-        raise MoefxError(f"--device {name}, but torch {torch.__version__} sees no CUDA device: `moefx doctor` says more")
+        raise MoefxError(f"--device {name}, but torch {torch.__version__} finds no CUDA device: see `moefx doctor`")
     if (device.index or 0) >= torch.cuda.device_count():
         raise MoefxError(f"--device {name}, but the last of the CUDA devices here is cuda:{torch.cuda.device_count() - 1}")
 
@@ -133,7 +135,7 @@ def _show_families(rows: Sequence[Mapping[str, Any]], args: argparse.Namespace) 
     table = Table(
         "family",
         "captured",
-        "raised of promised",
+        "raised of expected",
         "what is not, and why",
         title="small configurations of each family",
         title_justify="left",
@@ -147,4 +149,5 @@ def _show_families(rows: Sequence[Mapping[str, Any]], args: argparse.Namespace) 
 
 
 def shortened(text: str, most: int) -> str:
+    """``text`` cut at a word to at most ``most`` characters."""
     return text if len(text) <= most else text[: max(most, 20) - 4].rsplit(" ", 1)[0] + " ..."
