@@ -43,6 +43,12 @@ def test_every_module_is_installed(installed):
     assert {p.relative_to(installed) for p in (installed / "moefx").rglob("*.py")} == wanted
 
 
+def test_data_files_are_installed(installed):
+    wanted = {"py.typed", *(f"backends/tuned/{p.name}" for p in (ROOT / "moefx/backends/tuned").glob("*.json"))}
+    assert len(wanted) > 1
+    assert [name for name in wanted if not (installed / "moefx" / name).is_file()] == []
+
+
 def test_the_command_runs(installed, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     done = subprocess.run(
