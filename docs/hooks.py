@@ -14,7 +14,12 @@ ROOT = Path(__file__).parent.parent
 
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Replaces the markers of a page by mkdocstrings' directives."""
-    for marker, write in (("public names", public_names), ("operations", operations), ("passes", passes)):
+    for marker, write in (
+        ("public names", public_names),
+        ("operations", operations),
+        ("passes", passes),
+        ("transport", transport),
+    ):
         markdown = markdown.replace(f"<!-- {marker} -->", write() if f"<!-- {marker} -->" in markdown else "")
     return markdown
 
@@ -72,6 +77,13 @@ def operations() -> str:
             if not name.startswith("_") and "backward" not in name:
                 written.append(_directive(f"{module}.{function}", name, heading_level="2"))
     return "\n".join(written)
+
+
+def transport() -> str:
+    """The protocol of transports, wherever it lives."""
+    (path,) = (p for p in (ROOT / "moefx").rglob("*.py") if "\nclass Transport(Protocol)" in p.read_text())
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    return _directive(f"{module}.Transport", show_root_toc_entry="false")
 
 
 def _defined(tree: ast.Module) -> dict[str, str]:

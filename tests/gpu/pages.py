@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
+#: Pages whose blocks are one program; those of others stand alone.
+PROGRAMS = ["docs/guides/read-a-report.md", "docs/guides/write-a-kernel.md", "docs/guides/write-a-pass.md"]
 EXAMPLES = sorted(f"examples/{p.name}" for p in (ROOT / "examples").glob("*.py"))
 _COMMAND = re.compile(
     r"^ *((?:moefx|python|torchrun|accelerate|make) (?:[^\\\n]|\\\n)+)$", re.MULTILINE
@@ -92,10 +94,78 @@ class Block:
 
 
 def blocks() -> list[Block]:
-    """The Python of pages whose blocks stand alone; those of docs/extending.md are one program (tests/docs/test_pages.py)."""
-    pages = [p for p in PAGES if p != "docs/extending.md"]
-    return [Block(f"{p}, block {i + 1}", c) for p in pages for i, c in enumerate(code_of(p))]
+    """The Python of pages whose blocks stand alone."""
+    return [Block(f"{p}, block {i + 1}", c) for p in PAGES if p not in PROGRAMS for i, c in enumerate(code_of(p))]
 
 
 def code_of(page: str) -> list[str]:
     return _BLOCK.findall((ROOT / page).read_text())
+
+
+#: Put before a block: what its page takes for granted.
+_BEFORE = """
+import os, sys, torch, moefx
+from moefx import passes
+from transformers import AutoModelForCausalLM
+folder, DEVICE, EP = sys.argv[1], sys.argv[2], int(os.environ.get("WORLD_SIZE", 1))
+class Batches:
+    def __iter__(self):
+        g = torch.Generator().manual_seed(int(os.environ.get("RANK", 0)))
+        for _ in range(STEPS):
+            ids = torch.randint(0, 256, (1, 64), generator=g).to(next(model.parameters()).device)
+            yield {"input_ids": ids, "labels": ids}
+loader = batches = Batches()
+dataset = [{"input_ids": torch.arange(64), "labels": torch.arange(64)}] * 8
+"""
+#: On a CPU: nothing is compiled, and gloo connects the ranks.
+_ON_CPU = """
+import functools
+moefx.optimize = functools.partial(moefx.optimize, compile=False)
+moefx.parallelize = functools.partial(moefx.parallelize, compile=False)
+"""
+#: What a block needs that begins in the middle.
+_MODEL = """
+if EP > 1 and not torch.distributed.is_initialized():
+    torch.distributed.init_process_group("nccl")
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).train()
+"""
+_OPTIMIZED = """
+model = moefx.parallelize(model, ep_size=EP) if EP > 1 else moefx.optimize(model)
+"""
+_OPTIMIZER = "optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])\n"
+#: After it: it trains, whatever the block has left, once it is on the device.
+_AFTER = """
+if next(model.parameters()).device.type != DEVICE:
+    model.to(DEVICE)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+if EP == 1 or torch.distributed.is_initialized():
+    for batch in batches:
+        loss = model(**batch).loss
+        loss.backward()
+        moefx.clip_grad_norm_(model, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert bool(loss.isfinite())
+assert next(model.parameters()).device.type == DEVICE and not moefx.report(model).fallbacks, moefx.report(model)
+print("trained")
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
+"""
+
+
+def script(block: Block, ranks: int, device: str) -> str:
+    """A block as a program of its own, over ``ranks``: ``program FOLDER DEVICE``, where FOLDER holds a small checkpoint."""
+    before = _BEFORE.replace("STEPS", "6" if device == "cuda" else "2") + (_ON_CPU if device == "cpu" else "")
+    code = block.with_optimizer(_OPTIMIZER) if block.takes("optimizer") else block.code
+    if block.takes("model"):
+        before += _MODEL if "moefx.optimize(" in code or "moefx.parallelize(" in code else _MODEL + _OPTIMIZED
+    after = _AFTER if "optimizer = " in code else _OPTIMIZER + _AFTER
+    code = before + code + after
+    for written, here in (
+        (r"from_pretrained\((?:\.\.\.|\"[\w-]+/[\w.-]+\")", "from_pretrained(folder"),
+        (r"ep_size=8", f"ep_size={ranks}"),
+        (r"device_map=\"cuda\"", "device_map=DEVICE"),
+        *((('"nccl"', '"gloo"'), (r"torch\.cuda\.set_device\(.*", "")) if device == "cpu" else ()),
+    ):
+        code = re.sub(written, here, code)
+    return code

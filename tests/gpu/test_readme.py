@@ -15,51 +15,11 @@ import pytest
 import torch
 
 from moefx.internals import nccl
-from tests.gpu.pages import ROOT, Command, blocks, code_of, commands
+from tests.gpu.pages import PROGRAMS, ROOT, Command, blocks, code_of, commands, script
 
 GPUS = torch.cuda.device_count()
 SHARED = GPUS == 1 and nccl.version() >= (2, 30)
 RANKS = 4 if SHARED else max(GPUS, 1)
-#: Put before a block of a page: what the page takes for granted.
-BEFORE = """
-import os, sys, torch, moefx
-from moefx import passes
-from transformers import AutoModelForCausalLM
-folder, n, EP = sys.argv[1], 1, int(os.environ.get("WORLD_SIZE", 1))
-class Batches:
-    def __iter__(self):
-        g = torch.Generator().manual_seed(int(os.environ.get("RANK", 0)))
-        for _ in range(6):
-            ids = torch.randint(0, 256, (1, 64), generator=g).to(next(model.parameters()).device)
-            yield {"input_ids": ids, "labels": ids}
-loader = batches = Batches()
-"""
-#: What a block needs that begins in the middle.
-MODEL = """
-if EP > 1 and not torch.distributed.is_initialized():
-    torch.distributed.init_process_group("nccl")
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).train()
-"""
-OPTIMIZED = """
-model = moefx.parallelize(model, ep_size=EP) if EP > 1 else moefx.optimize(model)
-"""
-OPTIMIZER = "optimizer = torch.optim.AdamW(model.parameters())\n"
-#: After it: it trains, whatever the block has left, once it is on the GPU.
-AFTER = """
-if next(model.parameters()).device.type == "cpu":
-    model.cuda()
-    optimizer = torch.optim.AdamW(model.parameters())
-for batch in batches:
-    loss = model(**batch).loss
-    loss.backward()
-    moefx.clip_grad_norm_(model, 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-assert next(model.parameters()).is_cuda and bool(loss.isfinite()) and not moefx.report(model).fallbacks, moefx.report(model)
-print("trained", float(loss.detach()))
-if torch.distributed.is_initialized():
-    torch.distributed.destroy_process_group()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -133,17 +93,13 @@ def test_code_block(block, checkpoint, tmp_path):
     ranks = RANKS if block.over_ranks else 1
     if ranks == 1 and block.over_ranks:
         pytest.skip("one rank can be had")
-    before = ""
-    if block.takes("model"):
-        before = MODEL if "moefx.optimize(" in block.code or "moefx.parallelize(" in block.code else MODEL + OPTIMIZED
-    code = block.with_optimizer(OPTIMIZER) if block.takes("optimizer") else block.code
-    code = code.replace("from_pretrained(...)", "from_pretrained(folder)").replace("ep_size=8", f"ep_size={ranks}")
-    script = tmp_path / "block.py"
-    script.write_text(BEFORE + before + code + AFTER)
+    path = tmp_path / "block.py"
+    path.write_text(script(block, ranks, "cuda"))
     start = f"torchrun --standalone --nproc-per-node {ranks}" if ranks > 1 else "python"
-    assert "trained" in shell(f"{start} {script} {checkpoint}", tmp_path)
+    assert "trained" in shell(f"{start} {path} {checkpoint} cuda", tmp_path)
 
 
-def test_the_program_of_extending(tmp_path):
-    (tmp_path / "program.py").write_text("\n".join(code_of("docs/extending.md")))
+@pytest.mark.parametrize("page", PROGRAMS)
+def test_program(page, tmp_path):
+    (tmp_path / "program.py").write_text("\n".join(code_of(page)))
     shell("python program.py", tmp_path)
