@@ -6,11 +6,9 @@ import dataclasses
 import inspect
 import json
 import os
-import pkgutil
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -57,18 +55,6 @@ def test_the_command_runs(installed, tmp_path):
     assert done.returncode == 0, done.stderr
     rows = {r["what"]: r["state"] for r in json.loads(done.stdout)}
     assert rows["moefx"].endswith(str(installed / "moefx")) and rows["backend torch"] == "usable"
-
-
-def test_no_public_name_hides_a_module():
-    """``import moefx.report as r`` must not give a function."""
-    modules = {m.name for m in pkgutil.iter_modules(moefx.__path__)}
-    assert [n for n in moefx.__all__ if n in modules and not isinstance(getattr(moefx, n), types.ModuleType)] == []
-
-
-def test_the_layers_of_the_house():
-    """What `make lint` checks: a file imports from its own layer and from those below."""
-    done = subprocess.run([str(Path(sys.executable).parent / "lint-imports")], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
 
 
 def test_optimize_takes_what_options_hold():
