@@ -21,8 +21,8 @@ from moefx.kernels.te import linear
 from moefx.ops import grouped_mlp as grouped
 from moefx.passes import FP8, Canonicalize, Lower, Route, default
 from moefx.rewriting.pipeline import run_pass
-from tests.passes.test_passes import captured
 from tests.support import te_standin
+from tests.support.passes import captured
 
 BF16, FP32 = torch.bfloat16, torch.float32
 

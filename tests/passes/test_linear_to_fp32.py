@@ -11,8 +11,8 @@ import moefx
 from moefx import ops
 from moefx.integrations import transformers as hf
 from moefx.kernels import linear_to_fp32 as kernel
-from tests.passes.test_passes import calls, run
 from tests.support.families import batch, build
+from tests.support.passes import calls, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -1,0 +1,19 @@
+"""The pass 'swiglu', and what it refuses."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from moefx import ops
+from moefx.passes import (
+    SwiGLU,
+)
+from tests.support.passes import calls, run
+
+
+def test_swiglu_and_its_refusal():
+    f, changes = run([SwiGLU()], lambda g, u: F.silu(g) * u, [torch.randn(3, 17), torch.randn(3, 17)])
+    assert len(calls(f, ops.swiglu)) == 1 and len(changes.made) == 1
+    f, changes = run([SwiGLU()], lambda g, u: F.silu(g) + u, [torch.randn(3, 17), torch.randn(3, 17)])
+    assert calls(f, ops.swiglu) == []
