@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import inspect
 import operator
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+from torch._dynamo import config as dynamo_config
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
@@ -50,6 +55,9 @@ class _Key(CustomGraphPass):
         return then and (own, then)  # None: not to be cached, as Inductor has it for such a pass
 
 
+#: Variants of one graph before it runs uncompiled: with and without gradients, a batch or a length of 1, and what else Dynamo
+#: specializes on. Its own limit of 8 is reached by training, evaluating and scoring at a few shapes, and is an error.
+MOST_VARIANTS = 64
 #: torch.export's functions of sizes, and Python's own, which Dynamo traces of sizes and of plain numbers alike: of the former
 #: it refuses numbers (torch 2.11: "torch.* op returned non-Tensor"; 2.13 takes sym_min and sym_max), and the sizes of a first
 #: call are numbers.
@@ -70,16 +78,39 @@ def with_builtins(graph: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(graph, copied)
 
 
+def _limit() -> dict[str, Any]:
+    """From torch 2.13 on; earlier versions are given more variants when they have reached Dynamo's limit."""
+    return {"recompile_limit": MOST_VARIANTS} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+
+
 def compiled(graph: fx.GraphModule, plan: Plan) -> Callable:
     """The graph's forward, compiled as ``plan.compile`` says (True: Inductor; a name: that backend; False: not)."""
     # not the module: its __call__ looks into exceptions that pass, as early stopping is one
     if not plan.compile:
         return graph.forward
-    run: Callable = with_builtins(graph).forward
+    plain: Callable = with_builtins(graph).forward
     backend = plan.compile if isinstance(plan.compile, str) else "inductor"
     options: dict[str, Any] | None = None
     if backend == "inductor":
         options = {"post_grad_custom_post_pass": _Key(plan.ep_size, config.post_grad_custom_post_pass)}
         if any(n.target is dispatch_combine.dispatch_start for n in graph.graph.nodes):
             options["reorder_for_peak_memory"] = False  # what runs while rows are under way must stay there
-    return torch.compile(run, fullgraph=True, backend=backend, options=options)
+    run = torch.compile(plain, fullgraph=True, backend=backend, options=options, **_limit())
+    warned = False
+
+    def call(*inputs: Any) -> Any:
+        nonlocal warned
+        with contextlib.suppress(FailOnRecompileLimitHit):
+            return run(*inputs)
+        with contextlib.suppress(FailOnRecompileLimitHit), dynamo_config.patch(recompile_limit=MOST_VARIANTS):
+            return run(*inputs)
+        if not warned:
+            warned = True
+            warnings.warn(
+                f"a block was compiled {MOST_VARIANTS} times, for inputs that differ each time: what fits none of these runs "
+                "uncompiled from here on (TORCH_LOGS=recompiles prints what differs)",
+                stacklevel=2,
+            )
+        return plain(*inputs)
+
+    return call

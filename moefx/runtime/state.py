@@ -56,7 +56,9 @@ class Optimized:
     def runner(self, function: Function) -> Callable:
         """The function as a callable, compiled once however many instances share it."""
         if id(function) not in self.runners:
-            inputs = tuple(n.meta["val"].dtype for n in function.graph.nodes if n.op == "placeholder")
+            given = [n.meta["val"] for n in function.graph.nodes if n.op == "placeholder"]
+            # sizes too: a norm of heads and one of hidden states have the same code, and Dynamo would compile it for each
+            inputs = tuple((v.dtype, tuple(d if isinstance(d, int) else None for d in v.shape)) for v in given)
             targets = tuple(n.target for n in function.graph.nodes if n.op == "call_function")
             same = (function.graph_module.code, targets, inputs)  # a block in training and in evaluation, mostly
             if same not in self.compiled:

@@ -1,5 +1,6 @@
 """Inductor's disk cache: code is found again, but never that of another version of moefx or another size of the group."""
 
+import copy
 import operator
 
 import pytest
@@ -10,9 +11,11 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_inductor_cache
 
+import moefx
 from moefx import ops
 from moefx.backends import compile
 from moefx.ir.plan import Plan
+from tests.support.families import batch, build
 
 
 def _graph() -> fx.GraphModule:
@@ -100,3 +103,35 @@ def test_what_exports_compute_of_sizes_compiles_at_a_first_length_and_another():
         getattr(torch, n) in {node.target for node in with_numbers.graph.nodes} for n in dir(torch) if n.startswith("sym_")
     )
     assert any(node.target is torch.sym_min for node in plain.graph.nodes), "the graph that people look at stays as it was"
+
+
+#: Training, evaluating and scoring at a few shapes: 18 variants of Dynamo's, whose own limit is 8.
+USES = [(shape, grad) for shape in ((2, 24), (1, 31), (1, 1), (2, 1), (3, 17)) for grad in (True, False)]
+
+
+@pytest.mark.parametrize("later_torch", [True, False])
+def test_many_uses_of_one_model_are_all_compiled(monkeypatch, later_torch, recwarn):
+    if not later_torch:  # before 2.13 torch.compile takes no limit
+        monkeypatch.setattr(compile, "_limit", dict)
+    torch._dynamo.reset()
+    plain = build("qwen3_moe")
+    model = moefx.optimize(copy.deepcopy(plain), compile="eager")
+    for (batch_size, length), grad in USES:
+        model.train(grad), plain.train(grad)
+        given = batch(batch_size, length)
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(model(**given).loss, plain(**given).loss, equal_nan=True)  # one token: no labels
+    assert not [w for w in recwarn if "compiled" in str(w.message)]
+
+
+def test_more_variants_than_that_run_uncompiled_and_say_so(monkeypatch):
+    monkeypatch.setattr(compile, "MOST_VARIANTS", 1)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    torch._dynamo.reset()
+    plain = _graph()
+    run = compile.compiled(plain, Plan((), compile="eager"))
+    with pytest.warns(UserWarning, match="compiled 1 times") as warned:
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            x, w = torch.randn(3, 4, dtype=dtype), torch.ones(4, dtype=dtype)
+            torch.testing.assert_close(run(x, w), plain(x, w))
+    assert len(warned) == 1
