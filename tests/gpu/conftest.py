@@ -12,4 +12,4 @@ def pytest_collection_modifyitems(items):
 def pytest_runtest_logreport(report):
     """Shows a failure when it happens: a lent GPU may be gone before the summary."""
     if report.failed and torch.cuda.is_available():
-        print(f"\nFAILED {report.nodeid} ({report.duration:.0f} s)\n{report.longreprtext[-2500:]}\n", flush=True)
+        print(f"\nFAILED {report.nodeid} ({report.duration:.0f} s)\n{report.longreprtext[-7000:]}\n", flush=True)

@@ -169,3 +169,9 @@ def script(block: Block, ranks: int, device: str) -> str:
     ):
         code = re.sub(written, here, code)
     return code
+
+
+def error_of(stderr: str) -> str:
+    """What the ranks printed, without the launcher's own traceback, which says only that one of them ended."""
+    launcher = r'^Traceback[^\n]*\n\s+File "(?:[^"\n]*/(?:torchrun|accelerate)|<frozen runpy>|[^"\n]*/runpy\.py)"'
+    return re.split(launcher, stderr, maxsplit=1, flags=re.M)[0][-5000:]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from moefx.internals import nccl
+from tests.gpu.pages import error_of
 
 HERE = Path(__file__).parent
 
@@ -37,4 +38,4 @@ def test_transports_agree_with_one_process_and_train():
         timeout=600,
         env={**os.environ, "NCCL_MULTI_RANK_GPU_ENABLE": "1"},
     )
-    assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-2000:]
+    assert found.returncode == 0, found.stdout[-1000:] + error_of(found.stderr)

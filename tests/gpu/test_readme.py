@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from moefx.internals import nccl
-from tests.gpu.pages import PROGRAMS, ROOT, Command, blocks, code_of, commands, script
+from tests.gpu.pages import PROGRAMS, ROOT, Command, blocks, code_of, commands, error_of, script
 
 GPUS = torch.cuda.device_count()
 SHARED = GPUS == 1 and nccl.version() >= (2, 30)
@@ -66,7 +66,7 @@ def shell(command: str, folder: Path) -> str:
         if not (folder / name).exists():
             (folder / name).symlink_to(ROOT / name)
     done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=150, env=env)
-    assert done.returncode == 0, f"$ {command}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    assert done.returncode == 0, f"$ {command}\n{done.stdout[-1000:]}\n{error_of(done.stderr)}"
     return done.stdout
 
 
