@@ -3,23 +3,28 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 STAMP := $(VENV)/.made-$(subst =,-,$(TORCH))
 
 # A process imports 2,300 files of Python: 16 s of compiling on a slow core, or 6 without, where a shell forbids to keep bytecode.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test gpu-check lint docs clean
+.PHONY: demo test durations gpu-check lint docs clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/quickstart.py
 
-# mypy beside the tests: it takes half a minute of one core. tests/conftest.py puts the long files first.
+# mypy beside the tests: it takes half a minute of one core. tests/conftest.py puts long files first.
 test: $(STAMP)
 	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
 	$(BIN)/lint-imports
 	@$(BIN)/python -m mypy > $(VENV)/mypy.txt 2>&1 & types=$$!; \
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 40; tests=$$?; \
+	$(PYTEST) --durations 40; tests=$$?; \
 	wait $$types; types=$$?; cat $(VENV)/mypy.txt; exit $$((tests + types))
+
+# what each file of tests takes, on two idle cores: tests/durations.json, by which tests/conftest.py orders them
+durations: $(STAMP)
+	$(PYTEST) --record-durations
 
 # in the environment that has the GPU's torch: PYTHON
 gpu-check:

@@ -1,10 +1,12 @@
 """Shared by all tests: one thread a process (the ranks' tests start several), quiet models."""
 
 import gc
+import json
 import logging
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,20 +63,33 @@ def cached_captures() -> Iterator[None]:
     capture_cache.stop()
 
 
-#: Files that take long, longest first: started last, one would run alone while the other process has nothing to do.
-_LONG = (
-    "distributed/test_parallelize",
-    "distributed/test_families",
-    "flows/test_examples",
-    "runtime/test_router_state",
-    "flows/test_families",
-    "distributed/",
-    "runtime/test_install",
-)
+#: Seconds that each file of tests took on two idle cores: `make durations` writes it, a run of some files updates those.
+DURATIONS = Path(__file__).with_name("durations.json")
+_took: Counter[str] = Counter()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record-durations", action="store_true", help="write the seconds of each file to tests/durations.json")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def order(item: pytest.Item) -> int:
-        return next((i for i, name in enumerate(_LONG) if f"tests/{name}" in item.nodeid), len(_LONG))
+    """Files that take long come first: started last, one would run alone while the other process has nothing to do. Files that
+    were never timed come before them."""
+    known = json.loads(DURATIONS.read_text())
+    items.sort(key=lambda item: -known.get(_file(item.nodeid), float("inf")))
 
-    items.sort(key=order)
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _took[_file(report.nodeid)] += report.duration
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("record_durations") and not hasattr(session.config, "workerinput"):
+        known = {f: s for f, s in json.loads(DURATIONS.read_text()).items() if (DURATIONS.parent / f).exists()}
+        known |= {f: round(s, 1) for f, s in _took.items()}
+        DURATIONS.write_text(json.dumps(dict(sorted(known.items(), key=lambda e: (-e[1], e[0]))), indent=1) + "\n")
+
+
+def _file(nodeid: str) -> str:
+    """The path of a test's file in this folder, by the test's name."""
+    return nodeid.partition("::")[0].removeprefix("tests/")
