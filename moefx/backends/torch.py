@@ -66,8 +66,10 @@ def attention(
         mask = ops.visible(q.shape[2], k.shape[2], window, starts, q.device)
     repeats = q.shape[1] // k.shape[1]
     # without a mask the flash kernels share key and value heads; with one SDPA would fall to its slow path
-    # bool: of sizes Dynamo makes a symbolic one (torch 2.11), which SDPA refuses
-    share = bool(repeats > 1 and mask is None and q.shape[3] == v.shape[3])
+    # written as a branch: of a comparison of sizes Dynamo makes a symbolic bool (torch 2.11), which SDPA refuses
+    share = False
+    if repeats > 1 and mask is None and q.shape[3] == v.shape[3]:
+        share = True
     if repeats > 1 and not share:
         k, v = (x[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2) for x in (k, v))
     out = F.scaled_dot_product_attention(

@@ -66,6 +66,8 @@ def shell(command: str, folder: Path) -> str:
         if not (folder / name).exists():
             (folder / name).symlink_to(ROOT / name)
     done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=150, env=env)
+    if SHARED and "invalid device ordinal" in done.stderr:
+        pytest.skip("it calls torch.cuda.set_device(LOCAL_RANK), itself or by accelerate: needs two GPUs")
     assert done.returncode == 0, f"$ {command}\n{done.stdout[-1000:]}\n{error_of(done.stderr)}"
     return done.stdout
 
