@@ -40,7 +40,7 @@ def test_inspect_a_config_file_and_one_pass(capsys, tmp_path):
         )
     )
     assert main(["inspect", str(tmp_path), "--pass", "route", "--diff"]) == 0
-    assert "+    route_default = moefx.route" in capsys.readouterr().out
+    assert "+    topk_weights, topk_ids = ops.route(" in capsys.readouterr().out
 
 
 def test_inspect_fits_100_columns(capsys):

@@ -167,7 +167,7 @@ def test_training_without_a_graph_is_said_and_generating_is_not():
 def test_optimize_verifies_and_reports(capsys):
     model = moefx.optimize(build("qwen3_moe"), compile=False, verify=True)
     report = moefx.report(model)
-    assert "add_rms_norm" in report["residual_rms_norm"].diff() and "moefx.route" in report["route"].code
+    assert "add_rms_norm" in report["residual_rms_norm"].diff() and "ops.route(" in report["route"].code
     text = str(moefx.explain(model, "model.layers.0.mlp"))
     assert "modeling_qwen3_moe.py" in text and "-> route, lower -> reference" in text
     assert max(map(len, str(report).splitlines())) <= 100

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
-from moefx.ir.graph import CASTS, VIEWS, Listing, aten, nodes_of, op_name, shape_text
+from moefx.ir.code import Listing
+from moefx.ir.graph import CASTS, VIEWS, aten, nodes_of, op_name, shape_text
 
 if TYPE_CHECKING:
     from moefx.ir.program import Function

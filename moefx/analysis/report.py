@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moefx.errors import MoefxError, PassError
-from moefx.ir.graph import Listing, op_name, origin, shape_text, value
+from moefx.ir.graph import op_name, origin, shape_text, value
 from moefx.ir.program import Function, Left, Program
 from moefx.rewriting.pipeline import PassReport
 
@@ -172,7 +172,7 @@ class Report:
         if function is not None and function not in self.program.functions:
             raise MoefxError(f"no function is named {function!r}; the program has: {', '.join(self.program.functions)}")
         chosen = [f for f in self.program if function in (None, f.name)]
-        stages = self[after].after if after is not None else {f.name: Listing.of(f.graph) for f in chosen}
+        stages = self[after].after if after is not None else {f.name: f.listing for f in chosen}
         return mermaid({f.name: (f, stages[f.name]) for f in chosen})
 
     def kernels(self) -> dict[tuple[str, str], tuple[int, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import threading
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from moefx.integrations import transformers as hf
 from moefx.integrations.unsharded_view import unsharded_view
 from moefx.internals.patches import silent
 from moefx.ir.graph import aten
+from moefx.ir.naming import input_names, name_nodes
 from moefx.ir.program import Function
 
 #: Held while modules are captured and their graphs rewritten: torch.export and fx keep notes that are of all threads.
@@ -202,6 +204,8 @@ def _function(module: nn.Module, exported: Any, call: Call, name: str, callers: 
         copied[node] = graph.node_copy(node, copied.__getitem__)
     graph.eliminate_dead_code()  # what computed the assertions
     fake = next(n.meta["val"].fake_mode for n in copied.values() if isinstance(n.meta.get("val"), Tensor))
+    called = input_names(call.template.names(), list(inspect.signature(module.forward).parameters), len(inputs))
+    inputs = name_nodes(graph, parameters, called)
     graph_module = fx.GraphModule(nn.Module(), graph)
     made = Function(
         name, type(module).__name__, graph_module, [], parameters, constants, inputs, call, fake, promises(module, callers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
+
+from moefx.ir.naming import name_of, rename_like
 
 aten = torch.ops.aten
 
@@ -53,13 +56,15 @@ class Origin:
         return self if self.passes[-1:] == (name,) else dataclasses.replace(self, passes=(*self.passes, name))
 
 
+#: Where moefx's own lines are: no place of a model.
+_OWN_FILES = str(Path(__file__).parents[1]) + os.sep
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 def source_of(node: fx.Node) -> str:
     """``file.py:line`` of the innermost frame of the model's own code that made ``node``; "" if unknown."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    frames = [f for f in frames if "/torch/" not in f[0] and not f[0].endswith("/moefx/frontend/export.py")]
+    frames = [f for f in frames if "/torch/" not in f"/{f[0]}" and not f[0].startswith(_OWN_FILES)]
     models = [f for f in frames if "modeling_" in Path(f[0]).name]
     path, line = (models or frames or [("", "")])[-1]
     return f"{Path(path).name}:{line}" if path else ""
@@ -157,45 +162,6 @@ def shape_text(val: Any) -> str:
     return str(val)
 
 
-@dataclass(frozen=True, eq=False)
-class Listing:
-    """What a graph is at one moment: ``str(listing)`` is its code then, written only when somebody reads it."""
-
-    nodes: tuple[tuple[fx.Node, Any, Any, Any, Any], ...]  #: node, target, args, kwargs, value
-    origins: tuple[Origin | None, ...]  #: None: nobody has asked for it yet
-
-    @classmethod
-    def of(cls, graph: fx.Graph) -> Listing:
-        return cls(
-            tuple((n, n.target, n.args, n.kwargs, n.meta.get("val")) for n in graph.nodes),
-            tuple(n.meta.get("moefx") for n in graph.nodes),
-        )
-
-    def same(self, other: Listing) -> bool:
-        """Has no node been changed in between? Origins do not count; equal values that are other objects count as changes."""
-        return len(self.nodes) == len(other.nodes) and all(
-            x is y for mine, theirs in zip(self.nodes, other.nodes, strict=True) for x, y in zip(mine, theirs, strict=True)
-        )
-
-    def __str__(self) -> str:
-        """Readable Python, one call a line, with shapes and the line of the model that each comes from."""
-        inputs = [(n.name, val) for n, *_, val in self.nodes if n.op == "placeholder"]
-        lines = [f"def forward({', '.join(name for name, _ in inputs)}):"]
-        lines += [f"    # {name}: {shape_text(val)}" for name, val in inputs]
-        for (n, target, args, kwargs, val), note in zip(self.nodes, self.origins, strict=True):
-            if n.op == "call_function":
-                given = [fx.node._format_arg(a) for a in args] + [f"{k}={fx.node._format_arg(v)}" for k, v in kwargs.items()]
-                source = note.sources[-1:] if note is not None else (source_of(n),)
-                tail = [shape_text(val), *filter(None, source)]
-                tail += [f"kernel {note.kernel}"] if note is not None and note.kernel else []
-                lines.append(f"    {n.name} = {op_name(target)}({', '.join(given)})  # {'; '.join(tail)}")
-            elif n.op == "get_attr":
-                lines.append(f"    {n.name} = self.{target}")
-            elif n.op == "output":
-                lines.append(f"    return {fx.node._format_arg(args[0])}")
-        return "\n".join(lines) + "\n"
-
-
 def emit(at: fx.Node | fx.Graph, op: Callable, /, *args: Any, **kwargs: Any) -> fx.Node:
     """Adds the call ``op(*args, **kwargs)`` before the node ``at``, or at the end of the graph ``at``.
 
@@ -210,7 +176,7 @@ def emit(at: fx.Node | fx.Graph, op: Callable, /, *args: Any, **kwargs: Any) -> 
 def insert(before: fx.Node, op: Callable, args: tuple, kwargs: dict | None = None, *, val: Any) -> fx.Node:
     """:func:`emit` where the fake value is known: that of the nodes that the new one stands for."""
     with before.graph.inserting_before(before):
-        node = before.graph.call_function(op, args, kwargs or {})
+        node = before.graph.create_node("call_function", op, args, kwargs or {}, name=name_of(op, args))
     node.meta["val"] = val
     inherit(node, [before] if before.op == "call_function" else [])
     return node
@@ -225,7 +191,8 @@ def unpack(node: fx.Node) -> tuple[fx.Node, ...]:
             at.append(found[i])
         else:
             with node.graph.inserting_after(at):
-                found[i] = node.graph.call_function(operator.getitem, (node, i))
+                name = name_of(operator.getitem, (node, i))
+                found[i] = node.graph.create_node("call_function", operator.getitem, (node, i), name=name)
             found[i].meta["val"] = val
             inherit(found[i], [node])
         outputs.append(found[i])
@@ -245,6 +212,7 @@ def replace(old: fx.Node, new: fx.Node) -> None:
         new.meta["val"] = value(old)  # the same sizes, as the readers of ``old`` write them
     old.replace_all_uses_with(new)
     old.graph.erase_node(old)
+    rename_like(new, old)
 
 
 def getitems(node: fx.Node) -> dict[int, fx.Node]:

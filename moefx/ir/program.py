@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from moefx.errors import MoefxError
-from moefx.ir.graph import Listing
+from moefx.ir.code import Listing, code_of
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,22 @@ class Function:
 
     @property
     def code(self) -> str:
-        return str(Listing.of(self.graph))
+        """The graph as a Python function that runs, with the imports that it needs."""
+        return code_of([self.listing])
+
+    @property
+    def listing(self) -> Listing:
+        """The graph as it is now."""
+        return Listing.of(self.graph, self.name)
+
+    @property
+    def title(self) -> str:
+        """Which places of the model it serves, as a comment."""
+        where = " ... ".join(dict.fromkeys((*self.instances[:1], *self.instances[-1:])))
+        return f"# {self.name}: {where}" + (f" ({len(self.instances)})" if len(self.instances) > 1 else "")
 
     def __str__(self) -> str:
-        where = self.instances[0] + (f" ... {self.instances[-1]} ({len(self.instances)})" if len(self.instances) > 1 else "")
-        return f"# {self.name}: {where}\n{self.code}"
+        return code_of([self.listing], [self.title])
 
 
 @dataclass(eq=False)
@@ -157,7 +168,6 @@ class Program:
         self.functions[function.name] = function
 
     def __str__(self) -> str:
-        parts = [str(f) for f in self]
-        return "\n".join(
-            [f"# {self.model_class}: {len(self.functions)} functions", *parts, *(f"# left: {x}" for x in self.left)]
-        )
+        code = code_of([f.listing for f in self], [f.title for f in self])
+        head = f"# {self.model_class}: {len(self.functions)} functions"
+        return "\n".join([head, code, *(f"# left: {x}" for x in self.left)])

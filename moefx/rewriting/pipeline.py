@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from torch import fx
 
 from moefx.errors import MoefxError, PassError
-from moefx.ir.graph import Listing, describe, op_name, origin, running_pass
+from moefx.ir.code import Listing, code_of
+from moefx.ir.graph import describe, op_name, origin, running_pass
+from moefx.ir.naming import name_as_emitted
 
 if TYPE_CHECKING:
     from moefx.ir.plan import Plan
@@ -126,8 +128,8 @@ class PassReport:
 
     @property
     def code(self) -> str:
-        """The functions after this pass, as readable Python."""
-        return "\n".join(f"# {name}\n{text}" for name, text in self.after.items())
+        """The functions after this pass, as Python that runs."""
+        return code_of(self.after.values())
 
     def diff(self) -> str:
         """What the pass changed, as a unified diff of the functions' code; empty if nothing."""
@@ -161,7 +163,7 @@ class PassReport:
 
 def run_pass(p: Pass, function: Function, plan: Plan) -> tuple[Changes, float, Listing, Listing]:
     """One pass over one function: the changes, seconds, and the code before and after. Its module is not compiled again."""
-    before, started = Listing.of(function.graph), time.perf_counter()
+    before, started = function.listing, time.perf_counter()
     try:
         with running_pass(p.name):
             changes = p.run(function, plan)
@@ -171,11 +173,12 @@ def run_pass(p: Pass, function: Function, plan: Plan) -> tuple[Changes, float, L
         raise PassError(f"pass {p.name!r} failed on function {function.name!r}: {type(error).__name__}: {error}") from error
     if not isinstance(changes, Changes):
         raise PassError(f"pass {p.name!r} returned {type(changes).__name__} for {function.name!r}: it must return Changes")
-    after = Listing.of(function.graph)
+    after = function.listing
     if not after.same(before):
         check(p.name, function)
         function.graph.eliminate_dead_code()
-        after = Listing.of(function.graph)
+        name_as_emitted(function.graph)
+        after = function.listing
     return changes, time.perf_counter() - started, before, after
 
 

@@ -11,6 +11,7 @@ from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_
 
 import moefx
 from moefx.integrations import transformers as hf
+from tests.support.code_checks import check_code
 from tests.support.families import EXPECTED, FAMILIES, batch, build, experts_of
 
 
@@ -41,6 +42,10 @@ def check(model, inputs, tolerance=None):
 def no_fallback(model):
     # a cache, in generation, is the one thing that runs the original forward
     return [r for r in moefx.report(model).fallbacks if "past_key_values" not in r[1]] == []
+
+
+def test_the_code_of_every_stage_runs(family):
+    assert check_code(moefx.report(family[1])) > 0
 
 
 def test_raised_counts(family):
