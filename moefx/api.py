@@ -145,7 +145,7 @@ def optimize(
         PassError: a pass broke a graph, or with ``strict`` an expected operation is missing; the model is unchanged.
         VerifyError: ``verify`` found a difference; the model is restored.
     """
-    return _optimize(
+    done: Model = _optimize(
         model,
         Options(
             ep_size=ep_size,
@@ -164,6 +164,7 @@ def optimize(
             dispatch_dtype=dispatch_dtype,
         ),
     )
+    return done
 
 
 def _optimize(model: Any, options: Options) -> Any:
@@ -178,7 +179,7 @@ def _optimize(model: Any, options: Options) -> Any:
     ep_size, mesh = expert_sharding.make_mesh(model, options.ep_size, options.mesh)
     plan = expert_sharding.plan(model, options, order, ep_size, mesh)
     if mesh is not None:
-        expert_sharding.move_to_mesh(model, mesh)  # type: ignore[arg-type]
+        expert_sharding.move_to_mesh(model, mesh)
     started = time.perf_counter()
     with CAPTURING:
         program = capture(model, options.example)
@@ -188,22 +189,22 @@ def _optimize(model: Any, options: Options) -> Any:
     shortfall = report.shortfall() + _without_z_loss(report, model)
     if shortfall:
         report.warn_or_raise(shortfall, options.strict)
-    state = Optimized(program, plan, pipeline, report, hf.previous(model))  # type: ignore[arg-type]
-    state.shards_experts = ep_size > 1 and expert_sharding.experts_mesh(model) is None  # type: ignore[arg-type]
+    state = Optimized(program, plan, pipeline, report, hf.previous(model))
+    state.shards_experts = ep_size > 1 and expert_sharding.experts_mesh(model) is None
     if state.shards_experts:
-        expert_sharding.shard_experts(model, plan)  # type: ignore[arg-type]
+        expert_sharding.shard_experts(model, plan)
     with surroundings.none_of_them():
         install(model, state)
-    spread = next((p for p in model.parameters() if isinstance(p, DTensor)), None)  # type: ignore[attr-defined]
+    spread = next((p for p in model.parameters() if isinstance(p, DTensor)), None)
     if spread is not None:
         dtensor_ops.install(spread.device_mesh)
-        state.hooks += state_dict.take_whole_tensors(model)  # type: ignore[arg-type]
+        state.hooks += state_dict.take_whole_tensors(model)
     if options.balanced_routing:
         warn_balanced(model)
     if options.verify:
         _verify_or_restore(model, options.example)
     if given is not model:
-        expert_sharding.tell_ddp(given)  # type: ignore[arg-type]
+        expert_sharding.tell_ddp(given)
         adapters.wrap(given)
     return given
 
@@ -276,7 +277,7 @@ def restore(model: Model) -> Model:
     state = state_of(model)
     inner = unwrap(model)
     if state.shards_experts:
-        expert_sharding.gather_experts(inner)  # type: ignore[arg-type]
+        expert_sharding.gather_experts(inner)
     if state.plan.ep_group:
         dispatch_combine.release(state.plan.ep_group)
     uninstall(inner)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from moefx.ir.plan import Plan
+from moefx.ir.program import Function
 from moefx.rewriting.canonicalize import canonicalize
 from moefx.rewriting.pipeline import Changes
 
@@ -15,5 +17,5 @@ class Canonicalize:
 
     name: ClassVar[str] = "canonicalize"
 
-    def run(self, function, plan=None) -> Changes:
+    def run(self, function: Function, plan: Plan | None = None) -> Changes:
         return canonicalize(function.graph)

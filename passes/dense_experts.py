@@ -16,6 +16,8 @@ from torch import Tensor, fx
 
 from moefx import ops
 from moefx.ir.graph import aten, emit, inherit, replace, value
+from moefx.ir.plan import Plan
+from moefx.ir.program import Function
 from moefx.rewriting.certify import certify
 from moefx.rewriting.pattern import Match, f64
 from moefx.rewriting.pipeline import Changes
@@ -37,7 +39,7 @@ def _dense(x: Tensor, logits: Tensor, up: Tensor, down: Tensor, top_k: int, expe
     return rows.reshape(experts, -1, x.shape[1]).sum(dim=0)
 
 
-def _sparse(call: Callable, x: Any, logits: Any, up: Any, down: Any) -> Any:
+def _sparse(call: Callable[..., Any], x: Any, logits: Any, up: Any, down: Any) -> Any:
     """The same for the best expert of each token; ``call(op, *args, **kwargs)`` computes, or emits a node that does."""
     chosen = call(ops.route, logits, None, 1, **_SCORES)
     weights, index = (call(operator.getitem, chosen, i) for i in (0, 1))
@@ -45,7 +47,7 @@ def _sparse(call: Callable, x: Any, logits: Any, up: Any, down: Any) -> Any:
     return call(ops.experts, call(aten.mul.Tensor, x, weights), index, ones, up, None, down, None, **_OPTIONS)
 
 
-def _computed(*given: Tensor) -> Tensor:
+def _computed(*given: Tensor) -> Any:
     return _sparse(lambda op, *args, **kwargs: op(*args, **kwargs), *given)
 
 
@@ -59,14 +61,14 @@ class DenseExperts(Raise):
         needs = {aten.topk.default, aten.scatter.src, aten.repeat.default, aten.bmm.default}
         super().__init__("dense_experts", ops.experts, example, body=_dense, needs=lambda _: needs)
 
-    def run(self, function, plan=None) -> Changes:
+    def run(self, function: Function, plan: Plan | None = None) -> Changes:
         changes = super().run(function, plan)
         if changes.made:  # now there are experts, to whom tokens can be told to go
             function.graph.eliminate_dead_code()
             function.captured = function.copy()
         return changes
 
-    def rewrite(self, function, match: Match, changes: Changes) -> str | None:
+    def rewrite(self, function: Function, match: Match, changes: Changes) -> str | None:
         given = tuple(match.bound[n] for n in ("x", "logits", "up", "down"))
         if match.bound["top_k"] != 1:
             return f"its {match.bound['top_k']} experts a token each scale their input: moefx.experts has one input a token"

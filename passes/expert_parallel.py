@@ -11,6 +11,8 @@ from torch import fx
 from moefx import ops
 from moefx.errors import MoefxError
 from moefx.ir.graph import arguments, aten, describe, emit, inherit, is_call, replace, unpack, value
+from moefx.ir.plan import Plan
+from moefx.ir.program import Function
 from moefx.ops import dispatch_combine
 from moefx.ops import grouped_mlp as grouped
 from moefx.rewriting.pipeline import Changes
@@ -36,7 +38,7 @@ class ExpertParallel:
 
     name: ClassVar[str] = "expert_parallel"
 
-    def run(self, function, plan) -> Changes:
+    def run(self, function: Function, plan: Plan) -> Changes:
         changes = Changes()
         if plan.ep_size == 1:
             return changes
@@ -52,7 +54,7 @@ class ExpertParallel:
                     changes.miss(node, problem)
         return changes
 
-    def _rewrite(self, function, node: fx.Node, plan, changes: Changes) -> str | None:
+    def _rewrite(self, function: Function, node: fx.Node, plan: Plan, changes: Changes) -> str | None:
         given = arguments(node)
         num_experts = value(given["up"]).shape[0]
         if ops.has_nobody(value(given["up"]), value(given["down"])):
@@ -91,7 +93,7 @@ class ExpertParallel:
             w = w.args[0]  # type: ignore[assignment]
         return w.op == "placeholder"
 
-    def _local(self, function, at: fx.Node, w: fx.Node, plan) -> fx.Node:
+    def _local(self, function: Function, at: fx.Node, w: fx.Node, plan: Plan) -> fx.Node:
         """This rank's part of a weight. LoRA factors are whole on every rank, like dense parameters: each rank's gradient of
         them is that of its own experts, and the mean over ranks must not divide it twice.
         """
@@ -100,7 +102,7 @@ class ExpertParallel:
             with function.fake_mode:
                 w.meta["val"] = value(w).new_empty((many, *value(w).shape[1:]))
             return w
-        inner, *factors = w.args
+        inner, *factors = w.all_input_nodes
         first = plan.ep_rank * many
         parts = [emit(at, aten.slice.Tensor, f, 0, first, first + many) for f in factors]
         scaled = [emit(at, torch.ops.moefx.scale_gradient.default, p, 1.0 / plan.experts_gradient_scale) for p in parts]

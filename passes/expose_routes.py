@@ -10,7 +10,8 @@ from torch import fx
 
 from moefx import ops
 from moefx.ir.graph import VIEWS, arguments, aten, describe, emit, is_call, replace, unpack, value
-from moefx.ir.program import RouterOutputs
+from moefx.ir.plan import Plan
+from moefx.ir.program import Function, RouterOutputs
 from moefx.rewriting.pipeline import Changes
 
 _GIVEN = ("score", "topk_first", "fp32", "gather", "renormalize", "eps", "least", "scale", "expert_scale", "cast")
@@ -31,13 +32,13 @@ class ExposeRoutes:
 
     name: ClassVar[str] = "expose_routes"
 
-    def run(self, function, plan) -> Changes:
+    def run(self, function: Function, plan: Plan) -> Changes:
         changes, found = Changes(), []
         for i, experts in enumerate([n for n in function.graph.nodes if is_call(n, ops.experts)]):
             given = arguments(experts)
             route = self._route(given["index"])
-            fixed = "" if route else f"{describe(given['index'])} is not the choice of a moefx.route"
-            if fixed:
+            fixed = "" if route is not None else f"{describe(given['index'])} is not the choice of a moefx.route"
+            if route is None:
                 changes.miss(experts, fixed)
             elif function.given or plan.balanced_routing:
                 self._choose(function, route, plan, i)
@@ -55,7 +56,7 @@ class ExposeRoutes:
         return index.args[0] if here else None  # type: ignore[return-value]
 
     @staticmethod
-    def _choose(function, route: fx.Node, plan, at: int) -> None:
+    def _choose(function: Function, route: fx.Node, plan: Plan, at: int) -> None:
         """Lets the plan, or the function's inputs, choose instead of ``route``."""
         given, (weights, chosen) = arguments(route), unpack(route)
         after, index = chosen.next, chosen
@@ -68,7 +69,7 @@ class ExposeRoutes:
         replace(weights, of_index)
         chosen.replace_all_uses_with(index, lambda reader: reader is not index)
 
-    def _return(self, function, experts: fx.Node, route: fx.Node | None, fixed: str, plan) -> RouterOutputs:
+    def _return(self, function: Function, experts: fx.Node, route: fx.Node | None, fixed: str, plan: Plan) -> RouterOutputs:
         graph, given = function.graph, arguments(experts)
         output = next(n for n in graph.nodes if n.op == "output")
         results = list(output.args[0])
@@ -94,7 +95,7 @@ class ExposeRoutes:
         return RouterOutputs(path, index, num_experts, top_k, bias, logits, nonfinite, fixed)
 
     @staticmethod
-    def _name(function, node: fx.Node | None) -> str | None:
+    def _name(function: Function, node: fx.Node | None) -> str | None:
         """Which parameter or buffer of the block ``node`` is, perhaps cast or reshaped."""
         while is_call(node) and (node.target in VIEWS or node.target is aten.squeeze.default):  # type: ignore[union-attr]
             node = node.args[0]  # type: ignore[assignment,union-attr]

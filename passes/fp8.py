@@ -8,7 +8,7 @@ the model's parameters.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -17,6 +17,8 @@ from moefx import ops
 from moefx.backends import quack
 from moefx.errors import MoefxError
 from moefx.ir.graph import VIEWS, arguments, aten, dtype_of, is_call, op_name, origin, value
+from moefx.ir.plan import Plan
+from moefx.ir.program import Function
 from moefx.kernels import te
 from moefx.kernels.te import linear
 from moefx.ops.grouped_mlp import grouped_mlp
@@ -60,7 +62,7 @@ class FP8:
             raise MoefxError(f"the pass fp8 was asked for, and cannot run: {why}")
         return linears, experts
 
-    def run(self, function, plan=None) -> Changes:
+    def run(self, function: Function, plan: Plan | None = None) -> Changes:
         changes = Changes()
         no_linears, no_experts = self._problems()
         for node in function.graph.nodes:
@@ -79,7 +81,8 @@ class FP8:
         return changes
 
     def _of_experts(self, node: fx.Node, changes: Changes) -> None:
-        kernel, what = quack.FP8[node.target], op_name(node.target)
+        op: Any = node.target
+        kernel, what = quack.FP8[op], op_name(op)
         node.meta["moefx"] = replace(origin(node).touched(self.name), kernel="fp8", why=f"{kernel.why}: {_OF_ROWS}")
         node.meta["semantic"] = node.target
         node.target = kernel.fn
@@ -108,6 +111,6 @@ class FP8:
         return None
 
 
-def _reads(node: fx.Node, targets: tuple) -> bool:
+def _reads(node: fx.Node, targets: tuple[Any, ...]) -> bool:
     """Does one of ``targets`` read the node, directly or through views and casts?"""
     return any(u.target in targets or (u.target in VIEWS and _reads(u, targets)) for u in node.users)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import Tensor, fx
 
 from moefx import ops
 from moefx.ir.graph import aten, emit, value
@@ -16,7 +16,18 @@ from moefx.rewriting.pattern import Match, f64
 from moefx.rewriting.raise_ops import Raise
 
 
-def _written(hidden, weight, labels, ignore_index, reduction, form, scale, divisor, softcap, bias=None):
+def _written(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    reduction: str,
+    form: str,
+    scale: float,
+    divisor: float,
+    softcap: float,
+    bias: Tensor | None = None,
+) -> Tensor:
     """The head as Transformers writes it: logits [B, S, V], scaled or capped, then fp32, then one row a token."""
     logits = F.linear(hidden, weight, bias)
     if form == "scaled":
@@ -31,14 +42,14 @@ def _written(hidden, weight, labels, ignore_index, reduction, form, scale, divis
     return F.cross_entropy(logits.view(-1, weight.shape[0]), labels, ignore_index=ignore_index, reduction=reduction)
 
 
-def _build(graph: fx.Graph, before: fx.Node, match: Match) -> dict:
+def _build(graph: fx.Graph, before: fx.Node, match: Match) -> dict[str, Any]:
     hidden = match.bound["hidden"]
     flat = emit(before, aten.reshape.default, hidden, [-1, value(hidden).shape[-1]])
     divisor = match.bound.get("divisor")
     return {"hidden": flat} if divisor is None else {"hidden": flat, "scale": 1.0 / divisor}
 
 
-def _needs(variant: Mapping[str, Any]) -> set:
+def _needs(variant: Mapping[str, Any]) -> set[Any]:
     used = {"scaled": {aten.mul.Tensor}, "divided": {aten.div.Tensor}, "plain": set()}
     return used.get(variant["form"], {aten.tanh.default})
 

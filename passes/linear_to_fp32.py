@@ -10,6 +10,8 @@ from torch import fx
 
 from moefx import ops
 from moefx.ir.graph import arguments, aten, dtype_of, emit, inherit, is_call, replace
+from moefx.ir.plan import Plan
+from moefx.ir.program import Function
 from moefx.rewriting.certify import certify
 from moefx.rewriting.pipeline import Changes
 
@@ -27,7 +29,7 @@ class LinearToFP32:
 
     name: ClassVar[str] = "linear_to_fp32"
 
-    def run(self, function, plan=None) -> Changes:
+    def run(self, function: Function, plan: Plan | None = None) -> Changes:
         changes = Changes()
         for node in list(function.graph.nodes):
             if not is_call(node, aten.linear.default):
@@ -52,4 +54,4 @@ class LinearToFP32:
     def _widens(x: fx.Node) -> bool:
         """Is ``x`` a float32 copy of bfloat16 numbers?"""
         cast = is_call(x, aten._to_copy.default) and dtype_of(x) == torch.float32
-        return cast and dtype_of(x.args[0]) == torch.bfloat16  # type: ignore[arg-type]
+        return cast and dtype_of(x.args[0]) == torch.bfloat16

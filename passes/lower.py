@@ -10,6 +10,8 @@ import torch
 from moefx import backends
 from moefx.backends import tuning
 from moefx.ir.graph import op_name, origin
+from moefx.ir.plan import Plan
+from moefx.ir.program import Function
 from moefx.rewriting.pipeline import Changes
 
 
@@ -19,7 +21,7 @@ class Lower:
 
     name: ClassVar[str] = "lower"
 
-    def run(self, function, plan) -> Changes:
+    def run(self, function: Function, plan: Plan) -> Changes:
         changes = Changes()
         for node in function.graph.nodes:
             if not isinstance(node.target, torch._ops.OpOverload) or not backends.known(node.target, plan.backends):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
 from moefx import ops
 from moefx.ir.graph import arguments, aten, describe, emit, getitems, inherit, is_call, replace, value
+from moefx.ir.plan import Plan
+from moefx.ir.program import Function
 from moefx.rewriting.pipeline import Changes
 
 
@@ -22,12 +24,13 @@ class NormRotary:
 
     name: ClassVar[str] = "norm_rotary"
 
-    def run(self, function, plan=None) -> Changes:
+    def run(self, function: Function, plan: Plan | None = None) -> Changes:
         changes = Changes()
         for rotary in [n for n in function.graph.nodes if is_call(n, ops.rotary)]:
             given = arguments(rotary)
-            norms = [self._norm(given[name], given["unsqueeze_dim"]) for name in ("q", "k")]
-            if not all(norms):
+            found = [self._norm(given[name], given["unsqueeze_dim"]) for name in ("q", "k")]
+            norms = [n for n in found if n is not None]
+            if len(norms) < 2:
                 continue  # nothing is normalised here
             late = [n for n in norms if arguments(n)["weight"] is not None and arguments(n)["weight"].op != "placeholder"]
             if late:
@@ -42,13 +45,13 @@ class NormRotary:
     @staticmethod
     def _norm(x: fx.Node, heads: int) -> fx.Node | None:
         """The norm over [B, S, A, D] that ``x`` is, or of which it is the heads [B, A, S, D]."""
-        if heads == 1 and (not is_call(x, aten.transpose.int) or sorted(x.args[1:]) != [1, 2]):
+        if heads == 1 and (not is_call(x, aten.transpose.int) or {*x.args[1:]} != {1, 2}):
             return None
         norm = x.args[0] if heads == 1 else x
         return norm if is_call(norm, ops.rms_norm) and value(norm).dim() == 4 else None  # type: ignore[return-value]
 
     @staticmethod
-    def _fuse(rotary: fx.Node, i: int, norm: fx.Node, tables: dict) -> None:
+    def _fuse(rotary: fx.Node, i: int, norm: fx.Node, tables: dict[str, Any]) -> None:
         given = arguments(norm)
         options = {"cast_first": given["cast_first"], "offset": given["offset"], "layout": tables["layout"]}
         old = getitems(rotary).get(i)

@@ -8,6 +8,8 @@ from typing import ClassVar
 from moefx import ops
 from moefx.backends import triton
 from moefx.ir.graph import insert, is_call, origin, replace, unpack, value
+from moefx.ir.plan import Plan
+from moefx.ir.program import Function
 from moefx.rewriting.pipeline import Changes
 
 
@@ -19,7 +21,7 @@ class NormStreams:
 
     name: ClassVar[str] = "norm_streams"
 
-    def run(self, function, plan=None) -> Changes:
+    def run(self, function: Function, plan: Plan | None = None) -> Changes:
         changes = Changes()
         order = {node: i for i, node in enumerate(function.graph.nodes)}
         for norm in order:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -14,6 +14,8 @@ from torch import fx
 
 from moefx.analysis.cost import Rates, Sizes, node_cost
 from moefx.ir.graph import VIEWS, arguments, aten, describe, emit, getitems, inherit, is_call, origin, replace, unpack, value
+from moefx.ir.plan import Plan
+from moefx.ir.program import Function
 from moefx.ops import dispatch_combine
 from moefx.ops import grouped_mlp as grouped
 from moefx.rewriting.pipeline import Changes
@@ -34,7 +36,7 @@ class Overlap:
     chunks: int = 0
     tokens: int = 4096
 
-    def run(self, function, plan) -> Changes:
+    def run(self, function: Function, plan: Plan) -> Changes:
         changes = Changes()
         if plan.ep_size == 1:
             return changes
@@ -45,15 +47,15 @@ class Overlap:
                     changes.miss(node, problem)
         return changes
 
-    def _rewrite(self, function, dispatch: fx.Node, plan, changes: Changes) -> str | None:
+    def _rewrite(self, function: Function, dispatch: fx.Node, plan: Plan, changes: Changes) -> str | None:
         items = getitems(dispatch)
         experts = next((u for u in items[0].users), None) if 0 in items else None
-        if not is_call(experts) or experts.meta.get("semantic", experts.target) is not grouped.grouped_mlp:  # type: ignore[union-attr]
+        if experts is None or experts.meta.get("semantic", experts.target) is not grouped.grouped_mlp:
             return f"{items[0].name if items else 'nothing'} of its rows goes to something else than grouped_mlp"
-        weights = arguments(experts)["row_weights"]  # type: ignore[arg-type]
+        weights = arguments(experts)["row_weights"]
         if weights is not None and weights is not items.get(1):
             return f"its experts' rows are weighted by {describe(weights)}, not by the weights that it brings"
-        combine = next(iter(experts.users))  # type: ignore[union-attr]
+        combine = next(iter(experts.users))
         if combine.meta.get("semantic", combine.target) is not dispatch_combine.combine:
             return f"its experts' rows go to {combine.name}, not to a combine"
         clock = _Clock(function, plan, self.tokens)
@@ -81,7 +83,9 @@ class Overlap:
         return [n for n in graph.nodes if n.op == "call_function" and n not in before and n not in after]
 
     @staticmethod
-    def _divide(nodes: list[fx.Node], clock: _Clock, seconds: float, needed: set[fx.Node]) -> tuple[list, list]:
+    def _divide(
+        nodes: list[fx.Node], clock: _Clock, seconds: float, needed: set[fx.Node]
+    ) -> tuple[list[fx.Node], list[fx.Node]]:
         """Into what runs during dispatch, until its ``seconds`` are filled, and what runs during combine."""
         first, second, spent = [], [], 0.0
         wanted = _reach(needed, lambda n: n.all_input_nodes)
@@ -94,9 +98,9 @@ class Overlap:
         return first, second
 
 
-def _reach(nodes: Iterable[fx.Node], step) -> set[fx.Node]:
+def _reach(nodes: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
     """``nodes`` and all that ``step`` leads to."""
-    found, todo = set(), list(nodes)
+    found, todo = set[fx.Node](), list(nodes)
     while todo:
         node = todo.pop()
         if node not in found:
@@ -108,7 +112,7 @@ def _reach(nodes: Iterable[fx.Node], step) -> set[fx.Node]:
 class _Clock:
     """Seconds of a function's nodes at one sequence of ``tokens`` tokens, on the device that :class:`Rates` knows."""
 
-    def __init__(self, function, plan, tokens: int):
+    def __init__(self, function: Function, plan: Plan, tokens: int):
         self.sizes, self.rates, self.plan = Sizes(function), Rates.of(plan.ep_size), plan
         self.numbers = {**self.sizes.roles, "B": 1, "S": tokens, "ep": plan.ep_size}
 
@@ -130,7 +134,7 @@ class _Clock:
         weights = sum(value(w).nbytes for w in experts.args[2:] if w is not None)
 
         def seconds(n: int) -> float:
-            work = max(flops / n / self.rates.flops, (weights + (read + written - weights) / n) / self.rates.memory)
+            work: float = max(flops / n / self.rates.flops, (weights + (read + written - weights) / n) / self.rates.memory)
             trip = (max(there, back) - latency) / n + latency
             return max(2 * trip + n * work, 2 * n * trip) + n * self.rates.launch
 
@@ -144,7 +148,7 @@ class _Chunks:
         self.dispatch, self.experts, self.combine = dispatch, experts, combine
         self.inputs = {n for n in experts.all_input_nodes if n not in getitems(dispatch).values()}
 
-    def _call(self, target: Any, args: tuple, kwargs: dict, like: fx.Node) -> fx.Node:
+    def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], like: fx.Node) -> fx.Node:
         new = emit(self.combine, target, *args, **kwargs)
         inherit(new, [like])
         return new
@@ -166,7 +170,7 @@ class _Chunks:
 
     def write(self, many: int) -> tuple[list[fx.Node], list[fx.Node], list[fx.Node]]:
         """The starts of dispatches, their waits, and the waits of combines."""
-        where = dict(self.dispatch.kwargs)
+        where: dict[str, Any] = dict(self.dispatch.kwargs)
         if where.get("capacity"):  # the most tokens that a part of a rank's has
             where["capacity"] = -(-where["capacity"] // many)
         arrives, back_where = {n: w for n, w in where.items() if n != "wire"}, {"group": where["group"]}

@@ -12,6 +12,8 @@ from typing import ClassVar
 from moefx import ops
 from moefx.backends import triton
 from moefx.ir.graph import is_call, op_name, origin
+from moefx.ir.plan import Plan
+from moefx.ir.program import Function
 from moefx.ops.grouped_mlp import grouped_mlp
 from moefx.rewriting.pipeline import Changes
 
@@ -25,7 +27,7 @@ class RecomputeExperts:
 
     name: ClassVar[str] = "recompute_experts"
 
-    def run(self, function, plan=None) -> Changes:
+    def run(self, function: Function, plan: Plan | None = None) -> Changes:
         changes = Changes()
         for node in function.graph.nodes:
             op = node.meta.get("semantic")

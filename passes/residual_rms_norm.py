@@ -9,6 +9,8 @@ import torch
 
 from moefx import ops
 from moefx.ir.graph import aten, describe, emit, inherit, is_call, value
+from moefx.ir.plan import Plan
+from moefx.ir.program import Function
 from moefx.rewriting.pipeline import Changes
 from moefx.rewriting.raise_ops import replace_outputs
 
@@ -19,7 +21,7 @@ class ResidualRMSNorm:
 
     name: ClassVar[str] = "residual_rms_norm"
 
-    def run(self, function, plan=None) -> Changes:
+    def run(self, function: Function, plan: Plan | None = None) -> Changes:
         changes = Changes()
         for norm in list(function.graph.nodes):
             if not is_call(norm, ops.rms_norm):

@@ -1,6 +1,7 @@
 """Raises every root mean square norm to one ``moefx.rms_norm``, however the model casts around the weight."""
 
 import torch
+from torch import Tensor
 
 from moefx import ops
 from moefx.rewriting.pattern import f64
@@ -25,12 +26,15 @@ class RMSNorm(Raise):
         super().__init__("rms_norm", ops.rms_norm, example, _VARIANTS, _written)
 
 
-def _written(x, weight=None, eps=1e-6, cast_first=True, offset=0.0, body=""):
+def _written(
+    x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, cast_first: bool = True, offset: float = 0.0, body: str = ""
+) -> Tensor:
     """The norm's own body, and two other ways of writing it: Nemotron-H upcasts the weight before the product, Gemma 4 too,
     and takes the root as a power.
     """
     if not body:
-        return ops.BODIES[ops.rms_norm](x, weight, eps, cast_first=cast_first, offset=offset)
+        same: Tensor = ops.BODIES[ops.rms_norm](x, weight, eps, cast_first=cast_first, offset=offset)
+        return same
     h = x.to(torch.float32)
     mean = h.pow(2).mean(-1, keepdim=True) + eps
     h = h * (mean.pow(-0.5) if body == "power" else torch.rsqrt(mean))

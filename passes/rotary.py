@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from moefx import ops
 from moefx.ir.graph import VIEWS, aten, describe, emit, inherit, insert, is_call, value
+from moefx.ir.plan import Plan
+from moefx.ir.program import Function
 from moefx.rewriting.certify import certify
 from moefx.rewriting.pattern import Match, Pattern, f64
 from moefx.rewriting.pipeline import Changes
@@ -19,14 +21,16 @@ from moefx.rewriting.raise_ops import replace_outputs
 
 @cache
 def _patterns() -> tuple[tuple[str, Pattern], ...]:
-    def one(x, cos, sin, layout):
+    def one(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
         return ops.apply_rotary(x, cos, sin, layout)
 
     def pattern(layout: str) -> Pattern:
         table = (2, 1, 3, 8 if layout in ("half", "pairs") else 4)
         return Pattern(one, {"x": f64(2, 5, 3, 8), "cos": f64(*table), "sin": f64(*table)}, {"layout": layout}, {4: "half"})
 
-    def as_complex(x, angles, flattened):  # DeepSeek-V2; Llama 4, whose flatten is traced as a view
+    def as_complex(
+        x: Tensor, angles: Tensor, flattened: bool
+    ) -> Tensor:  # DeepSeek-V2; Llama 4, whose flatten is traced as a view
         pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
         turned = torch.view_as_real(pairs * angles)
         return (turned.flatten(3) if flattened else turned.reshape(x.shape)).to(x.dtype)
@@ -40,7 +44,7 @@ def _tables(match: Match) -> tuple[fx.Node, ...]:
     return tuple(n for name, n in match.bound.items() if name in ("cos", "sin", "angles"))
 
 
-def _origin(table: fx.Node) -> tuple:
+def _origin(table: fx.Node) -> tuple[Any, ...]:
     """Equal for a query's and its key's table, though each made room for the heads by itself (Llama 4)."""
     return table.args if is_call(table, aten.unsqueeze.default) else (table,)
 
@@ -59,9 +63,9 @@ class Rotary:
 
     name: ClassVar[str] = "rotary"
 
-    def run(self, function, plan=None) -> Changes:
+    def run(self, function: Function, plan: Plan | None = None) -> Changes:
         changes = Changes()
-        groups: dict[tuple, list[Match]] = {}
+        groups: dict[tuple[Any, ...], list[Match]] = {}
         for node in function.graph.nodes:
             for layout, pattern in _patterns():
                 if node.target is not pattern.anchor and not is_call(node, aten._to_copy.default):
@@ -71,10 +75,10 @@ class Rotary:
                     groups.setdefault((layout, *map(_origin, _tables(found))), []).append(found)
                 elif found.depth > 3:
                     changes.miss(node, str(found))
-        for (layout, *_), found in groups.items():
-            problem = self._pair(function, layout, found, changes)
+        for (layout, *_), matches in groups.items():
+            problem = self._pair(function, layout, matches, changes)
             if problem:
-                changes.miss(found[0].outputs[0], problem)
+                changes.miss(matches[0].node, problem)
         return changes
 
     @staticmethod
@@ -96,22 +100,21 @@ class Rotary:
             inherit(part, [tables[0]])
         return parts
 
-    def _pair(self, function, layout: str, found: list[Match], changes: Changes) -> str | None:
+    def _pair(self, function: Function, layout: str, found: list[Match], changes: Changes) -> str | None:
         tables = _tables(found[0])
         if len(found) != 2:
             names = " and ".join(t.name for t in tables)
             return f"{len(found)} tensors are rotated by {names}: expected a query and its key"
-        dims = {_heads_dim(t) for t in tables}
-        if len(dims) != 1 or None in dims:
-            return f"the tables {' and '.join(map(describe, tables))} do not say alike which dimension the heads are"
-        (unsqueeze_dim,) = dims
+        unsqueeze_dim, *others = {_heads_dim(t) for t in tables}
+        if others or unsqueeze_dim is None:
+            return f"the tables {' and '.join(map(describe, tables))} differ in which dimension they broadcast over heads"
         q, k = (m.bound["x"] for m in found)
         args = (q, k, *self._plain(layout, tables, unsqueeze_dim))
         layout = "pairs" if layout == "complex" else layout
         kwargs = {"layout": layout, "unsqueeze_dim": unsqueeze_dim}
-        graph, outputs = function.graph, tuple(m.outputs[0] for m in found)
+        graph, outputs = function.graph, tuple(m.node for m in found)
         order = {n: i for i, n in enumerate(graph.nodes)}
-        before, early = outputs[0], []
+        before, early = outputs[0], list[fx.Node]()
         if order[k] > order[outputs[0]]:
             early = [u for u in outputs[0].users if order[u] < order[k]]
             # views of the query may wait for the key (Gemma 4)
@@ -128,6 +131,6 @@ class Rotary:
         inherit(new, region)
         replace_outputs(outputs, new)
         for view in early:
-            view.args[0].append(view)
+            view.all_input_nodes[0].append(view)
         changes.did(new, f"moefx.rotary ({layout}) for {len(region)} nodes, {how}")
         return None

@@ -12,6 +12,8 @@ from moefx.ir.graph import arguments, aten, is_call
 from moefx.rewriting.pattern import Match, f64
 from moefx.rewriting.raise_ops import Raise
 
+Variant = dict[str, Any]
+
 # Unusual numbers: what the match reads off the graph. 323 = 17 * 19 experts in 17 groups.
 _NUMBERS = {"top_k": 13, "groups": 17, "topk_groups": 11, "fill": -7.5, "eps": 0.0123, "least": 0.0321, "scale": 1.75}
 _SCORES = {
@@ -21,9 +23,9 @@ _SCORES = {
 }
 
 
-def _needs(variant: Mapping[str, Any]) -> set:
+def _needs(variant: Mapping[str, Any]) -> set[Any]:
     """The operations that a router of this kind cannot do without."""
-    found: set = {aten.topk.default} | _SCORES[variant["score"]]
+    found: set[Any] = {aten.topk.default} | _SCORES[variant["score"]]
     found |= {aten.scatter.value} if variant["groups"] else set()
     found |= {aten.gather.default} if variant.get("gather") else set()
     found |= {aten.div.Tensor, aten.sum.dim_IntList} if variant["renormalize"] else set()
@@ -39,25 +41,32 @@ def _flags(graph: fx.Graph, before: fx.Node, match: Match) -> dict[str, Any]:
     return {"sorted": order, "zero_fill": match.bound.get("fill") == 0.0}
 
 
-def _choices() -> list[dict[str, Any]]:
+def _choices() -> list[Variant]:
     """How models of Transformers choose experts: by which scores, with what bias, among which groups."""
-    biased = {"bias": f64(323), "gather": True}
-    limited = {n: _NUMBERS[n] for n in ("groups", "topk_groups", "fill")}
-    grouped = [{**limited, **biased}, {**limited, "gather": True}, {**limited, "group_score": "max"}]
-    made = [{"score": s, "fp32": True, **c} for s in ("softmax", "sigmoid") for c in ({}, biased, *grouped)]
+    biased: Variant = {"bias": f64(323), "gather": True}
+    limited: Variant = {n: _NUMBERS[n] for n in ("groups", "topk_groups", "fill")}
+    grouped: list[Variant] = [{**limited, **biased}, {**limited, "gather": True}, {**limited, "group_score": "max"}]
+    made: list[Variant] = [{"score": s, "fp32": True, **c} for s in ("softmax", "sigmoid") for c in ({}, biased, *grouped)]
     made += [{"score": "softmax", "fp32": False, **c} for c in ({}, biased, *grouped)]
     made += [{"score": "sqrtsoftplus", **c} for c in ({}, biased)]
-    first = ({"score": "softmax", "fp32": True}, {"score": "softmax", "fp32": False}, {"score": "sigmoid"})
+    first: tuple[Variant, ...] = (
+        {"score": "softmax", "fp32": True},
+        {"score": "softmax", "fp32": False},
+        {"score": "sigmoid"},
+    )
     return made + [{"topk_first": True, **s, **c} for s in first for c in ({}, biased)]
 
 
 @cache
-def _variants() -> list[dict[str, Any]]:
+def _variants() -> list[Variant]:
     """Each way to choose with each way to weight what was chosen: renormalization, scales, cast."""
-    off: dict[str, Any] = {"groups": 0, "topk_groups": 0, "fill": 0.0, "eps": 0.0, "least": 0.0, "scale": 1.0}
+    off: Variant = {"groups": 0, "topk_groups": 0, "fill": 0.0, "eps": 0.0, "least": 0.0, "scale": 1.0}
     off |= {"bias": None, "expert_scale": None, "renormalize": False}
-    sums = ({}, *({"renormalize": True, **n} for n in ({}, {"eps": _NUMBERS["eps"]}, {"least": _NUMBERS["least"]})))
-    scales = ({}, {"scale": _NUMBERS["scale"]}, {"expert_scale": f64(323)})
+    sums: tuple[Variant, ...] = (
+        {},
+        *({"renormalize": True, **n} for n in ({}, {"eps": _NUMBERS["eps"]}, {"least": _NUMBERS["least"]})),
+    )
+    scales: tuple[Variant, ...] = ({}, {"scale": _NUMBERS["scale"]}, {"expert_scale": f64(323)})
     parts = product(_choices(), sums, scales, (False, True))
     return [{**off, **choice, **normed, **scaled, "cast": cast} for choice, normed, scaled, cast in parts]
 

@@ -162,7 +162,7 @@ def shape_text(val: Any) -> str:
     return str(val)
 
 
-def emit(at: fx.Node | fx.Graph, op: Callable, /, *args: Any, **kwargs: Any) -> fx.Node:
+def emit(at: fx.Node | fx.Graph, op: Callable[..., Any], /, *args: Any, **kwargs: Any) -> fx.Node:
     """Adds the call ``op(*args, **kwargs)`` before the node ``at``, or at the end of the graph ``at``.
 
     Arguments may be nodes, also within lists. The new node's fake value (``value(node)``) is ``op`` run on the fake values
@@ -173,7 +173,9 @@ def emit(at: fx.Node | fx.Graph, op: Callable, /, *args: Any, **kwargs: Any) -> 
     return insert(before, op, args, kwargs, val=_run_on_fakes(graph, op, args, kwargs))
 
 
-def insert(before: fx.Node, op: Callable, args: tuple, kwargs: dict | None = None, *, val: Any) -> fx.Node:
+def insert(
+    before: fx.Node, op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, *, val: Any
+) -> fx.Node:
     """:func:`emit` where the fake value is known: that of the nodes that the new one stands for."""
     with before.graph.inserting_before(before):
         node = before.graph.create_node("call_function", op, args, kwargs or {}, name=name_of(op, args))
@@ -184,7 +186,8 @@ def insert(before: fx.Node, op: Callable, args: tuple, kwargs: dict | None = Non
 
 def unpack(node: fx.Node) -> tuple[fx.Node, ...]:
     """The outputs of a call that returns several values, as nodes in their order."""
-    found, outputs = getitems(node), []
+    found = getitems(node)
+    outputs: list[fx.Node] = []
     for i, val in enumerate(value(node)):
         at = outputs[-1] if outputs else node
         if i in found:
@@ -227,9 +230,9 @@ def nodes_of(args: Any) -> list[fx.Node]:
     return list(found)
 
 
-def _run_on_fakes(graph: fx.Graph, op: Callable, args: tuple, kwargs: dict) -> Any:
+def _run_on_fakes(graph: fx.Graph, op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The fake value of ``op(*args, **kwargs)`` where arguments may be nodes."""
-    args, kwargs = fx.node.map_arg((args, kwargs), value)  # type: ignore[assignment,misc]
+    args, kwargs = fx.node.map_arg((args, kwargs), value)
     fakes = (value(n) for n in graph.nodes)
     mode = next((v.fake_mode for v in fakes if isinstance(v, FakeTensor)), nullcontext())
     with mode, torch.no_grad():

@@ -40,7 +40,7 @@ def short_name(op: Any) -> str:
     return getattr(op, "__name__", type(op).__name__).lstrip("_") or "call"
 
 
-def name_of(op: Callable, args: Sequence[Any]) -> str:
+def name_of(op: Callable[..., Any], args: Sequence[Any]) -> str:
     """What the result of ``op(*args)`` is called; nodes are named once, when they are made."""
     first = args[0] if args and isinstance(args[0], fx.Node) else None
     if op is operator.getitem and first is not None:

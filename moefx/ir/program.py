@@ -83,7 +83,7 @@ class Function:
             symbolic = [n for name in self.inputs for n in nodes[name].meta["val"].shape]
             known = {n.node.expr: size for n, size in zip(symbolic, sizes, strict=True) if isinstance(n, torch.SymInt)}
             (results,) = next(n for n in self.graph.nodes if n.op == "output").args
-            counts = [results[r.index].meta["val"].shape[0] for r in self.routes]  # type: ignore[index,union-attr]
+            counts = [results[r.index].meta["val"].shape[0] for r in self.routes]
             if len(self._routed) > 4096:  # a new length every step, for days
                 self._routed.clear()
             self._routed[sizes] = [n if isinstance(n, int) else int(n.node.expr.subs(known)) for n in counts]
@@ -104,7 +104,7 @@ class Function:
         calls = [n for n in graph.nodes if n.op == "call_function" and n.target is torch.ops.moefx.experts.default]
         with self.fake_mode:
             scalar = torch.empty((), dtype=torch.bool, device=self.call.device)
-        wanted = {f"given_index_{i}": n.args[1].meta["val"] for i, n in enumerate(calls)} | {"given": scalar}  # type: ignore[union-attr]
+        wanted = {f"given_index_{i}": n.args[1].meta["val"] for i, n in enumerate(calls)} | {"given": scalar}
         last = [n for n in graph.nodes if n.op == "placeholder"][-1]
         for name, val in wanted.items():
             with graph.inserting_after(last):

@@ -19,6 +19,8 @@ from moefx.ir.graph import nodes_of, op_name, value
 _LARGE = 1024
 _SMALL = (96, 64, 48, 32)
 _LEAST = 16
+Nodes = tuple[fx.Node, ...]
+Outputs = tuple[fx.Node | None, ...]
 
 
 class Sizes:
@@ -44,7 +46,7 @@ class Sizes:
             small = self._small(size)
             if small:
                 self.large[size] = small
-        return self.large.get(size, size)
+        return self.large.get(size, int(size))
 
     def _small(self, size: int) -> int | None:
         """For a large size: as many times another's as it is (gate and up side by side), else a number of its own."""
@@ -58,7 +60,7 @@ class Sizes:
         return free[0] if free else None
 
 
-def _inputs(nodes: tuple[fx.Node, ...]) -> list[fx.Node]:
+def _inputs(nodes: Nodes) -> list[fx.Node]:
     inside = set(nodes)
     return list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
 
@@ -76,7 +78,7 @@ def _sample(val: Any, sizes: Sizes, generator: torch.Generator) -> Any:
     return sizes(val) if isinstance(val, torch.SymInt) else val
 
 
-def _run(nodes: tuple[fx.Node, ...], env: dict[fx.Node, Any], sizes: Sizes, exact: bool = False) -> None:
+def _run(nodes: Nodes, env: dict[fx.Node, Any], sizes: Sizes, exact: bool = False) -> None:
     """``exact``: in float64 wherever the nodes name a floating dtype."""
 
     def small(a: Any) -> Any:
@@ -85,9 +87,9 @@ def _run(nodes: tuple[fx.Node, ...], env: dict[fx.Node, Any], sizes: Sizes, exac
         return sizes.large.get(a, a) if type(a) is int else a
 
     for n in nodes:
-        args, kwargs = fx.node.map_arg((n.args, n.kwargs), lambda a: env[a])  # type: ignore[misc]
+        args, kwargs = fx.node.map_arg((n.args, n.kwargs), lambda a: env[a])
         if n.target is not operator.getitem:
-            args, kwargs = fx.node.map_aggregate((args, kwargs), small)  # type: ignore[misc]
+            args, kwargs = fx.node.map_aggregate((args, kwargs), small)
         if "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device("cpu")}
         env[n] = n.target(*args, **kwargs)  # type: ignore[operator]
@@ -102,7 +104,9 @@ def _gradients(outputs: list[Any], inputs: list[Tensor], seed: int) -> list[Tens
     return list(torch.autograd.grad(floats, inputs, weights, allow_unused=True))
 
 
-def _environment(nodes, args, kwargs, sizes: Sizes, seed: int, wide: bool = False) -> dict[fx.Node, Any]:
+def _environment(
+    nodes: Nodes, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Sizes, seed: int, wide: bool = False
+) -> dict[fx.Node, Any]:
     """Numbers for the inputs of the nodes and of their replacement."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -126,12 +130,20 @@ def _wide(x: Any) -> Any:
     return torch.float64 if isinstance(x, torch.dtype) and x.is_floating_point else x
 
 
-def _equal_in_fp64(nodes, outputs, replacement, args, kwargs, sizes: Sizes, seed: int) -> bool:
+def _equal_in_fp64(
+    nodes: Nodes,
+    outputs: Outputs,
+    replacement: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    sizes: Sizes,
+    seed: int,
+) -> bool:
     """Do both compute the same but for what they round to 16 bits in between? (Bodies still compute in float32.)"""
     env = _environment(nodes, args, kwargs, sizes, seed, wide=True)
     leaves = [v for v in env.values() if isinstance(v, Tensor) and v.requires_grad and v.is_leaf]
-    args, kwargs = fx.node.map_aggregate((args, kwargs), lambda a: _wide(a) if isinstance(a, torch.dtype) else a)  # type: ignore[misc]
-    args, kwargs = fx.node.map_arg((args, kwargs), lambda a: env[a])  # type: ignore[misc]
+    args, kwargs = fx.node.map_aggregate((args, kwargs), lambda a: _wide(a) if isinstance(a, torch.dtype) else a)
+    args, kwargs = fx.node.map_arg((args, kwargs), lambda a: env[a])
     new = replacement(*args, **kwargs)
     new = list(new) if isinstance(new, (tuple, list)) else [new]
     _run(nodes, env, sizes, exact=True)
@@ -141,7 +153,7 @@ def _equal_in_fp64(nodes, outputs, replacement, args, kwargs, sizes: Sizes, seed
     return all((a is None) == (b is None) and (a is None or _gap(a, b) <= close) for a, b in pairs)
 
 
-def _dtypes(nodes: tuple[fx.Node, ...]) -> set[torch.dtype]:
+def _dtypes(nodes: Nodes) -> set[torch.dtype]:
     vals = [value(n) for n in nodes]
     return {v.dtype for v in vals if isinstance(v, Tensor) and v.is_floating_point()}
 
@@ -157,7 +169,7 @@ def _gap(a: Tensor, b: Tensor) -> float:
 
 
 def certify(
-    nodes: tuple[fx.Node, ...], outputs: tuple[fx.Node | None, ...], replacement: Callable, args: tuple, kwargs: dict
+    nodes: Nodes, outputs: Outputs, replacement: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[bool, str]:
     """Does ``replacement(*args, **kwargs)`` compute ``outputs`` of ``nodes``, values and gradients of all inputs?
 
@@ -174,7 +186,14 @@ def certify(
             return False, f"could not be run for comparison: {type(error).__name__}: {error}"
 
 
-def _certify(nodes, outputs, replacement, args, kwargs, sizes) -> tuple[bool, str]:
+def _certify(
+    nodes: Nodes,
+    outputs: Outputs,
+    replacement: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    sizes: Sizes,
+) -> tuple[bool, str]:
     worst = 0.0
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.autocast("cpu", enabled=False):
         for seed in (0, 1):

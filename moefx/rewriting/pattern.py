@@ -64,6 +64,13 @@ class Match:
     loose: int  #: casts of the pattern that left no trace in the graph: fewer is nearer
 
     @property
+    def node(self) -> fx.Node:
+        """The node that computes the pattern's first output."""
+        (first, *_) = self.outputs
+        assert first is not None
+        return first
+
+    @property
     def inner(self) -> tuple[fx.Node, ...]:
         return tuple(n for n in self.nodes if n not in self.outputs)
 
@@ -114,7 +121,7 @@ class Pattern:
 
     def __init__(
         self,
-        function: Callable,
+        function: Callable[..., Any],
         example: Mapping[str, Any],
         fixed: Mapping[str, Any] | None = None,
         sizes: Mapping[int, str] | None = None,
@@ -152,7 +159,7 @@ class Pattern:
     @cached_property
     def outputs(self) -> list[fx.Node]:
         out = next(n for n in self.graph.nodes if n.op == "output").args[0]
-        return list(out) if isinstance(out, (tuple, list)) else [out]  # type: ignore[list-item]
+        return list(out) if isinstance(out, (tuple, list)) else [out]
 
     @cached_property
     def anchor(self) -> Any:
@@ -163,7 +170,7 @@ class Pattern:
         return node.target
 
     @cached_property
-    def distinctive(self) -> frozenset:
+    def distinctive(self) -> frozenset[Any]:
         """The operations that few other subgraphs have: a miss that got past one is worth telling."""
         targets = {n.target for n in self.graph.nodes if n.op == "call_function"}
         return frozenset(targets - _COMMON) or frozenset(targets - VIEWS)

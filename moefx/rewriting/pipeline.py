@@ -54,7 +54,10 @@ class Pass(Protocol):
     Usually a frozen dataclass whose fields are its options. Linting, dead code, timing and printing are the pipeline's.
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What reports, ``Pipeline`` and the command line call it."""
+        ...
 
     def run(self, function: Function, plan: Plan) -> Changes: ...
 

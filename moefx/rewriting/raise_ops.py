@@ -11,6 +11,8 @@ from torch import fx
 
 from moefx.errors import MoefxError
 from moefx.ir.graph import aten, describe, emit, inherit, insert, is_call, op_name, replace, unpack, value
+from moefx.ir.plan import Plan
+from moefx.ir.program import Function
 from moefx.ops import BODIES
 from moefx.rewriting.certify import certify
 from moefx.rewriting.pattern import Match, Miss, Pattern
@@ -37,10 +39,10 @@ class Raise:
     op: Any
     example: Mapping[str, Any]
     variants: Sequence[Mapping[str, Any]] = ({},)
-    body: Callable | None = None
+    body: Callable[..., Any] | None = None
     build: Callable[[fx.Graph, fx.Node, Match], dict[str, Any]] | None = None
-    needs: Callable[[Mapping[str, Any]], set] | None = None
-    _cache: dict = field(default_factory=dict, repr=False, compare=False)
+    needs: Callable[[Mapping[str, Any]], set[Any]] | None = None
+    _cache: dict[int, Pattern] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.op, torch._ops.OpOverload):
@@ -63,7 +65,7 @@ class Raise:
         possible = [i for i, v in enumerate(self.variants) if self.needs is None or self.needs(v) <= there]
         return sorted(map(self.pattern, possible), key=lambda p: -p.size)
 
-    def run(self, function, plan=None) -> Changes:
+    def run(self, function: Function, plan: Plan | None = None) -> Changes:
         changes, near_misses = Changes(), []
         covered: set[fx.Node] = set()
         patterns = self.patterns(function.graph)
@@ -85,7 +87,7 @@ class Raise:
         changes.made.reverse()
         return changes
 
-    def _find(self, node: fx.Node, covered: set, patterns: list[Pattern]) -> tuple[Match | None, Miss | None]:
+    def _find(self, node: fx.Node, covered: set[fx.Node], patterns: list[Pattern]) -> tuple[Match | None, Miss | None]:
         best: Match | None = None
         near: Miss | None = None
         for pattern in patterns:
@@ -103,7 +105,7 @@ class Raise:
                 best = result
         return best, near
 
-    def call(self, graph: fx.Graph, before: fx.Node, match: Match) -> tuple[tuple, dict[str, Any]]:
+    def call(self, graph: fx.Graph, before: fx.Node, match: Match) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of the operation for this match, by its schema; what equals a default is left out."""
         bound = {**match.pattern.fixed, **match.bound}
         if self.build is not None:
@@ -116,7 +118,7 @@ class Raise:
                 kwargs[a.name] = bound[a.name]
         return tuple(args), kwargs
 
-    def rewrite(self, function, match: Match, changes: Changes) -> str | None:
+    def rewrite(self, function: Function, match: Match, changes: Changes) -> str | None:
         """Puts the operation in place of ``match``; returns why not, as a sentence, if it cannot."""
         graph, outputs = function.graph, match.outputs
         order = {n: i for i, n in enumerate(graph.nodes)}
@@ -141,10 +143,10 @@ class Raise:
 
 
 #: Patterns of a process, by what they are traced from: each pipeline makes its own passes, and tracing is slow.
-_PATTERNS: dict[tuple[Callable, str], Pattern] = {}
+_PATTERNS: dict[tuple[Callable[..., Any], str], Pattern] = {}
 
 
-def _traced(body: Callable, example: dict[str, Any], fixed: dict[str, Any]) -> Pattern:
+def _traced(body: Callable[..., Any], example: dict[str, Any], fixed: dict[str, Any]) -> Pattern:
     seen = {k: (tuple(v.shape), v.dtype) if isinstance(v, torch.Tensor) else v for k, v in (example | fixed).items()}
     key = body, repr((seen, list(fixed)))
     if key not in _PATTERNS:
