@@ -165,7 +165,7 @@ def main() -> int:
         problems.append(f"96 layers took {longer:.2f} times as long as 48, {LONGER:.2f} is the bound")
     if us >= MICROSECONDS:
         problems.append(f"a block call costs {us:.1f} us of Python, {MICROSECONDS:.0f} us is the bound")
-    problems += [f"promised, not raised: {s}" for s in shallow[0]["shortfall"]]
+    problems += [f"expected ops that were not matched: {s}" for s in shallow[0]["shortfall"]]
     record = {
         "machine": common.machine(),
         "median": {

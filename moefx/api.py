@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from moefx import backends as backends_
 from moefx import passes
-from moefx.analysis.report import Explanation, Report
-from moefx.analysis.report import explain as explain_report
+from moefx.analysis.explanation import Explanation, explanation
+from moefx.analysis.report import Report
 from moefx.distributed import dtensor_ops, expert_sharding, rank_monitor, state_dict
 from moefx.distributed import parallelize as parallelize_
 from moefx.errors import MoefxError
@@ -66,7 +66,7 @@ def rewrite(program: Program, plan: Plan, pipeline: Pipeline, model: Any = None)
             function.expects.setdefault("rotary", function.expects["attention"])
     report = Report(program, plan, pipeline.run(program, plan))
     if model is not None:
-        report.promised["experts"] = list(hf.experts_modules(model))
+        report.expected["experts"] = list(hf.experts_modules(model))
     return report
 
 
@@ -296,4 +296,4 @@ def explain(model: Any, path: str) -> Explanation:
     inner = unwrap(model)
     if path not in dict(inner.named_modules()):
         raise MoefxError(f"{type(inner).__name__} has no module {path!r}: see model.named_modules()")
-    return explain_report(state_of(model).report, path)
+    return explanation(state_of(model).report, path)

@@ -1,16 +1,16 @@
-"""The exceptions of moefx: each message is one sentence that says what, where, which two values disagree, what to do."""
+"""The exceptions of moefx. A message is one sentence: what is wrong, where, the two values that disagree, what to do."""
 
 
 class ExchangeError(RuntimeError):
-    """Rows did not arrive: another rank stopped or made other calls. The process group cannot be used any more."""
+    """Dispatch or combine failed: another rank stopped or made other calls. The process group is unusable afterwards."""
 
 
 class MoefxError(ValueError):
-    """Bad input, found before anything was changed: the model is as it was."""
+    """Invalid input, found before anything was changed."""
 
 
 class CaptureError(MoefxError):
-    """A module cannot be captured exactly; the message is the reason shown in the report, ``detail`` what PyTorch said."""
+    """A module cannot be captured exactly. The message is the reason in the report, ``detail`` PyTorch's own message."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason)
@@ -18,12 +18,12 @@ class CaptureError(MoefxError):
 
 
 class PassError(MoefxError):
-    """A pass broke the graph; the message names the pass and shows the node."""
+    """A pass broke the graph. The message names the pass and the node."""
 
 
 class VerifyError(MoefxError):
-    """The optimized model does not compute what the original computes, within the tolerance stated."""
+    """The optimized model differs from the original by more than the tolerance."""
 
 
 class RankLostError(RuntimeError):
-    """A collective failed because another rank does not live any more; the message says which and since when."""
+    """A collective failed because another rank is no longer alive. The message says which, and since when."""

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from moefx.analysis.cost import Rates, Sizes, node_cost
+from moefx.analysis.cost import Sizes, node_cost
+from moefx.analysis.rates import Rates
 from moefx.ir.graph import VIEWS, arguments, aten, describe, emit, getitems, inherit, is_call, origin, replace, unpack, value
 from moefx.ir.plan import Plan
 from moefx.ir.program import Function

@@ -1,0 +1,1 @@
+"""Reports, costs, timelines and diagrams: they read programs and change none."""

@@ -1,11 +1,12 @@
-"""What a captured graph costs, as formulas: FLOPs, bytes read and written, bytes sent between ranks.
+"""The cost of a node as formulas: FLOPs, bytes read and written, bytes sent between ranks.
 
-Sizes are symbols: B, S (batch and sequence of one rank), ep, and the roles that the semantic operations of a function give to
-numbers: H hidden, I intermediate, E experts, K experts a token, A heads, G key/value heads, D head size, V vocabulary. A number
-with two roles in one function (128 experts, heads of 128) stays a number, except where an operation itself says which is meant.
-FLOPs count a multiply-add as two; only matrix products are counted as FLOPs, everything else as the bytes that it moves.
-Formulas are of the forward; the backward of a matrix product costs twice its forward. Routing is taken to be balanced, and
-each set of K experts as likely as another: a token then has experts on ``ep * (1 - C(E - E/ep, K) / C(E, K))`` ranks.
+Sizes are symbols: B and S (batch size and sequence length of one rank), ep, and those that a function's semantic operations
+define: H hidden size, I intermediate size, E experts, K experts per token, A heads, G key/value heads, D head size, V
+vocabulary size. A number that stands for two of them in one function (128 experts, heads of 128) stays a number, except where
+an operation determines which is meant. A multiply-add counts as two FLOPs. Only matrix products count FLOPs; everything else
+counts the bytes that it moves. Formulas are of the forward; the backward of a matrix product costs twice as much. Routing is
+assumed to be balanced, with all sets of K experts equally likely: a token then has experts on
+``ep * (1 - C(E - E/ep, K) / C(E, K))`` ranks.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ from torch import Tensor, fx
 from moefx import ops, transports
 from moefx.errors import MoefxError
 from moefx.ir.graph import VIEWS, arguments, aten, origin, value
-from moefx.ir.plan import Plan
-from moefx.ir.program import Function, Program
+from moefx.ir.program import Function
 from moefx.ops import dispatch_combine
 from moefx.ops import grouped_mlp as grouped
 from moefx.transports import fp8_rows
@@ -34,7 +34,10 @@ _MATRIX = (aten.linear.default, aten.mm.default, aten.bmm.default, aten.matmul.d
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a forward: ``flops``; ``read``, ``written``, ``sent`` in bytes. Sympy expressions; costs add and multiply."""
+    """The cost of a forward: ``flops``, and the bytes ``read``, ``written`` and ``sent``, as sympy expressions.
+
+    Costs can be added, and multiplied by an integer.
+    """
 
     flops: sympy.Expr = sympy.Integer(0)
     read: sympy.Expr = sympy.Integer(0)
@@ -49,10 +52,15 @@ class Cost:
 
     @property
     def parts(self) -> tuple[sympy.Expr, ...]:
+        """``(flops, read, written, sent)``."""
         return self.flops, self.read, self.written, self.sent
 
     def evaluate(self, sizes: dict[str, int]) -> tuple[float, float, float, float]:
-        """The four numbers; raises MoefxError naming a symbol that ``sizes`` lacks."""
+        """``parts`` as numbers.
+
+        Raises:
+            MoefxError: ``sizes`` lacks a symbol of the formulas.
+        """
         numbers = []
         for part in self.parts:
             missing = sorted(str(s) for s in part.free_symbols if str(s) not in sizes)
@@ -63,7 +71,7 @@ class Cost:
 
 
 def _roles(function: Function) -> dict[str, int]:
-    """The numbers behind the symbols, as the function's semantic operations use them."""
+    """The values of the symbols, read from the function's semantic operations."""
     found: dict[str, int] = {}
 
     def say(**numbers: Any) -> None:
@@ -92,7 +100,7 @@ def _roles(function: Function) -> dict[str, int]:
 
 
 class Sizes:
-    """Turns the sizes of a function's tensors into symbols."""
+    """Translates the sizes of a function's tensors into symbols."""
 
     def __init__(self, function: Function):
         self.roles = _roles(function)
@@ -109,19 +117,23 @@ class Sizes:
         self.rows = B * S * self.role("K") if "K" in self.roles else B * S
 
     def role(self, name: str) -> sympy.Expr:
+        """The symbol of a role: "H", "E", ..."""
         return _symbol(name)
 
     def size(self, n: Any) -> sympy.Expr:
+        """One size, an int or SymInt, as an expression."""
         if not isinstance(n, torch.SymInt):
             return self.names.get(int(n), sympy.Integer(int(n)))
         found = n.node.expr.subs(self.dynamic)
-        # rows that arrive from other ranks: as many as leave, if routing is balanced
+        # rows received from other ranks: as many as are sent, if routing is balanced
         return found if found.free_symbols <= {B, S} else self.rows
 
     def elements(self, val: Any) -> sympy.Expr:
+        """The number of elements of a tensor."""
         return sympy.Mul(*(self.size(n) for n in val.shape))
 
     def bytes(self, val: Any) -> sympy.Expr:
+        """The bytes of a tensor, or of all tensors of a tuple; 0 for anything else."""
         if isinstance(val, (tuple, list)):
             return sympy.Add(*(self.bytes(v) for v in val))
         if not isinstance(val, Tensor) or (val.dim() and all(isinstance(s, int) and s == 0 for s in val.stride())):
@@ -129,7 +141,7 @@ class Sizes:
         return self.elements(val) * val.element_size()
 
     def of_part(self, share: Any) -> Sizes:
-        """The sizes for a call that gets this share of the rows from other ranks."""
+        """The sizes of a call that gets ``share`` of the rows from other ranks."""
         if share == 1:
             return self
         part = copy.copy(self)
@@ -142,7 +154,7 @@ def _symbol(name: str) -> sympy.Symbol:
 
 
 def node_cost(node: fx.Node, sizes: Sizes) -> Cost:
-    """The cost of one call; views are free. dispatch and combine send a row per token and *other* rank that it goes to."""
+    """The cost of one call. Views are free; dispatch and combine send a row per token and *other* rank with its experts."""
     op, sizes = node.meta.get("semantic", node.target), sizes.of_part(node.meta.get("share", 1))
     if (
         node.op != "call_function"
@@ -153,7 +165,7 @@ def node_cost(node: fx.Node, sizes: Sizes) -> Cost:
         return Cost()
     inputs = [value(a) for a in node.all_input_nodes if isinstance(value(a), (Tensor, tuple, list))]
     results = value(node) if isinstance(value(node), (tuple, list)) else [value(node)]
-    # a result that is an input is handed on, not written
+    # a result that is an input is passed through, not written
     written = sizes.bytes([r for r in results if not any(r is v for v in inputs)])
     read = sympy.Add(*(sizes.bytes(v) for v in inputs))
     if op in _MATRIX:
@@ -171,7 +183,7 @@ def _matrix_product(node: fx.Node, op: Any, sizes: Sizes) -> sympy.Expr:
 
 
 def _experts(given: dict[str, Any], sizes: Sizes) -> tuple[Any, Any, Any]:
-    """Each of the B*S*K rows goes through one expert's two matrices; all of a rank's experts' weights are read."""
+    """Each of the B*S*K rows is multiplied by one expert's two matrices; the weights of all of a rank's experts are read."""
     spread = "rows" in given
     x, up, down = value(given["rows" if spread else "x"]), value(given["up"]), value(given["down"])
     h, i, local = sizes.role("H"), sizes.role("I"), sizes.role("E") / (EP if spread else 1)
@@ -185,8 +197,9 @@ def _experts(given: dict[str, Any], sizes: Sizes) -> tuple[Any, Any, Any]:
 
 
 def _attention(given: dict[str, Any], sizes: Sizes) -> tuple[Any, Any, Any]:
-    """Pairs of positions that see each other: the triangle (packed sequences: at most), a sliding window's band (its mask says
-    the same), or all.
+    """Counts the pairs of positions that attend: a triangle, the band of a sliding window, or all.
+
+    Packed sequences count as one sequence, an upper bound; a mask beside a window adds nothing to it.
     """
     q, v = value(given["q"]), value(given["v"])
     same = q.shape[3] == v.shape[3]
@@ -235,10 +248,10 @@ def _transport(node: fx.Node) -> tuple[str, int]:
 
 
 def _pairs(given: dict[str, Any], sizes: Sizes, transport: tuple[str, int]) -> sympy.Expr:
-    """How many rows a rank sends to other ranks: one for each (token, other rank) that has one of its experts.
+    """How many rows a rank sends to other ranks: one per token and other rank with one of its experts.
 
-    Hierarchically, with m ranks a node: one for each (token, other node); then, of the tokens that came over the rail from the
-    ``ep / m`` nodes, one for each (token, other rank of the node).
+    Hierarchically, with m ranks per node: one per token and other node; then, for the tokens received from the ``ep / m``
+    nodes, one per token and other rank of the node.
     """
     tokens, e, k = sizes.size(value(given["index"]).shape[0]), sizes.role("E"), sizes.role("K")
 
@@ -283,103 +296,3 @@ _RULES: dict[Any, Any] = {
     ops.experts: _experts, grouped.grouped_mlp: _experts, ops.attention: _attention, ops.linear_cross_entropy: _head,
     dispatch_combine.dispatch: _dispatch, dispatch_combine.combine: _combine,
 }  # fmt: skip
-
-
-def function_cost(function: Function) -> tuple[Cost, dict[str, int]]:
-    """The cost of one call of ``function``, and the numbers behind its symbols."""
-    sizes = Sizes(function)
-    return sum((node_cost(n, sizes) for n in function.graph.nodes), Cost()), sizes.roles
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What a device does in a second, about, in training: to choose between schedules, not to predict a time.
-
-    Assumed, not measured with moefx: shares of an H100's data sheet that kernels of these kinds reach. ``python
-    benchmarks/dispatch.py`` measures ``sent`` and ``latency``, its ``--host`` what ``launch`` is made of.
-    """
-
-    flops: float = 6e14  #: of 16-bit matrix products (H100, H200: 989e12 at most)
-    memory: float = 2.5e12  #: bytes (H100 SXM: 3.35e12 at most)
-    sent: float = 3.5e11  #: bytes to other ranks, within a node over NVLink (450e9 at most)
-    latency: float = 4e-5  #: seconds that an exchange takes besides
-    launch: float = 1e-4  #: seconds that the host takes to start what one chunk of tokens needs
-
-    @staticmethod
-    def of(ep_size: int) -> Rates:
-        """An H100 or H200; between nodes (more than 8 ranks) one 400 Gbit/s adapter a GPU."""
-        return Rates() if ep_size <= 8 else Rates(sent=4e10)
-
-    def seconds(self, numbers: tuple[float, float, float, float]) -> tuple[float, float]:
-        """(Computing, exchanging) for these FLOPs, bytes read, written and sent."""
-        flops, read, written, sent = numbers
-        return max(flops / self.flops, (read + written) / self.memory), sent / self.sent + self.latency if sent else 0.0
-
-
-@dataclass(frozen=True)
-class ProgramCost:
-    """Per function (cost of one call, instances) and in total; ``print`` shows formulas, and numbers at ``sizes``."""
-
-    functions: dict[str, tuple[Cost, int]]
-    sizes: dict[str, int]  #: B, S, ep and what the caller fixed
-    roles: dict[str, dict[str, int]]  #: of each function: H, I, E, ...
-
-    def numbers(self, name: str, **sizes: int) -> tuple[float, float, float, float]:
-        """(FLOPs, bytes read, bytes written, bytes sent) of one call of a function."""
-        return self.functions[name][0].evaluate({**self.roles[name], **self.sizes, **sizes})
-
-    def evaluate(self, **sizes: int) -> tuple[float, float, float, float]:
-        """(FLOPs, bytes read, bytes written, bytes sent) of a forward of one rank at these sizes."""
-        calls = [(self.numbers(name, **sizes), many) for name, (_, many) in self.functions.items()]
-        a, b, c, d = (sum(numbers[i] * many for numbers, many in calls) for i in range(4))
-        return a, b, c, d
-
-    def __str__(self) -> str:
-        from rich.table import Table
-
-        from moefx.analysis.text import render
-
-        at = ", ".join(f"{k}={v}" for k, v in self.sizes.items())
-        table = Table(
-            "function",
-            "times",
-            "TFLOP",
-            "GB read",
-            "GB written",
-            "GB sent",
-            title=f"forward of one rank at {at}",
-            title_justify="left",
-        )
-        formulas = Table("function", "of one call", "where", title="formulas", title_justify="left")
-        for name, (cost, many) in self.functions.items():
-            table.add_row(name, str(many), *_numbers(tuple(n * many for n in self.numbers(name))))
-            where = ", ".join(f"{k}={v}" for k, v in self.roles[name].items())
-            if cost.flops != 0:
-                formulas.add_row(name, f"FLOPs = {_readable(cost.flops)}", where)
-            if cost.sent != 0:
-                formulas.add_row(name, f"bytes sent = {_readable(cost.sent)}", "")
-        table.add_row("total", "", *_numbers(self.evaluate()))
-        return render(table, formulas)
-
-
-def _readable(expression: sympy.Expr) -> str:
-    return str(sympy.factor(expression)) if not expression.has(sympy.Min) else str(expression)
-
-
-def _numbers(parts: tuple[float, ...]) -> list[str]:
-    return [f"{parts[0] / 1e12:.3g}", *(f"{p / 1e9:.3g}" for p in parts[1:])]
-
-
-def program_cost(program: Program, plan: Plan, **sizes: int) -> ProgramCost:
-    """Costs of the functions that a training forward runs; ``sizes`` (default B=1, S=4096) are what ``print`` evaluates at.
-
-    Functions captured later for other kinds of calls of the same modules are left out: a forward runs one of them.
-    """
-    seen: set[str] = set()
-    functions, roles = {}, {}
-    for f in program:
-        if f.instances and f.instances[0] not in seen:
-            seen.update(f.instances)
-            cost, roles[f.name] = function_cost(f)
-            functions[f.name] = (cost, len(f.instances))
-    return ProgramCost(functions, {"B": 1, "S": 4096, "ep": plan.ep_size, **sizes}, roles)

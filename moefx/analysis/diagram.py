@@ -1,8 +1,8 @@
-"""A function's graph as a picture: a Mermaid flowchart, which GitHub, notebooks and editors draw (https://mermaid.js.org).
+"""A function's graph as a Mermaid flowchart, which GitHub, notebooks and editors draw (https://mermaid.js.org).
 
-Operations are boxes, coloured by what they are; values run along the arrows. What only looks at a value in another way, or
-reads sizes, is left out: the arrow goes through it. A box says its operation, the backend whose kernel runs it, the parameters
-that it reads, and what it gives; B and S are batch and sequence, R1, R2, ... numbers that only the data tells.
+Operations are boxes, coloured by their kind; values run along the arrows. Views and size computations are left out: arrows
+pass through them. A box shows the operation, the backend whose kernel runs it, the parameters that it reads, and its results.
+B and S are batch size and sequence length, R1, R2, ... sizes that depend on the data.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _STYLES = {
     "operation": "fill:#cfe2ff,stroke:#2f5fa8", "exchange": "fill:#ffe0b3,stroke:#b36b00",
     "product": "fill:#e3e3e3,stroke:#666666", "other": "fill:#ffffff,stroke:#999999", "value": "fill:#f7f7f7,stroke:#999999",
 }  # fmt: skip
-#: Results that a box spells out; a dispatch has seven.
+#: Results that a box shows; a dispatch has eight.
 _SPELLED = 2
 
 
 def mermaid(stages: Mapping[str, tuple[Function, Listing]]) -> str:
-    """One flowchart of the functions by name, each as it was when its listing was taken."""
+    """One flowchart of all functions: name -> (function, its graph at some moment)."""
     lines = ["flowchart TB"]
     for i, (name, (function, listing)) in enumerate(stages.items()):
         times = f" x {len(function.instances)}" if len(function.instances) > 1 else ""
@@ -51,14 +51,12 @@ def mermaid(stages: Mapping[str, tuple[Function, Listing]]) -> str:
 
 
 def _drawn(function: Function, listing: Listing, prefix: str) -> Iterator[str]:
-    called = function.call.template.names()
-    inputs = {name: called.get(i, name) for i, name in enumerate(function.inputs)}
     owned = [*function.parameters, *("constant" for _ in function.constants)]
     parameters = dict(zip(function.placeholders, owned, strict=False))
     used = {s for _, _, args, kwargs, _ in listing.nodes for s in nodes_of((args, kwargs))}
     sizes = _sizes(listing, parameters)
     shown: dict[fx.Node, str] = {}  # a node -> its box
-    through: dict[fx.Node, list[fx.Node]] = {}  # a node without a box -> those that it looks at
+    through: dict[fx.Node, list[fx.Node]] = {}  # a node without a box -> those whose values it shows
     for (node, target, args, kwargs, val), note in zip(listing.nodes, listing.origins, strict=True):
         if node.op == "placeholder" and (node.name in parameters or node not in used):
             continue
@@ -69,7 +67,7 @@ def _drawn(function: Function, listing: Listing, prefix: str) -> Iterator[str]:
         if node.op == "call_function":
             text, kind = _operation(target, note.kernel if note is not None else "")
         else:
-            text, kind = inputs.get(node.name, node.name) if node.op == "placeholder" else "results", "value"
+            text, kind = node.name if node.op == "placeholder" else "results", "value"
         read = [parameters[s.name] for s in sources if s.op == "placeholder" and s.name in parameters]
         short = [n.removesuffix(".weight") for n in read if n.removesuffix("bias") + "weight" not in read]
         given = [] if node.op == "output" else [_renamed(_spelled(val), sizes)]
@@ -102,12 +100,12 @@ def _spelled(val: Any) -> str:
 
 
 def _seen(node: fx.Node, through: Mapping[fx.Node, list[fx.Node]]) -> list[fx.Node]:
-    """The nodes whose values ``node`` shows: itself, unless it only looks at others."""
+    """The nodes with boxes whose values ``node`` shows: itself, or the inputs of a view."""
     return [s for n in through[node] for s in _seen(n, through)] if node in through else [node]
 
 
 def _sizes(listing: Listing, parameters: Mapping[str, str]) -> dict[str, str]:
-    """The symbols of batch and sequence, as the first input that has both names them, and what they are called."""
+    """``{"s0": "B", "s1": "S"}``: the symbols of batch size and sequence length in the first input that has both."""
     for node, *_, val in listing.nodes:
         if node.op == "placeholder" and node.name not in parameters and isinstance(val, Tensor) and val.dim() > 2:
             return {str(d): called for d, called in zip(val.shape, "BS") if re.fullmatch(r"s\d+", str(d))}
@@ -115,7 +113,7 @@ def _sizes(listing: Listing, parameters: Mapping[str, str]) -> dict[str, str]:
 
 
 def _renamed(text: str, sizes: dict[str, str]) -> str:
-    """With batch and sequence, and the numbers that only the data tells as they are met, by names of their own."""
+    """Replaces symbols: batch size and sequence length by B and S, sizes that depend on the data by R1, R2, ..."""
     for symbol in re.findall(r"\bu\d+\b", text):
         sizes.setdefault(symbol, f"R{sum(called.startswith('R') for called in sizes.values()) + 1}")
     return re.sub(r"\b[su]\d+\b", lambda found: sizes.get(found[0], found[0]), text).replace("S*B", "B*S")

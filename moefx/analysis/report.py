@@ -1,4 +1,4 @@
-"""What was rewritten, what was not and why: the report that ``optimize`` leaves and ``moefx.explain`` reads."""
+"""The report of ``optimize``: what was rewritten, what was not and why, and which calls ran the original forward."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moefx.errors import MoefxError, PassError
-from moefx.ir.graph import op_name, origin, shape_text, value
+from moefx.ir.graph import op_name, origin
 from moefx.ir.program import Function, Left, Program
 from moefx.rewriting.pipeline import PassReport
 
@@ -17,28 +17,28 @@ if TYPE_CHECKING:
 
     from moefx.ir.plan import Plan
 
-#: Which pass makes which promised operation. Experts and attention are raised by capture.
-_MAKERS = {n: n for n in ("rms_norm", "route", "rotary", "linear_cross_entropy", "dense_experts")}
+#: The pass that raises each expected operation. Experts and attention are raised by capture.
+_RAISED_BY = {n: n for n in ("rms_norm", "route", "rotary", "linear_cross_entropy", "dense_experts")}
 
 
 class ShortfallWarning(UserWarning):
-    """The model promises operations that were not raised; it computes correctly, some of it unrewritten."""
+    """Expected operations were not matched, or calls train without their graphs. The model computes correctly, but slower."""
 
 
 @dataclass(eq=False)
 class Report:
-    """``print(report)``; ``report["route"]`` is a :class:`PassReport` with ``.made``, ``.missed``, ``.diff()``, ``.code``."""
+    """``print`` it; ``report["route"]`` is one pass's :class:`PassReport`: ``made``, ``missed``, ``diff()`` and ``code``."""
 
     program: Program
     plan: Plan
     passes: list[PassReport]
-    promised: dict[str, list[str]] = field(default_factory=dict)  #: operation -> module paths that promise one
+    expected: dict[str, list[str]] = field(default_factory=dict)  #: operation -> paths of the modules that consist of one
     fallbacks: dict[tuple[str, str], int] = field(default_factory=dict)  #: (path, reason) -> calls
-    details: dict[tuple[str, str], str] = field(default_factory=dict)  #: (path, reason) -> what PyTorch said
-    notes: dict[tuple[str, str], int] = field(default_factory=dict)  #: (path, what else is worth knowing) -> calls
+    details: dict[tuple[str, str], str] = field(default_factory=dict)  #: (path, reason) -> PyTorch's error message
+    notes: dict[tuple[str, str], int] = field(default_factory=dict)  #: (path, note) -> calls
     seconds: dict[str, float] = field(default_factory=dict)
-    _warned: set[str] = field(default_factory=set)  #: reasons; a fallback that did not train was not warned of
-    _has_positions: bool = False  #: has seen what position_ids look like
+    _warned: set[str] = field(default_factory=set)  #: texts and reasons that were warned about
+    _has_positions: bool = False  #: position_ids have been looked at
 
     def __getitem__(self, name: str) -> PassReport:
         for p in self.passes:
@@ -48,11 +48,18 @@ class Report:
 
     @property
     def left(self) -> list[Left]:
+        """Modules that were not captured, with reasons."""
         return self.program.left
 
     def fell_back(self, path: str, reason: str, warn: bool = False, detail: str = "", comes_of_it: str = "") -> None:
-        """Counts a call that ran the original forward. ``warn``: it trains, so says it, once a reason, and what comes of it.
-        ``detail``: what PyTorch said.
+        """Counts a call that ran the original forward.
+
+        Args:
+            path: the module's path.
+            reason: why it ran.
+            warn: warn, once per reason: the call trains.
+            detail: PyTorch's error message.
+            comes_of_it: the consequence, for the warning.
         """
         if warn and reason not in self._warned:
             self._warned.add(reason)
@@ -68,15 +75,16 @@ class Report:
             warnings.warn(text, ShortfallWarning, stacklevel=3)
 
     def runs_replicas(self) -> None:
-        """Says once that nn.DataParallel runs copies of the model."""
+        """Warns once that nn.DataParallel runs copies of the model."""
         self._warn_once(
             f"nn.DataParallel runs copies of {self.program.model_class} in plain PyTorch, without its graphs: start one "
             "process per GPU with torchrun, or show this one a single GPU (CUDA_VISIBLE_DEVICES=0)"
         )
 
     def ignored_packing(self, position_ids: Tensor | None) -> None:
-        """Says once that packed sequences see one another, as in the model without moefx. It looks at the first positions only:
-        the host waits for them.
+        """Warns once that packed sequences attend to one another, as in the model without moefx.
+
+        Only the first ``position_ids`` [B, S] are looked at: reading them synchronizes with the device.
         """
         if position_ids is None or position_ids.dim() != 2 or self._has_positions:
             return
@@ -90,13 +98,14 @@ class Report:
             )
 
     def filled_a_cache(self) -> None:
-        """Says, once, that a call filled a cache that nobody had asked for: whoever reads it must find it right."""
+        """Warns once that a call filled a cache that was not asked for: its blocks ran without their graphs."""
         self._warn_once(
-            f"{self.program.model_class} fills a cache in this call, so its blocks run without their graphs: where nobody "
+            f"{self.program.model_class} fills a cache in this call, so its blocks run without their graphs: if nothing "
             "reads past_key_values (scores, rewards, a teacher's logits), pass use_cache=False, or set it in model.config"
         )
 
     def note(self, path: str, text: str) -> None:
+        """Counts a call of ``path`` that is worth knowing of, though it ran its graph."""
         self.notes[path, text] = self.notes.get((path, text), 0) + 1
 
     def extend(self, passes: list[PassReport], function: Function) -> None:
@@ -109,63 +118,69 @@ class Report:
             mine.after |= new.after
 
     def made(self, op: str, function: Function) -> int | None:
-        """How many of ``op`` one instance of ``function`` got; None if the pipeline has no pass for it."""
-        name = _MAKERS.get(op)
+        """How many ``op`` one instance of ``function`` has; None if the pipeline has no pass that raises it."""
+        name = _RAISED_BY.get(op)
         if name is None:
             return function.expects.get(op, 0)
         found = next((p for p in self.passes if p.name == name), None)
         return None if found is None else sum(c.function == function.name for c in found.made)
 
     def shortfall(self, functions: Iterable[Function] | None = None) -> list[str]:
-        """Promised operations that are not there, one sentence each; empty if all is as the model promises."""
+        """Expected operations that were not matched, a sentence each; empty if all were."""
         found = []
         for function in self.program if functions is None else functions:
-            for op, promised in function.expects.items():
+            for op, expected in function.expects.items():
                 made = self.made(op, function)
-                if made is not None and made < promised:
+                if made is not None and made < expected:
                     missed = [
                         str(c)
                         for p in self.passes
-                        if p.name == _MAKERS.get(op)
+                        if p.name == _RAISED_BY.get(op)
                         for c in p.missed
                         if c.function == function.name
                     ]
-                    why = f": {'; '.join(missed)}" if missed else ": nothing in the graph resembles it"
-                    found.append(f"{op}: {made} of {promised} in {function.name} ({len(function.instances)} instances){why}")
+                    why = f": {'; '.join(missed)}" if missed else ": the graph has no similar subgraph"
+                    found.append(f"{op}: {made} of {expected} in {function.name} ({len(function.instances)} instances){why}")
         if functions is None:
             served = [i for f in self.program for i in f.instances]
-            for op, paths in self.promised.items():
+            for op, paths in self.expected.items():
                 outside = [p for p in paths if not any(p == i or p.startswith(f"{i}.") for i in served)]
                 if outside:
                     reasons = {x.reason for x in self.left if any(p == x.path or p.startswith(f"{x.path}.") for p in outside)}
-                    found.append(
-                        f"{op}: {len(outside)} of {len(paths)} stay Python, {outside[0]} first: {'; '.join(sorted(reasons))}"
-                    )
+                    why = "; ".join(sorted(reasons))
+                    found.append(f"{op}: {len(outside)} of {len(paths)} are not captured, {outside[0]} first: {why}")
             heads = [x for x in self.left if x.module == "head" and not x.by_design]
             found += [f"head: {x.reason}; the logits of all tokens are stored" for x in heads]
         return found
 
     def warn_or_raise(self, shortfall: list[str], strict: bool) -> None:
-        text = f"{self.program.model_class}: not everything that the model promises was raised: " + " | ".join(shortfall)
+        """Warns of the shortfall; raises PassError instead if ``strict``."""
+        text = f"{self.program.model_class}: expected operations were not matched: " + " | ".join(shortfall)
         if strict:
             raise PassError(text)
-        warnings.warn(text + " (moefx.report(model) has the nodes)", ShortfallWarning, stacklevel=4)
+        warnings.warn(text + " (see moefx.report(model))", ShortfallWarning, stacklevel=4)
 
     def cost(self, **sizes: int) -> Any:
-        """FLOPs, bytes read and written, bytes sent, as formulas per function; see :mod:`moefx.analysis.cost`."""
-        from moefx.analysis.cost import program_cost
+        """FLOPs and bytes read, written and sent, as formulas per function; see :mod:`moefx.analysis.cost`."""
+        from moefx.analysis.program_cost import program_cost
 
         return program_cost(self.program, self.plan, **sizes)
 
     def timelines(self, *, backward: bool = False, **sizes: int) -> list[Any]:
-        """Of each function that exchanges rows, what runs when: :class:`moefx.timeline.Timeline`, to print or as ``svg()``."""
-        from moefx.analysis.timeline import exchanges, timeline
+        """A :class:`moefx.analysis.timeline.Timeline` of each function that dispatches tokens to other ranks."""
+        from moefx.analysis.timeline import has_exchange, timeline
 
-        return [timeline(f, self.plan, backward=backward, **sizes) for f in self.program if exchanges(f)]
+        return [timeline(f, self.plan, backward=backward, **sizes) for f in self.program if has_exchange(f)]
 
     def diagram(self, function: str | None = None, after: str | None = None) -> str:
-        """The functions' graphs as a Mermaid flowchart; ``function``: of this one alone, ``after``: as that pass left them,
-        instead of as they are. Raises MoefxError for a name that there is not.
+        """The functions' graphs as a Mermaid flowchart.
+
+        Args:
+            function: the name of a function; all of them if None.
+            after: the name of a pass: the graphs after it, instead of those that run.
+
+        Raises:
+            MoefxError: there is no function or pass of that name.
         """
         from moefx.analysis.diagram import mermaid
 
@@ -176,7 +191,7 @@ class Report:
         return mermaid({f.name: (f, stages[f.name]) for f in chosen})
 
     def kernels(self) -> dict[tuple[str, str], tuple[int, str]]:
-        """(operation, backend) -> (how often over all instances, why)."""
+        """``(operation, backend) -> (number of calls over all instances, why this backend)``."""
         found: dict[tuple[str, str], tuple[int, str]] = {}
         for function in self.program:
             for node in function.graph.nodes:
@@ -188,7 +203,7 @@ class Report:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """For programs: everything that ``print`` shows."""
+        """Everything that ``print`` shows, as JSON types."""
         return {
             "model": self.program.model_class,
             "ep_size": self.plan.ep_size,
@@ -229,45 +244,3 @@ class Report:
         from moefx.analysis.text import report_text
 
         return report_text(self)
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """The nodes of one part of the model: ``print`` it, or read ``lines``."""
-
-    path: str
-    function: str
-    lines: list[str]
-    notes: list[str]
-
-    def __str__(self) -> str:
-        return "\n".join([f"{self.path}: in function {self.function}", *self.lines, *self.notes])
-
-
-def explain(report: Report, path: str) -> Explanation:
-    """Each node of the module ``path``: the model's line -> the passes that touched it -> its kernel and why that one."""
-    function = report.program.serving(path)
-    instance = next(i for i in function.instances if path == i or path.startswith(f"{i}."))
-    inner = path.removeprefix(instance).strip(".")
-    lines = []
-    for node in function.graph.nodes:
-        if node.op != "call_function" or not _inside(node, inner):
-            continue
-        note = origin(node)
-        what = op_name(node.meta.get("semantic", node.target))
-        steps = [", ".join(note.sources) or "(made by moefx)", what + " " + shape_text(value(node))]
-        steps += [", ".join(note.passes)] if note.passes else []
-        steps += [f"{note.kernel}" + (f" ({note.why})" if note.why else "")] if note.kernel else []
-        lines.append(f"  {node.name}: " + " -> ".join(steps))
-    notes = [f"  not rewritten by {p.name}: {c}" for p in report.passes for c in p.missed if c.function == function.name]
-    notes += [f"  left: {x}" for x in report.left if x.path == path or path.startswith(f"{x.path}.")]
-    notes += [f"  {n} calls ran the original forward: {r}" for (p, r), n in report.fallbacks.items() if p == instance]
-    notes += [f"  in {n} calls {t}" for (p, t), n in report.notes.items() if p == instance]
-    return Explanation(path, function.name, lines, notes)
-
-
-def _inside(node: Any, inner: str) -> bool:
-    if not inner:
-        return True
-    stack = node.meta.get("nn_module_stack") or {}
-    return any(f".{entry[0]}.".endswith(f".{inner}.") or f".{inner}." in f".{entry[0]}." for entry in stack.values())

@@ -1,4 +1,4 @@
-"""The report as text, readable at 100 columns."""
+"""The report as text of 100 columns."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ WIDTH = 100
 
 
 def render(*parts: object) -> str:
+    """Renders rich's tables and strings as plain text of ``WIDTH`` columns."""
     out = io.StringIO()
     console = Console(file=out, width=WIDTH, color_system=None, highlight=False, markup=False)
     for p in parts:
@@ -23,8 +24,8 @@ def render(*parts: object) -> str:
 
 
 def report_text(report: Report) -> str:
-    """Functions, passes, kernels, then what is not rewritten and why."""
-    functions = Table("function", "instances", "nodes", "promises", title="captured", title_justify="left", expand=False)
+    """Functions, passes and kernels, then what was not rewritten, and why."""
+    functions = Table("function", "instances", "nodes", "expected", title="captured", title_justify="left", expand=False)
     for f in report.program:
         where = f.instances[0] + (f" ... {f.instances[-1]}" if len(f.instances) > 1 else "")
         nodes = str(sum(n.op == "call_function" for n in f.graph.nodes))
@@ -37,14 +38,14 @@ def report_text(report: Report) -> str:
         kernels.add_row(op, backend, str(many), why)
     notes = (
         [
-            "NUMERICS CHANGE (dispatch_dtype='fp8'): experts on other ranks and their own read tokens rounded to 8 bits, each "
+            "NUMERICS CHANGE (dispatch_dtype='fp8'): all experts, also local ones, read tokens rounded to 8 bits, each "
             "number within 2**-4 of itself"
         ]
         if report.plan.dispatch_dtype
         else []
     )
-    notes += [f"promised, not raised: {s}" for s in report.shortfall()]
-    notes += [f"left as it is: {x}" for x in report.left]
+    notes += [f"expected ops that were not matched: {s}" for s in report.shortfall()]
+    notes += [f"not captured: {x}" for x in report.left]
     notes += [f"ran the original forward {n} times: {p}: {r}" for (p, r), n in report.fallbacks.items()]
     notes += [f"in {n} calls {p}: {t}" for (p, t), n in report.notes.items()]
     total = sum(report.seconds.values())

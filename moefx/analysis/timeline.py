@@ -1,7 +1,7 @@
-"""When a function's nodes compute and when its rows are under way, by the cost model: as text, and as SVG.
+"""When a function computes and when it communicates, by the cost model: as text, and as SVG.
 
-Two lanes: what the device computes, one node after the other in the graph's order, and what is being exchanged. A model, not
-a measurement: see :class:`moefx.cost.Rates`.
+Two lanes: computation, one node after the other in the graph's order, and communication. A model, not a measurement: see
+:class:`moefx.analysis.rates.Rates`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from moefx.analysis.cost import Rates, Sizes, node_cost
+from moefx.analysis.cost import Sizes, node_cost
+from moefx.analysis.rates import Rates
 from moefx.ir.graph import is_call
 from moefx.ops import dispatch_combine
 from moefx.ops import grouped_mlp as grouped
@@ -28,11 +29,13 @@ _COLORS = {"dispatch": "#4477aa", "combine": "#66ccee", "experts": "#228833", "m
 
 @dataclass(frozen=True)
 class Span:
+    """A stretch of time in a lane."""
+
     lane: str  #: "compute" or "exchange"
-    kind: str  #: of _COLORS
+    kind: str  #: a key of _COLORS
     start: float  #: seconds
     end: float
-    chunk: int = 0  #: 1, 2, ...; 0: not of a chunk
+    chunk: int = 0  #: 1, 2, ...; 0: belongs to no chunk
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,12 @@ class Timeline:
 
     @property
     def seconds(self) -> float:
+        """When the last span ends."""
         return max((s.end for s in self.spans), default=0.0)
 
     @property
     def hidden(self) -> float:
-        """The share of the exchange that something computes under."""
+        """The share of communication that overlaps with computation."""
         total = sum(s.end - s.start for s in self.spans if s.lane == "exchange")
         under = sum(
             max(0.0, min(a.end, b.end) - max(a.start, b.start))
@@ -60,18 +64,18 @@ class Timeline:
         return under / total if total else 1.0
 
     def __str__(self) -> str:
-        width, letters = 80, {"rest": "-", "meanwhile": "+", "experts": "E", "dispatch": "D", "combine": "C"}
+        width, characters = 80, {"rest": "-", "meanwhile": "+", "experts": "E", "dispatch": "D", "combine": "C"}
         scale = width / self.seconds if self.seconds else 0.0
-        lines = [f"{self.title}: {self.seconds * 1e6:.0f} us, {self.hidden:.0%} of the exchange under computation"]
+        lines = [f"{self.title}: {self.seconds * 1e6:.0f} us, {self.hidden:.0%} of communication overlapped"]
         for lane in ("compute", "exchange"):
             row = [" "] * width
             for s in self.spans:
                 if s.lane == lane:
-                    mark = str(s.chunk) if s.chunk else letters[s.kind]
+                    mark = str(s.chunk) if s.chunk else characters[s.kind]
                     first, last = int(s.start * scale), max(int(s.start * scale) + 1, round(s.end * scale))
-                    row[first:last] = ([letters[s.kind]] + [mark] * (last - first - 1))[: max(0, width - first)]
+                    row[first:last] = ([characters[s.kind]] + [mark] * (last - first - 1))[: max(0, width - first)]
             lines.append(f"  {lane:9s}|{''.join(row[:width])}|")
-        lines.append("  D dispatch, C combine, E experts (then the chunk's number), + under way meanwhile, - the rest")
+        lines.append("  D dispatch, C combine, E experts (then the chunk's number), + others during communication, - the rest")
         return "\n".join(lines)
 
     def svg(self) -> str:
@@ -106,8 +110,7 @@ class Timeline:
 def timeline(function: Function, plan: Plan, *, backward: bool = False, **sizes: int) -> Timeline:
     """The schedule of one call of ``function`` at ``sizes`` (default B=1, S=4096), forward or backward.
 
-    The backward runs the graph's nodes in the reverse order, a wait becoming a start and a start a wait, and computes twice
-    as long.
+    The backward runs the nodes in reverse order, with starts and waits swapped, and computes twice as long.
     """
     symbols, rates = Sizes(function), Rates.of(plan.ep_size)
     numbers = {**symbols.roles, "B": 1, "S": 4096, "ep": plan.ep_size, **sizes}
@@ -149,5 +152,6 @@ def timeline(function: Function, plan: Plan, *, backward: bool = False, **sizes:
     return Timeline(f"{function.name}, {'backward' if backward else 'forward'} at {many}", tuple(spans))
 
 
-def exchanges(function: Function) -> bool:
+def has_exchange(function: Function) -> bool:
+    """Whether the function dispatches tokens to other ranks, in a start and a wait."""
     return any(is_call(n, dispatch_combine.dispatch_start) for n in function.graph.nodes)

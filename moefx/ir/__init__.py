@@ -1,0 +1,1 @@
+"""Graphs, functions and programs, and the plan by which passes rewrite them."""

@@ -1,4 +1,4 @@
-"""Small helpers over ``torch.fx`` graphs: normalised arguments, new nodes, where a node comes from, how it is shown."""
+"""Helpers for ``torch.fx`` graphs: arguments by name, new nodes, the origin of a node, its text in messages."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from moefx.ir.naming import name_of, rename_like
 
 aten = torch.ops.aten
 
-#: Casts that the tracer writes in different ways; canonicalize leaves only ``aten._to_copy``.
+#: The casts that tracing produces; canonicalize leaves only ``aten._to_copy``.
 CASTS = (aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default)
-#: Nodes that only look at their input in another way: to share them costs nothing.
+#: Views and casts: a pattern may share them with other readers, since recomputing them costs nothing.
 VIEWS = frozenset(
     {
         aten.reshape.default,
@@ -45,24 +45,25 @@ VIEWS = frozenset(
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a node comes from and what happened to it: shown by ``moefx.explain``."""
+    """Where a node comes from and what changed it, as ``moefx.explain`` shows it."""
 
     sources: tuple[str, ...] = ()  #: "modeling_qwen3_moe.py:259", oldest first
-    passes: tuple[str, ...] = ()  #: the passes that made or changed it, in order
-    kernel: str = ""  #: "torch: F.rms_norm ..." once lowered
-    why: str = ""  #: why that kernel
+    passes: tuple[str, ...] = ()  #: names of the passes that made or changed it, in order
+    kernel: str = ""  #: the backend's name, once lowered
+    why: str = ""  #: why this backend, and why others refused
 
     def touched(self, name: str) -> Origin:
+        """The same with one more pass."""
         return self if self.passes[-1:] == (name,) else dataclasses.replace(self, passes=(*self.passes, name))
 
 
-#: Where moefx's own lines are: no place of a model.
+#: moefx's own files, which are no source of a model's node.
 _OWN_FILES = str(Path(__file__).parents[1]) + os.sep
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 def source_of(node: fx.Node) -> str:
-    """``file.py:line`` of the innermost frame of the model's own code that made ``node``; "" if unknown."""
+    """``file.py:line`` of the innermost frame of the model's code that made ``node``; "" if unknown."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     frames = [f for f in frames if "/torch/" not in f"/{f[0]}" and not f[0].startswith(_OWN_FILES)]
     models = [f for f in frames if "modeling_" in Path(f[0]).name]
@@ -71,7 +72,7 @@ def source_of(node: fx.Node) -> str:
 
 
 def origin(node: fx.Node) -> Origin:
-    """The node's record; made from its stack trace the first time."""
+    """The node's origin; read from its stack trace the first time."""
     found = node.meta.get("moefx")
     if found is None:
         where = source_of(node)
@@ -79,14 +80,14 @@ def origin(node: fx.Node) -> Origin:
     return found
 
 
-#: What the exporter notes of a node: the line of Python that made it, the modules around it.
+#: Keys of ``node.meta`` that export writes: the stack of Python frames, the enclosing modules.
 _STACKS = ("stack_trace", "nn_module_stack")
 _running_pass: ContextVar[str] = ContextVar("running_pass", default="")
 
 
 @contextmanager
 def running_pass(name: str) -> Iterator[None]:
-    """Inside, new nodes are noted as made by the pass ``name``."""
+    """A context in which new nodes are recorded as made by the pass ``name``."""
     token = _running_pass.set(name)
     try:
         yield
@@ -95,7 +96,7 @@ def running_pass(name: str) -> Iterator[None]:
 
 
 def inherit(new: fx.Node, old: Iterable[fx.Node]) -> None:
-    """Gives ``new`` the sources of the nodes that it replaces, and notes the running pass."""
+    """Gives ``new`` the origin of the nodes that it stands for, and records the running pass."""
     old = list(old)
     sources = dict.fromkeys(s for n in old for s in origin(n).sources)
     passes = dict.fromkeys(p for n in old for p in origin(n).passes)
@@ -109,9 +110,14 @@ def inherit(new: fx.Node, old: Iterable[fx.Node]) -> None:
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
-    """All arguments of a call by schema name, defaults filled in; positional numbers for targets without a schema.
+    """The arguments of a call by name, with defaults filled in.
 
-    A kernel's call is read by the schema of the operation that it stands for.
+    Args:
+        node: a ``call_function`` node. A lowered node is read by the schema of its operation; a function without a schema has
+            its positional arguments under "0", "1", ...
+
+    Returns:
+        Name -> node or constant.
     """
     op = node.meta.get("semantic", node.target)
     if not isinstance(op, torch._ops.OpOverload):
@@ -122,11 +128,17 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def is_call(node: Any, *targets: Any) -> bool:
+    """Whether ``node`` calls a function, one of ``targets`` if there are any.
+
+    Args:
+        node: a node, or any other argument of a node: then False.
+        targets: operations (``moefx.ops.route``, ``torch.ops.aten.add.Tensor``) or Python functions.
+    """
     return isinstance(node, fx.Node) and node.op == "call_function" and (not targets or node.target in targets)
 
 
 def op_name(target: Any) -> str:
-    """``aten.mean.dim``, ``moefx.route``, ``getitem``: how a target is named in messages."""
+    """The name of a target in messages: ``aten.mean.dim``, ``moefx.route``, ``getitem``."""
     if isinstance(target, torch._ops.OpOverload):
         name = str(target)
         return name.removesuffix(".default")
@@ -134,12 +146,19 @@ def op_name(target: Any) -> str:
 
 
 def value(node: Any) -> Any:
-    """The fake value that a node stands for (``meta["val"]``), or the constant itself."""
+    """The fake value of a node, which has its shape, dtype and device.
+
+    Args:
+        node: a node, or a constant argument, which is returned as it is.
+
+    Returns:
+        A FakeTensor, a SymInt, or a tuple of them; sizes may be symbolic.
+    """
     return node.meta.get("val") if isinstance(node, fx.Node) else node
 
 
 def describe(node: Any) -> str:
-    """A node in a sentence: its name, its operation, where it comes from."""
+    """A node in a sentence: its name, its operation, its source line."""
     if not isinstance(node, fx.Node):
         return f"the constant {node!r}"
     where = ", ".join(origin(node).sources[-1:])
@@ -148,6 +167,7 @@ def describe(node: Any) -> str:
 
 
 def dtype_of(node: Any) -> torch.dtype | None:
+    """The dtype of a node's value; None if that is no tensor."""
     val = value(node)
     return val.dtype if isinstance(val, torch.Tensor) else None
 
@@ -163,10 +183,16 @@ def shape_text(val: Any) -> str:
 
 
 def emit(at: fx.Node | fx.Graph, op: Callable[..., Any], /, *args: Any, **kwargs: Any) -> fx.Node:
-    """Adds the call ``op(*args, **kwargs)`` before the node ``at``, or at the end of the graph ``at``.
+    """Adds the call ``op(*args, **kwargs)`` to a graph.
 
-    Arguments may be nodes, also within lists. The new node's fake value (``value(node)``) is ``op`` run on the fake values
-    of its arguments. A node emitted before another comes from the same lines of the model, as ``moefx.explain`` shows.
+    Args:
+        at: the node before which the call is added, whose origin it inherits; or a graph: before its output.
+        op: an operation, or a Python function that runs on fake tensors.
+        args: its arguments: nodes, constants, and lists of them.
+        kwargs: its keyword arguments.
+
+    Returns:
+        The new node. Its value is that of ``op`` on the fake values of its arguments.
     """
     graph = at if isinstance(at, fx.Graph) else at.graph
     before = next(n for n in reversed(graph.nodes) if n.op == "output") if isinstance(at, fx.Graph) else at
@@ -176,7 +202,7 @@ def emit(at: fx.Node | fx.Graph, op: Callable[..., Any], /, *args: Any, **kwargs
 def insert(
     before: fx.Node, op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, *, val: Any
 ) -> fx.Node:
-    """:func:`emit` where the fake value is known: that of the nodes that the new one stands for."""
+    """:func:`emit` with a known fake value, that of the nodes that the new one stands for."""
     with before.graph.inserting_before(before):
         node = before.graph.create_node("call_function", op, args, kwargs or {}, name=name_of(op, args))
     node.meta["val"] = val
@@ -185,7 +211,14 @@ def insert(
 
 
 def unpack(node: fx.Node) -> tuple[fx.Node, ...]:
-    """The outputs of a call that returns several values, as nodes in their order."""
+    """The outputs of a call that returns several values, as nodes.
+
+    Args:
+        node: a call whose value is a tuple. Its ``getitem`` nodes are reused, and moved up to it.
+
+    Returns:
+        A node for each output, in order.
+    """
     found = getitems(node)
     outputs: list[fx.Node] = []
     for i, val in enumerate(value(node)):
@@ -203,28 +236,32 @@ def unpack(node: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def replace(old: fx.Node, new: fx.Node) -> None:
-    """Makes all readers of ``old`` read ``new`` instead, and erases ``old``.
+    """Makes all users of ``old`` read ``new``, and erases ``old``.
 
-    ``new`` inherits where ``old`` comes from. What only ``old`` read is dead code, which the pipeline erases after the pass.
+    What only ``old`` read is dead code, which the pipeline erases after the pass.
+
+    Args:
+        old: a node.
+        new: a node that does not read ``old``. It inherits the origin of ``old``.
     """
     mine, theirs = origin(new), origin(old)
     sources, passes = dict.fromkeys(mine.sources + theirs.sources), dict.fromkeys(theirs.passes + mine.passes)
     new.meta["moefx"] = dataclasses.replace(mine, sources=tuple(sources), passes=tuple(passes))
     new.meta = {key: old.meta[key] for key in _STACKS if key in old.meta} | new.meta
     if shape_text(value(old)) != shape_text(value(new)):
-        new.meta["val"] = value(old)  # the same sizes, as the readers of ``old`` write them
+        new.meta["val"] = value(old)  # equal sizes may be other expressions: keep those that the users were traced with
     old.replace_all_uses_with(new)
     old.graph.erase_node(old)
     rename_like(new, old)
 
 
 def getitems(node: fx.Node) -> dict[int, fx.Node]:
-    """The ``getitem`` users of a node with several outputs, by position."""
+    """The ``getitem`` users of a node with several outputs, by index."""
     return {u.args[1]: u for u in node.users if is_call(u, operator.getitem)}  # type: ignore[misc]
 
 
 def nodes_of(args: Any) -> list[fx.Node]:
-    """The nodes among (nested) arguments, each once, in order."""
+    """The nodes among nested arguments, each once, in order."""
     found: dict[fx.Node, None] = {}
     fx.node.map_arg(args, lambda a: found.setdefault(a))
     return list(found)

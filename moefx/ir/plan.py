@@ -1,4 +1,4 @@
-"""What the caller asked for, checked once before anything is touched, and the plan that passes read."""
+"""The options of ``optimize``, checked before the model is changed, and the plan that passes read."""
 
 from __future__ import annotations
 
@@ -17,24 +17,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tune:
-    """Sequences and tokens a sequence of a rank's micro-batch, in training."""
+    """The size at which kernels are timed: sequences and tokens per sequence of a rank's micro-batch."""
 
     batch: int = 1
     sequence: int = 4096
 
     @staticmethod
     def of(given: Any) -> Tune | None:
-        """From ``optimize``'s argument; raises MoefxError if it is none."""
+        """From the argument of ``optimize``. Raises MoefxError if it is not valid."""
         if isinstance(given, bool):
             return Tune() if given else None
         if isinstance(given, (tuple, list)) and len(given) == 2 and all(type(n) is int and n > 0 for n in given):
             return Tune(*given)
-        raise MoefxError(f"tune={given!r} is not a size: pass (sequences, tokens a sequence) of a rank's micro-batch, or True")
+        raise MoefxError(
+            f"tune={given!r} is not a size: pass (sequences, tokens per sequence) of a rank's micro-batch, or True"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The arguments of :func:`moefx.optimize`, which says what each means. Raises MoefxError for values that mean nothing."""
+    """The arguments of :func:`moefx.optimize`, which documents them. Raises MoefxError if one is not valid."""
 
     ep_size: int = 1
     mesh: DeviceMesh | None = None
@@ -56,33 +58,33 @@ class Options:
         if not isinstance(z, (int, float)) or not 0 <= z < float("inf"):
             raise MoefxError(f"router_z_loss={z!r} is not a coefficient: pass a number of 0 or more (1e-3 is usual)")
         if not isinstance(capacity, int) or capacity < 0:
-            raise MoefxError(f"dispatch_capacity={capacity!r} is not a number of tokens: pass the most that a rank has, or 0")
+            raise MoefxError(f"dispatch_capacity={capacity!r} is not a number of tokens: pass the maximum per rank, or 0")
         if dtype not in (None, "fp8"):
-            raise MoefxError(f'dispatch_dtype={dtype!r} is not known: pass "fp8", or None for the dtype of the model')
+            raise MoefxError(f'dispatch_dtype={dtype!r} is not supported: pass "fp8", or None for the dtype of the model')
         Tune.of(self.tune)
         names = getattr(self.mesh, "mesh_dim_names", None) or ()
         if "efsdp" in names:
             raise MoefxError(
-                f'the mesh has the dimensions {names}; "efsdp" spreads the dense parameters too, which optimize does not: '
+                f'the mesh has the dimensions {names}; "efsdp" shards the dense parameters too, which optimize does not do: '
                 "call moefx.parallelize(model, ep_size=..., dp_replicate=...), which makes its own meshes"
             )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Read by passes: ``ep_size`` ranks hold the experts, ``ep_group`` names their process group."""
+    """What passes read: how experts are sharded, which kernels may be used, what numerics are asked for."""
 
     backends: tuple[Backend, ...]
-    ep_size: int = 1
-    ep_group: str = ""
-    ep_rank: int = 0  #: this rank's place in the group
+    ep_size: int = 1  #: ranks that share the experts
+    ep_group: str = ""  #: the name of their process group
+    ep_rank: int = 0  #: this rank in that group
     mesh: DeviceMesh | None = None  #: one dimension "ep", or "dp_replicate" and "ep"
     compile: bool | str = True
     strict: bool = False
-    experts_gradient_scale: float = 1.0  #: makes the experts' gradients the mean over all ranks' tokens
-    balanced_routing: bool = False  #: every expert gets the same number of tokens: for benchmarks only
+    experts_gradient_scale: float = 1.0  #: makes the experts' gradients the mean over all ranks' losses
+    balanced_routing: bool = False  #: experts get equal numbers of tokens: for benchmarks only
     router_z_loss: float = 0.0
     check_numerics: bool = False
-    dispatch_capacity: int = 0  #: the most tokens that a rank ever has: the host need not ask how many; 0: it asks
-    tune: Tune | None = None  #: choose between kernels by their times at this size; None: by the order of the backends
-    dispatch_dtype: str = ""  #: "fp8": tokens are quantized to be sent to their experts' ranks; numerics change
+    dispatch_capacity: int = 0  #: maximum of tokens per rank, so that the CPU never waits for counts; 0: it waits
+    tune: Tune | None = None  #: choose kernels by their times at this size; None: by the order of the backends
+    dispatch_dtype: str = ""  #: "fp8": tokens are quantized before they are dispatched; numerics change

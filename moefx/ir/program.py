@@ -1,4 +1,4 @@
-"""What capture makes and passes rewrite: a Program of Functions, one per distinct block of the model."""
+"""A captured model: a Program of Functions, one per distinct block, which passes rewrite."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ class Left:
 
 @dataclass(frozen=True)
 class RouterOutputs:
-    """What a function returns of one of its routers, by output position, as the pass ``expose_routes`` notes it."""
+    """Which outputs of a function are those of one of its routers; recorded by the pass ``expose_routes``."""
 
-    experts: str  #: path of the experts module inside the block
+    experts: str  #: path of the experts module in the block
     index: int  #: [T, K]: the experts chosen
     num_experts: int
     top_k: int
-    bias: str | None = None  #: the parameter or buffer of the block that is added for the choice only
+    bias: str | None = None  #: the parameter or buffer of the block that is added to scores to select experts only
     logits: int | None = None  #: [T, E]
     nonfinite: int | None = None  #: how many logits are NaN or infinite
-    fixed: str = ""  #: why its choice cannot be given
+    fixed: str = ""  #: why its experts cannot be forced
 
     def path(self, block: str) -> str:
-        """Of the experts in the model: they may be the block themselves."""
+        """The path of the experts in the model, given that of the block (which may be the experts themselves)."""
         return f"{block}.{self.experts}" if self.experts else block
 
 
 @dataclass(eq=False)
 class Function:
-    """One captured graph and the places of the model that it serves.
+    """One captured graph, and the modules of the model that it serves.
 
-    ``graph_module`` is stateless: its placeholders are ``parameters`` (names relative to an instance), then ``constants``,
-    then the tensor ``inputs`` of the call. It returns a flat tuple: the block's tensors, then those that it leaves in a
-    dictionary that it is given, then what ``routers`` returned, then what ``routes`` says.
+    ``graph_module`` is stateless: its placeholders are ``parameters`` (named relative to an instance), then ``constants``, then
+    the tensor ``inputs`` of the call. It returns a flat tuple: the block's tensors, then those that it writes into a dictionary
+    argument, then the outputs of ``call.routers``, then those of ``routes``.
     """
 
     name: str
@@ -60,22 +60,24 @@ class Function:
     instances: list[str]  #: module paths, in order
     parameters: list[str]  #: "self_attn.q_proj.weight", one per parameter placeholder
     constants: list[torch.Tensor]
-    inputs: list[str]  #: names of the tensor inputs, one per remaining placeholder
-    call: Any  #: capture.Call: which calls this graph covers, and how its outputs are put together
+    inputs: list[str]  #: "hidden_states", one per remaining placeholder
+    call: Any  #: call_signature.Call: which calls this graph serves, and how its outputs are packed
     fake_mode: Any
-    expects: dict[str, int] = field(default_factory=dict)  #: operations that one instance promises
+    expects: dict[str, int] = field(default_factory=dict)  #: operation -> how many one instance has, by its modules
     placeholders: list[str] = field(default_factory=list)
     routes: tuple[RouterOutputs, ...] = ()
-    captured: Function | None = None  #: before any pass but those that raise experts, where it has some
-    given: tuple[str, ...] = ()  #: in a replaying function: the inputs that choose experts, one per route, and whether they do
-    _routed: dict[tuple[int, ...], list[int]] = field(default_factory=dict, init=False)  #: by the inputs' sizes: see routed
+    captured: Function | None = None  #: a copy from before the passes, if it has experts
+    given: tuple[str, ...] = ()  #: of a replaying function: its inputs that force routes
+    _routed: dict[tuple[int, ...], list[int]] = field(default_factory=dict, init=False)  #: by the inputs' sizes
 
     def __post_init__(self) -> None:
         self.placeholders = [n.name for n in self.graph.nodes if n.op == "placeholder"]
 
     def routed(self, tensors: Sequence[torch.Tensor]) -> list[int]:
-        """How many tokens each of ``routes`` has in a call with these inputs, as the graph says: which of an input's sizes
-        count tokens is the block's own affair (hyper-connections take [B, S, streams, H]).
+        """The number of tokens that each of ``routes`` has in a call with these inputs.
+
+        The graph's symbolic sizes tell: which sizes of an input count tokens depends on the block (hyper-connections take
+        [B, S, streams, H]).
         """
         sizes = tuple(n for t in tensors for n in t.shape)
         if sizes not in self._routed:
@@ -84,27 +86,29 @@ class Function:
             known = {n.node.expr: size for n, size in zip(symbolic, sizes, strict=True) if isinstance(n, torch.SymInt)}
             (results,) = next(n for n in self.graph.nodes if n.op == "output").args
             counts = [results[r.index].meta["val"].shape[0] for r in self.routes]
-            if len(self._routed) > 4096:  # a new length every step, for days
+            if len(self._routed) > 4096:  # of a long run with a new length in every step
                 self._routed.clear()
             self._routed[sizes] = [n if isinstance(n, int) else int(n.node.expr.subs(known)) for n in counts]
         return self._routed[sizes]
 
     def copy(self) -> Function:
-        """The same function over a graph of its own."""
+        """The same function with its own copy of the graph."""
         graph = fx.Graph()
         graph.output(graph.graph_copy(self.graph, {}))
         return replace(self, graph_module=fx.GraphModule(nn.Module(), graph), instances=list(self.instances))
 
     def replaying(self) -> Function:
-        """A copy of a captured function, before the passes, with an input [T, K] for each call of experts, whom to call, and
-        one, a boolean scalar, that says whether these count or what the routers choose.
+        """A copy for replaying routes: each call of experts can be told which experts each token goes to.
+
+        It has one more input [T, K] int64 for each call of experts, then a boolean scalar: whether these inputs replace the
+        routers' choices. Made from a captured function, before the passes.
         """
         made = self.copy()
         graph = made.graph
         calls = [n for n in graph.nodes if n.op == "call_function" and n.target is torch.ops.moefx.experts.default]
         with self.fake_mode:
             scalar = torch.empty((), dtype=torch.bool, device=self.call.device)
-        wanted = {f"given_index_{i}": n.args[1].meta["val"] for i, n in enumerate(calls)} | {"given": scalar}
+        wanted = {f"forced_topk_ids_{i}": n.args[1].meta["val"] for i, n in enumerate(calls)} | {"routes_are_forced": scalar}
         last = [n for n in graph.nodes if n.op == "placeholder"][-1]
         for name, val in wanted.items():
             with graph.inserting_after(last):
@@ -114,6 +118,7 @@ class Function:
 
     @property
     def graph(self) -> fx.Graph:
+        """The graph, which passes edit."""
         return self.graph_module.graph
 
     @property
@@ -128,7 +133,7 @@ class Function:
 
     @property
     def title(self) -> str:
-        """Which places of the model it serves, as a comment."""
+        """A comment that says which modules it serves."""
         where = " ... ".join(dict.fromkeys((*self.instances[:1], *self.instances[-1:])))
         return f"# {self.name}: {where}" + (f" ({len(self.instances)})" if len(self.instances) > 1 else "")
 
@@ -138,13 +143,13 @@ class Function:
 
 @dataclass(eq=False)
 class Program:
-    """A captured model: ``functions`` by name, in the order of the model; ``left``: what stays Python, with reasons."""
+    """A captured model: ``functions`` by name, in the order of the model, and the modules that were not captured."""
 
     model_class: str
     functions: dict[str, Function]
     left: list[Left]
-    packs_beside_cache: bool | None = None  #: it keeps packed sequences apart in calls that fill a cache; None: nobody knows
-    own_attention: bool = False  #: the model keeps its attention: it is none that moefx.attention could say
+    packs_beside_cache: bool | None = None  #: it separates packed sequences in calls that fill a cache; None: unknown
+    own_attention: bool = False  #: it keeps an attention that moefx.attention cannot express
 
     def __getitem__(self, name: str) -> Function:
         if name not in self.functions:
@@ -155,13 +160,14 @@ class Program:
         return iter(self.functions.values())
 
     def serving(self, path: str) -> Function:
-        """The function that serves the module ``path`` or a part of it."""
+        """The function that serves the module ``path``, or the block around it. Raises MoefxError if none does."""
         for function in self:
             if any(path == i or path.startswith(f"{i}.") for i in function.instances):
                 return function
         raise MoefxError(f"no captured function serves {path!r}; captured: {', '.join(i for f in self for i in f.instances)}")
 
     def add(self, function: Function) -> None:
+        """Adds a function, under its name or, if that is taken, with a number."""
         name, n = function.name, 2
         while function.name in self.functions:
             function.name, n = f"{name}_{n}", n + 1
@@ -170,4 +176,4 @@ class Program:
     def __str__(self) -> str:
         code = code_of([f.listing for f in self], [f.title for f in self])
         head = f"# {self.model_class}: {len(self.functions)} functions"
-        return "\n".join([head, code, *(f"# left: {x}" for x in self.left)])
+        return "\n".join([head, code, *(f"# not captured: {x}" for x in self.left)])

@@ -1,0 +1,1 @@
+"""Pipelines of passes, patterns, and their certification on random inputs."""

@@ -1,4 +1,4 @@
-"""Writes one thing one way: drops assertions, copies and casts that do nothing, so that patterns have one form to match."""
+"""One form for equal computations: drops assertions, copies and redundant casts, so that patterns have one form to match."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default,
 
 
 def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal as expressions: a comparison of symbols must not add guards."""
+    """Compares sizes as expressions: comparing symbols would add guards."""
     return len(a.shape) == len(b.shape) and all(str(x) == str(y) for x, y in zip(a.shape, b.shape, strict=True))
 
 
 def _drop(node: fx.Node, by: fx.Node) -> None:
-    """Makes the readers of ``node`` read ``by``, which is what it was already."""
+    """Makes the users of ``node`` read ``by``, which has the same value."""
     node.replace_all_uses_with(by)
     node.graph.erase_node(node)
 
 
 def _is_whole(part: fx.Node) -> bool:
-    """``x[:]``: a slice from the first to the last that skips nothing."""
+    """Whether this is ``x[:]``."""
     given = arguments(part)
     start, end = given.get("start") or 0, given.get("end")
     return start == 0 and given.get("step", 1) == 1 and (end is None or (type(end) is int and end == sys.maxsize))
@@ -42,7 +42,7 @@ def _feeds_output(node: fx.Node) -> bool:
 
 
 def canonicalize(graph: fx.Graph) -> Changes:
-    """Keeps numerics bitwise. For captured graphs and traced patterns alike, so that both sides speak the same dialect."""
+    """Brings a captured graph or a traced pattern into canonical form. Bitwise."""
     changes = Changes()
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target is None:
@@ -57,12 +57,12 @@ def _rewrite(node: fx.Node) -> bool:
     x = node.args[0] if node.args else None
     if node.target in _ASSERTIONS:
         if node.target is aten._assert_tensor_metadata.default and isinstance(x, fx.Node):
-            # Export leaves this where the model casts to the dtype that the value already has: a trace of the cast.
+            # export writes this where the model casts to the dtype that the value already has
             x.meta["identity_cast"] = True
         node.graph.erase_node(node)
         return True
     if node.target in _COPIES and isinstance(x, fx.Node) and not _feeds_output(node):
-        _drop(node, x)  # the graph is functional: nobody can tell a copy from its source
+        _drop(node, x)  # in a functional graph a copy is its source
         return True
     if is_call(node, aten.slice.Tensor) and _is_whole(node) and not _feeds_output(node):
         _drop(node, x)  # type: ignore[arg-type]
@@ -81,7 +81,7 @@ def _rewrite(node: fx.Node) -> bool:
         cast = emit(node, aten._to_copy.default, given["self"], dtype=given["dtype"])
         node.args, node.kwargs = (cast, given["dim"]), {}
         return True
-    if is_call(node, aten.copy.default):  # what functionalization leaves of `x[...] = y`; autograd has no rule for it
+    if is_call(node, aten.copy.default):  # functionalization makes it of `x[...] = y`; autograd has no formula for it
         source = node.args[1]
         if _same_shape(value(source), value(node)) and value(source).dtype == value(node).dtype:
             _drop(node, source)  # type: ignore[arg-type]
@@ -91,7 +91,7 @@ def _rewrite(node: fx.Node) -> bool:
             target = emit(node, aten._to_copy.default, target, dtype=value(node).dtype)
         replace(node, target)
         return True
-    if is_call(node, aten.square.default):  # which torch computes as a power
+    if is_call(node, aten.square.default):  # torch computes it as a power
         node.target, node.args = aten.pow.Tensor_Scalar, (x, 2)
         return True
     if is_call(node, aten.chunk.default):
@@ -103,7 +103,7 @@ def _rewrite(node: fx.Node) -> bool:
             _drop(node, x)
             return True
         if node.target in (aten.view.default, aten._unsafe_view.default):
-            node.target = aten.reshape.default  # a view can fail where a kernel returns other strides
+            node.target = aten.reshape.default  # a view fails if a kernel returns other strides
             return True
     return False
 
@@ -112,7 +112,7 @@ def _cast(node: fx.Node, x: Any) -> bool:
     val = value(node)
     if value(x).device != val.device:
         return False
-    # in float64 casts are kept: a traced pattern says "to the dtype of the input" with them
+    # casts to float64 stay: in a traced pattern they mean "to the dtype of the input"
     if value(x).dtype == val.dtype and val.dtype is not torch.float64 and not (x.op == "placeholder" and _feeds_output(node)):
         x.meta["identity_cast"] = True
         _drop(node, x)

@@ -1,5 +1,6 @@
-"""Certifies one rewrite on numbers: the matched nodes and their replacement are run on the same random inputs, forward
-and backward, before the graph is changed.
+"""Certification: before a rewrite, the matched nodes and their replacement are run on the same random inputs.
+
+Outputs and gradients are compared.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, fx
 
 from moefx.ir.graph import nodes_of, op_name, value
 
-#: Static sizes above this are shrunk for the run (a vocabulary of 151,936 would take seconds and gigabytes).
+#: Larger static sizes are shrunk for the run: a vocabulary of 151,936 would take seconds and gigabytes.
 _LARGE = 1024
 _SMALL = (96, 64, 48, 32)
 _LEAST = 16
@@ -24,7 +25,7 @@ Outputs = tuple[fx.Node | None, ...]
 
 
 class Sizes:
-    """Turns symbolic sizes into small different numbers, and very large static ones into smaller ones."""
+    """Maps symbolic sizes to small distinct numbers, and very large static sizes to smaller ones."""
 
     def __init__(self, shrink: bool = True):
         self.symbols: dict[sympy.Symbol, int] = {}
@@ -38,7 +39,7 @@ class Sizes:
             environment = size.node.shape_env
             known = getattr(environment, "backed_var_to_val", None) or getattr(environment, "var_to_val", {})
             for s in sorted(expression.free_symbols, key=str):
-                # two symbols of one size in the example (the batch of two inputs) are one size
+                # symbols that had equal sizes in the example (the batch size of two inputs) stay equal
                 hint = known.get(s, s)
                 self.symbols[s] = self.hints.setdefault(hint, 2 + len(self.hints))
             return int(expression.subs(self.symbols))
@@ -49,7 +50,7 @@ class Sizes:
         return self.large.get(size, int(size))
 
     def _small(self, size: int) -> int | None:
-        """For a large size: as many times another's as it is (gate and up side by side), else a number of its own."""
+        """A smaller size that keeps its ratio to another large one (gate and up in one matrix), else an unused number."""
         free = [n for n in _SMALL if n not in self.large.values()]
         for known, small in self.large.items():
             times = Fraction(size, known)
@@ -79,7 +80,7 @@ def _sample(val: Any, sizes: Sizes, generator: torch.Generator) -> Any:
 
 
 def _run(nodes: Nodes, env: dict[fx.Node, Any], sizes: Sizes, exact: bool = False) -> None:
-    """``exact``: in float64 wherever the nodes name a floating dtype."""
+    """Runs the nodes. ``exact``: in float64 wherever they name a floating-point dtype."""
 
     def small(a: Any) -> Any:
         if exact and isinstance(a, torch.dtype) and a.is_floating_point:
@@ -99,32 +100,34 @@ def _gradients(outputs: list[Any], inputs: list[Tensor], seed: int) -> list[Tens
     floats = [o for o in outputs if isinstance(o, Tensor) and o.dtype.is_floating_point and o.requires_grad]
     if not floats:
         return [None] * len(inputs)
-    g = torch.Generator().manual_seed(1000 + seed)  # not the numbers of the first input: a norm's gradient along it is zero
+    g = torch.Generator().manual_seed(
+        1000 + seed
+    )  # other numbers than the first input: the gradient of a norm along its input is zero
     weights = [torch.randn(o.shape, generator=g).to(o.dtype) for o in floats]
     return list(torch.autograd.grad(floats, inputs, weights, allow_unused=True))
 
 
 def _environment(
-    nodes: Nodes, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Sizes, seed: int, wide: bool = False
+    nodes: Nodes, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Sizes, seed: int, in_float64: bool = False
 ) -> dict[fx.Node, Any]:
-    """Numbers for the inputs of the nodes and of their replacement."""
+    """Random values for the inputs of the nodes and of their replacement."""
     generator = torch.Generator().manual_seed(seed)
 
     def made(n: fx.Node) -> Any:
         sample = _sample(value(n), sizes, generator)
-        return _wide(sample) if wide else sample
+        return _to_float64(sample) if in_float64 else sample
 
     env = {n: made(n) for n in _inputs(nodes)}
-    for n in nodes_of((args, kwargs)):  # an input, a view of inputs made for the replacement, or new
+    for n in nodes_of((args, kwargs)):  # a view of inputs that was emitted for the replacement, or another input
         if n not in env and n.all_input_nodes and all(a in env for a in n.all_input_nodes):
-            _run((n,), env, sizes, exact=wide)
+            _run((n,), env, sizes, exact=in_float64)
         elif n not in env:
             env[n] = made(n)
     return env
 
 
-def _wide(x: Any) -> Any:
-    """Tensors and dtypes of floating point as float64."""
+def _to_float64(x: Any) -> Any:
+    """Floating-point tensors and dtypes as float64."""
     if isinstance(x, Tensor) and x.is_floating_point():
         return x.detach().double().requires_grad_(x.requires_grad)
     return torch.float64 if isinstance(x, torch.dtype) and x.is_floating_point else x
@@ -139,10 +142,10 @@ def _equal_in_fp64(
     sizes: Sizes,
     seed: int,
 ) -> bool:
-    """Do both compute the same but for what they round to 16 bits in between? (Bodies still compute in float32.)"""
-    env = _environment(nodes, args, kwargs, sizes, seed, wide=True)
+    """Whether both agree in float64, without rounding to 16 bits in between. (Bodies that cast to float32 still do.)"""
+    env = _environment(nodes, args, kwargs, sizes, seed, in_float64=True)
     leaves = [v for v in env.values() if isinstance(v, Tensor) and v.requires_grad and v.is_leaf]
-    args, kwargs = fx.node.map_aggregate((args, kwargs), lambda a: _wide(a) if isinstance(a, torch.dtype) else a)
+    args, kwargs = fx.node.map_aggregate((args, kwargs), lambda a: _to_float64(a) if isinstance(a, torch.dtype) else a)
     args, kwargs = fx.node.map_arg((args, kwargs), lambda a: env[a])
     new = replacement(*args, **kwargs)
     new = list(new) if isinstance(new, (tuple, list)) else [new]
@@ -159,11 +162,11 @@ def _dtypes(nodes: Nodes) -> set[torch.dtype]:
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
-    """The largest difference, as a share of the largest value of a."""
+    """The largest difference, relative to the largest value of ``a``."""
     if not a.numel():
         return 0.0
-    wide = torch.promote_types(a.dtype, torch.float32)
-    a, b = a.detach().to(wide), b.detach().to(wide)
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    a, b = a.detach().to(dtype), b.detach().to(dtype)
     scale = a.abs().nan_to_num(posinf=0, neginf=0).max().clamp_min(1e-30)
     return float((a - b).abs().nan_to_num(0).max() / scale)
 
@@ -171,15 +174,17 @@ def _gap(a: Tensor, b: Tensor) -> float:
 def certify(
     nodes: Nodes, outputs: Outputs, replacement: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[bool, str]:
-    """Does ``replacement(*args, **kwargs)`` compute ``outputs`` of ``nodes``, values and gradients of all inputs?
+    """Checks that ``replacement(*args, **kwargs)`` computes ``outputs`` of ``nodes``, and the gradients of all inputs.
 
-    Runs on the CPU, on small random inputs of the nodes' dtypes. Where nodes round to 16 bits on their way, outputs may
-    differ by as much, if both are equal in float64. Returns (agrees, a sentence: "bitwise", "largest relative difference
-    3e-08", or what differs).
+    It runs on the CPU, on small random inputs of the nodes' dtypes. Where the nodes round intermediate values to 16 bits,
+    outputs may differ by that rounding if both agree in float64.
+
+    Returns:
+        Whether they agree, and a sentence: "bitwise equal", "largest relative difference 3e-08", or what differs.
     """
     try:
         return _certify(nodes, outputs, replacement, args, kwargs, Sizes())
-    except Exception:  # a size that cannot be shrunk; with the true sizes an error is an answer
+    except Exception:  # perhaps a size that cannot be shrunk: try the true sizes, whose errors count
         try:
             return _certify(nodes, outputs, replacement, args, kwargs, Sizes(shrink=False))
         except Exception as error:
@@ -214,7 +219,7 @@ def _certify(
                 if a is None and b is None:
                     continue
                 if (a is None) != (b is None):
-                    return False, f"{what} exists on one side only"
+                    return False, f"{what} exists before or after only"
                 if a.dtype != b.dtype or a.shape != b.shape:
                     return False, f"{what} is {a.dtype}{list(a.shape)} before and {b.dtype}{list(b.shape)} after"
                 if not a.dtype.is_floating_point:
@@ -222,12 +227,12 @@ def _certify(
                         return False, f"{what} differs"
                     continue
                 if not torch.equal(a.detach().isnan(), b.detach().isnan()):
-                    return False, f"{what} is NaN in other places"
+                    return False, f"{what} has NaNs in other places"
                 relative = _gap(a, b)
-                # A few roundings: reassociated sums in fp32, one rounding more or less in 16 bits.
+                # a few roundings: reordered sums in fp32, one rounding more or less in 16 bits
                 few = (64 if a.dtype == torch.float32 else 4) * torch.finfo(a.dtype).eps
                 if relative > few:
-                    rounds = 4 * max(torch.finfo(d).eps for d in _dtypes(nodes))  # nodes may round to 16 bits on their way
+                    rounds = 4 * max(torch.finfo(d).eps for d in _dtypes(nodes))  # nodes may round to 16 bits in between
                     given = (nodes, outputs, replacement, args, kwargs, sizes, seed)
                     if relative > rounds or not _equal_in_fp64(*given):
                         return False, f"{what} differs by {relative:.1e} of its largest value ({a.dtype})"

@@ -1,8 +1,8 @@
-"""Patterns: a traced function that is found again in a graph, or a sentence that says why it is not.
+"""Patterns: traced functions that are matched against graphs. A miss is a sentence that says why.
 
-Pattern and graph are traced alike and brought into one form by the canonicalize pass. A pattern is traced in float64, so
-that every cast of its function leaves a node: a cast to float64 there means "to the dtype of the input", and a cast may be
-absent in the graph where the value has that dtype already (a model in fp32 shows no ``.to(float32)``).
+Pattern and graph are both in canonical form. A pattern is traced in float64, so that every cast of its function leaves a node.
+A cast to float64 there means "to the dtype of the input". A cast of the pattern may be missing in the graph if the value has
+that dtype already (the graph of an fp32 model has no ``.to(float32)``).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _COMMON = VIEWS | {
     aten.neg.default,
 }
 _COMMUTATIVE = {aten.add.Tensor, aten.mul.Tensor}
-#: Arguments that only say what the shapes of the inputs say already; certification checks them by running both sides.
+#: Arguments that follow from the shapes of the inputs: not compared, since certification runs both sides.
 _SHAPES = {
     "sorted",
     "size",
@@ -49,19 +49,23 @@ _SHAPES = {
 
 
 def f64(*shape: int) -> Tensor:
-    """An example input for a pattern: float64, so that the casts of its function leave traces."""
+    """An example input of a pattern: a float64 tensor, so that all casts of its function leave nodes.
+
+    Args:
+        shape: its sizes.
+    """
     return torch.ones(shape, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
 class Match:
-    """Found: what each parameter of the pattern is in the graph, the nodes covered, the output nodes."""
+    """A match: what each parameter of the pattern is bound to, the covered nodes, the output nodes."""
 
     pattern: Pattern
     bound: dict[str, Any]
     nodes: tuple[fx.Node, ...]
     outputs: tuple[fx.Node | None, ...]
-    loose: int  #: casts of the pattern that left no trace in the graph: fewer is nearer
+    loose: int  #: casts of the pattern that the graph lacks; the fewer, the closer
 
     @property
     def node(self) -> fx.Node:
@@ -70,18 +74,15 @@ class Match:
         assert first is not None
         return first
 
-    @property
-    def inner(self) -> tuple[fx.Node, ...]:
-        return tuple(n for n in self.nodes if n not in self.outputs)
-
     def __bool__(self) -> bool:
         return True
 
 
 @dataclass(frozen=True)
 class Miss:
-    """Not found. Falsy; ``str(miss)`` is the sentence; ``depth`` distinctive nodes of the pattern, ``matched`` in all, had
-    matched.
+    """No match. It is falsy, and ``str(miss)`` says why.
+
+    ``depth`` is the number of distinctive nodes of the pattern that had matched, ``matched`` that of all nodes.
     """
 
     expected: Any = ""
@@ -112,11 +113,17 @@ class _State:
 
 
 class Pattern:
-    """``function`` called with the example: tensors become what the match binds, numbers what it reads off the graph.
+    """A function, traced on an example. A match binds its tensor and number parameters.
 
-    Numbers that the match should read must be unusual (eps=0.0123, top_k=13): equal numbers in the trace become
-    wildcards. Strings, booleans and None are fixed. ``sizes`` names sizes of the example that the function computes with
-    (half a head, say). The first tensor's dtype is "the input's dtype".
+    Args:
+        function: a functional Python function of torch operations.
+        example: its tensor parameters as example inputs (:func:`moefx.f64`; the first one's dtype is "the input's dtype"), and
+            its number parameters as unusual numbers (eps=0.0123, top_k=13): equal numbers in the trace become wildcards.
+        fixed: its other arguments: strings, booleans, None.
+        sizes: names for sizes of the example that the function computes with, such as half a head.
+
+    Raises:
+        MoefxError: there is no tensor among the example inputs, or (when traced) the function writes in place.
     """
 
     def __init__(
@@ -151,19 +158,19 @@ class Pattern:
         placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
         for node, name in zip(placeholders, self.tensors, strict=True):
             node.meta["parameter"] = name
-        # not what feeds the output: the cast or copy that ends a pattern is part of it
         canonicalize(traced.graph)
         traced.graph.eliminate_dead_code()
         return traced.graph
 
     @cached_property
     def outputs(self) -> list[fx.Node]:
+        """The nodes that the traced function returns."""
         out = next(n for n in self.graph.nodes if n.op == "output").args[0]
         return list(out) if isinstance(out, (tuple, list)) else [out]
 
     @cached_property
     def anchor(self) -> Any:
-        """The operation that a match must end in (casts aside): where to look."""
+        """The operation with which a match must end, except for casts."""
         node = self.outputs[0]
         while is_call(node, aten._to_copy.default):
             node = node.args[0]  # type: ignore[assignment]
@@ -171,16 +178,17 @@ class Pattern:
 
     @cached_property
     def distinctive(self) -> frozenset[Any]:
-        """The operations that few other subgraphs have: a miss that got past one is worth telling."""
+        """The operations that few other subgraphs have: a miss that matched one is reported."""
         targets = {n.target for n in self.graph.nodes if n.op == "call_function"}
         return frozenset(targets - _COMMON) or frozenset(targets - VIEWS)
 
     @cached_property
     def size(self) -> int:
+        """The number of calls."""
         return sum(n.op == "call_function" for n in self.graph.nodes)
 
     def match(self, node: fx.Node) -> Match | Miss:
-        """Is the pattern's first output computed by ``node``? A Match, or a Miss with the deepest disagreement."""
+        """Matches the pattern's first output with ``node``: a Match, or the Miss that got furthest."""
         state, best = _State(), [Miss(reason="nothing matched")]
         if not self._unify(self.outputs[0], node, state, best):
             return best[0]
@@ -188,7 +196,7 @@ class Pattern:
         outputs: list[fx.Node | None] = [node]
         for wanted in self.outputs[1:]:
             found = state.pairs.get(wanted)
-            if found is None and is_call(wanted, operator.getitem):  # nobody in the graph may read this output
+            if found is None and is_call(wanted, operator.getitem):  # perhaps the graph does not read this output
                 source = state.pairs.get(wanted.args[0])  # type: ignore[arg-type]
                 users = source.users if isinstance(source, fx.Node) else ()
                 found = next((u for u in users if is_call(u, operator.getitem) and u.args[1] == wanted.args[1]), None)
@@ -199,7 +207,7 @@ class Pattern:
         nodes = tuple(n for n in node.graph.nodes if n in covered and n not in placeholders)
         missing = [t for t in self.tensors if t not in state.bound]
         if missing:
-            return Miss(reason=f"nothing in the graph stands for the pattern's {', '.join(missing)}", depth=self.size)
+            return Miss(reason=f"nothing in the graph is bound to the pattern's {', '.join(missing)}", depth=self.size)
         first = dtype_of(state.bound[self.tensors[0]])
         for at, dtype in state.like_input:
             if dtype != first:
@@ -207,11 +215,11 @@ class Pattern:
         for inner in nodes:
             if inner in outputs or inner.target in VIEWS:
                 continue
-            # what the function returns of it (a router's scores, for who asks) is computed as before, beside the operation
+            # a value that the function returns (a router's scores) is still computed, beside the new operation
             outside = [u for u in inner.users if u not in covered and u.op != "output"]
             if outside:
                 return Miss(
-                    reason=f"the intermediate value {describe(inner)} is also read outside, by {describe(outside[0])}",
+                    reason=f"the intermediate value {describe(inner)} is also used elsewhere, by {describe(outside[0])}",
                     depth=self.size,
                 )
         return Match(self, state.bound, nodes, tuple(outputs), state.loose)
@@ -256,11 +264,11 @@ class Pattern:
 
     def _argument(self, name: str, p: Any, t: Any, state: _State, best: list[Miss], at: fx.Node) -> bool:
         if name == "dim" and isinstance(p, int) and isinstance(t, int):
-            rank = len(getattr(value(at.args[0]), "shape", ()))  # the same dimension, counted from either end
+            rank = len(getattr(value(at.args[0]), "shape", ()))  # the same dimension may be counted from either end
             p, t = p - rank if p >= 0 and t < 0 else p, t - rank if t >= 0 and p < 0 else t
         if name in _SHAPES:
             if isinstance(p, (list, tuple)) and isinstance(t, (list, tuple)) and len(p) == len(t):
-                for a, b in zip(p, t, strict=True):  # a number to read may stand among the sizes
+                for a, b in zip(p, t, strict=True):  # a number parameter may be one of the sizes
                     if type(a) in (int, float) and a in self.numbers and type(b) is type(a):
                         state.bound.setdefault(self.numbers[a], b)
             return True

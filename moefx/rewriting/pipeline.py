@@ -1,7 +1,8 @@
-"""Passes and the pipeline that runs them in the order in which they are written down."""
+"""Passes, and the pipeline that runs them in order."""
 
 from __future__ import annotations
 
+import difflib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Change:
-    """One rewrite, or one that did not happen: the node as a sentence, where it comes from, what or why."""
+    """A rewrite, or one that was missed: the node, its source lines, and what was done or why not."""
 
     node: str
     source: str
@@ -35,36 +36,44 @@ class Change:
 
 @dataclass
 class Changes:
-    """What a pass did to one function: ``made`` and ``missed``, each with its node and a sentence."""
+    """What a pass did to one function: the rewrites that it made and missed."""
 
     made: list[Change] = field(default_factory=list)
     missed: list[Change] = field(default_factory=list)
 
     def did(self, node: fx.Node, what: str = "") -> None:
+        """Records a rewrite: the new node, and a sentence (the node's operation if empty)."""
         self.made.append(Change(node.name, ", ".join(origin(node).sources), what or op_name(node.target)))
 
     def miss(self, node: fx.Node, why: str) -> None:
+        """Records a node that the pass is made for and left, and why."""
         self.missed.append(Change(describe(node), ", ".join(origin(node).sources), why))
 
 
 @runtime_checkable
 class Pass(Protocol):
-    """A rewrite of one function: edits ``function.graph`` in place and says what it made and missed.
+    """A rewrite of one function, usually a frozen dataclass whose fields are its options.
 
-    Usually a frozen dataclass whose fields are its options. Linting, dead code, timing and printing are the pipeline's.
+    The pipeline checks the graph afterwards, erases dead code, takes the time and keeps the code for reports.
     """
 
     @property
     def name(self) -> str:
-        """What reports, ``Pipeline`` and the command line call it."""
+        """The name in reports, pipelines and on the command line."""
         ...
 
-    def run(self, function: Function, plan: Plan) -> Changes: ...
+    def run(self, function: Function, plan: Plan) -> Changes:
+        """Edits ``function.graph`` in place, and returns what it made and missed."""
+        ...
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A tuple of passes. The methods return a new pipeline; an unknown name is an error that lists the names."""
+    """A tuple of passes. Its methods return a new pipeline.
+
+    Raises:
+        MoefxError: something is no pass, two passes have one name, or no pass has the name that a method is given.
+    """
 
     passes: tuple[Pass, ...]
 
@@ -79,6 +88,7 @@ class Pipeline:
 
     @property
     def names(self) -> list[str]:
+        """The names of the passes, in order."""
         return [p.name for p in self.passes]
 
     def __iter__(self) -> Iterator[Pass]:
@@ -93,23 +103,27 @@ class Pipeline:
         return self.names.index(name)
 
     def before(self, name: str, new: Pass) -> Pipeline:
+        """With ``new`` before the pass ``name``."""
         at = self._at(name)
         return Pipeline((*self.passes[:at], new, *self.passes[at:]))
 
     def after(self, name: str, new: Pass) -> Pipeline:
+        """With ``new`` after the pass ``name``."""
         at = self._at(name) + 1
         return Pipeline((*self.passes[:at], new, *self.passes[at:]))
 
     def replace(self, name: str, new: Pass) -> Pipeline:
+        """With ``new`` instead of the pass ``name``."""
         at = self._at(name)
         return Pipeline((*self.passes[:at], new, *self.passes[at + 1 :]))
 
     def without(self, *names: str) -> Pipeline:
+        """Without these passes."""
         gone = {self._at(n) for n in names}
         return Pipeline(tuple(p for i, p in enumerate(self.passes) if i not in gone))
 
     def run(self, program: Program, plan: Plan) -> list[PassReport]:
-        """Runs every pass over every function of ``program``, in order; raises PassError if one breaks a graph."""
+        """Runs the passes over every function of ``program``. Raises PassError if one breaks a graph."""
         reports = [PassReport(p.name) for p in self.passes]
         for function in program.functions.values():
             for p, report in zip(self.passes, reports, strict=True):
@@ -120,7 +134,7 @@ class Pipeline:
 
 @dataclass
 class PassReport:
-    """What one pass did to the whole program; ``made`` and ``missed`` count once per instance of a function."""
+    """What one pass did to the whole program."""
 
     name: str
     made: list[Change] = field(default_factory=list)
@@ -136,8 +150,6 @@ class PassReport:
 
     def diff(self) -> str:
         """What the pass changed, as a unified diff of the functions' code; empty if nothing."""
-        import difflib
-
         parts: list[str] = []
         for name, after in self.after.items():
             old, new = str(self.before[name]).splitlines(), str(after).splitlines()
@@ -146,13 +158,16 @@ class PassReport:
 
     @property
     def made_count(self) -> int:
+        """The number of rewrites, over all instances of the functions."""
         return sum(c.instances for c in self.made)
 
     @property
     def missed_count(self) -> int:
+        """The number of misses, over all instances of the functions."""
         return sum(c.instances for c in self.missed)
 
     def add(self, function: Function, done: tuple[Changes, float, Listing, Listing]) -> None:
+        """Adds what :func:`run_pass` returned for a function."""
         changes, seconds, self.before[function.name], self.after[function.name] = done
         many = len(function.instances)
         self.made += [Change(c.node, c.source, c.what, many, function.name) for c in changes.made]
@@ -165,7 +180,14 @@ class PassReport:
 
 
 def run_pass(p: Pass, function: Function, plan: Plan) -> tuple[Changes, float, Listing, Listing]:
-    """One pass over one function: the changes, seconds, and the code before and after. Its module is not compiled again."""
+    """Runs a pass over one function, without recompiling its module.
+
+    Returns:
+        The changes, the seconds, and the graph before and after.
+
+    Raises:
+        PassError: the pass failed or broke the graph.
+    """
     before, started = function.listing, time.perf_counter()
     try:
         with running_pass(p.name):
@@ -186,13 +208,13 @@ def run_pass(p: Pass, function: Function, plan: Plan) -> tuple[Changes, float, L
 
 
 def check(name: str, function: Function) -> None:
-    """Raises PassError, with the node, if the graph is not valid after pass ``name``."""
+    """Raises PassError, naming the node, if the graph is invalid after the pass ``name``."""
     seen: set[fx.Node] = set()
     placeholders = [n.name for n in function.graph.nodes if n.op == "placeholder"]
     if placeholders != function.placeholders:
         raise PassError(
             f"pass {name!r} changed the inputs of {function.name!r} from {function.placeholders} to {placeholders}: "
-            "a function's parameters and inputs belong to the model, rewrite what is between them"
+            "a function's parameters and inputs are the model's, rewrite what is between them"
         )
     for node in function.graph.nodes:
         for arg in node.all_input_nodes:

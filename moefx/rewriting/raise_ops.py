@@ -1,4 +1,4 @@
-"""The pass that turns a subgraph into one semantic operation: find the pattern, certify it on numbers, put the node."""
+"""The pass that replaces a subgraph by one semantic operation: match a pattern, certify it on numbers, emit the operation."""
 
 from __future__ import annotations
 
@@ -21,18 +21,21 @@ from moefx.rewriting.pipeline import Changes
 
 @dataclass(frozen=True)
 class Raise:
-    """Raises every occurrence of an operation's own body to one node of it.
+    """Replaces every occurrence of an operation's body by the operation.
 
     Args:
         name: the pass's name.
         op: an operation made by ``moefx.op``.
-        example: an input for each tensor parameter (``moefx.f64``) and an unusual number for each number that the match
-            should read off the graph.
-        variants: option sets under which the body is traced, each a form that models write; the largest match wins, then
-            the one whose casts left most traces. An option set may replace entries of ``example`` (None: no such input).
-        body: what to trace if not the operation's own body (the same function written in the models' way).
-        build: (graph, before, match) -> arguments by name: brings what was bound into the form that the operation takes.
-        needs: variant -> operations without which it cannot match: spares tracing it.
+        example: an input for each tensor parameter (``moefx.f64``), and an unusual number for each number parameter that is
+            read from the graph.
+        variants: options with which the body is traced, one set for each form that models write. The largest match wins, then
+            the one that lacks the fewest casts. A set may replace entries of ``example`` (None: no such input).
+        body: the function to trace, if not the operation's own body: the same computation as models write it.
+        build: ``(graph, before, match) -> arguments by name``, if the operation takes other arguments than were bound.
+        needs: ``variant -> operations`` without which the variant cannot match, so that it need not be traced.
+
+    Raises:
+        MoefxError: ``op`` is no operation, or has no body that can be traced.
     """
 
     name: str
@@ -51,7 +54,7 @@ class Raise:
             raise MoefxError(f"Raise({self.name!r}): {op_name(self.op)} has no traceable body; pass body=")
 
     def pattern(self, at: int) -> Pattern:
-        """The traced pattern of a variant."""
+        """The pattern of the variant with this index."""
         if at not in self._cache:
             given = {**self.example, **self.variants[at]}
             example = {k: v for k, v in given.items() if k in self.example and type(v) not in (bool, str, type(None))}
@@ -60,16 +63,17 @@ class Raise:
         return self._cache[at]
 
     def patterns(self, graph: fx.Graph) -> list[Pattern]:
-        """The patterns that could be in ``graph``, largest first."""
+        """The patterns that could match in ``graph``, largest first."""
         there = {n.target for n in graph.nodes}
         possible = [i for i, v in enumerate(self.variants) if self.needs is None or self.needs(v) <= there]
         return sorted(map(self.pattern, possible), key=lambda p: -p.size)
 
     def run(self, function: Function, plan: Plan | None = None) -> Changes:
+        """Replaces all matches in the function's graph; near misses are recorded with the node that differs."""
         changes, near_misses = Changes(), []
         covered: set[fx.Node] = set()
         patterns = self.patterns(function.graph)
-        # from the end: the larger of two patterns ends later
+        # from the end, since the larger of two overlapping matches ends later
         for node in reversed(list(function.graph.nodes)):
             if node.op != "call_function" or node in covered:
                 continue
@@ -106,7 +110,7 @@ class Raise:
         return best, near
 
     def call(self, graph: fx.Graph, before: fx.Node, match: Match) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of the operation for this match, by its schema; what equals a default is left out."""
+        """The arguments of the operation for this match, without those that equal their defaults."""
         bound = {**match.pattern.fixed, **match.bound}
         if self.build is not None:
             bound |= self.build(graph, before, match)
@@ -119,7 +123,7 @@ class Raise:
         return tuple(args), kwargs
 
     def rewrite(self, function: Function, match: Match, changes: Changes) -> str | None:
-        """Puts the operation in place of ``match``; returns why not, as a sentence, if it cannot."""
+        """Replaces a match by the operation. Returns None, or a sentence that says why it cannot."""
         graph, outputs = function.graph, match.outputs
         order = {n: i for i, n in enumerate(graph.nodes)}
         before = min((o for o in outputs if o is not None), key=order.__getitem__)
@@ -132,7 +136,7 @@ class Raise:
             return f"it looks like {op_name(self.op)} but {how}"
         if len(outputs) == 1:
             node = insert(before, self.op, args, kwargs, val=value(before))
-        elif None in outputs:  # nothing in the graph says what this output is
+        elif None in outputs:  # an output that the graph does not have
             node = emit(before, self.op, *args, **kwargs)
         else:
             node = insert(before, self.op, args, kwargs, val=tuple(map(value, outputs)))
@@ -142,7 +146,7 @@ class Raise:
         return None
 
 
-#: Patterns of a process, by what they are traced from: each pipeline makes its own passes, and tracing is slow.
+#: Traced patterns by body and arguments, for all pipelines of the process: tracing is slow.
 _PATTERNS: dict[tuple[Callable[..., Any], str], Pattern] = {}
 
 
@@ -155,7 +159,7 @@ def _traced(body: Callable[..., Any], example: dict[str, Any], fixed: dict[str, 
 
 
 def replace_outputs(outputs: Sequence[fx.Node | None], node: fx.Node) -> None:
-    """Makes the readers of ``outputs`` read what ``node`` returns; None: nobody reads this output."""
+    """Replaces ``outputs`` by those of ``node``; None: the graph does not have this output."""
     for old, new in zip(outputs, unpack(node) if len(outputs) > 1 else [node], strict=True):
         if old is not None:
             replace(old, new)

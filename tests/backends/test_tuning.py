@@ -150,7 +150,7 @@ def test_sites_of_other_families(kept, name):
 
 @pytest.mark.parametrize("tune", [4096, (1,), (0, 4096), (1.0, 2), "fast"])
 def test_no_size(tune):
-    with pytest.raises(moefx.MoefxError, match=r"tune=.* is not a size: pass \(sequences, tokens a sequence\)"):
+    with pytest.raises(moefx.MoefxError, match=r"tune=.* is not a size: pass \(sequences, tokens per sequence\)"):
         moefx.optimize(build("qwen3_moe"), tune=tune)
 
 
