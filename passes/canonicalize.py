@@ -1,4 +1,4 @@
-"""Writes one thing one way, so that patterns have one form to match: :mod:`moefx.rewriting.canonicalize`."""
+"""Brings a captured graph into canonical form, which patterns match: :mod:`moefx.rewriting.canonicalize`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moefx.rewriting.pipeline import Changes
 
 @dataclass(frozen=True)
 class Canonicalize:
-    """Keeps numerics bitwise."""
+    """Drops assertions, copies and redundant casts. Bitwise."""
 
     name: ClassVar[str] = "canonicalize"
 

@@ -1,7 +1,8 @@
-"""Raises experts that a model runs on every token, most of them on zeros, to ``moefx.route`` and ``moefx.experts``.
+"""Raises experts that a model runs on all tokens, mostly on zeros, to ``moefx.route`` and ``moefx.experts``.
 
-Llama 4 multiplies each token by its score for each expert, zero for those that were not chosen, and runs all experts on all of
-that. An expert makes zeros of zeros, so only the chosen one matters: of 16 or 128 products one is left, forward and backward.
+Llama 4 multiplies each token by its score for each expert, which is zero unless that expert was selected, and runs every expert
+on every token. An expert maps zeros to zeros, so only the selected one counts: one of 16 or 128 GEMMs remains, forward and
+backward.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from moefx.rewriting.pattern import Match, f64
 from moefx.rewriting.pipeline import Changes
 from moefx.rewriting.raise_ops import Raise
 
-#: How such a router scores, in the words of ``moefx.route``: the sigmoid of the logit that was chosen.
+#: Such a router's options of ``moefx.route``: the sigmoid of the selected logit.
 _SCORES = {"score": "sigmoid", "topk_first": True, "fp32": True, "cast": True}
 _OPTIONS = {"activation": "swiglu", "transposed": True}
 
 
 def _dense(x: Tensor, logits: Tensor, up: Tensor, down: Tensor, top_k: int, experts: int) -> Tensor:
-    """As models write it: x [T, H], logits [T, E], up [E, H, 2I], down [E, I, H] -> [T, H]."""
+    """The form that models write: x [T, H], logits [T, E], up [E, H, 2I], down [E, I, H] -> [T, H]."""
     chosen, index = torch.topk(logits, top_k, dim=1)
     scores = torch.full_like(logits, float("-inf")).scatter(1, index, chosen)
     scores = torch.sigmoid(scores.float()).to(scores.dtype)
@@ -40,7 +41,7 @@ def _dense(x: Tensor, logits: Tensor, up: Tensor, down: Tensor, top_k: int, expe
 
 
 def _sparse(call: Callable[..., Any], x: Any, logits: Any, up: Any, down: Any) -> Any:
-    """The same for the best expert of each token; ``call(op, *args, **kwargs)`` computes, or emits a node that does."""
+    """The same for the best expert of each token. ``call(op, *args, **kwargs)`` computes a value or emits a node."""
     chosen = call(ops.route, logits, None, 1, **_SCORES)
     weights, index = (call(operator.getitem, chosen, i) for i in (0, 1))
     ones = call(aten.ones_like.default, weights)
@@ -52,7 +53,7 @@ def _computed(*given: Tensor) -> Any:
 
 
 class DenseExperts(Raise):
-    """One expert a token instead of all, where the others would compute zeros."""
+    """Each token's selected expert instead of all experts, where the others compute zeros."""
 
     def __init__(self) -> None:
         example = {
@@ -63,7 +64,7 @@ class DenseExperts(Raise):
 
     def run(self, function: Function, plan: Plan | None = None) -> Changes:
         changes = super().run(function, plan)
-        if changes.made:  # now there are experts, to whom tokens can be told to go
+        if changes.made:  # now there are experts whose routes can be forced
             function.graph.eliminate_dead_code()
             function.captured = function.copy()
         return changes
@@ -71,10 +72,10 @@ class DenseExperts(Raise):
     def rewrite(self, function: Function, match: Match, changes: Changes) -> str | None:
         given = tuple(match.bound[n] for n in ("x", "logits", "up", "down"))
         if match.bound["top_k"] != 1:
-            return f"its {match.bound['top_k']} experts a token each scale their input: moefx.experts has one input a token"
+            return f"its {match.bound['top_k']} experts per token each scale their input: moefx.experts has one input per token"
         agrees, how = certify(match.nodes, match.outputs, _computed, given, {})
         if not agrees:
-            return f"it looks like experts that run on zeros, but {how}"
+            return f"it resembles experts that run on zeros, but {how}"
         (out,) = match.outputs
         assert out is not None
         made: list[fx.Node] = []
@@ -88,5 +89,7 @@ class DenseExperts(Raise):
             inherit(node, match.nodes)
         replace(out, experts)
         many = value(given[2]).shape[0]
-        changes.did(experts, f"moefx.experts for {len(match.nodes)} nodes, one of {many} experts a token instead of all, {how}")
+        changes.did(
+            experts, f"moefx.experts for {len(match.nodes)} nodes, one of {many} experts per token instead of all, {how}"
+        )
         return None

@@ -1,4 +1,4 @@
-"""Raises lm_head + cross entropy to one ``moefx.linear_cross_entropy``, whose kernels never hold all logits."""
+"""Raises lm_head and cross entropy to one ``moefx.linear_cross_entropy``, whose kernels never store all logits."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def _written(
     softcap: float,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """The head as Transformers writes it: logits [B, S, V], scaled or capped, then fp32, then one row a token."""
+    """The head as Transformers writes it: logits [B, S, V], scaled or capped, then in fp32, then [B * S, V]."""
     logits = F.linear(hidden, weight, bias)
     if form == "scaled":
         logits = logits * scale
     if form == "divided":
         logits = logits / divisor
-    if form == "fp32 capped":  # Beam: a tanh in 16 bits is coarse where it saturates
+    if form == "fp32 capped":  # Beam: in 16 bits a tanh is coarse where it saturates
         logits = logits.to(torch.float32)
     if form.endswith("capped"):
         logits = torch.tanh(logits / softcap) * softcap
@@ -55,7 +55,7 @@ def _needs(variant: Mapping[str, Any]) -> set[Any]:
 
 
 class LinearCrossEntropy(Raise):
-    """With logits that are scaled, divided or capped, the mean or the sum over tokens."""
+    """Logits may be scaled, divided or capped; the loss is the mean or the sum over tokens."""
 
     def __init__(self) -> None:
         example = {

@@ -1,4 +1,4 @@
-"""Products with 16-bit inputs that a model computes in float32, routers' above all, on tensor cores."""
+"""Linear layers of bfloat16 inputs that a model computes in float32, such as routers, on tensor cores."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from moefx.rewriting.pipeline import Changes
 
 @dataclass(frozen=True)
 class LinearToFP32:
-    """``linear(x.float(), weight)`` of bfloat16 x, and a weight that is float32 or ``weight.float()`` of bfloat16, becomes
-    ``linear_to_fp32(x, weight)``.
+    """``linear(x.float(), weight)`` with bfloat16 x becomes ``linear_to_fp32(x, weight)``.
 
-    DeepSeek-V3 (arXiv 2412.19437), GLM and Nemotron-H route by such logits: on a GPU they are the slowest kind of product, and
-    the input has bfloat16 numbers only. Numerics: sums are those of float32 in another order; a gradient that is rounded to
-    bfloat16 lacks 2**-16 of itself before that. And the input is rounded to bfloat16, as in the model, where Inductor would
-    keep the float32 numbers of a norm before it: tokens go where the model sends them.
+    The weight is float32, or a bfloat16 weight cast to float32. DeepSeek-V3 (arXiv 2412.19437), GLM and Nemotron-H compute
+    router logits so; on a GPU, GEMMs in float32 are the slowest, though the input has bfloat16 precision only. Numerics: sums
+    are those of float32 in another order; gradients are within 2**-16 before they are rounded to bfloat16. The input is rounded
+    to bfloat16, as in the model, where Inductor would keep the float32 result of a preceding norm: tokens are routed as in the
+    model.
     """
 
     name: ClassVar[str] = "linear_to_fp32"
@@ -42,7 +42,7 @@ class LinearToFP32:
             args = tuple(n.args[0] if n in casts else n for n in (x, weight))
             agrees, how = certify((*casts, node), (node,), ops.linear_to_fp32, args, {})
             if not agrees:
-                changes.miss(node, f"it looks like moefx.linear_to_fp32 but {how}")
+                changes.miss(node, f"it resembles moefx.linear_to_fp32, but {how}")
                 continue
             new = emit(node, ops.linear_to_fp32, *args)
             inherit(new, [*casts, node])
@@ -52,6 +52,6 @@ class LinearToFP32:
 
     @staticmethod
     def _widens(x: fx.Node) -> bool:
-        """Is ``x`` a float32 copy of bfloat16 numbers?"""
+        """Whether ``x`` is a cast from bfloat16 to float32."""
         cast = is_call(x, aten._to_copy.default) and dtype_of(x) == torch.float32
         return cast and dtype_of(x.args[0]) == torch.bfloat16

@@ -1,4 +1,4 @@
-"""Fuses the norm of each query and key head with its rotation: one ``moefx.norm_rotary`` instead of two passes over memory."""
+"""Fuses the norm of query and key heads with their rotary embedding to ``moefx.norm_rotary``: one pass over memory, not two."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from moefx.rewriting.pipeline import Changes
 
 @dataclass(frozen=True)
 class NormRotary:
-    """``rotary(norm(q).transpose(1, 2), norm(k).transpose(1, 2), cos, sin)`` becomes a ``norm_rotary`` of q and one of k.
+    """``rotary(norm(q).transpose(1, 2), norm(k).transpose(1, 2), cos, sin)`` becomes ``norm_rotary`` of q and of k.
 
-    So does ``rotary(norm(q), norm(k), cos, sin, unsqueeze_dim=2)`` (Gemma 4), whose results are views of these.
-    Bitwise: the operation's body is the same norm and the same rotation.
+    So does ``rotary(norm(q), norm(k), cos, sin, unsqueeze_dim=2)`` (Gemma 4), whose results are transposed. Bitwise: the body
+    of the operation is the same norm and rotation.
     """
 
     name: ClassVar[str] = "norm_rotary"
@@ -31,7 +31,7 @@ class NormRotary:
             found = [self._norm(given[name], given["unsqueeze_dim"]) for name in ("q", "k")]
             norms = [n for n in found if n is not None]
             if len(norms) < 2:
-                continue  # nothing is normalised here
+                continue  # no norms before this rotation
             late = [n for n in norms if arguments(n)["weight"] is not None and arguments(n)["weight"].op != "placeholder"]
             if late:
                 changes.miss(rotary, f"the weight of {describe(late[0])} is computed")
@@ -44,7 +44,7 @@ class NormRotary:
 
     @staticmethod
     def _norm(x: fx.Node, heads: int) -> fx.Node | None:
-        """The norm over [B, S, A, D] that ``x`` is, or of which it is the heads [B, A, S, D]."""
+        """The norm [B, S, A, D] that ``x`` is, or whose transpose [B, A, S, D] it is."""
         if heads == 1 and (not is_call(x, aten.transpose.int) or {*x.args[1:]} != {1, 2}):
             return None
         norm = x.args[0] if heads == 1 else x

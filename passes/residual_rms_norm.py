@@ -1,4 +1,4 @@
-"""Fuses a residual addition with the norm that reads its sum: one ``moefx.add_rms_norm`` instead of two passes over memory."""
+"""Fuses a residual addition with the norm of the sum to ``moefx.add_rms_norm``: one pass over memory, not two."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moefx.rewriting.raise_ops import replace_outputs
 
 @dataclass(frozen=True)
 class ResidualRMSNorm:
-    """Bitwise: the operation's body is the same addition and the same norm."""
+    """Bitwise: the body of the operation is the same addition and norm."""
 
     name: ClassVar[str] = "residual_rms_norm"
 
@@ -28,7 +28,7 @@ class ResidualRMSNorm:
                 continue
             total = norm.args[0]
             if not is_call(total, aten.add.Tensor):
-                continue  # a norm of something else: nothing to fuse
+                continue  # the norm of no sum
             if total.kwargs.get("alpha", 1) != 1 or not all(
                 isinstance(value(a), torch.Tensor) and value(a).shape == value(total).shape for a in total.args
             ):

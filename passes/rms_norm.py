@@ -1,4 +1,4 @@
-"""Raises every root mean square norm to one ``moefx.rms_norm``, however the model casts around the weight."""
+"""Raises root mean square norms to ``moefx.rms_norm``, in all ways in which models cast around the weight."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ _VARIANTS = (
 
 
 class RMSNorm(Raise):
-    """With the weight multiplied before or after the cast back, with an offset, or without a weight."""
+    """The weight may be multiplied before or after the cast back, have an offset, or be missing."""
 
     def __init__(self) -> None:
         example = {"x": f64(2, 3, 8), "weight": f64(8), "eps": 0.0123}
@@ -29,8 +29,9 @@ class RMSNorm(Raise):
 def _written(
     x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, cast_first: bool = True, offset: float = 0.0, body: str = ""
 ) -> Tensor:
-    """The norm's own body, and two other ways of writing it: Nemotron-H upcasts the weight before the product, Gemma 4 too,
-    and takes the root as a power.
+    """The operation's body, and two other forms.
+
+    Nemotron-H and Gemma 4 cast the weight to fp32 before the product; Gemma 4 computes the root as a power.
     """
     if not body:
         same: Tensor = ops.BODIES[ops.rms_norm](x, weight, eps, cast_first=cast_first, offset=offset)

@@ -1,4 +1,4 @@
-"""Raises the rotary embedding of a query and its key, which share their tables, to one ``moefx.rotary``."""
+"""Raises the rotary embedding of a query and its key, which read the same tables, to one ``moefx.rotary``."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def _tables(match: Match) -> tuple[fx.Node, ...]:
 
 
 def _origin(table: fx.Node) -> tuple[Any, ...]:
-    """Equal for a query's and its key's table, though each made room for the heads by itself (Llama 4)."""
+    """Equal for the tables of a query and its key, even if each unsqueezes the table by itself (Llama 4)."""
     return table.args if is_call(table, aten.unsqueeze.default) else (table,)
 
 
 def _heads_dim(table: fx.Node) -> int | None:
-    """Which dimension of a table [B, 1, S, D'] or [B, S, 1, D'] its heads share."""
+    """The dimension that a table [B, 1, S, D'] or [B, S, 1, D'] broadcasts over heads."""
     if is_call(table, aten.unsqueeze.default):
         return table.args[1]  # type: ignore[return-value]
     ones = [d for d in (1, 2) if value(table).dim() == 4 and value(table).shape[d] == 1]
@@ -59,7 +59,7 @@ def _heads_dim(table: fx.Node) -> int | None:
 
 @dataclass(frozen=True)
 class Rotary:
-    """Finds the rotation of each tensor, then pairs those that read the same tables: query first, as in the graph."""
+    """Matches the rotation of each tensor, then pairs those that read the same tables: the query comes first in the graph."""
 
     name: ClassVar[str] = "rotary"
 
@@ -83,7 +83,7 @@ class Rotary:
 
     @staticmethod
     def _table(table: fx.Node, dim: int) -> fx.Node:
-        """The table without the dimension of the heads."""
+        """The table without the dimension that broadcasts over heads."""
         if is_call(table, aten.unsqueeze.default):
             return table.args[0]  # type: ignore[return-value]
         new = emit(table.next, aten.squeeze.dim, table, dim)
@@ -117,7 +117,7 @@ class Rotary:
         before, early = outputs[0], list[fx.Node]()
         if order[k] > order[outputs[0]]:
             early = [u for u in outputs[0].users if order[u] < order[k]]
-            # views of the query may wait for the key (Gemma 4)
+            # views of the query may move behind the key (Gemma 4)
             if any(u.target not in VIEWS or any(order[r] < order[k] for r in u.users) for u in early):
                 return f"the rotated query is read before the key {describe(k)} is computed"
             before = k.next
@@ -126,7 +126,7 @@ class Rotary:
         region = tuple(n for n in graph.nodes if n in {*nodes, *near})
         agrees, how = certify(region, outputs, ops.rotary, args, kwargs)
         if not agrees:
-            return f"it looks like moefx.rotary but {how}"
+            return f"it resembles moefx.rotary, but {how}"
         new = insert(before, ops.rotary, args, kwargs, val=tuple(value(o) for o in outputs))
         inherit(new, region)
         replace_outputs(outputs, new)

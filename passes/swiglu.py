@@ -6,7 +6,7 @@ from moefx.rewriting.raise_ops import Raise
 
 
 class SwiGLU(Raise):
-    """The product of a gated activation, in whichever order a model multiplies."""
+    """The factors may be in either order."""
 
     def __init__(self) -> None:
         super().__init__("swiglu", ops.swiglu, {"gate": f64(4, 8), "up": f64(4, 8)})

@@ -1,4 +1,4 @@
-"""The code of a graph: Python that runs, one call a line, with shapes and the line of the model that each comes from."""
+"""The code of a graph: Python that runs, a call per line, with its shape and the model's source line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import operator
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -19,11 +19,11 @@ from moefx.ir.graph import Origin, shape_text, source_of
 
 @dataclass(frozen=True, eq=False)
 class Listing:
-    """What a graph is at one moment: ``str(listing)`` is its code then, written only when somebody reads it."""
+    """A snapshot of a graph. ``str(listing)`` is its code, written only when it is read."""
 
-    name: str  #: of the function that the code defines
+    name: str  #: the name of the function in the code
     nodes: tuple[tuple[fx.Node, Any, Any, Any, Any], ...]  #: node, target, args, kwargs, value
-    origins: tuple[Origin | None, ...]  #: None: nobody has asked for it yet
+    origins: tuple[Origin | None, ...]  #: None: not read from the stack trace yet
 
     @classmethod
     def of(cls, graph: fx.Graph, name: str) -> Listing:
@@ -35,14 +35,14 @@ class Listing:
         )
 
     def same(self, other: Listing) -> bool:
-        """Has no node been changed in between? Origins do not count; equal values that are other objects count as changes."""
+        """Whether no node was changed in between. Origins do not count; an equal value that is another object does."""
         return len(self.nodes) == len(other.nodes) and all(
             x is y for mine, theirs in zip(self.nodes, other.nodes, strict=True) for x, y in zip(mine, theirs, strict=True)
         )
 
     @property
     def modules(self) -> list[str]:
-        """The modules that the code names."""
+        """The modules that the code needs."""
         unpacked = self._unpacked()
         calls = [
             (n, target)
@@ -71,11 +71,11 @@ class Listing:
             yield f"    {unpacked.get(n, n.name)} = {_callee(target, n)[1]}({', '.join(given)})  # {'; '.join(tail)}"
 
     def _unpacked(self) -> dict[fx.Node, str]:
-        """Calls whose outputs are read one by one: "topk_weights, topk_ids", with "_" for an output that nothing reads."""
+        """Calls whose outputs are read one by one: "topk_weights, topk_ids", with "_" for an unused output."""
         calls = [(n, val) for n, *_, val in self.nodes if n.op == "call_function" and isinstance(val, (tuple, list))]
         names = {n: ["_"] * len(val) for n, val in calls if val}
         for n, target, args, kwargs, _ in self.nodes:
-            if target is operator.getitem and args[0] in names and type(args[1]) is int:
+            if _is_item(target, args, names) and type(args[1]) is int:
                 at, several = args[1], names[args[0]]
                 if several[at] == "_":
                     several[at] = n.name
@@ -86,7 +86,12 @@ class Listing:
 
 
 def code_of(listings: Iterable[Listing], titles: Iterable[str] = ()) -> str:
-    """The code of several functions, each after its title, with the imports that they need."""
+    """The code of several functions, with the imports that they need.
+
+    Args:
+        listings: the functions' graphs.
+        titles: a comment line for each; none if empty.
+    """
     listings = list(listings)
     titles = [*titles] or [""] * len(listings)
     imports = [f"import {module}" for module in sorted({m for x in listings for m in x.modules})]
@@ -95,9 +100,9 @@ def code_of(listings: Iterable[Listing], titles: Iterable[str] = ()) -> str:
     return "\n\n".join(parts)
 
 
-def _is_item(target: Any, args: Any, unpacked: dict[fx.Node, str]) -> bool:
+def _is_item(target: Any, args: Any, unpacked: Container[fx.Node]) -> bool:
     """Whether a call only names an output of an unpacked call."""
-    return target is operator.getitem and args[0] in unpacked
+    return target is operator.getitem and isinstance(args[0], fx.Node) and args[0] in unpacked
 
 
 def _nodes(args: Any, kwargs: Any) -> list[fx.Node]:
@@ -107,7 +112,7 @@ def _nodes(args: Any, kwargs: Any) -> list[fx.Node]:
 
 
 def _callee(target: Any, node: fx.Node) -> tuple[str, str]:
-    """The module to import for a call, and what is called. A kernel that has no name is written as its operation."""
+    """The module to import for a call, and the function's name. A kernel that cannot be imported is shown as its operation."""
     if not isinstance(target, torch._ops.OpOverload):
         module, name = getattr(target, "__module__", None) or "", getattr(target, "__qualname__", "")
         module = "operator" if module == "_operator" else module

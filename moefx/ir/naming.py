@@ -1,4 +1,4 @@
-"""Names of nodes that a reader of the model knows: of its parameters and inputs, of what operations return."""
+"""Names of nodes: those of the model's parameters, inputs and modules, and of what operations return."""
 
 from __future__ import annotations
 
@@ -13,18 +13,28 @@ from torch.fx.graph import _Namespace
 
 aten = torch.ops.aten
 
-#: What the code of a graph calls its modules.
-RESERVED = ("torch", "moefx", "aten", "ops", "operator")
-#: Key of ``node.meta`` of a parameter: its name in the block, "self_attn.q_proj.weight".
-PARAMETER = "moefx_parameter"
-#: A call of one of these with a parameter is the output of the parameter's module.
+#: Names of modules in the code of a graph.
+_RESERVED = ("torch", "moefx", "aten", "ops", "operator")
+#: Key of a parameter's ``node.meta``: its name in the block, "self_attn.q_proj.weight".
+_PARAMETER = "moefx_parameter"
+#: The result of one of these is named after the module whose parameter it reads.
 _OF_A_MODULE = (
     "linear", "linear_to_fp32", "addmm", "mm", "embedding", "rms_norm", "layer_norm", "native_layer_norm", "conv1d", "experts",
 )  # fmt: skip
-#: What operations return, where their schemas do not say.
+#: Names of outputs that schemas do not name.
 _OUTPUTS: dict[str, Sequence[str]] = {
     "route": ("topk_weights", "topk_ids"), "add_rms_norm": ("normed", "residual"), "rotary": ("q_embed", "k_embed"),
     "topk": ("topk_values", "topk_ids"), "max": ("max_values", "max_ids"), "sort": ("sorted_values", "sorted_ids"),
+    "dispatch": (
+        "permuted_tokens", "permuted_probs", "tokens_per_expert", "row_id_map", "handle", "cpu_metadata", "grad_placeholder",
+        "received_tokens",
+    ),
+    "dispatch_start": (
+        "received_tokens", "received_ids", "received_weights", "handle", "cpu_metadata", "tokens_placeholder",
+        "weights_placeholder",
+    ),
+    "dispatch_wait": ("permuted_tokens", "permuted_probs", "tokens_per_expert", "row_id_map", "grad_placeholder"),
+    "combine_start": ("returned_tokens", "returned_placeholder"),
 }  # fmt: skip
 _CASTS = ("to", "_to_copy", "type_as")
 _NAMES = {
@@ -41,7 +51,7 @@ def short_name(op: Any) -> str:
 
 
 def name_of(op: Callable[..., Any], args: Sequence[Any]) -> str:
-    """What the result of ``op(*args)`` is called; nodes are named once, when they are made."""
+    """The name for the result of ``op(*args)``, without a number that makes it unique."""
     first = args[0] if args and isinstance(args[0], fx.Node) else None
     if op is operator.getitem and first is not None:
         return _output_name(first, args[1])
@@ -60,7 +70,7 @@ def name_of(op: Callable[..., Any], args: Sequence[Any]) -> str:
 
 
 def _output_name(source: fx.Node, at: Any) -> str:
-    op = source.meta.get("semantic", source.target)
+    op = source.target if isinstance(source.target, torch._ops.OpOverload) else source.meta.get("semantic", source.target)
     short = short_name(op)
     names = _OUTPUTS.get(short, ())
     if not names and isinstance(op, torch._ops.OpOverload):
@@ -73,9 +83,9 @@ def _output_name(source: fx.Node, at: Any) -> str:
 
 
 def _module_of(args: Sequence[Any]) -> str:
-    """The last name of the module whose parameter stands among the arguments: ``q_proj`` of "self_attn.q_proj.weight"."""
+    """The last part of the name of the module whose parameter is an argument: ``q_proj`` for "self_attn.q_proj.weight"."""
     sources = [_before_casts(a) for a in args if isinstance(a, fx.Node)]
-    paths = [a.meta[PARAMETER] for a in sources if PARAMETER in a.meta]
+    paths = [a.meta[_PARAMETER] for a in sources if _PARAMETER in a.meta]
     if not paths:
         return ""
     parts = paths[0].split(".")[:-1]
@@ -85,7 +95,7 @@ def _module_of(args: Sequence[Any]) -> str:
 
 
 def _is_residual(x: Any) -> bool:
-    """Is this what flows from block to block: the first input, or a sum of it?"""
+    """Whether this is the residual stream: the block's hidden states, or a sum with them."""
     return isinstance(x, fx.Node) and _base(x.name) in ("hidden_states", "residual")
 
 
@@ -96,18 +106,18 @@ def _before_casts(x: fx.Node) -> fx.Node:
 
 
 def _base(name: str) -> str:
-    """A name without the number that made it unique."""
+    """A name without the number that makes it unique."""
     return re.sub(r"_\d+$", "", name)
 
 
 def rename_like(new: fx.Node, old: fx.Node) -> None:
-    """Gives ``new`` the name of ``old``, which is gone, if only a number tells them apart."""
+    """Gives ``new`` the name of the erased node ``old`` if they differ in their numbers only."""
     if _base(new.name) == _base(old.name):
         new.name = old.name
 
 
 def name_as_emitted(graph: fx.Graph) -> None:
-    """Names the nodes that a pass has made by ``graph.call_function`` as :func:`moefx.emit` would have."""
+    """Renames nodes that a pass created by ``graph.call_function``, as :func:`moefx.emit` would have named them."""
     for node in graph.nodes:
         if node.op == "call_function" and _base(node.name) == graph._target_to_str(node.target):
             name = name_of(node.target, node.args)
@@ -116,7 +126,13 @@ def name_as_emitted(graph: fx.Graph) -> None:
 
 
 def input_names(called: Mapping[int, str], signature: Sequence[str], many: int) -> list[str]:
-    """Names for the ``many`` tensors of a call: of "input 1", the second positional argument, what ``signature`` calls it."""
+    """Names for the ``many`` tensors of a call, as the call signature names them.
+
+    Args:
+        called: index of a tensor -> "position_embeddings 0", or "input 1" for the second positional argument.
+        signature: the names of the forward's parameters.
+        many: the number of tensors.
+    """
 
     def name(i: int) -> str:
         first, *rest = called.get(i, "tensor").split()
@@ -129,12 +145,18 @@ def input_names(called: Mapping[int, str], signature: Sequence[str], many: int) 
 
 
 def name_nodes(graph: fx.Graph, parameters: Sequence[str], inputs: Sequence[str]) -> list[str]:
-    """Names all nodes of a captured graph anew; its placeholders are ``parameters``, constants, then ``inputs``.
+    """Renames all nodes of a captured graph.
 
-    Returns the names of the inputs, which differ from those given where two are the same.
+    Args:
+        graph: its placeholders are parameters, constants, inputs.
+        parameters: "self_attn.q_proj.weight", one per parameter.
+        inputs: a name per input.
+
+    Returns:
+        The names of the inputs, made unique.
     """
     names = _Namespace()
-    for reserved in RESERVED:
+    for reserved in _RESERVED:
         names.create_name(reserved, None)
     graph._graph_namespace = names
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
@@ -142,7 +164,7 @@ def name_nodes(graph: fx.Graph, parameters: Sequence[str], inputs: Sequence[str]
     for node, name in zip(placeholders, [*parameters, *constants, *inputs], strict=True):
         node.name = node.target = names.create_name(name.replace(".", "_"), node)
     for node, path in zip(placeholders, parameters, strict=False):
-        node.meta[PARAMETER] = path
+        node.meta[_PARAMETER] = path
     for node in graph.nodes:
         if node.op == "call_function":
             node.name = names.create_name(name_of(node.target, node.args), node)

@@ -133,7 +133,7 @@ class Raise:
         args, kwargs = self.call(graph, before, match)
         agrees, how = certify(match.nodes, outputs, self.op, args, kwargs)
         if not agrees:
-            return f"it looks like {op_name(self.op)} but {how}"
+            return f"it resembles {op_name(self.op)}, but {how}"
         if len(outputs) == 1:
             node = insert(before, self.op, args, kwargs, val=value(before))
         elif None in outputs:  # an output that the graph does not have
