@@ -36,14 +36,11 @@ HIDDEN = {"moefx.integrations.transformers.implementations"}
 #: Public functions whose docstrings do not yet describe their arguments, or what they raise.
 WITHOUT_ARGS = {
     "restore", "clip_grad_norm_", "save_checkpoint", "load_checkpoint", "watch_ranks", "report", "explain", "verify", "count_routes",
-    "expert_load", "load_metrics", "record_routes", "replay_routes", "update_router_bias", "capture", "rewrite", "op", "f64", "is_call",
-    "arguments", "value", "emit", "unpack", "replace", "resolve", "parallelize",
+    "expert_load", "load_metrics", "record_routes", "replay_routes", "update_router_bias", "capture", "rewrite", "op", "resolve",
+    "parallelize",
 }  # fmt: skip
 WITHOUT_RAISES = {"clip_grad_norm_", "explain", "expert_load"}
-WITHOUT_DOCSTRING = {"is_call", "Report.note", "Report.warn_or_raise", "Program.add", "Verification.raise_if_wrong"} | {
-    "Pipeline.before", "Pipeline.after", "Pipeline.replace", "Pipeline.without", "Pass.run", "Raise.run", "Changes.did", "Changes.miss",
-    "Backend.available", "Backend.kernel",
-}  # fmt: skip
+WITHOUT_DOCSTRING = {"Verification.raise_if_wrong", "Backend.available", "Backend.kernel"}
 
 
 def _modules() -> dict[str, Path]:
