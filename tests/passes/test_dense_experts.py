@@ -63,11 +63,11 @@ def test_loss_and_all_gradients(rows, length, seed, routing, dtype):
 
 
 def test_several_experts_a_token_stay_as_they_are():
-    """Each scales its own input, where moefx.experts has one input a token."""
+    """Each scales its own input, where moefx.experts has one input per token."""
     model = build("llama4_text", num_experts_per_tok=2)
     with pytest.warns(UserWarning, match="dense_experts: 0 of 1 in Llama4TextDecoderLayer"):
         moefx.optimize(model, compile=False)
-    (missed,) = {c.what for c in moefx.report(model)["dense_experts"].missed if "2 experts a token" in c.what}
+    (missed,) = {c.what for c in moefx.report(model)["dense_experts"].missed if "2 experts per token" in c.what}
     assert "each scale their input" in missed and nodes(model).count(aten.bmm.default) == 2
     assert moefx.verify(model, batch(2, 9)).ok
 
