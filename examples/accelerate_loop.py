@@ -41,7 +41,7 @@ config = Qwen3MoeConfig(
     num_experts_per_tok=2,
 )
 model = AutoModelForCausalLM.from_config(config).to(accelerator.device)
-model = moefx.parallelize(model, ep_size=ranks, compile=False) if ranks > 1 else moefx.optimize(model.train(), compile=False)
+model = moefx.parallelize(model, ep_size=ranks, compile=False)
 
 rows = [{k: v[0] for k, v in b.items()} for b, _ in zip(batches(1, 64), range(4 * args.steps))]
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, eps=1e-5)

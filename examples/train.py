@@ -53,12 +53,8 @@ config = Qwen3MoeConfig(
     num_experts=8,
     num_experts_per_tok=2,
 )
-if ranks > 1:
-    model = args.model or AutoModelForCausalLM.from_config(config)  # goes to the GPU of LOCAL_RANK
-    model = moefx.parallelize(model, ep_size=args.ep_size, dp_replicate=args.dp_replicate, compile=args.compile)
-else:
-    model = AutoModelForCausalLM.from_pretrained(args.model) if args.model else AutoModelForCausalLM.from_config(config)
-    model = moefx.optimize(model.to("cuda" if torch.cuda.is_available() else "cpu").train(), compile=args.compile)
+model = args.model or AutoModelForCausalLM.from_config(config)  # goes to the GPU of LOCAL_RANK
+model = moefx.parallelize(model, ep_size=args.ep_size, dp_replicate=args.dp_replicate, compile=args.compile)
 device = next(model.parameters()).device
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, eps=1e-5)  # after: the parameters are others now
 
@@ -91,8 +87,7 @@ if args.resume and (args.out / "resume").exists():
 for step in range(first + 1, args.steps + 1):
     total = 0.0
     for i in range(args.accumulate):
-        if ranks > 1:
-            model.set_requires_gradient_sync(i == args.accumulate - 1)
+        model.set_requires_gradient_sync(i == args.accumulate - 1)  # in one process: no effect
         loss = loss_of(next(data)) / args.accumulate
         loss.backward()
         total += mean(loss)

@@ -52,7 +52,7 @@ config = Qwen3MoeConfig(
     num_experts_per_tok=2,
 )
 model = AutoModelForCausalLM.from_config(config)
-model = moefx.parallelize(model, ep_size=ranks, compile=False) if ranks > 1 else moefx.optimize(model, compile=False)
+model = moefx.parallelize(model, ep_size=ranks, compile=False)
 
 rows = [{k: v[0] for k, v in b.items()} for b, _ in zip(batches(1, 64), range(64))]
 arguments = TrainingArguments(

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
@@ -238,6 +237,10 @@ def parallelize(
     experts are in no unit, and neighbouring blocks share one. Each rank has its own batches; gradients are the mean over all
     ranks.
 
+    One script serves one process and many: in one process, with or without a process group, the model is moved to the GPU (if
+    there is one) and optimized, nothing is sharded, and those methods of FSDP2 that a training loop calls
+    (``set_requires_gradient_sync``, ``set_modules_to_forward_prefetch``, ...) have no effect.
+
     Args:
         model: a checkpoint folder in Hugging Face layout, from which each rank reads its own shards; a model, with or without
             PEFT, the same on every rank; or a model on the meta device, which gets random weights.
@@ -257,18 +260,20 @@ def parallelize(
         The sharded model, in training mode.
 
     Raises:
-        MoefxError: sizes that do not divide; a checkpoint with a missing, an unexpected or a differently shaped tensor.
+        MoefxError: sizes that do not divide; no process group, where more than one rank is needed; a checkpoint with a missing,
+            an unexpected or a differently shaped tensor.
     """
     for name in ("mesh", "verify"):
         if name in options:
             raise MoefxError(f"parallelize does not take {name}: it makes its own meshes; call moefx.verify on a small model")
     chosen = Options(**options)
     layout = parallelize_.layout(ep_size, dp_replicate, mp_policy, reshard_after_forward, offload_policy, model)
-    if lost_after:
+    several = layout.dp_replicate * layout.fsdp > 1
+    if lost_after and several:
         rank_monitor.watch(lost_after)
     spread = parallelize_.spread(model, layout, dtype)
     _optimize(spread.train(), chosen)
-    adapters.inside(spread)._moefx.global_aux_loss = global_aux_loss and dist.get_world_size() > 1
+    adapters.inside(spread)._moefx.global_aux_loss = global_aux_loss and several
     return spread
 
 

@@ -22,15 +22,16 @@ _rounds = itertools.count()
 def of_rank(model: nn.Module | None = None) -> torch.device:
     """The device that this rank trains on, made the current one.
 
-    The CPU where there is no CUDA device, or where CUDA tensors do not travel by NCCL (``init_process_group("gloo")``) and
-    the model is not on a GPU already. Else the model's GPU; else the current one, if somebody has chosen it
-    (``torch.cuda.set_device``); else that of LOCAL_RANK (torchrun, accelerate) or SLURM_LOCALID. All ranks call it.
+    The CPU where there is no CUDA device, or where the process group does not use NCCL for CUDA tensors
+    (``init_process_group("gloo")``) and the model is not on a GPU already. Else the model's GPU; else the current one, if it
+    was chosen by ``torch.cuda.set_device``; else that of LOCAL_RANK (torchrun, accelerate) or SLURM_LOCALID. Without a process
+    group (one process) likewise. All ranks call it.
 
     Raises:
         MoefxError: two ranks would use one GPU, which NCCL refuses with "invalid usage".
     """
     given = next((p.device for p in model.parameters() if p.is_cuda), None) if model is not None else None
-    if not torch.cuda.is_available() or (given is None and not _over_nccl()):
+    if not torch.cuda.is_available() or (given is None and _is_initialized() and not _over_nccl()):
         return torch.device("cpu")
     index = torch.cuda.current_device() if given is None or given.index is None else given.index
     local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
@@ -43,9 +44,13 @@ def of_rank(model: nn.Module | None = None) -> torch.device:
     return device
 
 
+def _is_initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def _over_nccl() -> bool:
-    """Do CUDA tensors travel by NCCL? (The configuration of gloo alone is "cpu:gloo,cuda:gloo".)"""
-    if not dist.is_available() or not dist.is_initialized():
+    """Does the process group use NCCL for CUDA tensors? (The configuration of gloo alone is "cpu:gloo,cuda:gloo".)"""
+    if not _is_initialized():
         return False
     by_device = dict(part.split(":", 1) for part in dist.get_backend_config().split(",") if ":" in part)
     return "nccl" in by_device.get("cuda", "")

@@ -29,7 +29,7 @@ from transformers.distributed import DistributedConfig
 from transformers.distributed.utils import TransformersDeviceMesh
 from transformers.utils import is_accelerate_available
 
-from moefx.distributed import checkpoint, devices, expert_sharding
+from moefx.distributed import checkpoint, devices, expert_sharding, single_process
 from moefx.errors import MoefxError
 from moefx.integrations import fsdp as sharded
 from moefx.integrations import transformers as hf
@@ -90,12 +90,7 @@ def layout(ep_size: int, dp_replicate: int, mp: Any, reshard: bool | int, offloa
     for name, n in (("ep_size", ep_size), ("dp_replicate", dp_replicate)):
         if not isinstance(n, int) or n < 1:
             raise MoefxError(f"{name}={n!r} is not a positive whole number")
-    if not dist.is_available() or not dist.is_initialized():
-        raise MoefxError(
-            "parallelize needs a process group and none is initialized: start with torchrun and call "
-            "torch.distributed.init_process_group() before"
-        )
-    world = dist.get_world_size()
+    world = _world_size(ep_size, dp_replicate)
     if world % dp_replicate:
         raise MoefxError(f"dp_replicate={dp_replicate} does not divide the {world} ranks")
     if (world // dp_replicate) % ep_size:
@@ -107,6 +102,29 @@ def layout(ep_size: int, dp_replicate: int, mp: Any, reshard: bool | int, offloa
     there = inside(model)
     device = devices.of_rank(there if isinstance(there, torch.nn.Module) else None)
     return Layout(ep_size, dp_replicate, fsdp, mp or MixedPrecisionPolicy(), reshard, offload or OffloadPolicy(), device)
+
+
+def _world_size(ep_size: int, dp_replicate: int) -> int:
+    """The ranks of the process group; 1 without a group, if one process is all that was started and is enough.
+
+    Raises:
+        MoefxError: there is no group and the sizes ask for more than one rank, or torchrun has started several processes.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    wanted, started = ep_size * dp_replicate, int(os.environ.get("WORLD_SIZE", 1))
+    if wanted > 1:
+        sizes = ", ".join(f"{n}={size}" for n, size in (("ep_size", ep_size), ("dp_replicate", dp_replicate)) if size > 1)
+        raise MoefxError(
+            f"{sizes} needs a process group and none is initialized: start with torchrun --nproc-per-node {wanted} and call "
+            "torch.distributed.init_process_group() before parallelize"
+        )
+    if started > 1:  # each process would train a model of its own
+        raise MoefxError(
+            f"WORLD_SIZE={started}, but no process group is initialized: call torch.distributed.init_process_group() before "
+            "parallelize"
+        )
+    return 1
 
 
 def _check_experts(model: PreTrainedModel, layout: Layout) -> None:
@@ -130,6 +148,8 @@ def _meshes(layout: Layout) -> TransformersDeviceMesh | None:
 def _distribute(model: Any, layout: Layout, meshes: TransformersDeviceMesh | None) -> Any:
     """Cuts the parameters and marks the model as Transformers marks what it cut itself: its Trainer reads that."""
     if meshes is None:  # one rank
+        single_process.warn_ignored(model, layout.mp_policy, layout.offload_policy)
+        single_process.add_fsdp_methods(model)
         return model if next(model.parameters()).is_meta else model.to(layout.device)
     replicated = ("dp_replicate",) if layout.dp_replicate > 1 else ()
     dense, policies = meshes.get_mesh((*replicated, "fsdp")), _policies(layout)
@@ -226,13 +246,15 @@ def initialize(model: Any, device: torch.device) -> None:
     """Random weights for a model on meta, module by module: each rank draws a whole module's (the same: the first rank's seed)
     and keeps its shards, since initializations are written for whole tensors.
     """
-    seed = [torch.initial_seed()]
-    dist.broadcast_object_list(seed)
+    seed, rank = [torch.initial_seed()], 0
+    if dist.is_initialized():
+        dist.broadcast_object_list(seed)
+        rank = dist.get_rank()
     model._move_missing_keys_from_meta_to_device(set(model.state_dict()), {"": device}, model._device_mesh, None)
     model.tie_weights(recompute_mapping=False)
     with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed[0])
-        for path, module in tqdm(list(model.named_modules()), desc="initializing", disable=dist.get_rank() > 0):
+        for path, module in tqdm(list(model.named_modules()), desc="initializing", disable=rank > 0):
             spread = {n: p for n, p in module._parameters.items() if isinstance(p, DTensor)}
             for name, p in spread.items():
                 module._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=device), p.requires_grad)

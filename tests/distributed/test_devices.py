@@ -68,5 +68,6 @@ def test_each_rank_takes_its_own_gpu():
         assert "shows 1 GPU(s)" in first[name] and "torch.cuda.set_device" in first[name]
 
 
-def test_one_process_keeps_the_models_device():
-    assert taken(2, 1, {"LOCAL_RANK": "1"}) == "cpu"  # there is no process group
+def test_one_process_takes_the_current_gpu():
+    assert taken(2, 1, {}) == "cuda:1"  # there is no process group
+    assert taken(0, 0, {}) == "cpu"
