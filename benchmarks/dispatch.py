@@ -33,7 +33,8 @@ from common import machine, save, say, show, slug, synchronize, time_once, verdi
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from moefx.backends import deepep, deepep_elastic, te_ep
+from moefx.backends import deepep
+from moefx.backends.experimental import deepep_elastic, te_ep
 from moefx.ops import dispatch_combine
 from moefx.transports import permute as rows
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from moefx import backends, ops
-from moefx.backends import deepep, te_ep
+from moefx.backends.deepep import library
+from moefx.backends.experimental import te_ep
 from moefx.cli import main, models
 from moefx.cli.doctor import cuda_lacks
 
@@ -204,14 +205,14 @@ class _New:
 
 
 def test_doctor_says_what_to_do_about_a_deep_ep_that_does_not_serve(monkeypatch):
-    monkeypatch.setattr(deepep, "version", lambda: "1.1.0")
-    assert deepep.too_old(_New) is None
-    assert deepep.too_old(_Old).startswith(
+    monkeypatch.setattr(library, "version", lambda: "1.1.0")
+    assert library.too_old(_New) is None
+    assert library.too_old(_Old).startswith(
         "deep_ep 1.1.0 is too old, its dispatch has no num_worst_tokens (1.2 and later have): build it"
     )
-    linked = deepep.import_problem(ImportError("x.so: undefined symbol: __cudaRegisterLinkedBinary_6acb_runtime_cu"))
+    linked = library.import_problem(ImportError("x.so: undefined symbol: __cudaRegisterLinkedBinary_6acb_runtime_cu"))
     assert "device code was never linked" in linked and "take '-rdc=true' out of setup.py" in linked
-    other = deepep.import_problem(ImportError("x.so: undefined symbol: _ZN3c105ErrorC2E"))
+    other = library.import_problem(ImportError("x.so: undefined symbol: _ZN3c105ErrorC2E"))
     assert (
         other.startswith(f"deep_ep was built for another torch or CUDA than {torch.__version__}") and "build it from" in other
     )

@@ -61,7 +61,8 @@ class Choice:
 
 def builtin() -> dict[str, Backend]:
     """The backends of this package by name, in the default order."""
-    from moefx.backends import deepep, deepep_elastic, fa4, quack, reference, te, te_ep, torch, triton
+    from moefx.backends import deepep, fa4, quack, reference, te, torch, triton
+    from moefx.backends.experimental import deepep_elastic, te_ep
 
     order = (deepep, deepep_elastic, te_ep, quack, fa4, triton, torch, te, reference)
     return {module.BACKEND.name: module.BACKEND for module in order}

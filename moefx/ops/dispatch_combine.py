@@ -16,7 +16,6 @@ All these are opaque, since how many rows arrive only the data knows.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -170,10 +169,7 @@ def _agreeing(x: Tensor, call: Call) -> Iterator[None]:
 
 def release(group: str) -> None:
     """Frees what transports keep for a process group; collective over it."""
-    for name in ("deepep", "deepep_elastic", "te_ep"):
-        backend = sys.modules.get(f"moefx.backends.{name}")
-        if backend is not None:
-            backend.release(group)
+    transports.release(group)
 
 
 # --- dispatch --------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,8 +34,8 @@ _PLACES = {
     "all_gather": "moefx.transports.all_gather",
     "hierarchical": "moefx.transports.hierarchical",
     "deepep": "moefx.backends.deepep",
-    "deepep_elastic": "moefx.backends.deepep_elastic",
-    "te_ep": "moefx.backends.te_ep",
+    "deepep_elastic": "moefx.backends.experimental.deepep_elastic",
+    "te_ep": "moefx.backends.experimental.te_ep",
     "loop_back": "moefx.transports.loop_back",
 }
 NAMES = tuple(_PLACES)
@@ -53,6 +54,13 @@ def find(name: str | int) -> Transport:
     if name not in _PLACES:
         raise MoefxError(f"no transport is named {name!r}; there are: {', '.join(NAMES)}")
     return importlib.import_module(_PLACES[name]).TRANSPORT
+
+
+def release(group: str) -> None:
+    """Frees the buffers that transports keep for a process group; collective over it."""
+    for module in map(sys.modules.get, _PLACES.values()):  # one that was never used was never imported
+        if module is not None and hasattr(module, "release"):
+            module.release(group)
 
 
 def host_size(ep: int, own: int = OWN) -> int:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 import moefx
 from moefx import ops, transports
-from moefx.backends import te_ep
+from moefx.backends.experimental import te_ep
 from moefx.ops import dispatch_combine
 from moefx.ops import grouped_mlp as grouped
 from moefx.transports import fp8_rows, hierarchical

@@ -101,7 +101,8 @@ def check(what: str, ok: bool, text: str) -> None:
 
 
 def transports() -> dict[str, dict[str, Any]]:
-    from moefx.backends import deepep, deepep_elastic, te_ep
+    from moefx.backends import deepep
+    from moefx.backends.experimental import deepep_elastic, te_ep
 
     found: dict[str, dict[str, Any]] = {"all_to_all": {}, "all_gather": {"capacity": True}, "all_to_all, FP8": {"wire": "fp8"}}
     if not CPU:

@@ -1,5 +1,7 @@
 """NCCL EP through Transformer Engine (2.20 and later): a row for each (token, expert), sorted on arrival, no host sync.
 
+Experimental: it has not run on GPUs, only against a stand-in (tests/ranks/nccl_ep_standin.py).
+
 Its functions are called directly, within moefx's own opaque operations: as torch operations they fail on torch 2.11 (IndexError
 in increment_version), where this backend refuses until tests/gpu/dispatch_ranks.py has shown that called so they do not. NCCL
 EP has one configuration a process; it needs the most tokens of a rank (``dispatch_capacity``).
@@ -18,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, fx
 
 from moefx import transports
-from moefx.backends import Backend, Kernel, deepep
+from moefx.backends import Backend, Kernel
+from moefx.backends.deepep import refuses_tensors
 from moefx.errors import MoefxError
 from moefx.internals import nccl
 from moefx.ir.graph import arguments
@@ -117,6 +120,8 @@ def _nothing() -> None:
 
 
 class NCCLEP:
+    """The transport over Transformer Engine's NCCL EP."""
+
     packed = False
 
     def shapes(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
@@ -184,7 +189,7 @@ TRANSPORT = NCCLEP()
 
 
 def _refuses(node: fx.Node) -> str | None:
-    problem, given = deepep.refuses_tensors(node), arguments(node)
+    problem, given = refuses_tensors(node), arguments(node)
     if problem:
         return problem.replace("DeepEP", "NCCL EP")
     if given["wire"]:

@@ -1,5 +1,7 @@
 """DeepEP 2's ``ElasticBuffer``: NCCL's device API over NVLink and RDMA, any number of ranks, no host sync.
 
+Experimental: it has not run on GPUs.
+
 It needs the most tokens of a rank (``dispatch_capacity``), which all ranks must agree on. It serves what ``Buffer``
 refuses, too: other numbers of ranks, a capacity between nodes. It compiles its kernels when they are first used.
 """
@@ -14,7 +16,12 @@ import torch
 from torch import Tensor, fx
 
 from moefx import transports
-from moefx.backends import Backend, Kernel, deepep
+from moefx.backends import Backend, Kernel
+from moefx.backends.deepep import library
+from moefx.backends.deepep.backend import refuses_tensors
+from moefx.backends.deepep.buffers import wait_for
+from moefx.backends.deepep.handles import pack_tensors, unpack_tensors
+from moefx.backends.deepep.payload import at_least_one, off_wire, on_wire, sent_copy
 from moefx.internals import nccl
 from moefx.ir.graph import arguments, value
 from moefx.ops import dispatch_combine
@@ -30,11 +37,12 @@ _NUMBERS = ("num_experts", "expert_alignment", "num_max_tokens_per_rank", "num_s
 
 
 def available() -> str | None:
-    problem = deepep.available()
+    """Why ``ElasticBuffer`` cannot be used here, and what to do; None if it can."""
+    problem = library.available()
     if problem:
         return problem
-    if not hasattr(deepep._library(), "ElasticBuffer"):
-        return f"deep_ep {deepep.version()} has no ElasticBuffer, 2.0 and later have: {deepep.INSTALL}"
+    if not hasattr(library.load(), "ElasticBuffer"):
+        return f"deep_ep {library.version()} has no ElasticBuffer, 2.0 and later have: {library.INSTALL}"
     if nccl.version() < (2, 30, 4):
         found = ".".join(map(str, nccl.version()))
         return f"ElasticBuffer needs NCCL 2.30.4 or later, this process has {found}: pip install -U nvidia-nccl-cu13 (or -cu12)"
@@ -57,7 +65,7 @@ def _elastic(call: Call, hidden: int, top_k: int) -> Any:
         if mine is not None:
             wanted = tuple(map(max, wanted, mine.fits))  # type: ignore[assignment]
             release(call.group.group_name)
-        buffer = deepep._library().ElasticBuffer(
+        buffer = library.load().ElasticBuffer(
             call.group,
             num_max_tokens_per_rank=wanted[0],
             hidden=wanted[1],
@@ -78,6 +86,8 @@ def release(group: str | None = None) -> None:
 
 
 class Elastic:
+    """The transport over ``ElasticBuffer``."""
+
     packed = False
 
     def shapes(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
@@ -87,9 +97,9 @@ class Elastic:
     @staticmethod
     def _handle(handle: Tensor, host: Tensor) -> Any:
         own = Host.read(host).own
-        numbers, tensors = own[: len(_NUMBERS)], deepep.unpack_tensors(handle, own[len(_NUMBERS) :])
+        numbers, tensors = own[: len(_NUMBERS)], unpack_tensors(handle, own[len(_NUMBERS) :])
         given = dict(zip(_NUMBERS, numbers)) | dict(zip(_TENSORS, tensors))
-        return deepep._library().EPHandle(do_expand=False, num_recv_tokens_per_expert_list=[], **given)
+        return library.load().EPHandle(do_expand=False, num_recv_tokens_per_expert_list=[], **given)
 
     def send(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, kept: Dispatched | None) -> tuple[Dispatched, Wait]:
         if kept is not None:
@@ -97,8 +107,8 @@ class Elastic:
             return Dispatched(tokens, *(t.clone() for t in kept[1:])), wait
         buffer = _elastic(call, x.shape[1], index.shape[1])
         many, top_k = index.shape
-        x, index, weights = deepep.at_least_one(x, index, weights)
-        payload = deepep.on_wire(x, call)
+        x, index, weights = at_least_one(x, index, weights)
+        payload = on_wire(x, call)
         got, experts, got_weights, handle, _ = buffer.dispatch(
             payload,
             topk_idx=index,
@@ -113,12 +123,12 @@ class Elastic:
         )
         here, theirs = torch.cuda.current_stream(), buffer.get_comm_stream()
         with torch.cuda.stream(theirs):
-            got = deepep.off_wire(got, x)
+            got = off_wire(got, x)
             # rows after the last were not written
             there = torch.arange(got.shape[0], device=got.device) < handle.psum_num_recv_tokens_per_scaleup_rank[-1]
             experts = torch.where(there.unsqueeze(1), experts, -1).int()
             got_weights = torch.where(there.unsqueeze(1), got_weights, 0)
-            packed, own = deepep.pack_tensors([getattr(handle, n) for n in _TENSORS])
+            packed, own = pack_tensors([getattr(handle, n) for n in _TENSORS])
             done = theirs.record_event()
         for t in (got, experts, got_weights, packed):
             t.record_stream(here)
@@ -134,14 +144,14 @@ class Elastic:
         }
         own = [*(int(getattr(handle, n)) for n in _NUMBERS), *own]
         sent = Dispatched(got, experts, got_weights, packed, make_host(facts, call.ep, own=own))
-        return sent, deepep.wait_for(done, x, payload, index, weights, handle)
+        return sent, wait_for(done, x, payload, index, weights, handle)
 
     def resend(self, x: Tensor, handle: Tensor, host: Tensor, call: Call) -> tuple[Tensor, Wait]:
         return self._again(x, handle, host, replace(call, wire=""))
 
     def _again(self, x: Tensor, handle: Tensor, host: Tensor, call: Call) -> tuple[Tensor, Wait]:
-        buffer, x = _elastic(self._sized(call, host), x.shape[1], Host.read(host).facts[transports.TOP_K]), deepep.sent_copy(x)
-        payload = deepep.on_wire(x, call)
+        buffer, x = _elastic(self._sized(call, host), x.shape[1], Host.read(host).facts[transports.TOP_K]), sent_copy(x)
+        payload = on_wire(x, call)
         got, *_, event = buffer.dispatch(
             payload,
             handle=self._handle(handle, host),
@@ -150,13 +160,13 @@ class Elastic:
             allocate_on_comm_stream=True,
         )
         if not call.wire:
-            return got, deepep.wait_for(event, x, handle, got)
+            return got, wait_for(event, x, handle, got)
         here, theirs = torch.cuda.current_stream(), buffer.get_comm_stream()
         with torch.cuda.stream(theirs):
-            got = deepep.off_wire(got, x)
+            got = off_wire(got, x)
             done = theirs.record_event()
         got.record_stream(here)
-        return got, deepep.wait_for(done, x, payload, handle)
+        return got, wait_for(done, x, payload, handle)
 
     @staticmethod
     def _sized(call: Call, host: Tensor) -> Call:
@@ -176,7 +186,7 @@ class Elastic:
             async_with_compute_stream=True,
             allocate_on_comm_stream=True,
         )
-        wait = deepep.wait_for(event, tokens, weights, handle, back)
+        wait = wait_for(event, tokens, weights, handle, back)
         if not sizes.facts[transports.TOKENS]:
             back, back_weights = back[:0].clone(), None if back_weights is None else back_weights[:0].clone()
         return back, back_weights, wait
@@ -191,7 +201,7 @@ TRANSPORT = Elastic()
 
 
 def _refuses(node: fx.Node) -> str | None:
-    problem, given = deepep.refuses_tensors(node), arguments(node)
+    problem, given = refuses_tensors(node), arguments(node)
     if problem is None and not given["capacity"]:
         return "ElasticBuffer must know the most tokens of a rank: pass dispatch_capacity to optimize"
     hidden = value(given["x"]).shape[1]
