@@ -1,5 +1,4 @@
-"""Draws the results of ``single_gpu.py`` and ``multi_gpu.py`` as bars: tokens per second of each contender, by model and
-micro-batch.
+"""Draws the results of ``single_gpu.py`` and ``multi_gpu.py`` as bars: tokens per second, by model, micro-batch and contender.
 
     pip install matplotlib
     python benchmarks/chart.py                     # all of results/ -> docs/images/single_gpu-<device>.png, multi_gpu-8x-<device>.png

@@ -13,7 +13,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Replaces the markers of a page by mkdocstrings' directives."""
+    """Replaces the markers of a page by mkdocstrings' directives, and keeps figures of tables together with their units."""
+    markdown = re.sub(
+        r"^\|.*", lambda row: re.sub(r"(?<=\d) (?=(?:ms|GiB|×|µs)\b|×)", "\u00a0", row[0]), markdown, flags=re.MULTILINE
+    )
     for marker, write in (
         ("public names", public_names),
         ("operations", operations),

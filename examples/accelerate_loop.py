@@ -1,7 +1,7 @@
-"""A loop of one's own with Accelerate, which prepares optimizer, scheduler and data; moefx has spread the model already.
+"""A training loop with Accelerate, which prepares optimizer, scheduler and data; the model is sharded by moefx.
 
 accelerate launch examples/accelerate_loop.py                          # one process
-accelerate launch --multi_gpu --num_processes 8 examples/accelerate_loop.py        # without a GPU too: ranks over gloo
+accelerate launch --multi_gpu --num_processes 8 examples/accelerate_loop.py        # without GPUs too: gloo ranks
 torchrun --standalone --nproc-per-node 2 examples/accelerate_loop.py   # the same
 """
 
@@ -24,7 +24,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--steps", type=int, default=6)
 args = parser.parse_args()
 
-# makes the process group; the loader's batches are global ones, cut over the ranks, and the scheduler steps once a step
+# creates the process group; the loader's batches are global, split across the ranks, and the scheduler advances once per step
 accelerator = Accelerator(cpu=not torch.cuda.is_available(), dataloader_config=DataLoaderConfiguration(split_batches=True))
 ranks = accelerator.num_processes
 torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Byte-level training batches from text that every Python has: the help topics of the standard library."""
+"""Byte-level training batches of text that comes with Python: the help topics of the standard library."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def corpus() -> Tensor:
-    """All help topics, one after the other, as bytes: int64 [about 700,000]."""
+    """All help topics, concatenated, as bytes: int64 [about 700,000]."""
     from pydoc_data.topics import topics
 
     text = "\n\n".join(topics[name] for name in sorted(topics))
@@ -17,14 +17,17 @@ def corpus() -> Tensor:
 
 
 def batches(batch: int, sequence: int, *, rank: int = 0, ranks: int = 1, seed: int = 0) -> Iterator[dict[str, Tensor]]:
-    """Endless batches of random windows; the ranks' batches together are the one batch of a single process.
+    """Yields batches of random windows forever; the ranks' batches together are the batch of a single process.
 
     Args:
-        batch: sequences of the whole step; ``ranks`` must divide it.
+        batch: sequences of a step over all ranks; a multiple of ``ranks``.
         sequence: bytes per sequence.
+        rank: which part of each batch to yield.
+        ranks: number of parts.
+        seed: of the random windows.
     """
     if batch % ranks:
-        raise ValueError(f"a batch of {batch} sequences cannot be cut over {ranks} ranks")
+        raise ValueError(f"a batch of {batch} sequences cannot be split across {ranks} ranks")
     data, generator = corpus(), torch.Generator().manual_seed(seed)
     mine = slice(rank * batch // ranks, (rank + 1) * batch // ranks)
     while True:

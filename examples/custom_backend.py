@@ -1,4 +1,4 @@
-"""A kernel of your own: a backend is a name and a table from operations to functions of the same signature.
+"""A custom kernel: a backend is a name and a table from operations to functions of the same signature.
 
 python examples/custom_backend.py
 """
@@ -38,7 +38,7 @@ config = Qwen3MoeConfig(
 )
 model = AutoModelForCausalLM.from_config(config)
 moefx.optimize(model, backends=[mine, "torch"], compile=False)
-print(moefx.report(model))  # which kernel runs what, and who refused why
+print(moefx.report(model))  # which kernel runs what, and which backends refused it, and why
 
 ids = torch.randint(0, 256, (2, 16))
 print(moefx.verify(model, {"input_ids": ids, "labels": ids}).worst)

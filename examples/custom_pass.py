@@ -1,4 +1,4 @@
-"""A pass of your own: a pattern found in the captured graph becomes one operation, certified before it is put there.
+"""A custom pass: a pattern in the captured graph becomes one operation, after a numerical comparison of both.
 
 python examples/custom_pass.py
 """

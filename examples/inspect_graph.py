@@ -1,4 +1,4 @@
-"""Look before you install: capture a model on the meta device, run the passes, read the graph, its report and its cost.
+"""Inspect a model without weights: capture it on the meta device, run the passes, print graph, report and cost.
 
 python examples/inspect_graph.py
 """

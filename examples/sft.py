@@ -10,7 +10,7 @@ All print the same losses. The adapter in --out is PEFT's: PeftModel.from_pretra
 import argparse
 import os
 
-if "WORLD_SIZE" not in os.environ:  # one process trains on one GPU: for several the Trainer would take nn.DataParallel
+if "WORLD_SIZE" not in os.environ:  # one process trains on one GPU: with several visible, the Trainer would use nn.DataParallel
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
 from pydoc_data.topics import topics
@@ -38,7 +38,7 @@ if ranks > 1:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, made here: nothing is downloaded."""
+    """A tokenizer of one token per byte, so that nothing is downloaded."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([*alphabet, "<end>"])}, merges=[]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -73,7 +73,7 @@ elif not args.plain:
 
 
 class Trainer(TrainerMixin, SFTTrainer):
-    """SFTTrainer that can save what resuming needs, and logs the experts' load."""
+    """SFTTrainer with checkpoints for resuming over ranks, and expert load in its log."""
 
 
 arguments = SFTConfig(
@@ -93,7 +93,7 @@ arguments = SFTConfig(
     bf16=False,
     use_cpu=not torch.cuda.is_available(),
 )
-texts = Dataset.from_dict({"text": [topics[name][20:61] for name in sorted(topics)]})  # three in a packed row
+texts = Dataset.from_dict({"text": [topics[name][20:61] for name in sorted(topics)]})  # three per packed row
 trainer = (SFTTrainer if args.plain else Trainer)(
     model=model, args=arguments, train_dataset=texts, processing_class=byte_tokenizer()
 )

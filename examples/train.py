@@ -1,11 +1,11 @@
-"""The plain PyTorch loop, which the other examples are held to: accumulation, clipping, evaluation, checkpoints, resuming.
+"""A plain PyTorch loop, the reference of the other examples: accumulation, clipping, evaluation, checkpoints, resuming.
 
 python examples/train.py                                                  # one process
 torchrun --standalone --nproc-per-node 2 examples/train.py --ep-size 2    # two ranks: FSDP2, half of the experts each
 torchrun --standalone --nproc-per-node 4 examples/train.py --ep-size 2 --dp-replicate 2 --resume
 
-All print the same losses: the global batch is the same. --resume goes on from the checkpoint in --out, whatever ranks wrote it;
-without one it starts. The model in --out is one of plain Transformers.
+All print the same losses: the global batch is the same. --resume continues from the checkpoint in --out, whatever
+number of ranks wrote it, or starts if there is none. Plain Transformers reads the model in --out.
 """
 
 import argparse
@@ -56,11 +56,11 @@ config = Qwen3MoeConfig(
 model = args.model or AutoModelForCausalLM.from_config(config)  # goes to the GPU of LOCAL_RANK
 model = moefx.parallelize(model, ep_size=args.ep_size, dp_replicate=args.dp_replicate, compile=args.compile)
 device = next(model.parameters()).device
-optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, eps=1e-5)  # after: the parameters are others now
+optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, eps=1e-5)  # after moefx: the parameters are new objects
 
 
 def mean(loss: torch.Tensor) -> float:
-    """Over all ranks."""
+    """The mean over all ranks."""
     loss = loss.detach().clone()
     if ranks > 1:
         dist.all_reduce(loss)
@@ -83,7 +83,7 @@ first, data = 0, batches(args.batch, args.sequence, rank=rank, ranks=ranks)
 if args.resume and (args.out / "resume").exists():
     first = moefx.load_checkpoint(args.out / "resume", model, optimizer)["step"]
     for _ in range(first * args.accumulate):
-        next(data)  # what the run has seen
+        next(data)  # skip what the interrupted run has trained on
 for step in range(first + 1, args.steps + 1):
     total = 0.0
     for i in range(args.accumulate):

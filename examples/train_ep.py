@@ -1,4 +1,4 @@
-"""Plain PyTorch training with expert parallelism: optimize, then DDP for the dense parameters, then your own loop.
+"""Plain PyTorch training with expert parallelism: optimize, then DDP for the dense parameters, then a plain loop.
 
 python examples/train_ep.py                                        # one process
 torchrun --standalone --nproc-per-node 2 examples/train_ep.py      # two ranks, half of the experts each
@@ -49,9 +49,9 @@ model = moefx.optimize(model, ep_size=ranks, compile=args.compile)  # over ranks
 if rank == 0:
     print(moefx.report(model))
 
-# DDP averages the dense gradients; moefx has marked the experts' parameters as not DDP's, and averages theirs itself
+# DDP averages the dense gradients; optimize has marked the experts' parameters, which DDP skips and moefx averages
 step_model = torch.nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
-optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)  # after optimize: experts' parameters are DTensors now
+optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)  # after optimize: the experts' parameters are DTensors now
 data = batches(8, 64, rank=rank, ranks=ranks)
 for _ in (steps := trange(args.steps, disable=rank > 0)):
     batch = {k: v.to(model.device) for k, v in next(data).items()}

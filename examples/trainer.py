@@ -4,8 +4,8 @@ python examples/trainer.py                                     # one process, mo
 torchrun --standalone --nproc-per-node 2 examples/trainer.py   # two ranks, moefx.parallelize: FSDP2, half of the experts each
 accelerate launch --multi_gpu --num_processes 2 examples/trainer.py    # the same
 
-All print the same losses: the global batch is the same. --resume goes on from the last checkpoint in --out, whatever the
-number of ranks that wrote it; one that was interrupted while it was written is passed over.
+All print the same losses: the global batch is the same. --resume continues from the last complete checkpoint in
+--out, whatever number of ranks wrote it.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-if "WORLD_SIZE" not in os.environ:  # one process trains on one GPU: for several the Trainer would take nn.DataParallel
+if "WORLD_SIZE" not in os.environ:  # one process trains on one GPU: with several visible, the Trainer would use nn.DataParallel
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
 import torch
@@ -30,8 +30,8 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--steps", type=int, default=6)
 parser.add_argument("--out", default="trainer-out")
 parser.add_argument("--resume", action="store_true")
-parser.add_argument("--report-to", default="none", help="tensorboard, wandb, ...: gets the experts' load too")
-parser.add_argument("--deterministic", action="store_true", help="two runs give the same bits")
+parser.add_argument("--report-to", default="none", help="tensorboard, wandb, ...: logs the experts' load too")
+parser.add_argument("--deterministic", action="store_true", help="two runs are bitwise equal")
 args = parser.parse_args()
 
 ranks = int(os.environ.get("WORLD_SIZE", 1))

@@ -1,4 +1,4 @@
-"""The public path of Hugging Face's Trainer for optimized models: see :mod:`moefx.integrations.trainer`."""
+"""Hugging Face's Trainer for optimized models; the public path of :mod:`moefx.integrations.trainer`."""
 
 from moefx.integrations.trainer import RouterBias, Trainer, TrainerMixin
 

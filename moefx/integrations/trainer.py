@@ -1,7 +1,7 @@
-"""Hugging Face's Trainer for models that moefx optimized: resuming at any mesh, load metrics in its log, a balancing callback.
+"""Hugging Face's Trainer for optimized models: resuming on any mesh, expert load in the log, a load-balancing callback.
 
-Needs ``moefx[train]``. The untouched ``transformers.Trainer`` trains such models too, but refuses to save what resuming needs
-for a model that is spread over ranks.
+Needs ``moefx[train]``. The plain ``transformers.Trainer`` trains such models too, but refuses to save what resuming a sharded
+model needs.
 """
 
 from __future__ import annotations
@@ -23,39 +23,45 @@ from moefx.integrations.peft import unwrap
 from moefx.runtime import router_state as routing
 from moefx.runtime.cuda_graph import cuda_graph as make_step
 
-#: The folder, inside a checkpoint of the Trainer, with what resuming needs.
+#: The folder within a checkpoint of the Trainer that holds what resuming needs.
 FOLDER = "moefx"
 
 
 class RouterBias(TrainerCallback):
-    """Auxiliary-loss-free balancing (arXiv 2408.15664), once per optimizer step: see :func:`moefx.update_router_bias`."""
+    """Auxiliary-loss-free load balancing (arXiv 2408.15664), once per optimizer step: see :func:`moefx.update_router_bias`.
+
+    Args:
+        rate: how far each expert's bias moves per step.
+    """
 
     def __init__(self, rate: float = 1e-3):
         self.rate = rate
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Starts to count the tokens of each expert."""
         routing.count_routes(unwrap(model))
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
+        """Updates the biases from the load since the last step."""
         routing.update_router_bias(unwrap(model), self.rate)
 
 
 class TrainerMixin:
-    """What ``moefx.trainer.Trainer`` adds, for other trainers: ``class Mine(TrainerMixin, trl.SFTTrainer): ...``
+    """What ``moefx.trainer.Trainer`` adds, for other trainers: ``class MyTrainer(TrainerMixin, trl.SFTTrainer): ...``
 
-    Checkpoints get a folder for resuming at any ``ep_size`` and number of ranks (DCP: weights, optimizer, scheduler), besides
-    the weights in Hugging Face layout. ``log`` gets what :func:`moefx.load_metrics` says of the steps since the last log:
+    Checkpoints get a folder for resuming at any ``ep_size`` and number of ranks (DCP: weights, optimizer, scheduler), beside
+    the weights in Hugging Face layout. ``log`` gets what :func:`moefx.load_metrics` computes from the steps since the last log:
     ``router/max_load``, ``router/entropy``, ``router/dropped``, and ``router/max_load/<layer>``, ``router/entropy/<layer>``.
 
     Args:
-        log_router_load: count tokens per expert and log them, one small all-reduce a log; "model": without the layers' own.
-        cuda_graph: replay training steps as a CUDA graph (:func:`moefx.cuda_graph`, which says what that needs): forward, loss
-            and backward of batches that have the shape of the first; others run as ever. ``compute_loss`` and hooks run
-            while a step is recorded, not in a replay. With gradient accumulation over ranks each micro-batch reduces its
-            gradients.
+        log_router_load: count tokens per expert and log their metrics, one small all-reduce per log; "model": without those of
+            single layers.
+        cuda_graph: replay training steps as a CUDA graph (see :func:`moefx.cuda_graph` for its requirements): forward, loss
+            and backward of batches with the shape of the first one; others run eagerly. ``compute_loss`` and hooks run while
+            a step is recorded, not in a replay. With gradient accumulation over ranks, each micro-batch reduces its gradients.
 
     Raises:
-        MoefxError: with ``cuda_graph``, where ``args`` ask for what a recording cannot have.
+        MoefxError: with ``cuda_graph``, if ``args`` ask for something that cannot be recorded.
     """
 
     model: Any
@@ -90,7 +96,7 @@ class TrainerMixin:
             routing.count_routes(unwrap(self.model))
 
     def train(self, resume_from_checkpoint: Any = None, *rest: Any, **named: Any) -> Any:
-        """As the Trainer's; ``resume_from_checkpoint=True`` takes the last checkpoint that was written to its end."""
+        """As the Trainer's; ``resume_from_checkpoint=True`` takes the last complete checkpoint."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = _last_complete(Path(self.args.output_dir)) or True  # True: the Trainer says what it wants
         try:
@@ -102,6 +108,7 @@ class TrainerMixin:
                 self._step = None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer's, with the load metrics beside each training loss."""
         if self._counts and "loss" in logs:
             load = routing.expert_load(unwrap(self.model), "log")
             if any(int(c.sum()) for c in load.values()):
@@ -111,6 +118,7 @@ class TrainerMixin:
         super().log(logs, start_time)  # type: ignore[misc]
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        """As the Trainer's; with ``cuda_graph``, recorded and replayed."""
         inner = unwrap(self.model)
         if hasattr(inner, "_moefx_routing"):
             inner._moefx_routing.step = self.state.global_step + 1  # for the error of check_numerics
@@ -129,7 +137,7 @@ class TrainerMixin:
         return self._step(**batch, num_items_in_batch=num_items_in_batch, accumulated=accumulated)
 
     def _defer_fsdp_gradient_reduction(self) -> Any:
-        """Of all micro-batches but an optimizer step's last (Transformers 5.24): a recorded step reduces its own."""
+        """Defers the reduction to an optimizer step's last micro-batch (Transformers 5.24); recorded steps reduce each."""
         return contextlib.nullcontext() if self._replays else super()._defer_fsdp_gradient_reduction()  # type: ignore[misc]
 
     def _clip_grad_norm(self, model: Any) -> Any:
@@ -168,7 +176,7 @@ class TrainerMixin:
         super()._load_best_model()  # type: ignore[misc]
 
     def _held(self) -> Any:
-        """The model whose state is saved: inside DDP."""
+        """The model whose state is saved: the one inside DDP."""
         return getattr(self.model, "module", self.model)
 
 
@@ -177,14 +185,14 @@ class Trainer(TrainerMixin, transformers.Trainer):
 
 
 def _can_be_recorded(args: Any) -> None:
-    """Raises MoefxError where training steps with these arguments cannot be replayed."""
+    """Raises MoefxError if training steps with these arguments cannot be recorded."""
     if args.n_gpu > 1:
         raise MoefxError(
             f"cuda_graph=True in one process that sees {args.n_gpu} GPUs: the Trainer would run copies of the model by "
             "nn.DataParallel, which cannot be recorded; start one process per GPU with torchrun, or set CUDA_VISIBLE_DEVICES=0"
         )
     if args.fp16:
-        raise MoefxError("cuda_graph=True with fp16=True: how far a loss is scaled up would be recorded; train in bf16")
+        raise MoefxError("cuda_graph=True with fp16=True: the loss scale would be recorded as a constant; train in bf16")
     if args.torch_empty_cache_steps is not None:
         raise MoefxError(
             f"cuda_graph=True with torch_empty_cache_steps={args.torch_empty_cache_steps}: memory cannot be freed while a step "
@@ -193,7 +201,7 @@ def _can_be_recorded(args: Any) -> None:
 
 
 def _last_complete(folder: Path) -> str | None:
-    """The Trainer writes its state last: a checkpoint without, or with half of it, was interrupted."""
+    """The last complete checkpoint: the Trainer writes its state last, so one without a readable state was interrupted."""
     for path in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
         with contextlib.suppress(OSError, ValueError):
             json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
@@ -212,7 +220,7 @@ def _plain(optimizer: Any) -> Any:
 
 
 def _for_groups(scheduler: dict[str, Any], groups: int) -> dict[str, Any]:
-    """A scheduler's state for ``groups`` parameter groups: there is one more for each mesh that parameters lie on."""
+    """A scheduler's state for ``groups`` parameter groups: there is one group per mesh of parameters."""
     found = dict(scheduler)
     for key, values in scheduler.items():
         if isinstance(values, list) and len(values) not in (0, groups):
