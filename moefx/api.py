@@ -30,9 +30,10 @@ from moefx.integrations import transformers as hf
 from moefx.integrations.peft import unwrap
 from moefx.internals import surroundings
 from moefx.ir.graph import value
-from moefx.ir.plan import Options, Plan
+from moefx.ir.plan import Plan
 from moefx.ir.program import Function, Program
 from moefx.ops import dispatch_combine
+from moefx.options import Options
 from moefx.rewriting.pipeline import Pipeline
 from moefx.runtime.install import install, uninstall
 from moefx.runtime.router_state import warn_balanced

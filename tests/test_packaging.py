@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import moefx
-from moefx.ir.plan import Options
+from moefx.options import Options
 
 ROOT = Path(__file__).parent.parent
 

@@ -25,7 +25,7 @@ from moefx.frontend.capture import capture
 from moefx.integrations import transformers as hf
 from moefx.integrations.transformers.auto import LANGUAGE_MODELS, auto_class
 from moefx.integrations.transformers.tiny_config import tiny_config
-from moefx.ir.plan import Options
+from moefx.options import Options
 
 
 def read_config(model: str, tiny: bool) -> PreTrainedConfig:

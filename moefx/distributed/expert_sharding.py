@@ -18,7 +18,8 @@ from moefx.errors import MoefxError
 from moefx.integrations import fsdp as sharded
 from moefx.integrations import transformers as hf
 from moefx.integrations.transformers.sharded_experts import experts_over_ranks
-from moefx.ir.plan import Options, Plan, Tune
+from moefx.ir.plan import Plan, Tune
+from moefx.options import Options
 
 if TYPE_CHECKING:
     from moefx.backends import Backend

@@ -18,9 +18,9 @@ from moefx.distributed import expert_sharding
 from moefx.frontend.capture import capture
 from moefx.integrations import transformers as hf
 from moefx.ir.graph import aten, is_call, op_name
-from moefx.ir.plan import Options
 from moefx.ops import dispatch_combine
 from moefx.ops import grouped_mlp as grouped
+from moefx.options import Options
 from moefx.passes import Overlap, default
 from tests.support.families import build
 
