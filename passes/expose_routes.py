@@ -1,4 +1,4 @@
-"""Makes each router's choice of experts an output of its function; in a replaying function, an input."""
+"""Returns each router's selected experts from its function; in a replaying function, takes them as inputs."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ _GIVEN = ("score", "topk_first", "fp32", "gather", "renormalize", "eps", "least"
 
 @dataclass(frozen=True)
 class ExposeRoutes:
-    """For ``weights, index = route(logits, ...)`` before ``experts(x, index, weights, ...)``
+    """For ``topk_weights, topk_ids = route(logits, ...)`` before ``experts(x, topk_ids, topk_weights, ...)``
 
-        return ..., index                                    # what was chosen: load metrics, recording, recomputation
-        index = where(given, given_index, index)             # in a function made by Function.replaying(), and
-        weights = route_at(logits, bias, index)
+        return ..., topk_ids  # for load metrics, recording and recomputation
 
-    and under ``plan.balanced_routing`` the index is ``balanced_index(logits)``, which no training wants. The router's logits,
-    or how many of them are not finite, are returned too where the plan asks for them. Numerics: ``route_at`` is ``route``
-    without its top-k.
+    and in a function made by ``Function.replaying``
+
+        topk_ids = where(routes_are_forced, forced_topk_ids, topk_ids)
+        topk_weights = route_at(logits, bias, topk_ids)
+
+    With ``plan.balanced_routing`` topk_ids is ``balanced_index(logits)``, for benchmarks only. If the plan needs them, the
+    router's logits, or the number of those that are not finite, are returned too. Numerics: ``route_at`` is ``route`` without
+    its top-k.
     """
 
     name: ClassVar[str] = "expose_routes"
@@ -37,19 +40,19 @@ class ExposeRoutes:
         for i, experts in enumerate([n for n in function.graph.nodes if is_call(n, ops.experts)]):
             given = arguments(experts)
             route = self._route(given["index"])
-            fixed = "" if route is not None else f"{describe(given['index'])} is not the choice of a moefx.route"
+            fixed = "" if route is not None else f"{describe(given['index'])} is not an output of a moefx.route"
             if route is None:
                 changes.miss(experts, fixed)
             elif function.given or plan.balanced_routing:
                 self._choose(function, route, plan, i)
             found.append(self._return(function, experts, route, fixed, plan))
-            changes.did(experts, f"its index is output {found[-1].index}")
+            changes.did(experts, f"its topk_ids are output {found[-1].index}")
         function.routes = tuple(found)
         return changes
 
     @staticmethod
     def _route(index: fx.Node) -> fx.Node | None:
-        """The ``route`` whose second output ``index`` is."""
+        """The ``route`` of which ``index`` is the second output."""
         while is_call(index) and index.target in VIEWS and index.target is not operator.getitem:
             index = index.args[0]  # type: ignore[assignment]
         here = is_call(index, operator.getitem) and index.args[1] == 1 and is_call(index.args[0], ops.route)
@@ -57,7 +60,7 @@ class ExposeRoutes:
 
     @staticmethod
     def _choose(function: Function, route: fx.Node, plan: Plan, at: int) -> None:
-        """Lets the plan, or the function's inputs, choose instead of ``route``."""
+        """Replaces the experts that ``route`` selects, by those of the plan or of the function's inputs."""
         given, (weights, chosen) = arguments(route), unpack(route)
         after, index = chosen.next, chosen
         if plan.balanced_routing:
@@ -78,7 +81,7 @@ class ExposeRoutes:
             results.append(node)
             return len(results) - 1
 
-        # as the experts read it, whatever became of it since the router
+        # as the experts read it: the model may have changed it after the router
         index = put(arguments(experts)["index"])
         logits = nonfinite = bias = None
         if route is not None:
@@ -96,7 +99,7 @@ class ExposeRoutes:
 
     @staticmethod
     def _name(function: Function, node: fx.Node | None) -> str | None:
-        """Which parameter or buffer of the block ``node`` is, perhaps cast or reshaped."""
+        """The name of the parameter or buffer that ``node`` is, perhaps cast or reshaped."""
         while is_call(node) and (node.target in VIEWS or node.target is aten.squeeze.default):  # type: ignore[union-attr]
             node = node.args[0]  # type: ignore[assignment,union-attr]
         known = dict(zip(function.placeholders, function.parameters))

@@ -74,7 +74,7 @@ def _roles(function: Function) -> dict[str, int]:
     """The values of the symbols, read from the function's semantic operations."""
     found: dict[str, int] = {}
 
-    def say(**numbers: Any) -> None:
+    def define(**numbers: Any) -> None:
         for name, number in numbers.items():
             if isinstance(number, int):
                 found.setdefault(name, number)
@@ -84,18 +84,18 @@ def _roles(function: Function) -> dict[str, int]:
         if op in (ops.experts, grouped.grouped_mlp):
             given = arguments(node)
             x, down = value(given["x" if op is ops.experts else "rows"]), value(given["down"])
-            say(H=x.shape[-1], I=down.shape[1 if given["transposed"] else 2])
-            say(E=down.shape[0]) if op is ops.experts else None
+            define(H=x.shape[-1], I=down.shape[1 if given["transposed"] else 2])
+            define(E=down.shape[0]) if op is ops.experts else None
         elif op is dispatch_combine.dispatch:
-            say(E=arguments(node)["num_experts"], K=value(arguments(node)["index"]).shape[1])
+            define(E=arguments(node)["num_experts"], K=value(arguments(node)["index"]).shape[1])
         elif op is ops.route:
-            say(E=value(arguments(node)["logits"]).shape[-1], K=arguments(node)["top_k"])
+            define(E=value(arguments(node)["logits"]).shape[-1], K=arguments(node)["top_k"])
         elif op is ops.attention:
             q, k = value(arguments(node)["q"]), value(arguments(node)["k"])
-            say(A=q.shape[1], G=k.shape[1], D=q.shape[3])
+            define(A=q.shape[1], G=k.shape[1], D=q.shape[3])
         elif op is ops.linear_cross_entropy:
             weight = value(arguments(node)["weight"])
-            say(V=weight.shape[0], H=weight.shape[1])
+            define(V=weight.shape[0], H=weight.shape[1])
     return found
 
 
@@ -187,13 +187,13 @@ def _experts(given: dict[str, Any], sizes: Sizes) -> tuple[Any, Any, Any]:
     spread = "rows" in given
     x, up, down = value(given["rows" if spread else "x"]), value(given["up"]), value(given["down"])
     h, i, local = sizes.role("H"), sizes.role("I"), sizes.role("E") / (EP if spread else 1)
-    wide = up.shape[2 if given["transposed"] else 1] // down.shape[1 if given["transposed"] else 2]  # 2 where there is a gate
-    read = sizes.bytes(x) + local * (wide + 1) * h * i * up.element_size()
-    for name, width in (("up_bias", wide * i), ("down_bias", h)):
+    halves = up.shape[2 if given["transposed"] else 1] // down.shape[1 if given["transposed"] else 2]  # 2: gate and up
+    read = sizes.bytes(x) + local * (halves + 1) * h * i * up.element_size()
+    for name, width in (("up_bias", halves * i), ("down_bias", h)):
         bias = given[name]
         read += 0 if bias is None else local * width * value(bias).element_size()
     read += sum(sizes.bytes(value(given[n])) for n in ("index", "weights", "counts", "row_weights") if given.get(n))
-    return 2 * sizes.rows * (wide + 1) * h * i, sympy.Integer(0), read
+    return 2 * sizes.rows * (halves + 1) * h * i, sympy.Integer(0), read
 
 
 def _attention(given: dict[str, Any], sizes: Sizes) -> tuple[Any, Any, Any]:
@@ -234,9 +234,9 @@ def _encoded(width: sympy.Expr, number: Any, plain: bool) -> sympy.Expr:
 
 
 def _transport(node: fx.Node) -> tuple[str, int]:
-    """How the rows of this dispatch (or of its start) travel, and of how many ranks a node is, if that matters.
+    """The transport of this dispatch (or of its start), and the ranks per node, if these matter.
 
-    Where nobody says: what ``transports.usual`` takes; for a graph whose process group is gone, all-to-all.
+    By default: what ``transports.usual`` takes; if the graph's process group no longer exists, all-to-all.
     """
     name, given = node.kwargs.get("transport") or getattr(node.target, "transport", ""), arguments(node)
     try:

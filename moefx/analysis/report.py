@@ -105,7 +105,7 @@ class Report:
         )
 
     def note(self, path: str, text: str) -> None:
-        """Counts a call of ``path`` that is worth knowing of, though it ran its graph."""
+        """Counts a call of ``path`` that ran its graph, with a remark."""
         self.notes[path, text] = self.notes.get((path, text), 0) + 1
 
     def extend(self, passes: list[PassReport], function: Function) -> None:

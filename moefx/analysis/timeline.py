@@ -79,7 +79,7 @@ class Timeline:
         return "\n".join(lines)
 
     def svg(self) -> str:
-        """A picture, 900 wide; each span has a tooltip with its times."""
+        """A picture of 900 pixels; each span has a tooltip with its times."""
         left, width, high = 80, 800, 34
         scale = width / self.seconds if self.seconds else 0.0
         parts = [

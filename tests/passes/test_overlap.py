@@ -22,6 +22,7 @@ from moefx.ops import dispatch_combine
 from moefx.ops import grouped_mlp as grouped
 from moefx.options import Options
 from moefx.passes import Overlap, default
+from tests.support.code_checks import defined
 from tests.support.families import build
 
 pytestmark = pytest.mark.usefixtures("cached_captures")
@@ -39,6 +40,15 @@ def report_of(name: str, overlap: Overlap | None, ep: int = 4, **changes):
         report = rewrite(capture(model), plan, pipeline, model)
         schedules = {way: report.timelines(backward=way == "backward", S=4096) for way in ("forward", "backward")}
     return report, schedules
+
+
+def test_the_code_names_what_is_exchanged():
+    report, _ = report_of("qwen3_moe", Overlap(chunks=2))
+    for stage in report.passes:
+        for listing in stage.after.values():
+            defined(listing)
+    assert "permuted_tokens, permuted_probs, tokens_per_expert, row_id_map, " in report["expert_parallel"].code
+    assert "permuted_tokens_1, permuted_probs_1, tokens_per_expert_1, row_id_map_1, " in report["overlap"].code
 
 
 def calls(report, function: str) -> list[str]:
