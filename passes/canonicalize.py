@@ -18,4 +18,5 @@ class Canonicalize:
     name: ClassVar[str] = "canonicalize"
 
     def run(self, function: Function, plan: Plan | None = None) -> Changes:
+        """Canonicalizes the function's graph."""
         return canonicalize(function.graph)

@@ -63,6 +63,7 @@ class DenseExperts(Raise):
         super().__init__("dense_experts", ops.experts, example, body=_dense, needs=lambda _: needs)
 
     def run(self, function: Function, plan: Plan | None = None) -> Changes:
+        """Raises the experts; the function then has routes that can be forced."""
         changes = super().run(function, plan)
         if changes.made:  # now there are experts whose routes can be forced
             function.graph.eliminate_dead_code()
@@ -70,6 +71,7 @@ class DenseExperts(Raise):
         return changes
 
     def rewrite(self, function: Function, match: Match, changes: Changes) -> str | None:
+        """Replaces a match by ``route`` and ``experts``. Returns None, or a sentence that says why it cannot."""
         given = tuple(match.bound[n] for n in ("x", "logits", "up", "down"))
         if match.bound["top_k"] != 1:
             return f"its {match.bound['top_k']} experts per token each scale their input: moefx.experts has one input per token"

@@ -36,6 +36,7 @@ class ExposeRoutes:
     name: ClassVar[str] = "expose_routes"
 
     def run(self, function: Function, plan: Plan) -> Changes:
+        """Adds the outputs, and records them in ``function.routes``."""
         changes, found = Changes(), []
         for i, experts in enumerate([n for n in function.graph.nodes if is_call(n, ops.experts)]):
             given = arguments(experts)

@@ -30,6 +30,7 @@ class LinearToFP32:
     name: ClassVar[str] = "linear_to_fp32"
 
     def run(self, function: Function, plan: Plan | None = None) -> Changes:
+        """Replaces the linear layers that match, each after certification."""
         changes = Changes()
         for node in list(function.graph.nodes):
             if not is_call(node, aten.linear.default):

@@ -25,6 +25,7 @@ class NormRotary:
     name: ClassVar[str] = "norm_rotary"
 
     def run(self, function: Function, plan: Plan | None = None) -> Changes:
+        """Fuses each rotation whose query and key are normalized."""
         changes = Changes()
         for rotary in [n for n in function.graph.nodes if is_call(n, ops.rotary)]:
             given = arguments(rotary)

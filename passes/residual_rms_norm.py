@@ -22,6 +22,7 @@ class ResidualRMSNorm:
     name: ClassVar[str] = "residual_rms_norm"
 
     def run(self, function: Function, plan: Plan | None = None) -> Changes:
+        """Fuses each norm of a sum of two equal shapes."""
         changes = Changes()
         for norm in list(function.graph.nodes):
             if not is_call(norm, ops.rms_norm):

@@ -64,6 +64,7 @@ class Rotary:
     name: ClassVar[str] = "rotary"
 
     def run(self, function: Function, plan: Plan | None = None) -> Changes:
+        """Raises each pair of rotations, after certification."""
         changes = Changes()
         groups: dict[tuple[Any, ...], list[Match]] = {}
         for node in function.graph.nodes:

@@ -34,6 +34,7 @@ class Sizes:
         self.shrink = shrink
 
     def __call__(self, size: Any) -> int:
+        """The number for one size, an int or SymInt."""
         if isinstance(size, torch.SymInt):
             expression = size.node.expr
             environment = size.node.shape_env
