@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from moefx.errors import CaptureError, MoefxError
-from moefx.frontend.call_signature import Call, flatten, sizes_of
+from moefx.frontend.call_signature import Call, sizes_of
+from moefx.frontend.call_template import flatten
 from moefx.frontend.export import capture_module
 from moefx.frontend.head import capture_head_call, head_call, lm_head_of
 from moefx.frontend.record import Recording, above, record

@@ -16,7 +16,8 @@ from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 
 from moefx.errors import CaptureError
-from moefx.frontend.call_signature import Call, flatten, sizes_of
+from moefx.frontend.call_signature import Call, sizes_of
+from moefx.frontend.call_template import flatten, flatten_output
 from moefx.frontend.custom_gradients import (
     custom_gradients_are_seen,
     no_grad_is_seen,
@@ -51,7 +52,7 @@ class _Entry(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         seen: dict[str, Any] = {}  # in the order in which they run, as Transformers collects them
         hooks = [m.register_forward_hook(lambda _, __, out, path=p: seen.__setitem__(path, out)) for p, m in self.routers]
-        written: dict[str, dict] = {}
+        written: dict[Any, dict] = {}
         try:
             args, kwargs = self.template.fill(tensors, written)
             _, before = flatten(args, kwargs)
@@ -64,9 +65,10 @@ class _Entry(nn.Module):
         after, template = flatten(args, kwargs)
         if template != before or any(a is not b for a, b in zip(after, tensors, strict=True)):
             raise CaptureError("it writes into a dictionary or list that it is given")
-        left = tuple(tuple(w.items()) for w in written.values())
-        flat, template = flatten((out, left, *seen.values()), {})
-        self.outputs((tuple(written), tuple(seen), template.args[1]))
+        flat: list[Tensor] = []
+        outputs = flatten_output(out, flat)
+        left = tuple((argument, flatten_output(tuple(w.items()), flat)) for argument, w in written.items() if w)
+        self.outputs((outputs, left, tuple((path, flatten_output(x, flat)) for path, x in seen.items())))
         return tuple(flat)
 
 
@@ -135,9 +137,8 @@ def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module],
         raise
     except Exception as error:
         raise untraceable(error, call.template.names(), call.sizes) from error
-    names, paths, (outputs, left, *of_routers) = returned[-1]
-    written = tuple((name, what) for name, what in zip(names, left[1], strict=True) if what[1])
-    call = replace(call, outputs=outputs, routers=tuple(zip(paths, of_routers, strict=True)), written=written)
+    outputs, written, of_routers = returned[-1]
+    call = replace(call, outputs=outputs, routers=of_routers, written=written)
     return _function(module, exported, call, name, callers)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moefx.frontend.call_signature import Call, flatten
+from moefx.frontend.call_signature import Call
+from moefx.frontend.call_template import Template, flatten
 from moefx.frontend.export import capture_module
 from moefx.frontend.lazy_logits import LazyLogits, Steps, after
 from moefx.integrations import transformers as hf
@@ -81,7 +82,7 @@ def watching_head(model: Any) -> Iterator[_Watched]:
             del model._loss_function
 
 
-def head_call(hidden: Tensor, args: tuple, kwargs: Mapping[str, Any], steps: Steps) -> tuple[list[Tensor], Any]:
+def head_call(hidden: Tensor, args: tuple, kwargs: Mapping[str, Any], steps: Steps) -> tuple[list[Tensor], Template]:
     """The tensors and template of a head's call; a number of items becomes a tensor, or each number would be a new graph."""
     kwargs = hf.count_as_tensor((hidden,), kwargs)
     if steps:

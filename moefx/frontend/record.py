@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from moefx.errors import CaptureError, MoefxError
-from moefx.frontend.call_signature import distinct_sizes, flatten, sizes_of
+from moefx.frontend.call_signature import distinct_sizes, sizes_of
+from moefx.frontend.call_template import flatten
 from moefx.frontend.head import watching_head
 from moefx.integrations import fsdp
 from moefx.integrations import transformers as hf

@@ -14,12 +14,12 @@ from moefx.errors import CaptureError
 class Unread:
     """Stands for any int or float. Whoever computes with it, compares it or looks into it raises CaptureError."""
 
-    def __init__(self, name: str, kind: str):
+    def __init__(self, name: str, kind: type):
         object.__setattr__(self, "_said", (name, kind))
 
 
-def name_and_kind(stand_in: Unread) -> tuple[str, str]:
-    """The argument's name, and "int" or "float"."""
+def name_and_kind(stand_in: Unread) -> tuple[str, type]:
+    """The argument's name, and ``int`` or ``float``."""
     return object.__getattribute__(stand_in, "_said")
 
 

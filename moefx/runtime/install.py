@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from moefx import ops
 from moefx.distributed import aux_loss, checkpoint, expert_sharding, rank_monitor
 from moefx.errors import CaptureError, MoefxError
-from moefx.frontend.call_signature import Call, flatten, said_beside, sizes_of
+from moefx.frontend.call_signature import Call, sizes_of
+from moefx.frontend.call_template import call_key, flatten
 from moefx.frontend.export import CAPTURING, capture_module, foreign_hooks
 from moefx.frontend.head import capture_head_call, head_call, split_logits
 from moefx.frontend.lazy_logits import LazyLogits
@@ -71,9 +72,9 @@ class Site:
             return original(*args, **kwargs)
         if "attentions" in requested or not self.intact(module):
             return original(*hf.own_masks(args), **hf.own_masks(kwargs))
-        tensors: list[Tensor] = []
         switches = adapters.switches(self.adapters)
-        key = (module.training, switches, *_key(args, tensors), *_key(tuple(kwargs.items()), tensors))
+        call, tensors = call_key(args, kwargs)
+        key = module.training, switches, call
         try:
             function = self.memo[key]
         except KeyError:
@@ -86,17 +87,18 @@ class Site:
             out = self.run(module, function, tensors)
         else:
             out = self.run_routed(module, function, tensors)
-        call: Call = function.call
+        covered: Call = function.call
         if "router_logits" in requested:
-            for path, template in call.routers:
+            for path, template in covered.routers:
                 router = module.get_submodule(path)
                 for hook in router._forward_hooks.values():
-                    hook(router, (), _fill(template, out))
-        for name, template in call.written:
-            dictionary = kwargs[name] if name in kwargs else args[int(name.removeprefix("number "))]
-            for key, value in _fill(template, out):
-                dictionary[key] = value
-        return out[call.outputs[1]] if call.outputs[0] == "t" else _fill(call.outputs, out)
+                    hook(router, (), template.fill(out))
+        for argument, template in covered.written:
+            dictionary = kwargs[argument] if isinstance(argument, str) else args[argument]
+            for name, value in template.fill(out):
+                dictionary[name] = value
+        assert covered.outputs is not None
+        return covered.outputs.fill(out)
 
     def run(self, module: nn.Module, function: Function, tensors: list[Tensor]) -> Any:
         with dispatch_combine.layer(self.path) if self.state.plan.ep_size > 1 else contextlib.nullcontext():
@@ -327,41 +329,6 @@ def _numbers(module: nn.Module) -> Iterator[tuple[Callable, dict, Any]]:
         if names and (not type(m).__module__.startswith("torch.nn") or isinstance(m, nn.modules.dropout._DropoutNd)):
             read = operator.itemgetter(*names)
             yield read, vars(m), read(vars(m))
-
-
-def _key(value: Any, tensors: list[Tensor]) -> tuple:
-    """What decides which function a call takes, hashable; collects the tensors on the way, in ``flatten``'s order."""
-    parts: list[Any] = []
-    for v in value:
-        if type(v) is hf.SaidMask:
-            said = said_beside(tensors, v)
-            if said is None:
-                v = v.read()
-            else:
-                parts.append(("said", said.dtype, said.window, said.starts is None))
-                v = said.starts
-        if isinstance(v, Tensor):
-            tensors.append(v)
-            parts.append((v.shape, v.dtype, v.device))
-        elif type(v) is tuple or type(v) is list:
-            parts.append((type(v), _key(v, tensors)))
-        elif type(v) is dict:
-            parts.append((dict, _key(tuple(v.items()), tensors)))
-        elif v is None or isinstance(v, (bool, int, float, str, torch.dtype)):
-            parts.append((type(v), v))
-        else:
-            parts.append(type(v))  # find() says no to it
-    return tuple(parts)
-
-
-def _fill(template: Any, out: tuple) -> Any:
-    kind, what = template
-    if kind == "t":
-        return out[what]
-    if kind in ("tuple", "list"):
-        made = [_fill(x, out) for x in what]
-        return tuple(made) if kind == "tuple" else made
-    return {k: _fill(v, out) for k, v in what} if kind == "dict" else what
 
 
 # --- under another tool's trace --------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import torch
 
 import moefx
 from moefx.analysis.report import ShortfallWarning
-from moefx.frontend.call_signature import Call, flatten
+from moefx.frontend.call_signature import Call
+from moefx.frontend.call_template import flatten
 from moefx.frontend.readings import MOST, readings
 from moefx.runtime import install
 from tests.support.families import batch, build

@@ -11,7 +11,8 @@ from torch import nn
 import moefx
 from moefx.analysis.report import ShortfallWarning
 from moefx.errors import CaptureError
-from moefx.frontend.call_signature import Call, flatten
+from moefx.frontend.call_signature import Call
+from moefx.frontend.call_template import flatten
 from moefx.frontend.export import capture_module
 from tests.support.families import batch, build
 

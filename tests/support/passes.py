@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import moefx
-from moefx.frontend.call_signature import Call, flatten
+from moefx.frontend.call_signature import Call
+from moefx.frontend.call_template import flatten
 from moefx.frontend.export import capture_module
 from moefx.ir.graph import is_call
 from moefx.passes import (
