@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from moefx.rewriting.pipeline import Changes, Pass, Pipeline
     from moefx.rewriting.raise_ops import Raise
     from moefx.runtime.cuda_graph import cuda_graph
-    from moefx.runtime.router_state import (
+    from moefx.runtime.router_tools import (
         count_routes,
         expert_load,
         load_metrics,
@@ -74,7 +74,7 @@ else:  # a type checker that saw __getattr__ would accept any name
         "moefx.rewriting.pipeline": ("Changes", "Pass", "Pipeline"),
         "moefx.rewriting.raise_ops": ("Raise",),
         "moefx.runtime.cuda_graph": ("cuda_graph",),
-        "moefx.runtime.router_state": (
+        "moefx.runtime.router_tools": (
             "count_routes", "expert_load", "load_metrics", "record_routes", "replay_routes", "update_router_bias",
         ),
         "moefx.runtime.verify": ("Verification", "verify"),

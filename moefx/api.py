@@ -36,7 +36,7 @@ from moefx.ops import dispatch_combine
 from moefx.options import Options
 from moefx.rewriting.pipeline import Pipeline
 from moefx.runtime.install import install, uninstall
-from moefx.runtime.router_state import warn_balanced
+from moefx.runtime.router_tools import warn_balanced
 from moefx.runtime.state import Optimized, state_of
 from moefx.runtime.verify import verify as verify_
 

@@ -20,7 +20,7 @@ from moefx.distributed.clip_grad import clip_grad_norm_
 from moefx.errors import MoefxError
 from moefx.integrations import fsdp
 from moefx.integrations.peft import unwrap
-from moefx.runtime import router_state as routing
+from moefx.runtime import router_tools as routing
 from moefx.runtime.cuda_graph import cuda_graph as make_step
 
 #: The folder within a checkpoint of the Trainer that holds what resuming needs.

@@ -48,6 +48,12 @@ def subclass(base: type, **members: Any) -> type:
     return type(base.__name__, (base,), {**own, **named, **members})
 
 
+@functools.cache
+def with_forward(base: type, make: Callable[[type], Callable]) -> type:
+    """A subclass of ``base`` with the forward ``make(base)``."""
+    return subclass(base, forward=functools.wraps(base.forward)(make(base)))  # type: ignore[attr-defined]
+
+
 def pickling(undo: Callable[[Any], None]) -> Callable:
     """``__reduce_ex__`` of a module as a copy of it is after ``undo``; parameters and buffers are not copied."""
 

@@ -13,7 +13,7 @@ from moefx.analysis.report import ShortfallWarning
 from moefx.frontend.call_signature import Call
 from moefx.frontend.call_template import flatten
 from moefx.frontend.readings import MOST, readings
-from moefx.runtime import install
+from moefx.runtime import block
 from tests.support.families import batch, build
 
 
@@ -59,7 +59,7 @@ def small(**changes):
 
 @pytest.mark.parametrize("shapes", [[(1, 9), (3, 5)], [(1, 1), (4, 4)]], ids=["one row first", "one token first"])
 def test_one_row_or_one_token_first(shapes, monkeypatch):
-    monkeypatch.setattr(install, "MAX_VARIANTS", 99)
+    monkeypatch.setattr(block, "MAX_VARIANTS", 99)
     model = small()
     for name in kinds(2, 2) if shapes[0] == (1, 9) else ("items", "shift_labels, flat"):
         seen = [

@@ -16,7 +16,7 @@ from moefx.frontend import custom_gradients as gradients
 from moefx.frontend import length_guards
 from moefx.integrations import transformers as hf
 from moefx.internals import assumptions
-from moefx.runtime import router_state as routing
+from moefx.runtime import recomputation
 from tests.support.families import build
 
 capture_of = import_module("moefx.frontend.export")
@@ -78,7 +78,7 @@ def test_outputs_that_are_collected_elsewhere_are_missed(tried_again, monkeypatc
 def test_recomputation_that_is_not_seen(tried_again, monkeypatch):
     monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: -1)
     with pytest.raises(moefx.CaptureError, match="whether it runs a backward"):
-        routing.recomputation_is_seen()
+        recomputation.recomputation_is_seen()
 
 
 def test_masks_that_no_longer_look_for_packing_are_missed(tried_again, monkeypatch):

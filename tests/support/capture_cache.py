@@ -23,7 +23,7 @@ _prepared: dict[str, bool] = {}  #: with all calls?
 
 
 #: Modules of moefx that call capture_module.
-_CALLERS = [import_module(f"moefx.{name}") for name in ("frontend.capture", "frontend.head", "runtime.install")]
+_CALLERS = [import_module(f"moefx.{name}") for name in ("frontend.capture", "frontend.head", "runtime.block")]
 _real = _CALLERS[0].capture_module
 
 

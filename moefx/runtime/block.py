@@ -1,0 +1,243 @@
+"""The forward that replaces a block's: finds the function that covers a call, captures one if none does, and runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moefx.errors import CaptureError, MoefxError
+from moefx.frontend.call_signature import Call, sizes_of
+from moefx.frontend.call_template import call_key, flatten
+from moefx.frontend.export import CAPTURING, capture_module
+from moefx.integrations import fsdp
+from moefx.integrations import peft as adapters
+from moefx.integrations import transformers as hf
+from moefx.internals import surroundings
+from moefx.ir.program import Function
+from moefx.ops import dispatch_combine
+from moefx.runtime.guards import ModuleGuard
+from moefx.runtime.router_state import Routing
+from moefx.runtime.state import Optimized, unseen
+from moefx.runtime.tracing import only_graphs, untraced
+
+#: A module's call is captured anew for at most this many kinds of calls (with and without mask, in training or not, ...).
+MAX_VARIANTS = 8
+
+
+@dataclass(eq=False)
+class Site:
+    """The runtime of one module: finds the function for a call, reads the parameters, runs it."""
+
+    path: str
+    state: Optimized
+    functions: list[Function]
+    routing: Routing
+    routers: list[str] = field(default_factory=list)
+    kept: list[Any] = field(default_factory=list)  #: of moefx.runtime.router_state: the routes of forwards that will run again
+    memo: dict[Any, Function | None] = field(default_factory=dict)
+    owners: dict[int, list[tuple[dict, str]]] = field(default_factory=dict)
+    guard: ModuleGuard | None = None  #: what graphs hold of the module, once a call has looked
+
+    def __deepcopy__(self, memo: dict) -> Site:
+        return type(self)(self.path, self.state, self.functions, copy.deepcopy(self.routing, memo), self.routers)
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, original: Callable) -> Any:
+        if hf.is_traced():
+            if only_graphs(self.state, self.routing, module.training):
+                return untraced(self, module, args, kwargs, original)
+            return original(*args, **kwargs)
+        if getattr(module, "_is_replica", False):
+            return original(*args, **kwargs)
+        requested = hf.requested()
+        if self.state.bypass or hf.is_emitting():
+            return original(*args, **kwargs)
+        if "attentions" in requested or not self.is_unmodified(module):
+            return original(*hf.own_masks(args), **hf.own_masks(kwargs))
+        assert self.guard is not None
+        switches = adapters.switches(self.guard.adapters)
+        call, tensors = call_key(args, kwargs)
+        key = module.training, switches, call
+        try:
+            function = self.memo[key]
+        except KeyError:
+            function = self.memo[key] = self.find(module, args, kwargs, switches)
+            if len(self.memo) > 4096:  # a new length every step, for days
+                self.memo.clear()
+        if function is None:
+            return original(*hf.own_masks(args), **hf.own_masks(kwargs))
+        if not function.routes:
+            out = self.run(module, function, tensors)
+        else:
+            out = self.run_routed(module, function, tensors)
+        covered: Call = function.call
+        if "router_logits" in requested:
+            for path, template in covered.routers:
+                router = module.get_submodule(path)
+                for hook in router._forward_hooks.values():
+                    hook(router, (), template.fill(out))
+        for argument, template in covered.written:
+            dictionary = kwargs[argument] if isinstance(argument, str) else args[argument]
+            for name, value in template.fill(out):
+                dictionary[name] = value
+        assert covered.outputs is not None
+        return covered.outputs.fill(out)
+
+    def run(self, module: nn.Module, function: Function, tensors: list[Tensor]) -> Any:
+        with dispatch_combine.layer(self.path) if self.state.plan.ep_size > 1 else contextlib.nullcontext():
+            return self._run(module, function, tensors)
+
+    def _run(self, module: nn.Module, function: Function, tensors: list[Tensor]) -> Any:
+        run = self.state.runner(function)
+        units = self.units
+        if not units:
+            return run(*self.parameters(module, function), *function.constants, *tensors)
+        tensors = fsdp.enter(units, tensors)
+        out = run(*self.parameters(module, function), *function.constants, *tensors)
+        return fsdp.leave(units, tensors, out)
+
+    def run_routed(self, module: nn.Module, function: Function, tensors: list[Tensor]) -> Any:
+        """Runs a function with routers: tells it whom to choose where that is decided, and notes whom it chose."""
+        x, dispatches = tensors[0], None
+        told = self.routing.told(self, function, tensors, module.training)
+        if told is None:
+            out = self.run(module, function, tensors)
+        else:
+            given, dispatches = told
+            with dispatch_combine.sharing(dispatches):
+                out = self.run(module, self.state.twin(function), [*tensors, *given])
+        self.routing.saw(self, function, x, module.training, out, dispatches)
+        return out
+
+    def parameters(self, module: nn.Module, function: Function) -> list[Tensor]:
+        owners = self.owners.get(id(function))
+        if owners is None:
+            owners = self.owners[id(function)] = [self._owner(module, name) for name in function.parameters]
+        found = [d[name] for d, name in owners]
+        return [p.to_local() if type(p.data) is DTensor else p for p in found] if self.state.plan.ep_size > 1 else found
+
+    @staticmethod
+    def _owner(module: nn.Module, name: str) -> tuple[dict, str]:
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        return (owner._parameters if leaf in owner._parameters else owner._buffers), leaf
+
+    @property
+    def units(self) -> list[nn.Module]:
+        """FSDP's units inside the module."""
+        return [] if self.guard is None else self.guard.units
+
+    def is_unmodified(self, module: nn.Module) -> bool:
+        """Is the module as it was captured? If only numbers or sizes in it have changed, its calls are captured anew."""
+        if self.guard is None:
+            self.guard = ModuleGuard(module)
+        changed = self.guard.first_change()
+        if changed is not None:
+            reason = self.guard.why_inexact(module, *changed)
+            if reason is None:
+                self.guard = None
+                return self.is_unmodified(module)
+            self._fell_back(module, f"{reason}: its original forward runs; moefx.restore(model) and optimize again")
+            return False
+        if self.guard.values_changed():
+            self.forget()
+            return self.is_unmodified(module)
+        return True
+
+    def forget(self) -> None:
+        """The module, or what graphs hold of it, has changed: calls are captured anew."""
+        self.functions, self.memo, self.owners, self.guard = [], {}, {}, None
+
+    def _fell_back(self, module: nn.Module, reason: str, detail: str = "", comes_of_it: str = "") -> None:
+        warn = module.training and torch.is_grad_enabled()
+        self.state.report.fell_back(self.path, reason, warn, detail, comes_of_it)
+
+    def comes_of_it(self, module: nn.Module, args: tuple) -> str:
+        """What it means for the caller that a call runs the original forward."""
+        return "it runs in plain PyTorch"
+
+    def find(self, module: nn.Module, args: tuple, kwargs: dict, switches: tuple) -> Function | None:
+        """The function that covers this call, captured now if none does; None: the original forward must run."""
+        if (self.units or fsdp.is_unit(module)) and any(disabled and merged for disabled, _, merged, _ in switches):
+            raise MoefxError(
+                f"an adapter of {self.path} is merged into the weights and disabled: PEFT would take it out of what FSDP has "
+                "gathered for this call alone; call unmerge_adapter() on PEFT's model"
+            )
+        try:
+            tensors, template = flatten(args, kwargs)
+            for function in self.functions:
+                if function.call.covers(tensors, template, module.training, switches):
+                    return function
+            if tensors and sum(f.call.device == tensors[0].device for f in self.functions) >= MAX_VARIANTS:
+                raise CaptureError(f"it was captured for {MAX_VARIANTS} kinds of calls already{self._what_differs()}")
+            others = [f.call for f in self.functions if f.call.adapters == switches]
+            # numbers that differ from those of other calls are left open first: a graph that does not read them holds for all
+            opened = [template.opened(other.template) for other in others]
+            templates = dict.fromkeys([*(t for t in opened if t not in (None, template)), template])
+            readings = list(Call.readings(tensors, template, module.training, sizes_of(module), others))
+            calls = [replace(call, template=t, adapters=switches) for t in templates for call in readings]
+            with CAPTURING:
+                function = self.capture_one_of(module, calls)
+        except CaptureError as error:
+            self._fell_back(module, str(error), error.detail, self.comes_of_it(module, args))
+            return None
+        self.functions.append(function)
+        return function
+
+    def _what_differs(self) -> str:
+        """The arguments whose numbers differ in most of the calls that the module was captured for: it reads them."""
+        found: dict[str, set[float]] = {}
+        for function in self.functions:
+            for name, number in function.call.template.numbers().items():
+                found.setdefault(name, set()).add(number)
+        names = [name for name, numbers in found.items() if len(numbers) > MAX_VARIANTS // 2]
+        return f", and computes with {', '.join(names)}, which differs each time" if names else ""
+
+    def capture_one_of(self, module: nn.Module, calls: list[Call]) -> Function:
+        """The function of the first reading of a call that can be captured; raises CaptureError, the first's, if none can."""
+        first: CaptureError | None = None
+        for call in calls:
+            try:
+                return self.capture(module, call)
+            except CaptureError as error:
+                first = first or error
+        assert first is not None
+        raise first
+
+    def capture(self, module: nn.Module, call: Call) -> Function:
+        key = (hf.structure(module), call)
+        if key not in self.state.shared:
+            routers = {p: module.get_submodule(p) for p in self.routers}
+            try:
+                with surroundings.none_of_them(), torch.enable_grad(), unseen():
+                    function = self._export(module, call, routers)
+                    self.state.lower(function)
+                self.state.shared[key] = function
+            except CaptureError as error:
+                # an error would keep its frames, with the tensors of this step
+                self.state.shared[key] = str(error), error.detail
+        found = self.state.shared[key]
+        if isinstance(found, tuple):
+            raise CaptureError(*found)
+        found.instances.append(self.path)
+        return found
+
+    def _export(self, module: nn.Module, call: Call, routers: dict[str, nn.Module]) -> Function:
+        return capture_module(module, call, routers, type(module).__name__)
+
+
+def block_forward(base: type) -> Callable:
+    # GradientCheckpointingLayer.__init_subclass__ wraps this forward too: checkpointing works as before
+    plain = base.forward  # type: ignore[attr-defined]
+
+    def forward(self, *args, **kwargs):
+        return self._moefx_site(self, args, kwargs, functools.partial(plain, self))
+
+    return forward

@@ -1,0 +1,142 @@
+"""The forward that replaces the model's, and those of models inside it: what holds for a whole step rather than for a block."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefx import ops
+from moefx.distributed import aux_loss, checkpoint, expert_sharding, rank_monitor
+from moefx.errors import MoefxError
+from moefx.frontend.lazy_logits import LazyLogits
+from moefx.integrations import fsdp
+from moefx.integrations import transformers as hf
+from moefx.runtime.head import FusedLoss, take_head
+from moefx.runtime.state import Optimized
+from moefx.runtime.tracing import only_graphs, refuse_replica, say_what_is_compiled, untraced
+
+
+def model_forward(base: type) -> Callable:
+    plain = base.forward  # type: ignore[attr-defined]
+
+    def forward(self, *args, **kwargs):
+        state: Optimized = self._moefx
+        if hf.is_traced():
+            if only_graphs(state, self._moefx_routing, self.training):
+                return untraced(forward_here, self, args, kwargs)
+            if self.training:
+                say_what_is_compiled()
+            return plain(self, *args, **kwargs)
+        if getattr(self, "_is_replica", False):
+            refuse_replica(state, self._moefx_routing, self.training)
+            return plain(self, *args, **kwargs)
+        return forward_here(self, args, kwargs)
+
+    def forward_here(self, args, kwargs):
+        state: Optimized = self._moefx
+        self._moefx_routing.start()
+        if state.shards_experts and state.plan.mesh is not None and torch.is_grad_enabled():
+            expert_sharding.average_over_replicas(self, expert_sharding.replicas_of(state.plan.mesh))
+        mean = kwargs.get("num_items_in_batch") is None
+        everywhere = state.global_aux_loss and self.training and not state.bypass
+
+        def total(x: Tensor) -> Tensor:
+            return aux_loss.SumOverRanks.apply(x, aux_loss.gradient_scale(mean))  # type: ignore[no-untyped-call]
+
+        with rank_monitor.named(), state.masks(), _aux_loss(self, state, mean, everywhere):
+            out = run(self, args, kwargs)
+            return self._moefx_routing.finish(state, out, kwargs.get("attention_mask"), total if everywhere else lambda x: x)
+
+    def run(self, args, kwargs):
+        state: Optimized = self._moefx
+        if not state.bypass:
+            kwargs = hf.count_as_tensor(args, kwargs)
+        training = kwargs.get("labels") is not None or (self.training and torch.is_grad_enabled())
+        ignores_packing = False
+        if training and not state.bypass and kwargs.get("use_cache") is None:
+            positions = len(args) > 1 or kwargs.get("position_ids") is not None
+            beside_cache, packs = positions and _fills_a_cache(self), state.program.packs_beside_cache
+            if not beside_cache or packs is not None:  # else it runs as it is, with its cache, and the report says so
+                kwargs["use_cache"] = False  # a training step fills no cache that anybody reads
+                ignores_packing = beside_cache and not packs
+            if ignores_packing:
+                state.report.ignored_packing(kwargs.get("position_ids"))
+        fused = isinstance(vars(self).get("_loss_function"), FusedLoss) and not state.bypass
+        unasked = not state.bypass and all(kwargs.get(k) is None for k in ("use_cache", "past_key_values", "cache"))
+        lm_head = self.get_output_embeddings()
+        if fused and not hasattr(lm_head, "_moefx_active"):
+            take_head(lm_head, self._loss_function.site)
+        numbered = len(args) <= 1 and kwargs.get("position_ids") is None and kwargs.get("past_key_values") is None
+        with hf.unpacked() if (numbered and training) or ignores_packing else contextlib.nullcontext():
+            if not fused or kwargs.get("labels") is None or not hasattr(lm_head, "_moefx_active"):
+                out = plain(self, *args, **kwargs)
+                if unasked and any(getattr(out, k, None) is not None for k in ("past_key_values", "cache")):
+                    state.report.filled_a_cache()
+                return out
+            lm_head._moefx_active = True
+            try:
+                return plain(self, *args, **kwargs)
+            finally:
+                lm_head._moefx_active = False
+
+    return forward
+
+
+def _aux_loss(model: Any, state: Optimized, mean_of_ranks: bool, everywhere: bool) -> contextlib.AbstractContextManager:
+    """Who computes the auxiliary loss of this forward: all ranks together, a backend's kernel, or the model as it is."""
+    if everywhere:
+        return aux_loss.over_all_ranks(model, mean_of_ranks)
+    found = next((b.kernel(ops.load_balancing_loss) for b in state.plan.backends if b.kernel(ops.load_balancing_loss)), None)
+    if state.bypass or found is None or found.fn is ops.load_balancing_loss:
+        return contextlib.nullcontext()  # nobody has more than the operation's own body: the model's function is as good
+    return aux_loss.by_kernel(model, found.fn)
+
+
+def _fills_a_cache(model: Any) -> bool:
+    """Would the model as it was fill a cache in this call, which does not say? Most then do not look for packed sequences."""
+    recomputes = model.training and torch.is_grad_enabled() and hf.is_checkpointed(model)
+    return bool(getattr(model.config.get_text_config(), "use_cache", False)) and not recomputes
+
+
+def part_forward(base: type) -> Callable:
+    """Of a model within the model: whoever calls it by itself gets graphs for the same masks."""
+    plain = base.forward  # type: ignore[attr-defined]
+
+    def forward(self, *args, **kwargs):
+        if hf.is_traced():
+            return plain(self, *args, **kwargs)
+        with self._moefx_state.masks():
+            return plain(self, *args, **kwargs)
+
+    return forward
+
+
+def sharded_save_pretrained(base: type) -> Callable:
+    plain = base.save_pretrained  # type: ignore[attr-defined]
+
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs):
+        if state_dict is not None or not fsdp.is_sharded(self) or kwargs.get("distributed_checkpoint"):
+            return plain(self, save_directory, is_main_process, state_dict, **kwargs)
+        unknown = set(kwargs) - {"max_shard_size", "save_original_format"}
+        if unknown:
+            raise MoefxError(
+                f"save_pretrained of a model that is spread over ranks does not take {sorted(unknown)[0]}: save without, then "
+                "load the folder in one process"
+            )
+        return checkpoint.save_pretrained(self, save_directory, **kwargs)
+
+    return save_pretrained
+
+
+def reshard_without_backward(model: Any, args: Any, out: Any) -> None:
+    """After FSDP's own hook. Without gradients no backward will free what the forward gathered."""
+    if torch.is_grad_enabled():
+        return
+    for logits in out if isinstance(out, tuple) else (getattr(out, "logits", None),):
+        if isinstance(logits, LazyLogits):
+            logits.materialize()  # lm_head's weight is about to go
+    fsdp.reshard(model)

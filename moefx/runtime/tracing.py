@@ -1,0 +1,65 @@
+"""An optimized model under another tool: torch.compile, torch.export, torch.jit.trace and nn.DataParallel."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moefx.errors import MoefxError
+from moefx.integrations import transformers as hf
+from moefx.runtime.router_state import Routing
+from moefx.runtime.state import Optimized
+
+
+def _compute_more(state: Optimized, routing: Routing, training: bool) -> bool:
+    """Do the graphs compute what the original forward does not?"""
+    plan = state.plan
+    always = plan.ep_size > 1 or plan.balanced_routing or plan.check_numerics
+    asked = routing.recorded is not None or routing.replayed is not None
+    return always or asked or (training and (plan.router_z_loss > 0 or state.global_aux_loss))
+
+
+def only_graphs(state: Optimized, routing: Routing, training: bool) -> bool:
+    """Do the graphs do what the original forward does not? Then nobody may trace that instead."""
+    return _compute_more(state, routing, training) or (training and routing.counting)
+
+
+@torch.compiler.disable(
+    reason="an optimized model with ep_size above 1, router_z_loss, balanced_routing, check_numerics, or whose routes are "
+    "recorded, replayed or counted, runs moefx's graphs, which are compiled already: call it without torch.compile, or without "
+    "fullgraph"
+)
+def untraced(run: Callable, *args: Any) -> Any:
+    """Dynamo breaks its graph here; torch.export and torch.jit.trace, which cannot, get an error."""
+    if hf.is_traced():
+        raise MoefxError(
+            "torch.export and torch.jit.trace see the model's own forward, which knows nothing of ep_size above 1, "
+            "router_z_loss, balanced_routing, check_numerics, or of routes that are recorded, replayed or counted: "
+            "moefx.restore(model) first"
+        )
+    return run(*args)
+
+
+@torch._dynamo.assume_constant_result
+def say_what_is_compiled() -> None:
+    """Runs while Dynamo traces, once for each graph that it makes."""
+    warnings.warn(
+        "torch.compile sees an optimized model: it compiles the model's own forward, not moefx's graphs, which are compiled "
+        "already and faster; call the model without torch.compile",
+        stacklevel=2,
+    )
+
+
+def refuse_replica(state: Optimized, routing: Routing, training: bool) -> None:
+    """nn.DataParallel runs copies of the model, whose parameters are none, in threads that share all else. What is computed
+    must not differ for that; routes are only counted without theirs.
+    """
+    if _compute_more(state, routing, training):
+        raise MoefxError(
+            "nn.DataParallel runs copies of the model that know nothing of ep_size above 1, router_z_loss, balanced_routing, "
+            "check_numerics, or of routes that are recorded or replayed: start one process per GPU with torchrun"
+        )
+    state.report.runs_replicas()
