@@ -17,10 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moefx.internals.patches import Patch
-
-#: What Transformers' modeling files call it.
-NAME = "load_balancing_loss_func"
+from moefx.internals import transformers_patches
 
 
 class SumOverRanks(torch.autograd.Function):
@@ -125,18 +122,15 @@ def _served(logits: Tensor) -> bool:
     return logits.is_cuda and logits.numel() > 0
 
 
-@cache
-def _patch(module: Any) -> Patch:
-    return Patch(module, NAME)
-
-
 @contextmanager
 def _replaced(model: Any, instead_of: Callable[[Callable], Callable]) -> Iterator[None]:
     """Within: the model's family calls ``instead_of(its function)``, if that function is the one of this file."""
+    name = transformers_patches.LOAD_BALANCING_LOSS
     modules = [sys.modules[c.__module__] for c in type(model).__mro__]  # FSDP's and moefx's classes come first
-    module = next((m for m in modules if hasattr(m, NAME)), None)
-    if module is None or not _same(inspect.unwrap(getattr(module, NAME))):
+    module = next((m for m in modules if hasattr(m, name)), None)
+    if module is None or not _same(inspect.unwrap(getattr(module, name))):
         yield
         return
-    with _patch(module).by(lambda theirs, *args, **kwargs: instead_of(theirs)(*args, **kwargs)):
+    patch = transformers_patches.load_balancing_loss(module)
+    with patch.by(lambda theirs, *args, **kwargs: instead_of(theirs)(*args, **kwargs)):
         yield

@@ -11,10 +11,8 @@ in torch 2.11 and 2.13.
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from moefx.errors import MoefxError
 from moefx.integrations import fsdp
+from moefx.internals.torch_patches import Handler, dtensors_own_handlers, extend_dtensor
 
 aten = torch.ops.aten
 
@@ -36,11 +35,6 @@ ELEMENTWISE = (
 )  # fmt: skip
 FUSED = ("adam", "adamw", "sgd", "adagrad")
 
-Handler = Callable[[Any, tuple, dict[str, Any]], Any]
-
-_TENSOR_DATA: Any = torch._C.TensorBase.data  # the descriptor that all tensors share
-
-_thread = threading.local()
 _works: bool | None = None  #: None: not tried yet
 
 
@@ -51,29 +45,17 @@ def install(mesh: DeviceMesh) -> None:
     global _works
     if _works is not None:
         return
-    dispatcher: Any = DTensor._op_dispatcher
-    before, ours = type(dispatcher), _handlers()
-    kept: dict[Any, Handler] = {}
+    undo = None
     try:
-        registered = dispatcher._custom_op_handlers
-        kept = dict(registered)
-        registered.update(ours)
-        dispatcher.__class__ = _dispatcher(before, ours, kept)
-        DTensor.data = property(_TENSOR_DATA.__get__, _set_data)  # type: ignore[assignment]
+        undo = extend_dtensor(_handlers(), _set_data)
         with torch.no_grad():
             _try(mesh)
         register_optimizer_step_pre_hook(_no_lbfgs)
         _works = True
     except Exception as error:
         _works = False
-        dispatcher.__class__ = before
-        if "data" in vars(DTensor):
-            del DTensor.data
-        for op in ours if kept else ():
-            if op in kept:
-                registered[op] = kept[op]
-            else:
-                registered.pop(op, None)
+        if undo is not None:
+            undo()
         warnings.warn(
             f"torch {torch.__version__} treats DTensors otherwise than moefx knows ({type(error).__name__}: {error}): make "
             "optimizers with foreach=False and fused=False, clip by moefx.clip_grad_norm_, do without GradScaler, and without "
@@ -99,38 +81,8 @@ def _handlers() -> dict[Any, Handler]:
     return found
 
 
-def _dispatcher(base: type, ours: dict[Any, Handler], kept: dict[Any, Handler]) -> type:
-    """DTensor's dispatcher, which does not see our handlers while one of them leaves an operation to it, in this thread only:
-    others may be in the middle of a step.
-    """
-
-    class Dispatcher(base):  # type: ignore[misc,valid-type]
-        @property
-        def _custom_op_handlers(self) -> dict[Any, Handler]:
-            registered: dict[Any, Handler] = vars(self)["_custom_op_handlers"]
-            if not getattr(_thread, "own_way", False):
-                return registered
-            theirs = {op: handler for op, handler in registered.items() if op not in ours}
-            return {**theirs, **{op: kept[op] for op in ours if op in kept}}
-
-        @_custom_op_handlers.setter
-        def _custom_op_handlers(self, handlers: dict[Any, Handler]) -> None:
-            self.__dict__["_custom_op_handlers"] = handlers
-
-    return Dispatcher
-
-
-@contextmanager
-def _own_way() -> Iterator[None]:
-    before, _thread.own_way = getattr(_thread, "own_way", False), True
-    try:
-        yield
-    finally:
-        _thread.own_way = before
-
-
 def _by_dtensor(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    with _own_way():
+    with dtensors_own_handlers():
         return op(*args, **kwargs)
 
 

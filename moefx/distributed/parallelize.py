@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.distributed import DistributedConfig
 from transformers.distributed.utils import TransformersDeviceMesh
 from transformers.utils import is_accelerate_available
@@ -35,6 +35,7 @@ from moefx.integrations import fsdp as sharded
 from moefx.integrations import transformers as hf
 from moefx.integrations.peft import inside
 from moefx.integrations.transformers.auto import auto_class
+from moefx.internals import transformers_patches
 
 #: Bytes of gathered parameters that a unit of several blocks may have. Two units are there at a time: one is used, one arrives.
 UNIT = 1 << 28
@@ -311,15 +312,7 @@ def _distributing(layout: Layout, folder: Path) -> Iterator[None]:
         checkpoint.check_files(folder, model)
         return _distribute(model, layout, meshes)
 
-    with ExitStack() as undo:
-        for name, ours in (("prepare_distribute_model", prepare), ("maybe_distribute_model", distribute)):
-            if name in vars(PreTrainedModel):
-                undo.callback(setattr, PreTrainedModel, name, vars(PreTrainedModel)[name])
-            else:
-                undo.callback(delattr, PreTrainedModel, name)
-            setattr(PreTrainedModel, name, classmethod(ours))
-        undo.callback(setattr, Transpose, "convert", Transpose.convert)
-        Transpose.convert = _transposing_parts(Transpose.convert)  # type: ignore[method-assign]
+    with transformers_patches.distributed_loading(prepare, distribute, _transposing_parts):
         yield
     if not asked:
         raise MoefxError(

@@ -14,16 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
 from moefx.errors import CaptureError
 from moefx.internals.assumptions import assumed, exported
-from moefx.internals.patches import Patch
+from moefx.internals.torch_patches import AUTOGRAD_FUNCTION
 
-#: An instance is made by C++ for each ``Function.apply``, however that was bound (``op = Fn.apply`` in a module), before its
-#: forward runs, with gradients or without.
-_CONTEXTS = Patch(BackwardCFunction, "__init__")
 _OURS = ("torch", "moefx")
 
 
@@ -82,7 +78,7 @@ def refusing_custom_gradients() -> Iterator[None]:
     """Within: raises CaptureError for an ``autograd.Function``, for hooks on gradients, and for Python that looks at whether a
     tensor has gradients.
     """
-    with _CONTEXTS.by(_refuse_function), _Watching():
+    with AUTOGRAD_FUNCTION.by(_refuse_function), _Watching():
         yield
 
 

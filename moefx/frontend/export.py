@@ -31,7 +31,7 @@ from moefx.frontend.untraceable import untraceable
 from moefx.integrations import fsdp
 from moefx.integrations import transformers as hf
 from moefx.integrations.unsharded_view import unsharded_view
-from moefx.internals.patches import silent
+from moefx.internals.silence import silent
 from moefx.ir.graph import aten
 from moefx.ir.naming import input_names, name_nodes
 from moefx.ir.program import Function

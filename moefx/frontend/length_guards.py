@@ -19,7 +19,7 @@ import torch
 
 from moefx.errors import CaptureError
 from moefx.internals.assumptions import assumed, exported
-from moefx.internals.patches import Patch
+from moefx.internals.torch_patches import SYMBOLIC_TRUTH
 
 #: Lengths for which a question is answered, besides those around the numbers in it.
 LENGTHS = (1, 2, 3, 4, 5, 7, 8, 16, 17, 30, 61, 64, 97, 128, 1000, 1024, 4096, 2**20)
@@ -79,12 +79,9 @@ def _truth(take: Callable[[torch.SymBool], bool], self: torch.SymBool) -> bool:
     return take(self)
 
 
-_TRUTH = Patch(torch.SymBool, "__bool__")
-
-
 def refusing_questions() -> AbstractContextManager[None]:
     """Within: Python code that takes one way for some lengths and another for others raises CaptureError."""
-    return _TRUTH.by(_truth)
+    return SYMBOLIC_TRUTH.by(_truth)
 
 
 @assumed("Python that asks whether a symbolic size is larger than another calls SymBool.__bool__", "torch 2.11 to 2.14")

@@ -1,16 +1,13 @@
-"""Functions of other packages that do something else while moefx asks for it, in the thread that asks.
+"""How a function of another package is replaced: once, for good, and in effect only in the context that asks for it.
 
-Whoever replaces a function and puts it back afterwards changes it for all threads meanwhile, and of two that do so at once the
-second puts the first one's back, for good. So a function is replaced once and stays so; the caller's context decides what it
-does.
+A function that is replaced and put back is replaced for all threads meanwhile; of two threads that overlap, the second restores
+the replacement of the first for good. Which functions are replaced stands in ``torch_patches`` and ``transformers_patches``.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,16 +19,24 @@ _INSTALLING = threading.Lock()
 
 
 class Patch:
-    """``owner.name``; within ``by(function)`` a call of it calls ``function(what it was, *args, **kwargs)``."""
+    """``owner.name``: within ``by(function)``, a call of it calls ``function(original, *args, **kwargs)`` instead.
 
-    def __init__(self, owner: Any, name: str):
-        self.owner, self.name = owner, name
+    Args:
+        owner: a class or module of another package.
+        name: of the function in it.
+        seen: the versions of the package in which the patch was seen to work.
+        symptom: what a user sees when it does not.
+    """
+
+    def __init__(self, owner: Any, name: str, *, seen: str, symptom: str):
+        self.owner, self.name, self.seen, self.symptom = owner, name, seen, symptom
         self._instead: ContextVar[Callable | None] = ContextVar(f"moefx_{name}", default=None)
         self._ours: Any = None
 
     @contextmanager
     def by(self, function: Callable) -> Iterator[None]:
-        if getattr(self.owner, self.name) is not self._ours:  # the first time, or somebody else has replaced it since
+        """Context, of this thread, in which ``function`` is called with the original function and its arguments."""
+        if getattr(self.owner, self.name) is not self._ours:  # the first time, or another package has replaced it since
             self._install()
         token = self._instead.set(function)
         try:
@@ -41,52 +46,17 @@ class Patch:
 
     def _install(self) -> None:
         with _INSTALLING:
-            before = getattr(self.owner, self.name)
-            if before is self._ours:
+            original = getattr(self.owner, self.name)
+            if original is self._ours:
                 return
             instead = self._instead
 
-            @functools.wraps(before)
+            @functools.wraps(original)
             def dispatch(*args: Any, **kwargs: Any) -> Any:
-                if torch.compiler.is_dynamo_compiling():  # it cannot trace a ContextVar, and nobody asks there
-                    return before(*args, **kwargs)
+                if torch.compiler.is_dynamo_compiling():  # it cannot trace a ContextVar, and no patch is in effect there
+                    return original(*args, **kwargs)
                 function = instead.get()
-                return before(*args, **kwargs) if function is None else function(before, *args, **kwargs)
+                return original(*args, **kwargs) if function is None else function(original, *args, **kwargs)
 
             self._ours = dispatch
             setattr(self.owner, self.name, dispatch)
-
-
-_silent: ContextVar[bool] = ContextVar("moefx_silent", default=False)
-
-
-class _WhileSilent(logging.Filter):
-    """A filter of warnings, which asks whether a text matches, and of loggers, which ask whether a record passes."""
-
-    def match(self, _: str) -> bool:
-        return _silent.get()
-
-    def filter(self, _: logging.LogRecord) -> bool:
-        return not _silent.get()
-
-
-_FILTER = _WhileSilent()
-_IGNORE: Any = ("ignore", _FILTER, Warning, None, 0)
-
-
-@contextmanager
-def silent(*loggers: str) -> Iterator[None]:
-    """Within: warnings of this thread, and what it tells ``loggers``, are not shown.
-
-    (``warnings.catch_warnings`` is of all threads: who enters it meanwhile would leave warnings off for good.)
-    """
-    filters: Any = warnings.filters
-    if not filters or filters[0] is not _IGNORE:  # whoever wants warnings to be errors has put that before it
-        filters[:] = [_IGNORE, *(f for f in filters if f is not _IGNORE)]
-    for name in loggers:
-        logging.getLogger(name).addFilter(_FILTER)  # which is there once, however often it is added
-    token = _silent.set(True)
-    try:
-        yield
-    finally:
-        _silent.reset(token)

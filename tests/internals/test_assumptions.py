@@ -15,14 +15,14 @@ import moefx
 from moefx.frontend import custom_gradients as gradients
 from moefx.frontend import length_guards
 from moefx.integrations import transformers as hf
-from moefx.internals import assumptions
+from moefx.internals import assumptions, torch_patches
 from moefx.runtime import recomputation
 from tests.support.families import build
 
 capture_of = import_module("moefx.frontend.export")
 NETS = {
-    "custom_gradients": (gradients.custom_gradients_are_seen, gradients._CONTEXTS, BackwardCFunction),
-    "questions": (length_guards.questions_are_seen, length_guards._TRUTH, torch.SymBool),
+    "custom_gradients": (gradients.custom_gradients_are_seen, torch_patches.AUTOGRAD_FUNCTION, BackwardCFunction),
+    "questions": (length_guards.questions_are_seen, torch_patches.SYMBOLIC_TRUTH, torch.SymBool),
 }
 
 

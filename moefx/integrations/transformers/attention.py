@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.utils.generic import GeneralInterface
 
 from moefx import ops
 from moefx.errors import CaptureError
 from moefx.integrations.transformers import recording
 from moefx.integrations.transformers.masks import SaidMask, _saying, kind_of, own_masks, said_of
 from moefx.integrations.transformers.recording import OwnAttention, _Callers
+from moefx.internals import transformers_patches
 
 
 def attention_forward(
@@ -133,19 +132,4 @@ def _now(own: Callable, kind: str | None) -> Callable:
     return functools.partial(_with_own_masks, own) if _saying.get() else own
 
 
-def _function(self: AttentionInterface, name: str) -> Callable:
-    own = GeneralInterface.__getitem__(self, name)
-    return _now(own, kind_of(own))
-
-
-_get_interface = AttentionInterface.get_interface
-
-
-@functools.wraps(_get_interface)
-def _interface(self: AttentionInterface, attn_implementation: str, default: Callable) -> Callable:
-    found = _get_interface(self, attn_implementation, default)
-    return _now(found, "eager") if found is default else found
-
-
-AttentionInterface.__getitem__ = _function  # type: ignore[method-assign]  # see masks.py
-AttentionInterface.get_interface = _interface  # type: ignore[method-assign]
+transformers_patches.intercept_attention(lambda _, own: _now(own, kind_of(own)), lambda own: _now(own, "eager"))

@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionMaskInterface, masking_utils
+from transformers import masking_utils
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, flash_attention_mask, flex_attention_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils.generic import GeneralInterface
 
 from moefx import ops
 from moefx.integrations.transformers import recording
+from moefx.internals import transformers_patches
 
 #: Set within the forward of an optimized model, and while a model is recorded: masks then say what they hide.
 _saying: ContextVar[bool] = ContextVar("moefx_saying_masks", default=False)
@@ -230,8 +230,7 @@ def _starts(sequence: Tensor) -> Tensor:
     return torch.where(begins, position, 0).cummax(1).values.to(torch.int32)
 
 
-def _mask_function(self: AttentionMaskInterface, name: str) -> Callable:
-    own = GeneralInterface.__getitem__(self, name)
+def _looked_up(name: str, own: Callable) -> Callable:
     # Dynamo cannot read a ContextVar
     if torch.compiler.is_dynamo_compiling() or not _saying.get():
         return own
@@ -244,6 +243,4 @@ def _mask_function(self: AttentionMaskInterface, name: str) -> Callable:
     return functools.partial(attention_mask, own)
 
 
-# Models look their implementations up at each call, by the names in their configurations (Transformers 5.23 and 5.24). Asked
-# here, moefx never writes a name of its own there. What looks in another way gets the model's own, in graphs too.
-AttentionMaskInterface.__getitem__ = _mask_function  # type: ignore[method-assign]
+transformers_patches.intercept_masks(_looked_up)

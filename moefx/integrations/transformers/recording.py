@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from transformers import PreTrainedConfig, masking_utils
-from transformers.integrations import hub_kernels
 from transformers.utils.output_capturing import _active_collector
 
 from moefx.errors import CaptureError
 from moefx.internals.assumptions import assumed
-from moefx.internals.patches import Patch
+from moefx.internals.transformers_patches import EXPORTING, PACKED_SEQUENCES
 
 
 class _Callers(list[tuple[str, nn.Module]]):
@@ -45,42 +44,37 @@ def emitting(lenient: bool = False) -> Iterator[list[tuple[str, nn.Module]]]:
         _emitting.reset(token)
 
 
-#: What Transformers asks to see whether position ids are those of packed sequences.
-_PACKING = Patch(masking_utils, "find_packed_sequence_indices")
-_EXPORTING = Patch(hub_kernels, "is_torchdynamo_exporting")
-
-
 @assumed("masks are made after asking masking_utils.find_packed_sequence_indices", "transformers 5.23 to 5.24")
 def packing_is_looked_for() -> bool:
     asked, config = [], PreTrainedConfig()
     config._attn_implementation = "sdpa"
-    with _PACKING.by(lambda look, position_ids: asked.append(position_ids)):
+    with PACKED_SEQUENCES.by(lambda look, position_ids: asked.append(position_ids)):
         masking_utils.create_causal_mask(config, torch.ones(1, 3, 1), None, None, torch.arange(3)[None])
     return len(asked) == 1
 
 
 def unpacked_on_meta() -> AbstractContextManager[None]:
     """Within: Transformers does not look at the values of position ids on the meta device for packed sequences."""
-    return _PACKING.by(lambda look, position_ids: None if position_ids.is_meta else look(position_ids))
+    return PACKED_SEQUENCES.by(lambda look, position_ids: None if position_ids.is_meta else look(position_ids))
 
 
 def without_packages() -> AbstractContextManager[None]:
     """Within: what Transformers takes from other packages where they are installed (Mamba's scan, causal convolutions) is its
     own PyTorch code, as in an export: their kernels read memory, which there is none of on the meta device.
     """
-    return _EXPORTING.by(lambda exporting: True)
+    return EXPORTING.by(lambda exporting: True)
 
 
 def unpacked() -> AbstractContextManager[None]:
     """Within: no packed sequences are looked for. For a call without position ids, whose positions the model numbers
     itself: reading them back would make the host wait, once a step, until the device has done all that is queued.
     """
-    return _PACKING.by(lambda look, position_ids: None)
+    return PACKED_SEQUENCES.by(lambda look, position_ids: None)
 
 
 def noticing_packing(asked: list) -> AbstractContextManager[None]:
     """Within: packed sequences are not looked for; the position ids that would have been looked at go to ``asked``."""
-    return _PACKING.by(lambda look, position_ids: asked.append(position_ids))
+    return PACKED_SEQUENCES.by(lambda look, position_ids: asked.append(position_ids))
 
 
 def packed() -> AbstractContextManager[None]:
@@ -90,7 +84,7 @@ def packed() -> AbstractContextManager[None]:
         return (torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
 
     packing_is_looked_for()
-    return _PACKING.by(number)
+    return PACKED_SEQUENCES.by(number)
 
 
 class OwnAttention(CaptureError):
