@@ -13,7 +13,7 @@ __all__ = [
     # Inspect and verify
     "report", "explain", "verify", "Report", "Verification", "ShortfallWarning",
     # Routers
-    "count_routes", "expert_load", "load_metrics", "record_routes", "replay_routes", "update_router_bias",
+    "enable_load_tracking", "expert_load", "expert_load_metrics", "record_routes", "replay_routes", "update_router_bias",
     # Capture and rewrite
     "capture", "rewrite", "Program", "Function", "Plan", "passes", "Pipeline", "Pass", "Changes",
     # Patterns and operations
@@ -45,9 +45,9 @@ if TYPE_CHECKING:
     from moefx.rewriting.raise_ops import Raise
     from moefx.runtime.cuda_graph import cuda_graph
     from moefx.runtime.router_tools import (
-        count_routes,
+        enable_load_tracking,
         expert_load,
-        load_metrics,
+        expert_load_metrics,
         record_routes,
         replay_routes,
         update_router_bias,
@@ -75,7 +75,7 @@ else:  # a type checker that saw __getattr__ would accept any name
         "moefx.rewriting.raise_ops": ("Raise",),
         "moefx.runtime.cuda_graph": ("cuda_graph",),
         "moefx.runtime.router_tools": (
-            "count_routes", "expert_load", "load_metrics", "record_routes", "replay_routes", "update_router_bias",
+            "enable_load_tracking", "expert_load", "expert_load_metrics", "record_routes", "replay_routes", "update_router_bias",
         ),
         "moefx.runtime.verify": ("Verification", "verify"),
     }  # fmt: skip

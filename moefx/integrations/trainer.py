@@ -39,7 +39,7 @@ class RouterBias(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Starts to count the tokens of each expert."""
-        routing.count_routes(unwrap(model))
+        routing.enable_load_tracking(unwrap(model))
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         """Updates the biases from the load since the last step."""
@@ -50,7 +50,7 @@ class TrainerMixin:
     """What ``moefx.trainer.Trainer`` adds, for other trainers: ``class MyTrainer(TrainerMixin, trl.SFTTrainer): ...``
 
     Checkpoints get a folder for resuming at any ``ep_size`` and number of ranks (DCP: weights, optimizer, scheduler), beside
-    the weights in Hugging Face layout. ``log`` gets what :func:`moefx.load_metrics` computes from the steps since the last log:
+    the weights in Hugging Face layout. ``log`` gets what :func:`moefx.expert_load_metrics` computes from the steps since the last log:
     ``router/max_load``, ``router/entropy``, ``router/dropped``, and ``router/max_load/<layer>``, ``router/entropy/<layer>``.
 
     Args:
@@ -93,7 +93,7 @@ class TrainerMixin:
             _can_be_recorded(self.args)
         self._counts = log_router_load
         if log_router_load:
-            routing.count_routes(unwrap(self.model))
+            routing.enable_load_tracking(unwrap(self.model))
 
     def train(self, resume_from_checkpoint: Any = None, *rest: Any, **named: Any) -> Any:
         """As the Trainer's; ``resume_from_checkpoint=True`` takes the last complete checkpoint."""
@@ -112,7 +112,7 @@ class TrainerMixin:
         if self._counts and "loss" in logs:
             load = routing.expert_load(unwrap(self.model), "log")
             if any(int(c.sum()) for c in load.values()):
-                found = routing.load_metrics(load)
+                found = routing.expert_expert_load_metrics(load)
                 names = found if self._counts is True else ("max_load", "entropy", "dropped")
                 logs |= {f"router/{k}": round(found[k], 4) for k in names}
         super().log(logs, start_time)  # type: ignore[misc]

@@ -65,7 +65,7 @@ def replay_routes(model: Any, routes: Mapping[str, Tensor]) -> Iterator[None]:
         routing.replayed = before
 
 
-def count_routes(model: Any, on: bool = True) -> None:
+def enable_load_tracking(model: Any, on: bool = True) -> None:
     """Counts, from now on, how many tokens each expert gets in training forwards; :func:`expert_load` reads the counts."""
     _, _, routing = _of(model)
     routing.counting = on
@@ -75,11 +75,11 @@ def count_routes(model: Any, on: bool = True) -> None:
 def expert_load(model: Any, reader: str = "") -> dict[str, Tensor]:
     """Tokens per expert over all ranks: experts module's path -> [E] int64. One all-reduce; all ranks call it.
 
-    :func:`count_routes` comes first. A ``reader`` (a name) gets what was counted since it read last.
+    :func:`enable_load_tracking` comes first. A ``reader`` (a name) gets what was counted since it read last.
     """
     inner, _, routing = _of(model)
     if not routing.counting:
-        raise MoefxError(f"nothing is counted yet: call moefx.count_routes({type(inner).__name__}) before the forward")
+        raise MoefxError(f"nothing is counted yet: call moefx.enable_load_tracking({type(inner).__name__}) before the forward")
     experts = {r.path(path): r.num_experts for path, r in _routes(inner)}
     device = next(inner.parameters()).device
     mine = [routing.counts.get(p, torch.zeros(n, dtype=torch.int64)).to(device) for p, n in experts.items()]
@@ -91,7 +91,7 @@ def expert_load(model: Any, reader: str = "") -> dict[str, Tensor]:
     return everywhere if before is None else {p: n - before[p].to(device) for p, n in everywhere.items()}
 
 
-def load_metrics(load: Mapping[str, Tensor]) -> dict[str, float]:
+def expert_load_metrics(load: Mapping[str, Tensor]) -> dict[str, float]:
     """What to plot of :func:`expert_load`: per layer, and as mean and worst over the layers.
 
     ``max_load`` is the load of the busiest expert over the mean (1: balanced, E: collapsed), ``entropy`` that of the load

@@ -80,7 +80,7 @@ def test_other_kinds_of_batches_run_as_ever_and_counts_go_on():
     from tests.support.families import build
 
     model = moefx.optimize(build("qwen3_moe").to("cuda", torch.bfloat16), compile=False)
-    moefx.count_routes(model)
+    moefx.enable_load_tracking(model)
     step, tokens = moefx.cuda_graph(model), 0
     for batch in batches(6, model.config.vocab_size, "cuda"):
         step(**batch)

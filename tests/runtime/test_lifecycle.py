@@ -181,7 +181,7 @@ def test_a_router_cast_to_another_dtype():
 
 def test_counts_follow_the_model():
     model = optimized()
-    moefx.count_routes(model)
+    moefx.enable_load_tracking(model)
     model(**batch(2, 9))
     routing = model._moefx_routing
     path = next(iter(routing.counts))

@@ -147,7 +147,7 @@ def test_blocks_between_streams_of_hidden_states(family):
         for m in (plain, model):
             m.activation_checkpointing_enable({"use_reentrant": reentrant})
         against(plain, model, b).raise_if_wrong()
-    moefx.count_routes(model)
+    moefx.enable_load_tracking(model)
     with moefx.record_routes(model) as routes:
         wanted = model(**b).loss
     assert {tuple(r.shape) for r in routes.values()} == {(26, 2)}
@@ -230,9 +230,9 @@ def test_bad_routes():
 
 def test_load_is_counted():
     model = optimized(build("qwen3_moe"))
-    with pytest.raises(moefx.MoefxError, match="count_routes"):
+    with pytest.raises(moefx.MoefxError, match="enable_load_tracking"):
         moefx.expert_load(model)
-    moefx.count_routes(model)
+    moefx.enable_load_tracking(model)
     model.activation_checkpointing_enable({"use_reentrant": False})
     indices = []
     for seed in (1, 2):  # accumulation; the recomputation must not count twice
@@ -247,14 +247,14 @@ def test_load_is_counted():
         for path, counts in load.items():
             assert torch.equal(counts, sum(torch.bincount(r[path].flatten(), minlength=8) for r in indices))
     assert all(int(c.sum()) == 0 for c in moefx.expert_load(model, "a").values())
-    metrics = moefx.load_metrics(load)
+    metrics = moefx.expert_load_metrics(load)
     p = load["model.layers.0.mlp.experts"] / 72
     assert metrics["max_load/model.layers.0.mlp.experts"] == pytest.approx(8 * float(p.max()))
     assert metrics["entropy/model.layers.0.mlp.experts"] == pytest.approx(
         float(torch.special.entr(p).sum() / torch.tensor(8.0).log())
     )
     assert metrics["dropped"] == 0 and metrics["max_load"] >= 1
-    collapsed = moefx.load_metrics({"x": torch.tensor([64, 0, 0, 0])})
+    collapsed = moefx.expert_load_metrics({"x": torch.tensor([64, 0, 0, 0])})
     assert collapsed["max_load"] == 4 and collapsed["entropy"] == pytest.approx(0, abs=1e-6)
 
 
@@ -265,7 +265,7 @@ def test_bias_balances(family):
     for m in model.modules():
         if "e_score_correction_bias" in m._buffers:
             m.e_score_correction_bias[3] = 0.3
-    moefx.count_routes(model)
+    moefx.enable_load_tracking(model)
     biases = {n: b.clone() for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")}
     assert len(biases) == 2
     model(**batch(4, 32, seed=1))
@@ -275,17 +275,17 @@ def test_bias_balances(family):
         path = name.replace("gate.e_score_correction_bias", "experts")
         counts = load[path].float()
         assert torch.allclose(model.get_buffer(name) - before, 1e-2 * torch.sign(counts.mean() - counts))
-    first = moefx.load_metrics(load)["max_load"]
+    first = moefx.expert_load_metrics(load)["max_load"]
     for _ in range(40):
         moefx.expert_load(model, "last")
         model(**batch(4, 32, seed=1))
         moefx.update_router_bias(model, 1e-2)
-    assert moefx.load_metrics(moefx.expert_load(model, "last"))["max_load"] < 0.8 * first
+    assert moefx.expert_load_metrics(moefx.expert_load(model, "last"))["max_load"] < 0.8 * first
 
 
 def test_bias_refused():
     model = optimized(build("qwen3_moe"))
-    moefx.count_routes(model)
+    moefx.enable_load_tracking(model)
     with pytest.raises(moefx.MoefxError, match="no router of Qwen3MoeForCausalLM has a bias"):
         moefx.update_router_bias(model)
     model = build("deepseek_v3")
@@ -293,7 +293,7 @@ def test_bias_refused():
         if "e_score_correction_bias" in m._buffers:
             m.e_score_correction_bias = m.e_score_correction_bias.bfloat16()
     model = optimized(model)
-    moefx.count_routes(model)
+    moefx.enable_load_tracking(model)
     model(**batch(1, 4))
     with pytest.raises(moefx.MoefxError, match="would be lost in it, keep it in float32"):
         moefx.update_router_bias(model)
@@ -341,7 +341,7 @@ def test_balanced_routing_is_balanced_and_loud():
     with pytest.warns(UserWarning, match="for benchmarks only"):
         model = optimized(build("deepseek_v3"), balanced_routing=True)
     assert "FOR BENCHMARKS ONLY" in str(moefx.report(model))
-    moefx.count_routes(model)
+    moefx.enable_load_tracking(model)
     model.activation_checkpointing_enable({"use_reentrant": False})
     with moefx.record_routes(model) as routes:
         model(**batch(2, 9)).loss.backward()
