@@ -75,7 +75,8 @@ else:  # a type checker that saw __getattr__ would accept any name
         "moefx.rewriting.raise_ops": ("Raise",),
         "moefx.runtime.cuda_graph": ("cuda_graph",),
         "moefx.runtime.router_tools": (
-            "enable_load_tracking", "expert_load", "expert_load_metrics", "record_routes", "replay_routes", "update_router_bias",
+            "enable_load_tracking", "expert_load", "expert_load_metrics", "record_routes", "replay_routes",
+            "update_router_bias",
         ),
         "moefx.runtime.verify": ("Verification", "verify"),
     }  # fmt: skip

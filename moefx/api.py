@@ -168,7 +168,7 @@ def optimize(
 
 
 def _optimize(model: Any, options: Options) -> Any:
-    given, model = model, adapters.inside(model)
+    given, model = model, adapters.unwrap_peft(model)
     hf.check(model)
     if getattr(model, "_moefx", None) is not None:
         raise MoefxError(f"{type(model).__name__} is already optimized: call moefx.restore(model) before optimizing it again")
@@ -189,7 +189,7 @@ def _optimize(model: Any, options: Options) -> Any:
     shortfall = report.shortfall() + _without_z_loss(report, model)
     if shortfall:
         report.warn_or_raise(shortfall, options.strict)
-    state = Optimized(program, plan, pipeline, report, hf.previous(model))
+    state = Optimized(program, plan, pipeline, report, hf.original_implementations(model))
     state.shards_experts = ep_size > 1 and expert_sharding.experts_mesh(model) is None
     if state.shards_experts:
         expert_sharding.shard_experts(model, plan)
@@ -274,7 +274,7 @@ def parallelize(
         rank_monitor.watch(lost_after)
     spread = parallelize_.spread(model, layout, dtype)
     _optimize(spread.train(), chosen)
-    adapters.inside(spread)._moefx.global_aux_loss = global_aux_loss and several
+    adapters.unwrap_peft(spread)._moefx.global_aux_loss = global_aux_loss and several
     return spread
 
 

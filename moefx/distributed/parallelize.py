@@ -33,7 +33,7 @@ from moefx.distributed import checkpoint, devices, expert_sharding, single_proce
 from moefx.errors import MoefxError
 from moefx.integrations import fsdp as sharded
 from moefx.integrations import transformers as hf
-from moefx.integrations.peft import inside
+from moefx.integrations.peft import unwrap_peft
 from moefx.integrations.transformers.auto import auto_class
 from moefx.internals import transformers_patches
 
@@ -74,7 +74,7 @@ def spread(model: Any, layout: Layout, dtype: torch.dtype | None = None) -> Any:
         return _load(Path(model), layout, dtype)
     if dtype is not None:
         raise MoefxError(f"dtype={dtype} is for a checkpoint folder, but a {type(model).__name__} was given: convert it before")
-    there: Any = inside(model)
+    there: Any = unwrap_peft(model)
     hf.check(there)
     if sharded.is_sharded(there) or getattr(there, "_moefx", None) is not None:
         raise MoefxError(f"{type(there).__name__} is optimized or spread over ranks already: parallelize comes first")
@@ -100,7 +100,7 @@ def layout(ep_size: int, dp_replicate: int, mp: Any, reshard: bool | int, offloa
             f"dp_replicate={dp_replicate})"
         )
     fsdp = world // dp_replicate
-    there = inside(model)
+    there = unwrap_peft(model)
     device = devices.of_rank(there if isinstance(there, torch.nn.Module) else None)
     return Layout(ep_size, dp_replicate, fsdp, mp or MixedPrecisionPolicy(), reshard, offload or OffloadPolicy(), device)
 

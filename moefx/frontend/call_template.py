@@ -112,7 +112,7 @@ class OpenNumber:
 
 @dataclass(frozen=True)
 class MaskLeaf:
-    """A mask that is nothing but a :class:`hf.Said`: ``tensor`` is the position of its ``starts``, None without packing."""
+    """A mask that is all in a :class:`hf.MaskPattern`. ``tensor``: the position of its ``starts``, None without packing."""
 
     dtype: torch.dtype
     window: int | None
@@ -122,7 +122,7 @@ class MaskLeaf:
         """The mask, at the batch size and length of the first tensor."""
         rows, length = tensors[0].shape[:2]
         starts = None if self.tensor is None else tensors[self.tensor]
-        return hf.Said(self.dtype, self.window, starts).mask(rows, length, tensors[0].device)
+        return hf.MaskPattern(self.dtype, self.window, starts).mask(rows, length, tensors[0].device)
 
 
 @dataclass(frozen=True)
@@ -238,13 +238,13 @@ def _template(value: Any, tensors: list[Tensor], is_call: bool) -> Template:
 
 
 def _leaf(x: Any, path: Path, tensors: list[Tensor], is_call: bool) -> Leaf:
-    if type(x) is hf.SaidMask or hf.said_of(x) is not None:
-        said = said_beside(tensors, x)
-        if said is not None and said.starts is not None:
-            tensors.append(said.starts)
-        if said is not None:
-            return MaskLeaf(said.dtype, said.window, None if said.starts is None else len(tensors) - 1)
-        x = x.read() if type(x) is hf.SaidMask else x
+    if type(x) is hf.LazyMask or hf.pattern_of(x) is not None:
+        pattern = pattern_beside(tensors, x)
+        if pattern is not None and pattern.starts is not None:
+            tensors.append(pattern.starts)
+        if pattern is not None:
+            return MaskLeaf(pattern.dtype, pattern.window, None if pattern.starts is None else len(tensors) - 1)
+        x = x.read() if type(x) is hf.LazyMask else x
     if isinstance(x, Tensor):
         tensors.append(x)
         return TensorLeaf(len(tensors) - 1)
@@ -259,10 +259,10 @@ def _leaf(x: Any, path: Path, tensors: list[Tensor], is_call: bool) -> Leaf:
     raise CaptureError(f"its {name} is a {type(x).__name__}, neither tensor nor constant")
 
 
-def said_beside(tensors: list[Tensor], mask: Tensor) -> hf.Said | None:
-    """What the mask says, if its sizes are those of a call's first tensor [B, S, ...]: a graph makes it again by them."""
+def pattern_beside(tensors: list[Tensor], mask: Tensor) -> hf.MaskPattern | None:
+    """The mask's pattern, if it is [B, 1, S, S] for the call's first tensor [B, S, ...]: a graph makes it from these sizes."""
     fits = bool(tensors) and (*tensors[0].shape[:1], 1, *tensors[0].shape[1:2], *tensors[0].shape[1:2]) == tuple(mask.shape)
-    return hf.said_of(mask) if fits else None
+    return hf.pattern_of(mask) if fits else None
 
 
 def call_key(args: tuple, kwargs: dict) -> tuple[tuple, list[Tensor]]:
@@ -274,13 +274,13 @@ def call_key(args: tuple, kwargs: dict) -> tuple[tuple, list[Tensor]]:
     parts: list[Any] = [split(args, values), split(kwargs, values)]
     tensors: list[Tensor] = []
     for v in values:
-        if type(v) is hf.SaidMask:
-            said = said_beside(tensors, v)
-            if said is None:
+        if type(v) is hf.LazyMask:
+            pattern = pattern_beside(tensors, v)
+            if pattern is None:
                 v = v.read()
             else:
-                parts.append(("mask", said.dtype, said.window, said.starts is None))
-                v = said.starts
+                parts.append(("mask", pattern.dtype, pattern.window, pattern.starts is None))
+                v = pattern.starts
         if isinstance(v, Tensor):
             tensors.append(v)
             parts.append((v.shape, v.dtype, v.device))

@@ -15,12 +15,12 @@ class Unread:
     """Stands for any int or float. Whoever computes with it, compares it or looks into it raises CaptureError."""
 
     def __init__(self, name: str, kind: type):
-        object.__setattr__(self, "_said", (name, kind))
+        object.__setattr__(self, "_number", (name, kind))
 
 
 def name_and_kind(stand_in: Unread) -> tuple[str, type]:
     """The argument's name, and ``int`` or ``float``."""
-    return object.__getattribute__(stand_in, "_said")
+    return object.__getattribute__(stand_in, "_number")
 
 
 def _refuse(self: Unread, *_: Any, **__: Any) -> Any:

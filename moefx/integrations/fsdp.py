@@ -34,9 +34,9 @@ def units(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-def enter(inside: list[nn.Module], tensors: list[Tensor]) -> list[Tensor]:
+def pre_forward(units: list[nn.Module], tensors: list[Tensor]) -> list[Tensor]:
     """Gathers the units' parameters; the tensors come back with the hooks that reduce the gradients in the backward."""
-    for unit in inside:
+    for unit in units:
         for hook in list(unit._forward_pre_hooks.values()):
             if is_fsdp_hook(hook):
                 args, _ = hook(unit, tuple(tensors), {})  # type: ignore[misc]
@@ -44,9 +44,9 @@ def enter(inside: list[nn.Module], tensors: list[Tensor]) -> list[Tensor]:
     return tensors
 
 
-def leave(inside: list[nn.Module], tensors: list[Tensor], out: Any) -> Any:
+def post_forward(units: list[nn.Module], tensors: list[Tensor], out: Any) -> Any:
     """Frees the units' parameters where FSDP would; the output comes back with the hooks that gather them for the backward."""
-    for unit in reversed(inside):
+    for unit in reversed(units):
         for hook in list(unit._forward_hooks.values()):
             if is_fsdp_hook(hook):
                 changed = hook(unit, tuple(tensors), out)
@@ -54,7 +54,7 @@ def leave(inside: list[nn.Module], tensors: list[Tensor], out: Any) -> Any:
     return out
 
 
-def frees_weights(module: nn.Module) -> bool:
+def reshards_after_forward(module: nn.Module) -> bool:
     """Is ``module`` an FSDP unit of its own whose parameters are gone once its forward has returned?"""
     if not isinstance(module, FSDPModule):
         return False

@@ -22,14 +22,14 @@ from moefx.internals.subclass import own_class, subclass
 _FACTORS = "_moefx_factors"
 
 
-def inside(model: Any) -> Any:
+def unwrap_peft(model: Any) -> Any:
     """The Transformers model inside PEFT's, else the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def unwrap(model: Any) -> Any:
     """The Transformers model inside DDP and PEFT."""
-    return inside(getattr(model, "module", model))
+    return unwrap_peft(getattr(model, "module", model))
 
 
 def is_wrapper(module: nn.Module) -> bool:

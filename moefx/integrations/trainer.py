@@ -20,7 +20,7 @@ from moefx.distributed.clip_grad import clip_grad_norm_
 from moefx.errors import MoefxError
 from moefx.integrations import fsdp
 from moefx.integrations.peft import unwrap
-from moefx.runtime import router_tools as routing
+from moefx.runtime import router_tools
 from moefx.runtime.cuda_graph import cuda_graph as make_step
 
 #: The folder within a checkpoint of the Trainer that holds what resuming needs.
@@ -39,18 +39,18 @@ class RouterBias(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Starts to count the tokens of each expert."""
-        routing.enable_load_tracking(unwrap(model))
+        router_tools.enable_load_tracking(unwrap(model))
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         """Updates the biases from the load since the last step."""
-        routing.update_router_bias(unwrap(model), self.rate)
+        router_tools.update_router_bias(unwrap(model), self.rate)
 
 
 class TrainerMixin:
     """What ``moefx.trainer.Trainer`` adds, for other trainers: ``class MyTrainer(TrainerMixin, trl.SFTTrainer): ...``
 
     Checkpoints get a folder for resuming at any ``ep_size`` and number of ranks (DCP: weights, optimizer, scheduler), beside
-    the weights in Hugging Face layout. ``log`` gets what :func:`moefx.expert_load_metrics` computes from the steps since the last log:
+    the weights in Hugging Face layout. ``log`` gets the :func:`moefx.expert_load_metrics` of the steps since the last log:
     ``router/max_load``, ``router/entropy``, ``router/dropped``, and ``router/max_load/<layer>``, ``router/entropy/<layer>``.
 
     Args:
@@ -93,7 +93,7 @@ class TrainerMixin:
             _can_be_recorded(self.args)
         self._counts = log_router_load
         if log_router_load:
-            routing.enable_load_tracking(unwrap(self.model))
+            router_tools.enable_load_tracking(unwrap(self.model))
 
     def train(self, resume_from_checkpoint: Any = None, *rest: Any, **named: Any) -> Any:
         """As the Trainer's; ``resume_from_checkpoint=True`` takes the last complete checkpoint."""
@@ -110,9 +110,9 @@ class TrainerMixin:
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's, with the load metrics beside each training loss."""
         if self._counts and "loss" in logs:
-            load = routing.expert_load(unwrap(self.model), "log")
+            load = router_tools.expert_load(unwrap(self.model), "log")
             if any(int(c.sum()) for c in load.values()):
-                found = routing.expert_expert_load_metrics(load)
+                found = router_tools.expert_load_metrics(load)
                 names = found if self._counts is True else ("max_load", "entropy", "dropped")
                 logs |= {f"router/{k}": round(found[k], 4) for k in names}
         super().log(logs, start_time)  # type: ignore[misc]
@@ -120,8 +120,8 @@ class TrainerMixin:
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         """As the Trainer's; with ``cuda_graph``, recorded and replayed."""
         inner = unwrap(self.model)
-        if hasattr(inner, "_moefx_routing"):
-            inner._moefx_routing.step = self.state.global_step + 1  # for the error of check_numerics
+        if hasattr(inner, "_moefx_router_state"):
+            inner._moefx_router_state.step = self.state.global_step + 1  # for the error of check_numerics
         ordinary: Any = super().training_step  # type: ignore[misc]
         if not self._replays:
             return ordinary(model, inputs, num_items_in_batch)

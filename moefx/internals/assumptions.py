@@ -1,7 +1,7 @@
-"""What moefx relies on beyond what PyTorch and Transformers promise: each is tried once, on a small case, before it is used.
+"""Assumptions about internals of PyTorch and Transformers: each is tested once a process, on a small case, before it is used.
 
-An internal that has changed raises no error: a net is no longer asked, a name is no longer used, and a graph is wrong without a
-word. So each stands beside its use as ``@assumed(what, seen)`` over a function that tries it, and is called before the use.
+An internal that changes raises no error: a hook is no longer called, a name is no longer read, and a graph is silently wrong.
+So beside each use stands ``@assumed(what, seen)`` on a function that tests it, and the use calls it first.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from moefx.errors import CaptureError
 
 @dataclass(eq=False)
 class Assumption:
-    """Call it before what it says is relied on; raises CaptureError if it does not hold here."""
+    """Call it before the use that relies on it; raises CaptureError if it does not hold in this process."""
 
     what: str
     seen: str  #: the versions in which it was seen to hold
     tried: Callable[[], bool]
-    reason: str | None = field(default=None, init=False)  #: why it does not hold, "" if it does, None: not tried yet
+    reason: str | None = field(default=None, init=False)  #: why it does not hold; "" if it does, None before it was tested
 
     def holds(self) -> bool:
+        """Tests the assumption, the first time, and returns whether it holds."""
         if self.reason is None:
-            # in a thread of its own: nothing of the modes, hooks and contexts around this call reaches it
+            # in a thread of its own, which the modes, hooks and contexts around this call do not reach
             trial = threading.Thread(target=self._try, name="moefx-trial")
             trial.start()
             trial.join()
@@ -42,8 +43,8 @@ class Assumption:
     def __call__(self) -> None:
         if not self.holds():
             raise CaptureError(
-                f"moefx relies on this, that {self.what}; tried with torch {torch.__version__} and transformers "
-                f"{transformers.__version__}, it does not hold ({self.reason}); use {self.seen}"
+                f"moefx assumes that {self.what}; with torch {torch.__version__} and transformers {transformers.__version__} "
+                f"it does not hold ({self.reason}): use {self.seen}"
             )
 
 
@@ -52,7 +53,7 @@ ALL: list[Assumption] = []
 
 
 def assumed(what: str, seen: str) -> Callable[[Callable[[], bool]], Assumption]:
-    """Makes an :class:`Assumption` of the decorated function, which says whether it holds."""
+    """Decorator: makes an :class:`Assumption` of a function that returns whether it holds."""
 
     def make(tried: Callable[[], bool]) -> Assumption:
         ALL.append(Assumption(what, seen, tried))
@@ -62,7 +63,7 @@ def assumed(what: str, seen: str) -> Callable[[Callable[[], bool]], Assumption]:
 
 
 def exported(function: Callable[[torch.Tensor], torch.Tensor]) -> torch.export.ExportedProgram:
-    """``function`` of a float32 tensor [n, 3], for any n, exported as capture exports a block: where nets are relied on."""
+    """``function`` of a float32 tensor [n, 3], n dynamic, exported as a block is: the conditions in which checks must work."""
 
     class Tried(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""The class of a module under moefx: that of its own with another forward, and in all else taken for it.
+"""The class of a module under moefx: a subclass of its own class with another forward, and the same name.
 
-It has the same name, since Transformers and FSDP wrap by class and by name. Whoever calls it, ``type(model)(config)`` or
-``type(model).from_pretrained(folder)``, gets a module of the own class; a copy of a module stays what the module is; what is
-pickled is a module of the own class, which moefx need not be there to read.
+Transformers and FSDP wrap by class and by class name, so both must still match. Constructing one, ``type(model)(config)`` or
+``type(model).from_pretrained(folder)``, gives a module of the original class. Copies of a module keep its class. A pickled
+module is one of the original class, so it can be loaded without moefx.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import nn
 
-#: What moefx leaves on modules.
+#: Attributes that moefx sets on modules.
 ATTRIBUTES = (
-    "_moefx", "_moefx_active", "_moefx_layout", "_moefx_own_attention", "_moefx_previous", "_moefx_routing", "_moefx_site",
-    "_moefx_state",
+    "_moefx", "_moefx_active", "_moefx_forward", "_moefx_layout", "_moefx_original_implementation", "_moefx_own_attention",
+    "_moefx_router_state", "_moefx_state",
 )  # fmt: skip
 
 
@@ -55,19 +55,19 @@ def with_forward(base: type, make: Callable[[type], Callable]) -> type:
 
 
 def pickling(undo: Callable[[Any], None]) -> Callable:
-    """``__reduce_ex__`` of a module as a copy of it is after ``undo``; parameters and buffers are not copied."""
+    """A ``__reduce_ex__`` that pickles a copy of the module after ``undo``; parameters and buffers are not copied for it."""
 
     def __reduce_ex__(self, protocol):
         kept = {id(t): t for m in self.modules() for t in (*m._parameters.values(), *m._buffers.values())}
         copied = copy.deepcopy(self, kept)
         undo(copied)
-        return copied.__reduce_ex__(1)  # from 2 on, pickle compares the class with that of the module which it was given
+        return copied.__reduce_ex__(1)  # from protocol 2 on, pickle compares its class with type(self)
 
     return __reduce_ex__
 
 
 def remove(module: nn.Module) -> None:
-    """Gives ``module`` and all in it their own classes back."""
+    """Restores the original classes of ``module`` and of all modules in it."""
     for m in module.modules():
         m.__class__ = own_class(type(m))
         for name in ATTRIBUTES:
@@ -75,7 +75,7 @@ def remove(module: nn.Module) -> None:
 
 
 def own_class(cls: type) -> type:
-    """The class that stood there before moefx came."""
+    """The original class of a module, before moefx changed it."""
     while hasattr(cls, "_moefx_base"):
         cls = cls._moefx_base
     return cls

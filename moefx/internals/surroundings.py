@@ -1,4 +1,4 @@
-"""What the caller has switched on around a call of moefx."""
+"""Modes that the caller has switched on around a call of moefx."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 @contextmanager
 def none_of_them() -> Iterator[None]:
-    """Within: neither a default device (``with torch.device("meta")``) nor inference mode reaches what is made.
+    """Context without a default device (``with torch.device("meta")``) and without inference mode.
 
-    Graphs, their constants and the numbers that they are tried on outlive the call, and say themselves where they lie.
+    Graphs, their constants and the tensors that they are tested on outlive the call, and each names its device itself.
     """
     with ExitStack() as stack:
         if torch.get_default_device().type != "cpu":

@@ -24,7 +24,7 @@ from moefx.internals import surroundings
 from moefx.ir.program import Function
 from moefx.ops import dispatch_combine
 from moefx.runtime.guards import ModuleGuard
-from moefx.runtime.router_state import Routing
+from moefx.runtime.router_state import RouterState
 from moefx.runtime.state import Optimized, unseen
 from moefx.runtime.tracing import only_graphs, untraced
 
@@ -33,25 +33,25 @@ MAX_VARIANTS = 8
 
 
 @dataclass(eq=False)
-class Site:
+class BlockForward:
     """The runtime of one module: finds the function for a call, reads the parameters, runs it."""
 
     path: str
     state: Optimized
     functions: list[Function]
-    routing: Routing
+    router_state: RouterState
     routers: list[str] = field(default_factory=list)
     kept: list[Any] = field(default_factory=list)  #: of moefx.runtime.router_state: the routes of forwards that will run again
     memo: dict[Any, Function | None] = field(default_factory=dict)
     owners: dict[int, list[tuple[dict, str]]] = field(default_factory=dict)
     guard: ModuleGuard | None = None  #: what graphs hold of the module, once a call has looked
 
-    def __deepcopy__(self, memo: dict) -> Site:
-        return type(self)(self.path, self.state, self.functions, copy.deepcopy(self.routing, memo), self.routers)
+    def __deepcopy__(self, memo: dict) -> BlockForward:
+        return type(self)(self.path, self.state, self.functions, copy.deepcopy(self.router_state, memo), self.routers)
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, original: Callable) -> Any:
         if hf.is_traced():
-            if only_graphs(self.state, self.routing, module.training):
+            if only_graphs(self.state, self.router_state, module.training):
                 return untraced(self, module, args, kwargs, original)
             return original(*args, **kwargs)
         if getattr(module, "_is_replica", False):
@@ -60,7 +60,7 @@ class Site:
         if self.state.bypass or hf.is_emitting():
             return original(*args, **kwargs)
         if "attentions" in requested or not self.is_unmodified(module):
-            return original(*hf.own_masks(args), **hf.own_masks(kwargs))
+            return original(*hf.original_masks(args), **hf.original_masks(kwargs))
         assert self.guard is not None
         switches = adapters.switches(self.guard.adapters)
         call, tensors = call_key(args, kwargs)
@@ -72,7 +72,7 @@ class Site:
             if len(self.memo) > 4096:  # a new length every step, for days
                 self.memo.clear()
         if function is None:
-            return original(*hf.own_masks(args), **hf.own_masks(kwargs))
+            return original(*hf.original_masks(args), **hf.original_masks(kwargs))
         if not function.routes:
             out = self.run(module, function, tensors)
         else:
@@ -99,21 +99,21 @@ class Site:
         units = self.units
         if not units:
             return run(*self.parameters(module, function), *function.constants, *tensors)
-        tensors = fsdp.enter(units, tensors)
+        tensors = fsdp.pre_forward(units, tensors)
         out = run(*self.parameters(module, function), *function.constants, *tensors)
-        return fsdp.leave(units, tensors, out)
+        return fsdp.post_forward(units, tensors, out)
 
     def run_routed(self, module: nn.Module, function: Function, tensors: list[Tensor]) -> Any:
         """Runs a function with routers: tells it whom to choose where that is decided, and notes whom it chose."""
         x, dispatches = tensors[0], None
-        told = self.routing.told(self, function, tensors, module.training)
-        if told is None:
+        forced = self.router_state.forced_routes(self, function, tensors, module.training)
+        if forced is None:
             out = self.run(module, function, tensors)
         else:
-            given, dispatches = told
+            given, dispatches = forced
             with dispatch_combine.sharing(dispatches):
-                out = self.run(module, self.state.twin(function), [*tensors, *given])
-        self.routing.saw(self, function, x, module.training, out, dispatches)
+                out = self.run(module, self.state.replay_function(function), [*tensors, *given])
+        self.router_state.record(self, function, x, module.training, out, dispatches)
         return out
 
     def parameters(self, module: nn.Module, function: Function) -> list[Tensor]:
@@ -238,6 +238,6 @@ def block_forward(base: type) -> Callable:
     plain = base.forward  # type: ignore[attr-defined]
 
     def forward(self, *args, **kwargs):
-        return self._moefx_site(self, args, kwargs, functools.partial(plain, self))
+        return self._moefx_forward(self, args, kwargs, functools.partial(plain, self))
 
     return forward

@@ -97,8 +97,8 @@ class GraphedStep:
         """What a recorded step depends on, besides the numbers in its tensors."""
         parts = [(n, (v.shape, v.dtype, v.device) if isinstance(v, Tensor) else v) for n, v in sorted(batch.items())]
         inner = unwrap(self.model)
-        state = inner._moefx_routing
-        asked = state.counting, state.recorded is None, state.replayed is None, hf.is_checkpointed(inner)
+        state = inner._moefx_router_state
+        asked = state.tracks_load, state.recorded_routes is None, state.replayed_routes is None, hf.is_checkpointed(inner)
         return *parts, inner.training, *asked, *(p.requires_grad for p in self._parameters)
 
     def _check(self, found: Recorded) -> None:

@@ -20,17 +20,19 @@ from moefx.integrations import fsdp
 from moefx.integrations import transformers as hf
 from moefx.internals.subclass import with_forward
 from moefx.ir.program import Function
-from moefx.runtime.block import Site
+from moefx.runtime.block import BlockForward
 
 
 @dataclass(eq=False)
-class HeadSite(Site):
+class HeadForward(BlockForward):
     """The runtime of lm_head + loss; ``module`` is lm_head."""
 
     model_loss: Callable | None = None
 
-    def __deepcopy__(self, memo: dict) -> HeadSite:
-        return type(self)(self.path, self.state, self.functions, copy.deepcopy(self.routing, memo), model_loss=self.model_loss)
+    def __deepcopy__(self, memo: dict) -> HeadForward:
+        return type(self)(
+            self.path, self.state, self.functions, copy.deepcopy(self.router_state, memo), model_loss=self.model_loss
+        )
 
     def comes_of_it(self, module: nn.Module, args: tuple) -> str:
         numbers = args[0].numel() // args[0].shape[-1] * module.out_features
@@ -44,7 +46,7 @@ class HeadSite(Site):
 class FusedLoss:
     """The model's loss function: reads hidden states where the logits were not read by anybody, else the logits."""
 
-    def __init__(self, site: HeadSite, loss: Callable):
+    def __init__(self, site: HeadForward, loss: Callable):
         self.site, self.loss = site, loss
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -86,14 +88,14 @@ def _lm_head_forward(base: type) -> Callable:
     plain = base.forward  # type: ignore[attr-defined]
 
     def forward(self, hidden):
-        if not self._moefx_active or hf.is_emitting() or hf.is_traced() or fsdp.frees_weights(self):
+        if not self._moefx_active or hf.is_emitting() or hf.is_traced() or fsdp.reshards_after_forward(self):
             return plain(self, hidden)
         return LazyLogits(hidden, _Projection(self, functools.partial(plain, self)), self.out_features, hidden.dtype)
 
     return forward
 
 
-def take_head(lm_head: Any, site: HeadSite) -> None:
+def take_head(lm_head: Any, site: HeadForward) -> None:
     """Makes ``lm_head`` give lazy logits; of a head that came after optimize, the loss is captured anew."""
     if not isinstance(lm_head, nn.Linear):
         what = f"lm_head is a {type(lm_head).__name__}, put there after optimize, and not linear: its logits are stored"

@@ -11,11 +11,11 @@ from moefx.integrations import fsdp
 from moefx.integrations import transformers as hf
 from moefx.internals.subclass import pickling, remove, subclass, with_forward
 from moefx.ir.program import Function
-from moefx.runtime.block import Site, block_forward
-from moefx.runtime.head import FusedLoss, HeadSite, take_head
+from moefx.runtime.block import BlockForward, block_forward
+from moefx.runtime.head import FusedLoss, HeadForward, take_head
 from moefx.runtime.model import model_forward, part_forward, reshard_without_backward, sharded_save_pretrained
 from moefx.runtime.recomputation import recomputation_is_seen
-from moefx.runtime.router_state import Routing
+from moefx.runtime.router_state import RouterState
 from moefx.runtime.state import Optimized
 
 
@@ -33,8 +33,8 @@ def _model_class(base: type) -> type:
 def install(model: Any, state: Optimized) -> None:
     """Makes every instance of every function run it. Nothing else of the model changes: same names, same parameters."""
     recomputation_is_seen()
-    hf.use(model, not state.program.own_attention)
-    routers, routing = hf.routers(model), Routing()
+    hf.activate(model, not state.program.own_attention)
+    routers, router_state = hf.routers(model), RouterState()
     by_path: dict[str, list[Function]] = {}
     for function in state.program:
         for path in function.instances:
@@ -44,26 +44,26 @@ def install(model: Any, state: Optimized) -> None:
         if functions[0].name == "head":
             continue
         inner = [p.removeprefix(f"{path}.") for p in routers if p.startswith(f"{path}.")]
-        module.__dict__["_moefx_site"] = Site(path, state, list(functions), routing, inner)
+        module.__dict__["_moefx_forward"] = BlockForward(path, state, list(functions), router_state, inner)
         module.__class__ = with_forward(type(module), block_forward)  # type: ignore[arg-type]
     head = state.program.functions.get("head")
     if head is not None:
         loss = model.loss_function
         state.loss = vars(model).get("_loss_function")
         lm_head = model.get_submodule(head.instances[0])
-        site = HeadSite(head.instances[0], state, [], routing, model_loss=loss)
+        site = HeadForward(head.instances[0], state, [], router_state, model_loss=loss)
         take_head(lm_head, site)
         site.functions = [head]
         model.loss_function = FusedLoss(site, loss)
     for path, functions in by_path.items():
         if functions[0].name != "head":
             module = model.get_submodule(path)
-            module._moefx_site.is_unmodified(module)  # from here on, what is replaced inside is noticed
+            module._moefx_forward.is_unmodified(module)  # from here on, what is replaced inside is noticed
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and part is not model and not hasattr(type(part), "_moefx_base"):
             part.__dict__["_moefx_state"] = state
             part.__class__ = with_forward(type(part), part_forward)  # type: ignore[arg-type]
-    model.__dict__["_moefx"], model.__dict__["_moefx_routing"] = state, routing
+    model.__dict__["_moefx"], model.__dict__["_moefx_router_state"] = state, router_state
     if fsdp.is_unit(model):
         state.hooks.append(model.register_forward_hook(reshard_without_backward))
     model.__class__ = _model_class(type(model))  # type: ignore[arg-type]

@@ -26,19 +26,19 @@ def model_forward(base: type) -> Callable:
     def forward(self, *args, **kwargs):
         state: Optimized = self._moefx
         if hf.is_traced():
-            if only_graphs(state, self._moefx_routing, self.training):
+            if only_graphs(state, self._moefx_router_state, self.training):
                 return untraced(forward_here, self, args, kwargs)
             if self.training:
                 say_what_is_compiled()
             return plain(self, *args, **kwargs)
         if getattr(self, "_is_replica", False):
-            refuse_replica(state, self._moefx_routing, self.training)
+            refuse_replica(state, self._moefx_router_state, self.training)
             return plain(self, *args, **kwargs)
         return forward_here(self, args, kwargs)
 
     def forward_here(self, args, kwargs):
         state: Optimized = self._moefx
-        self._moefx_routing.start()
+        self._moefx_router_state.start()
         if state.shards_experts and state.plan.mesh is not None and torch.is_grad_enabled():
             expert_sharding.average_over_replicas(self, expert_sharding.replicas_of(state.plan.mesh))
         mean = kwargs.get("num_items_in_batch") is None
@@ -49,7 +49,9 @@ def model_forward(base: type) -> Callable:
 
         with rank_monitor.named(), state.masks(), _aux_loss(self, state, mean, everywhere):
             out = run(self, args, kwargs)
-            return self._moefx_routing.finish(state, out, kwargs.get("attention_mask"), total if everywhere else lambda x: x)
+            return self._moefx_router_state.finish(
+                state, out, kwargs.get("attention_mask"), total if everywhere else lambda x: x
+            )
 
     def run(self, args, kwargs):
         state: Optimized = self._moefx

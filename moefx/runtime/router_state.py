@@ -1,7 +1,7 @@
 """The routers of a model while it runs: routes that are forced, recorded, counted, and kept for recomputation.
 
-A captured function returns its routers' choices (the pass ``routes``), and has a twin that takes them as inputs. What is done
-with the choices is Python around compiled code, and costs nothing where nobody asks.
+A captured function returns its routers' choices (the pass ``ExposeRoutes``), and its replay function takes them as inputs. What
+is done with the choices is Python around compiled code, and costs nothing unless it is asked for.
 """
 
 from __future__ import annotations
@@ -22,68 +22,70 @@ from moefx.runtime.state import Optimized
 
 if TYPE_CHECKING:
     from moefx.ir.program import Function, RouterOutputs
-    from moefx.runtime.block import Site
+    from moefx.runtime.block import BlockForward
 
-#: Recorded choices: path of an experts module -> index [T, K], in the order of the model.
+#: Recorded routes: path of an experts module -> expert ids [T, K], in the order of the model.
 Routes = dict[str, Tensor]
 
 
 @dataclass(eq=False)
-class Routing:
+class RouterState:
     """The routers of one model while it runs."""
 
-    recorded: Routes | None = None
-    replayed: Mapping[str, Tensor] | None = None
-    counting: bool = False
-    counts: dict[str, Tensor] = field(default_factory=dict)  #: rows per expert on this rank since counting began
-    read: dict[str, dict[str, Tensor]] = field(default_factory=dict)  #: the counts of all ranks that each reader has seen
+    recorded_routes: Routes | None = None  #: where to record routes; None: they are not recorded
+    replayed_routes: Mapping[str, Tensor] | None = None  #: routes that replace the routers' own
+    tracks_load: bool = False
+    tokens_per_expert: dict[str, Tensor] = field(default_factory=dict)  #: on this rank, since tracking began
+    reported: dict[str, dict[str, Tensor]] = field(default_factory=dict)  #: of all ranks, when each reader last read
     logits: list[Tensor] = field(default_factory=list)
     z_loss: Tensor | None = None  #: of the last forward with labels
     nonfinite: list[tuple[str, Tensor]] = field(default_factory=list)
     forwards: int = 0
-    differentiates: bool = False  #: does the running forward of the model have gradients?
-    step: int | None = None  #: of the optimizer, where somebody counts: the Trainer
+    differentiates: bool = False  #: does the running forward of the model record gradients?
+    step: int | None = None  #: the optimizer step, set by moefx.trainer
 
-    def __deepcopy__(self, memo: dict) -> Routing:
-        return type(self)(counting=self.counting)
+    def __deepcopy__(self, memo: dict) -> RouterState:
+        return type(self)(tracks_load=self.tracks_load)
 
-    # --- around a function's call ---
+    # --- around a call of a function ---
 
-    def told(
-        self, site: Site, function: Function, tensors: list[Tensor], training: bool
+    def forced_routes(
+        self, block: BlockForward, function: Function, tensors: list[Tensor], training: bool
     ) -> tuple[list[Tensor], Dispatches] | None:
-        """The choices that this call must use, whether it must, and the dispatches that belong to them.
+        """The inputs of the replay function that force the routes of this call, and the dispatches that belong to them.
 
-        None: nothing depends on them, the routers choose.
+        None if the call can run the function in which the routers choose.
         """
         index, dispatches, x = None, Dispatches(), tensors[0]
         if recomputing():
-            kept = next((k for k in site.kept if k.where == where(x) and not k.storage.expired()), None)
+            kept = next((k for k in block.kept if k.where == where(x) and not k.storage.expired()), None)
             fixed = next((r.fixed for r in function.routes if r.fixed), "")
             if kept is None or fixed:
-                why = fixed or "the input that it was checkpointed with is not there"
-                site.state.report.note(site.path, f"its routes are computed again in the backward: {why}")
+                why = fixed or "the input that it was checkpointed with is gone"
+                block.state.report.note(block.path, f"its routes are recomputed in the backward: {why}")
             else:
                 index, dispatches = kept.index, kept.dispatches
-        elif self.replayed is not None:
+        elif self.replayed_routes is not None:
             counts = zip(function.routes, function.routed(tensors), strict=True)
-            index = [self._replayed(r.path(site.path), r, tokens, x.device) for r, tokens in counts]
+            index = [self._replayed(r.path(block.path), r, tokens, x.device) for r, tokens in counts]
         if index is None and not (training and checkpointed()):
             return None
-        # forward and recomputation must save the same tensors: both run the function that can be told
-        told = index is not None
+        # forward and recomputation must save the same tensors, so both run the replay function
+        forced = index is not None
         if index is None:
             counts = zip(function.routes, function.routed(tensors), strict=True)
             index = [torch.zeros(tokens, r.top_k, dtype=torch.int64, device=x.device) for r, tokens in counts]
-        return [*index, torch.full((), told, device=x.device)], dispatches
+        return [*index, torch.full((), forced, device=x.device)], dispatches
 
     def _replayed(self, path: str, route: RouterOutputs, tokens: int, device: torch.device) -> Tensor:
-        assert self.replayed is not None
+        assert self.replayed_routes is not None
         if route.fixed:
             raise MoefxError(f"the routes of {path} cannot be replayed: {route.fixed}")
-        index = self.replayed.get(path)
+        index = self.replayed_routes.get(path)
         if index is None:
-            raise MoefxError(f"the routes to replay have none for {path}: they are of {', '.join(self.replayed) or 'nothing'}")
+            raise MoefxError(
+                f"there are no routes to replay for {path}, only for {', '.join(self.replayed_routes) or 'no module'}"
+            )
         if tuple(index.shape) != (tokens, route.top_k):
             raise MoefxError(
                 f"the routes to replay for {path} are {list(index.shape)}, this call wants [{tokens}, {route.top_k}] (tokens, "
@@ -91,39 +93,41 @@ class Routing:
             )
         return index.to(device=device, dtype=torch.int64)
 
-    def saw(self, site: Site, function: Function, x: Tensor, training: bool, out: tuple, dispatches: Dispatches | None) -> None:
-        """Takes note of a call's choices."""
+    def record(
+        self, block: BlockForward, function: Function, x: Tensor, training: bool, out: tuple, dispatches: Dispatches | None
+    ) -> None:
+        """Keeps what a call's routers returned for whoever asked for it: recomputation, recording, load tracking, losses."""
         if recomputing():
             return
         if dispatches is not None and training:
             index = [out[r.index].detach() for r in function.routes]
-            site.kept = [k for k in site.kept if not k.storage.expired() and k.where != where(x)]
-            site.kept.append(Kept(StorageWeakRef(x.untyped_storage()), where(x), index, dispatches))
-        elif site.kept:
-            site.kept = []
+            block.kept = [k for k in block.kept if not k.storage.expired() and k.where != where(x)]
+            block.kept.append(Kept(StorageWeakRef(x.untyped_storage()), where(x), index, dispatches))
+        elif block.kept:
+            block.kept = []
         for r in function.routes:
-            path = r.path(site.path)
-            if self.recorded is not None:
-                self.recorded[path] = out[r.index].detach().clone()
-            if self.counting and training:
+            path = r.path(block.path)
+            if self.recorded_routes is not None:
+                self.recorded_routes[path] = out[r.index].detach().clone()
+            if self.tracks_load and training:
                 self._count(path, r, out[r.index])
             if r.logits is not None and training:
                 if self.differentiates and not torch.is_grad_enabled():
                     raise MoefxError(
-                        f"router_z_loss: {site.path} is checkpointed with use_reentrant=True, which hides its routers' logits "
-                        "from the loss, so that they would get no gradient of it: pass use_reentrant=False"
+                        f"router_z_loss: {block.path} is checkpointed with use_reentrant=True, which hides its routers' logits "
+                        "from the loss, so that they would get no gradient from it: pass use_reentrant=False"
                     )
                 self.logits.append(out[r.logits])
             if r.nonfinite is not None:
                 self.nonfinite.append((path, out[r.nonfinite]))
 
     def _count(self, path: str, route: RouterOutputs, index: Tensor) -> None:
-        before = self.counts.get(path)
+        before = self.tokens_per_expert.get(path)
         if before is None or before.device != index.device:  # the model may have moved
             before = torch.zeros(route.num_experts, dtype=torch.int64) if before is None else before
-            self.counts[path] = before.to(index.device)
+            self.tokens_per_expert[path] = before.to(index.device)
         flat = index.detach().reshape(-1)
-        self.counts[path].scatter_add_(0, flat, torch.ones_like(flat))
+        self.tokens_per_expert[path].scatter_add_(0, flat, torch.ones_like(flat))
 
     # --- around a forward of the model ---
 
@@ -139,7 +143,7 @@ class Routing:
         """
         if self.nonfinite:
             self._raise_if_not_finite()
-        logits, self.logits, self.nonfinite = self.logits, [], []  # kept, they would keep the graph
+        logits, self.logits, self.nonfinite = self.logits, [], []  # they hold the autograd graph
         loss = out[0] if isinstance(out, tuple) and out else getattr(out, "loss", None)
         if logits and isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad:
             z = _mean_square_logsumexp(logits, mask, total)
@@ -151,7 +155,7 @@ class Routing:
         return out
 
     def _raise_if_not_finite(self) -> None:
-        many = torch.stack([n for _, n in self.nonfinite]).tolist()  # the only time that the host waits
+        many = torch.stack([n for _, n in self.nonfinite]).tolist()  # the one point where the host waits
         bad = next(((path, n) for (path, _), n in zip(self.nonfinite, many, strict=True) if n), None)
         if bad:
             when = f"forward {self.forwards}" if self.step is None else f"step {self.step} (forward {self.forwards})"

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from moefx.errors import MoefxError
 from moefx.integrations import fsdp
 from moefx.integrations.peft import unwrap
-from moefx.runtime.router_state import Routes, Routing
+from moefx.runtime.router_state import RouterState, Routes
 from moefx.runtime.state import Optimized, state_of
 
 if TYPE_CHECKING:
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     pass
 
 
-def _of(model: Any) -> tuple[Any, Optimized, Routing]:
+def _of(model: Any) -> tuple[Any, Optimized, RouterState]:
     state = state_of(model)
     inner = unwrap(model)
     if not any(f.routes for f in state.program):
         raise MoefxError(
             f"no function of {type(inner).__name__} returns its routers' choices: is the pass 'routes' in the pipeline?"
         )
-    return inner, state, inner._moefx_routing
+    return inner, state, inner._moefx_router_state
 
 
 @contextmanager
@@ -41,12 +41,12 @@ def record_routes(model: Any) -> Iterator[Routes]:
 
     A second forward replaces what the first recorded. Ready for :func:`replay_routes`, here or in another copy of the model.
     """
-    _, _, routing = _of(model)
-    before, routing.recorded = routing.recorded, {}
+    _, _, router_state = _of(model)
+    before, router_state.recorded_routes = router_state.recorded_routes, {}
     try:
-        yield routing.recorded
+        yield router_state.recorded_routes
     finally:
-        routing.recorded = before
+        router_state.recorded_routes = before
 
 
 @contextmanager
@@ -57,19 +57,19 @@ def replay_routes(model: Any, routes: Mapping[str, Tensor]) -> Iterator[None]:
     Raises:
         MoefxError: in the forward, if a layer has no routes, or routes of another shape than [tokens, experts per token].
     """
-    _, _, routing = _of(model)
-    before, routing.replayed = routing.replayed, dict(routes)
+    _, _, router_state = _of(model)
+    before, router_state.replayed_routes = router_state.replayed_routes, dict(routes)
     try:
         yield
     finally:
-        routing.replayed = before
+        router_state.replayed_routes = before
 
 
 def enable_load_tracking(model: Any, on: bool = True) -> None:
     """Counts, from now on, how many tokens each expert gets in training forwards; :func:`expert_load` reads the counts."""
-    _, _, routing = _of(model)
-    routing.counting = on
-    routing.counts, routing.read = {}, {}
+    _, _, router_state = _of(model)
+    router_state.tracks_load = on
+    router_state.tokens_per_expert, router_state.reported = {}, {}
 
 
 def expert_load(model: Any, reader: str = "") -> dict[str, Tensor]:
@@ -77,17 +77,17 @@ def expert_load(model: Any, reader: str = "") -> dict[str, Tensor]:
 
     :func:`enable_load_tracking` comes first. A ``reader`` (a name) gets what was counted since it read last.
     """
-    inner, _, routing = _of(model)
-    if not routing.counting:
+    inner, _, router_state = _of(model)
+    if not router_state.tracks_load:
         raise MoefxError(f"nothing is counted yet: call moefx.enable_load_tracking({type(inner).__name__}) before the forward")
     experts = {r.path(path): r.num_experts for path, r in _routes(inner)}
     device = next(inner.parameters()).device
-    mine = [routing.counts.get(p, torch.zeros(n, dtype=torch.int64)).to(device) for p, n in experts.items()]
+    mine = [router_state.tokens_per_expert.get(p, torch.zeros(n, dtype=torch.int64)).to(device) for p, n in experts.items()]
     total = torch.cat(mine)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(total)
     everywhere = dict(zip(experts, total.split(list(experts.values())), strict=True))
-    before, routing.read[reader] = routing.read.get(reader), everywhere
+    before, router_state.reported[reader] = router_state.reported.get(reader), everywhere
     return everywhere if before is None else {p: n - before[p].to(device) for p, n in everywhere.items()}
 
 
@@ -139,7 +139,7 @@ def update_router_bias(model: Any, rate: float = 1e-3, load: Mapping[str, Tensor
 def _routes(model: Any) -> Iterator[tuple[str, RouterOutputs]]:
     """(path of the block, route) for each router of the model, in its order."""
     for path, module in model.named_modules():
-        site = vars(module).get("_moefx_site")
+        site = vars(module).get("_moefx_forward")
         if site is not None and site.functions and site.functions[0].routes:
             yield from ((path, r) for r in site.functions[0].routes)
 

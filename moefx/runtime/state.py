@@ -51,7 +51,7 @@ class Optimized:
     def masks(self) -> contextlib.AbstractContextManager[None]:
         """Within: masks are made as graphs can do without them."""
         plain = self.bypass or self.program.own_attention or hf.is_emitting()
-        return contextlib.nullcontext() if plain else hf.saying_masks()
+        return contextlib.nullcontext() if plain else hf.lazy_masks()
 
     def runner(self, function: Function) -> Callable:
         """The function as a callable, compiled once however many instances share it."""
@@ -66,14 +66,14 @@ class Optimized:
             self.runners[id(function)] = self.compiled[same]
         return self.runners[id(function)]
 
-    def twin(self, function: Function) -> Function:
+    def replay_function(self, function: Function) -> Function:
         """The function that computes the same with the routes as inputs; made when first asked for."""
         if id(function) not in self.replaying:
             assert function.captured is not None
-            twin = function.captured.replaying()
+            replay_function = function.captured.replaying()
             with unseen(), surroundings.none_of_them():
-                self.pipeline.run(Program(self.program.model_class, {twin.name: twin}, []), self.plan)
-            self.replaying[id(function)] = twin
+                self.pipeline.run(Program(self.program.model_class, {replay_function.name: replay_function}, []), self.plan)
+            self.replaying[id(function)] = replay_function
         return self.replaying[id(function)]
 
     def lower(self, function: Function) -> None:

@@ -10,21 +10,21 @@ import torch
 
 from moefx.errors import MoefxError
 from moefx.integrations import transformers as hf
-from moefx.runtime.router_state import Routing
+from moefx.runtime.router_state import RouterState
 from moefx.runtime.state import Optimized
 
 
-def _compute_more(state: Optimized, routing: Routing, training: bool) -> bool:
+def _compute_more(state: Optimized, router_state: RouterState, training: bool) -> bool:
     """Do the graphs compute what the original forward does not?"""
     plan = state.plan
     always = plan.ep_size > 1 or plan.balanced_routing or plan.check_numerics
-    asked = routing.recorded is not None or routing.replayed is not None
+    asked = router_state.recorded_routes is not None or router_state.replayed_routes is not None
     return always or asked or (training and (plan.router_z_loss > 0 or state.global_aux_loss))
 
 
-def only_graphs(state: Optimized, routing: Routing, training: bool) -> bool:
+def only_graphs(state: Optimized, router_state: RouterState, training: bool) -> bool:
     """Do the graphs do what the original forward does not? Then nobody may trace that instead."""
-    return _compute_more(state, routing, training) or (training and routing.counting)
+    return _compute_more(state, router_state, training) or (training and router_state.tracks_load)
 
 
 @torch.compiler.disable(
@@ -53,11 +53,11 @@ def say_what_is_compiled() -> None:
     )
 
 
-def refuse_replica(state: Optimized, routing: Routing, training: bool) -> None:
+def refuse_replica(state: Optimized, router_state: RouterState, training: bool) -> None:
     """nn.DataParallel runs copies of the model, whose parameters are none, in threads that share all else. What is computed
     must not differ for that; routes are only counted without theirs.
     """
-    if _compute_more(state, routing, training):
+    if _compute_more(state, router_state, training):
         raise MoefxError(
             "nn.DataParallel runs copies of the model that know nothing of ep_size above 1, router_z_loss, balanced_routing, "
             "check_numerics, or of routes that are recorded or replayed: start one process per GPU with torchrun"

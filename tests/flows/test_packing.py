@@ -116,12 +116,12 @@ def test_a_mask_of_the_users_own_stays_one():
     sequence = torch.tensor([[0, 0, 1, 1, 1]])
     both = masking_utils.and_masks(masking_utils.causal_mask_function, masking_utils.packed_sequence_mask_function(sequence))
     how = {"batch_size": 1, "q_length": 5, "kv_length": 5, "device": torch.device("cpu")}
-    said = hf.said_of(hf.attention_mask(sdpa_mask, mask_function=both, allow_is_causal_skip=False, **how))
+    said = hf.pattern_of(hf.attention_mask(sdpa_mask, mask_function=both, allow_is_causal_skip=False, **how))
     assert said.starts.tolist() == [[0, 0, 2, 2, 2]] and said.window is None
     for other in (functools.partial(lambda n, b, h, q, k: q - k < n, 2), lambda b, h, q, k: q - k < 2):
         joined = masking_utils.and_masks(both, other)
         mask = hf.attention_mask(sdpa_mask, mask_function=joined, allow_is_causal_skip=False, use_vmap=True, **how)
-        assert hf.said_of(mask) is None
+        assert hf.pattern_of(mask) is None
         assert mask[0, 0].int().tolist() == [
             [1, 0, 0, 0, 0],
             [1, 1, 0, 0, 0],

@@ -92,7 +92,7 @@ def test_names():
 
 
 def test_masks_are_made_again_by_the_sizes_of_the_first_tensor():
-    mask = hf.Said(torch.bool, window=2).mask(2, 3, torch.device("cpu"))
+    mask = hf.MaskPattern(torch.bool, window=2).mask(2, 3, torch.device("cpu"))
     tensors, template = flatten((X,), {"attention_mask": mask})
     assert len(tensors) == 1 and template.names() == {0: "input"}
     _, kwargs = template.fill([torch.ones(5, 7, 4)])

@@ -78,7 +78,7 @@ def test_flash_attention_gets_its_masks_where_no_graph_is_and_graphs_get_theirs(
     padding = LEFT.bool()
     given = {"batch_size": 2, "q_length": 9, "kv_length": 9, "device": "cpu", "attention_mask": padding}
     mask = hf.attention_mask(flash_attention_mask, **given)
-    assert type(mask) is hf.SaidMask and torch.equal(hf.own_masks(mask), padding)
+    assert type(mask) is hf.LazyMask and torch.equal(hf.original_masks(mask), padding)
     wanted = sdpa_mask(**given, allow_is_causal_skip=False) & padding[:, None, :, None]
     assert torch.equal(mask & True, wanted)
     assert hf.attention_mask(flash_attention_mask, **given | {"attention_mask": torch.ones_like(padding)}) is None
@@ -128,7 +128,7 @@ def test_masks_that_nobody_reads_are_not_made(monkeypatch):
     """Nor are they in a step of the optimized model: eager attention's is as large as the scores."""
     model = moefx.optimize(build("gpt_oss"), compile=False)
     model(**batch(2, 9))
-    monkeypatch.setattr(hf.SaidMask, "read", lambda self: pytest.fail("a mask was made"))
+    monkeypatch.setattr(hf.LazyMask, "read", lambda self: pytest.fail("a mask was made"))
     model(**batch(2, 12))["loss"].backward()
 
 

@@ -21,7 +21,7 @@ def mask(function, length=6, local_size=4, **kwargs):
 
 
 def window_of(found):
-    said = hf.said_of(found)
+    said = hf.pattern_of(found)
     return None if said is None or said.starts is not None else said.window
 
 
@@ -55,7 +55,7 @@ def test_the_captured_block_knows_its_window_and_needs_no_mask():
     moefx.optimize(model, compile=False, strict=True)
     for length in (5, 8, 9, 20):  # shorter than the window, as long, longer
         assert moefx.verify(model, batch(2, length)).ok
-    functions = {id(f) for p in ("model.layers.0", "model.layers.1") for f in model.get_submodule(p)._moefx_site.functions}
+    functions = {id(f) for p in ("model.layers.0", "model.layers.1") for f in model.get_submodule(p)._moefx_forward.functions}
     assert len(functions) == 2, "lengths around the window are not kinds of calls"
 
 

@@ -53,9 +53,9 @@ def test_torch_compile_makes_one_graph():
         with torch.no_grad():
             logits = compiled.eval()(**batch(2, 9, labels=False), use_cache=False).logits
         found.append((loss, list(gradients.values()), logits, any("moefx's graphs" in str(w.message) for w in said)))
-    (*plain, silent), (*ours, told) = found
+    (*plain, silent), (*ours, warned) = found
     torch.testing.assert_close(ours, plain, rtol=0, atol=0)
-    assert told and not silent
+    assert warned and not silent
 
 
 def test_generate_with_a_static_cache_compiled():
@@ -114,7 +114,7 @@ def test_its_class_makes_plain_models(tmp_path):
         assert torch.equal(plain(**batch(2, 9)).loss, build("qwen3_moe")(**batch(2, 9)).loss)
     assert moefx.report(copy.deepcopy(model)) is moefx.report(model)
     block = copy.deepcopy(model.model.layers[0])
-    assert hasattr(block, "_moefx_site") and block.mlp.gate.weight is not model.model.layers[0].mlp.gate.weight
+    assert hasattr(block, "_moefx_forward") and block.mlp.gate.weight is not model.model.layers[0].mlp.gate.weight
 
 
 @pytest.mark.parametrize("names", [("sdpa", "grouped_mm"), ("eager", "eager")])
@@ -183,13 +183,13 @@ def test_counts_follow_the_model():
     model = optimized()
     moefx.enable_load_tracking(model)
     model(**batch(2, 9))
-    routing = model._moefx_routing
-    path = next(iter(routing.counts))
-    routing.counts = {p: n.to("meta") for p, n in routing.counts.items()}
+    routing = model._moefx_router_state
+    path = next(iter(routing.tokens_per_expert))
+    routing.tokens_per_expert = {p: n.to("meta") for p, n in routing.tokens_per_expert.items()}
     routing._count(
         path, model._moefx.program["Qwen3MoeDecoderLayer"].routes[0], torch.zeros(3, 2, dtype=torch.int64, device="meta")
     )
-    assert routing.counts[path].is_meta
+    assert routing.tokens_per_expert[path].is_meta
 
 
 def replica_of(model):

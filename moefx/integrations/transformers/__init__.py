@@ -2,8 +2,15 @@
 
 from moefx.integrations.transformers.attention import attention_forward
 from moefx.integrations.transformers.experts import ExpertsLayout, experts_layout, is_dense_experts, is_experts
-from moefx.integrations.transformers.implementations import Names, implementations, named, previous, restore, use
-from moefx.integrations.transformers.masks import Said, SaidMask, attention_mask, own_masks, said_of, saying_masks
+from moefx.integrations.transformers.implementations import (
+    Names,
+    activate,
+    implementations,
+    named,
+    original_implementations,
+    restore,
+)
+from moefx.integrations.transformers.masks import LazyMask, MaskPattern, attention_mask, lazy_masks, original_masks, pattern_of
 from moefx.integrations.transformers.model_structure import (
     INDEX_NAMES,
     blocks,
@@ -35,11 +42,10 @@ from moefx.integrations.transformers.recording import (
 )
 
 __all__ = [
-    "INDEX_NAMES", "ExpertsLayout", "Names", "OwnAttention", "Said", "SaidMask", "attention_forward", "attention_mask",
-    "blocks", "check", "count_as_tensor", "emitting", "experts_in", "experts_layout", "experts_modules", "implementations",
-    "is_checkpointed", "is_dense_experts", "is_emitting", "is_experts", "is_language_model", "is_norm", "is_recurrent",
-    "is_traced", "named",
-    "noticing_packing", "numbers", "outputs_are_collected", "own_masks", "packed", "previous", "reads_layer_index",
-    "requested", "restore", "routers", "said_of", "saying_masks", "structure", "unpacked", "unpacked_on_meta", "use",
-    "without_packages",
+    "INDEX_NAMES", "ExpertsLayout", "LazyMask", "MaskPattern", "Names", "OwnAttention", "activate", "attention_forward",
+    "attention_mask", "blocks", "check", "count_as_tensor", "emitting", "experts_in", "experts_layout", "experts_modules",
+    "implementations", "is_checkpointed", "is_dense_experts", "is_emitting", "is_experts", "is_language_model", "is_norm",
+    "is_recurrent", "is_traced", "lazy_masks", "named", "noticing_packing", "numbers", "original_implementations",
+    "original_masks", "outputs_are_collected", "packed", "pattern_of", "reads_layer_index", "requested", "restore", "routers",
+    "structure", "unpacked", "unpacked_on_meta", "without_packages",
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moefx import ops
 from moefx.errors import CaptureError
 from moefx.integrations.transformers import recording
-from moefx.integrations.transformers.masks import SaidMask, _saying, kind_of, own_masks, said_of
+from moefx.integrations.transformers.masks import LazyMask, _lazy, attention_kind, original_masks, pattern_of
 from moefx.integrations.transformers.recording import OwnAttention, _Callers
 from moefx.internals import transformers_patches
 
@@ -40,10 +40,10 @@ def attention_forward(
         if unknown and not callers.lenient:
             raise CaptureError(f"{type(module).__name__} passes {unknown} to attention: moefx.attention has no such input")
         # eager attention adds its mask, whatever that is, and a query that may see nothing sees everybody: no kernel does so
-        says_more = kind == "eager" and attention_mask is not None and said_of(attention_mask) is None
+        says_more = kind == "eager" and attention_mask is not None and pattern_of(attention_mask) is None
         if not unknown and not says_more:
             return _emit(callers, kind, module, query, key, value, attention_mask, *args, **kwargs), None
-    return own(module, query, key, value, own_masks(attention_mask), *args, **kwargs)
+    return own(module, query, key, value, original_masks(attention_mask), *args, **kwargs)
 
 
 def _emit(
@@ -71,17 +71,17 @@ def _emit(
             "knows",
             module,
         )
-    said = said_of(mask) if query.shape[2] == key.shape[2] else None
+    pattern = pattern_of(mask) if query.shape[2] == key.shape[2] else None
     window = None
-    if said is not None:
-        if kind == "sdpa" and not causal and said.starts is None and not callers.lenient:
+    if pattern is not None:
+        if kind == "sdpa" and not causal and pattern.starts is None and not callers.lenient:
             raise CaptureError(
-                f"{type(module).__name__} is not causal, its mask is a causal one with a window of {said.window}: shorter "
+                f"{type(module).__name__} is not causal, its mask is a causal one with a window of {pattern.window}: shorter "
                 "sequences would get no mask"
             )
-        mask, window, causal = said.starts, said.window, True  # together they say everything, as masks do
+        mask, window, causal = pattern.starts, pattern.window, True  # together they say everything, as masks do
     elif mask is not None:
-        mask, causal = mask.read() if type(mask) is SaidMask else mask, False
+        mask, causal = mask.read() if type(mask) is LazyMask else mask, False
     elif kind in ("eager", "flex"):
         causal = False  # these see what the mask lets them see, and ask nobody
     elif kind == "flash":
@@ -119,7 +119,7 @@ def _only(indices: Tensor, mask: Tensor | None, query: Tensor, key: Tensor, caus
 
 
 def _with_own_masks(own: Callable, *args: Any, **kwargs: Any) -> Any:
-    return own(*own_masks(args), **own_masks(kwargs))
+    return own(*original_masks(args), **original_masks(kwargs))
 
 
 def _now(own: Callable, kind: str | None) -> Callable:
@@ -129,7 +129,7 @@ def _now(own: Callable, kind: str | None) -> Callable:
         return own
     if kind is not None and recording.callers() is not None:
         return functools.partial(attention_forward, own, kind)
-    return functools.partial(_with_own_masks, own) if _saying.get() else own
+    return functools.partial(_with_own_masks, own) if _lazy.get() else own
 
 
-transformers_patches.intercept_attention(lambda _, own: _now(own, kind_of(own)), lambda own: _now(own, "eager"))
+transformers_patches.intercept_attention(lambda _, own: _now(own, attention_kind(own)), lambda own: _now(own, "eager"))

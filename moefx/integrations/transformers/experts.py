@@ -159,9 +159,9 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
         return ops.experts(hidden_states, top_k_index, top_k_weights, *layout.weights(self), **layout.options)
     if layout is not None:
         return experts_over_ranks(hidden_states, top_k_index, top_k_weights, self, layout)
-    previous = self.__dict__.get("_moefx_previous") or "grouped_mm"
+    original = self.__dict__.get("_moefx_original_implementation") or "grouped_mm"
     own = inspect.unwrap(type(self).forward)
-    return ExpertsInterface().get(previous, own)(self, hidden_states, top_k_index, top_k_weights)
+    return ExpertsInterface().get(original, own)(self, hidden_states, top_k_index, top_k_weights)
 
 
 def _activation_of_loop(module: nn.Module) -> tuple[str, float, float] | str:

@@ -14,7 +14,7 @@ from moefx.errors import CaptureError
 from moefx.integrations import peft as adapters
 from moefx.integrations.transformers import loop_experts as loops
 from moefx.integrations.transformers.experts import _activation_of_loop, _emitter, experts_forward, experts_layout, is_experts
-from moefx.integrations.transformers.masks import saying_masks
+from moefx.integrations.transformers.masks import lazy_masks
 from moefx.integrations.transformers.recording import is_emitting
 from moefx.internals.subclass import own_class
 
@@ -30,9 +30,9 @@ def implementations(model: PreTrainedModel, attention: bool = True) -> Iterator[
     afterwards.
     """
     before = _names(model)
-    use(model, attention)
+    activate(model, attention)
     try:
-        with saying_masks() if attention else contextlib.nullcontext():
+        with lazy_masks() if attention else contextlib.nullcontext():
             yield
     finally:
         restore(model, before)
@@ -70,7 +70,7 @@ def _configurations(model: PreTrainedModel) -> list[Any]:
     return list(found.values())
 
 
-def previous(model: PreTrainedModel) -> Names:
+def original_implementations(model: PreTrainedModel) -> Names:
     """What the model calls for its experts; where a configuration says "moefx", for this model or another that shares or copied
     it, what it said before.
     """
@@ -81,20 +81,22 @@ def _names(model: PreTrainedModel) -> Names:
     return [c._experts_implementation for c in _configurations(model)]
 
 
-def use(model: PreTrainedModel, attention: bool = True) -> None:
+def activate(model: PreTrainedModel, attention: bool = True) -> None:
     """Makes the model call moefx for its experts, and for its attention if ``attention``."""
-    names = previous(model)
+    names = original_implementations(model)
     by_config = {id(c): name for c, name in zip(_configurations(model), names, strict=True)}
     for module in model.modules():
         if not attention:
             module.__dict__["_moefx_own_attention"] = True
         if is_experts(module):
-            module.__dict__.setdefault("_moefx_previous", by_config.get(id(getattr(module, "config", None)), names[0]))
+            module.__dict__.setdefault(
+                "_moefx_original_implementation", by_config.get(id(getattr(module, "config", None)), names[0])
+            )
             with contextlib.suppress(CaptureError):  # said again, with its reason, where the module is called
                 experts_layout(module)  # found on numbers: not while tracing
         elif loops.is_loop(module) and not hasattr(type(module), "_moefx_base"):
             module.__dict__["_moefx_layout"] = _activation_of_loop(module)
-            module.__class__ = loops.saying(type(module), _emitter)  # type: ignore[arg-type]
+            module.__class__ = loops.emitting_class(type(module), _emitter)  # type: ignore[arg-type]
         elif adapters.is_wrapper(module) and not hasattr(type(module), "_moefx_base"):
             module.__class__ = adapters.adapting(type(module), is_emitting)  # type: ignore[arg-type]
     model.set_experts_implementation("moefx")
@@ -103,7 +105,7 @@ def use(model: PreTrainedModel, attention: bool = True) -> None:
 
 def restore(model: PreTrainedModel, before: Names) -> None:
     for module in model.modules():
-        for name in ("_moefx_previous", "_moefx_layout", "_moefx_own_attention"):
+        for name in ("_moefx_original_implementation", "_moefx_layout", "_moefx_own_attention"):
             module.__dict__.pop(name, None)
         if adapters.is_wrapper(module) or loops.is_loop(module):
             module.__class__ = own_class(type(module))  # type: ignore[assignment]

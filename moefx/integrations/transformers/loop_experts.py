@@ -100,7 +100,7 @@ class Gated(nn.Module):
 
 
 @functools.cache
-def saying(base: type, emitter: Callable[[nn.Module], Callable | None]) -> type:
+def emitting_class(base: type, emitter: Callable[[nn.Module], Callable | None]) -> type:
     """A subclass of such a module's class. ``emitter(module)``: how to emit, or None: its own forward runs."""
     plain, loop = base.forward, LOOPS[base.__name__]  # type: ignore[attr-defined]
 

@@ -1,6 +1,4 @@
-"""Transformers' mask interface: masks that say what they hide, so that attention can do without them, and that exist only when
-somebody reads them.
-"""
+"""Transformers' mask interface: masks that know their pattern, and are only made when they are read."""
 
 from __future__ import annotations
 
@@ -25,35 +23,35 @@ from moefx import ops
 from moefx.integrations.transformers import recording
 from moefx.internals import transformers_patches
 
-#: Set within the forward of an optimized model, and while a model is recorded: masks then say what they hide.
-_saying: ContextVar[bool] = ContextVar("moefx_saying_masks", default=False)
+#: Set in the forward of an optimized model and while a model is recorded: Transformers then makes :class:`LazyMask` objects.
+_lazy: ContextVar[bool] = ContextVar("moefx_saying_masks", default=False)
 
 
-#: Implementations of attention that compute what ``moefx.attention`` does. Each has its own idea of a call without a mask.
+#: Implementations of attention that compute what ``moefx.attention`` does. They differ in what a call without a mask means.
 _KINDS = {sdpa_attention_forward: "sdpa", flash_attention_forward: "flash", flex_attention_forward: "flex"}
 
 
-def kind_of(function: Any) -> str | None:
-    """Of an attention function: "sdpa", "flash" or "flex"; None for one that is not Transformers'."""
+def attention_kind(function: Any) -> str | None:
+    """The kind of an attention function, "sdpa", "flash" or "flex"; None if it is not one of Transformers'."""
     return _KINDS.get(function.func if isinstance(function, functools.partial) else function)
 
 
 @contextmanager
-def saying_masks() -> Iterator[None]:
-    """Within: Transformers makes masks that attention in a graph can do without, where they say nothing but who comes before
-    whom (:class:`SaidMask`).
-    """
-    token = _saying.set(True)
+def lazy_masks() -> Iterator[None]:
+    """Context in which Transformers' mask functions return a :class:`LazyMask` where attention in a graph needs no tensor."""
+    token = _lazy.set(True)
     try:
         yield
     finally:
-        _saying.reset(token)
+        _lazy.reset(token)
 
 
 @dataclass(frozen=True)
-class Said:
-    """All that a mask hides: what comes later, what is ``window`` positions back or more, what lies before where each
-    position's sequence begins (``starts`` [B, S], int32). ``dtype``: bool, or that of a mask that is added to the scores.
+class MaskPattern:
+    """A causal mask: positions see no later ones, none that are ``window`` or more back, and none before ``starts``.
+
+    ``starts`` [B, S] int32 is where the packed sequence of each position begins. ``dtype`` is bool, or the dtype of a mask that
+    is added to the scores.
     """
 
     dtype: torch.dtype
@@ -61,19 +59,19 @@ class Said:
     starts: Tensor | None = None
 
     def mask(self, rows: int, length: int, device: torch.device) -> Tensor:
-        """The mask [rows, 1, length, length]. In a graph it is dead code where nobody but attention reads it."""
+        """The mask [rows, 1, length, length]. In a graph it is dead code if only attention reads it."""
         mask = ops.visible(length, length, self.window, self.starts, device).expand(rows, 1, length, length)
         if self.dtype != torch.bool:
             mask = torch.where(mask, torch.zeros((), dtype=self.dtype, device=device), torch.finfo(self.dtype).min)
-        mask._moefx_said = self  # type: ignore[attr-defined]
+        mask._moefx_pattern = self  # type: ignore[attr-defined]
         return mask
 
 
-def said_of(mask: Any) -> Said | None:
-    """What the mask says, if it says nothing else."""
+def pattern_of(mask: Any) -> MaskPattern | None:
+    """The pattern that describes all of ``mask``; None if there is none."""
     if not isinstance(mask, Tensor):
         return None
-    return mask.said if type(mask) is SaidMask else getattr(mask, "_moefx_said", None)
+    return mask.pattern if type(mask) is LazyMask else getattr(mask, "_moefx_pattern", None)
 
 
 _LOOKS = {
@@ -83,25 +81,30 @@ _LOOKS = {
 }  # fmt: skip
 
 
-class SaidMask(Tensor):
-    """A mask [B, 1, S, S] that graphs can do without, or that they take in another form than the model's own attention.
+class LazyMask(Tensor):
+    """A mask [B, 1, S, S] that is made when it is first read: graphs use its pattern, or take it in a form of their own.
 
-    ``said`` is all that it says, None if it says more. ``make`` makes it as graphs read it, the first time that somebody looks;
-    ``own`` gives what the model's attention implementation is to get instead, and may differ in kind (flash attention takes
-    [B, S], or None).
+    ``pattern`` describes all of it, or is None. ``make`` makes the mask that graphs read. ``own`` makes what the model's own
+    attention implementation expects, which may be of another kind (flash attention takes [B, S], or None).
     """
 
-    said: Said | None
+    pattern: MaskPattern | None
     make: Callable[[], Tensor]
     own: Callable[[], Any]
     made: Tensor | None
 
     @staticmethod
     def __new__(
-        cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, said: Said | None, make: Callable, own: Callable
+        cls,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        pattern: MaskPattern | None,
+        make: Callable,
+        own: Callable,
     ):
         out = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
-        out.said, out.make, out.own, out.made = said, make, own, None
+        out.pattern, out.make, out.own, out.made = pattern, make, own, None
         return out
 
     def read(self) -> Tensor:
@@ -125,61 +128,61 @@ class SaidMask(Tensor):
 
 
 def _read(x: Any) -> Any:
-    if type(x) is SaidMask:
+    if type(x) is LazyMask:
         return x.read()
     if type(x) in (tuple, list):
         return type(x)(map(_read, x))
     return {k: _read(v) for k, v in x.items()} if type(x) is dict else x
 
 
-def own_masks(x: Any) -> Any:
-    """Arguments of a call as the model's own attention is to get them: masks as they would have been without moefx."""
-    if type(x) is SaidMask:
+def original_masks(x: Any) -> Any:
+    """Arguments of a call with each :class:`LazyMask` replaced by the mask that Transformers would have made without moefx."""
+    if type(x) is LazyMask:
         return x.own()
     if type(x) in (tuple, list):
-        return type(x)(map(own_masks, x))
-    return {k: own_masks(v) for k, v in x.items()} if type(x) is dict else x
+        return type(x)(map(original_masks, x))
+    return {k: original_masks(v) for k, v in x.items()} if type(x) is dict else x
 
 
 def attention_mask(own: Callable, **kwargs: Any) -> Any:
-    """What the mask function ``own`` of Transformers makes of ``kwargs``, as a :class:`SaidMask` where that helps graphs."""
+    """``own(**kwargs)``, a mask function of Transformers, as a :class:`LazyMask` where that helps graphs."""
     if own is sdpa_mask:
-        said = _said(torch.bool, kwargs)
-        if said is None or (said.window is None and said.starts is None):
+        pattern = _pattern(torch.bool, kwargs)
+        if pattern is None or (pattern.window is None and pattern.starts is None):
             return own(**kwargs)  # None, where attention is causal by itself
-        # a sequence shorter than its window needs no mask, but would be another kind of call than a longer one
-        return _mask(said, lambda: own(**kwargs | {"allow_is_causal_skip": False}), lambda: own(**kwargs), kwargs)
+        # a sequence shorter than its window needs no mask, but would then be another kind of call than a longer one
+        return _mask(pattern, lambda: own(**kwargs | {"allow_is_causal_skip": False}), lambda: own(**kwargs), kwargs)
     if own is eager_mask:
-        said = _said(kwargs.get("dtype", torch.float32), kwargs)
-        return own(**kwargs) if said is None else _mask(said, lambda: own(**kwargs), lambda: own(**kwargs), kwargs)
+        pattern = _pattern(kwargs.get("dtype", torch.float32), kwargs)
+        return own(**kwargs) if pattern is None else _mask(pattern, lambda: own(**kwargs), lambda: own(**kwargs), kwargs)
     if own is flash_attention_mask:
         return _flash(kwargs)
     if own is flex_attention_mask:
-        said = _said(torch.bool, kwargs)
-        mask = sdpa_mask(**kwargs | {"allow_is_causal_skip": False}) if said is None else None
-        if said is None and mask is None:  # everybody sees everybody
+        pattern = _pattern(torch.bool, kwargs)
+        mask = sdpa_mask(**kwargs | {"allow_is_causal_skip": False}) if pattern is None else None
+        if pattern is None and mask is None:  # every position sees every position
             return own(**kwargs)
         make = functools.partial(sdpa_mask, **kwargs | {"allow_is_causal_skip": False}) if mask is None else lambda: mask
-        return _mask(said, make, lambda: own(**kwargs), kwargs)
+        return _mask(pattern, make, lambda: own(**kwargs), kwargs)
     return own(**kwargs)
 
 
-def _mask(said: Said | None, make: Callable, own: Callable, kwargs: dict) -> SaidMask:
+def _mask(pattern: MaskPattern | None, make: Callable, own: Callable, kwargs: dict) -> LazyMask:
     shape = kwargs["batch_size"], 1, kwargs["q_length"], kwargs["kv_length"]
-    return SaidMask(shape, torch.bool if said is None else said.dtype, torch.device(kwargs["device"]), said, make, own)
+    return LazyMask(shape, torch.bool if pattern is None else pattern.dtype, torch.device(kwargs["device"]), pattern, make, own)
 
 
 def _flash(kwargs: dict) -> Any:
-    """Flash attention is told the window, and where sequences begin if there is one row of them, beside the mask: that is of
-    padding alone, in which queries give zeros.
+    """The mask of flash attention: only padding. It takes the window, and the starts of packed sequences in a batch of 1, as
+    arguments; outputs at padded positions are zero.
     """
     padding = flash_attention_mask(**kwargs)
-    said = _said(torch.bool, kwargs)
-    if padding is None and (said is None or said.starts is None or kwargs["batch_size"] != 1):
+    pattern = _pattern(torch.bool, kwargs)
+    if padding is None and (pattern is None or pattern.starts is None or kwargs["batch_size"] != 1):
         return None
     own = lambda: padding  # noqa: E731
     if padding is None:
-        return _mask(said, lambda: sdpa_mask(**kwargs | {"allow_is_causal_skip": False}), own, kwargs)
+        return _mask(pattern, lambda: sdpa_mask(**kwargs | {"allow_is_causal_skip": False}), own, kwargs)
 
     def make() -> Tensor:
         mask = sdpa_mask(**kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
@@ -189,8 +192,8 @@ def _flash(kwargs: dict) -> Any:
     return _mask(None, make, own, kwargs)
 
 
-def _said(dtype: torch.dtype, kwargs: dict) -> Said | None:
-    """All that a mask of these arguments says; None if it says more than :class:`Said` can."""
+def _pattern(dtype: torch.dtype, kwargs: dict) -> MaskPattern | None:
+    """The pattern of the mask that a mask function makes of these arguments; None if no pattern describes all of it."""
     parts = _parts(kwargs.get("mask_function", masking_utils.causal_mask_function))
     local_size, padding = kwargs.get("local_size"), kwargs.get("attention_mask")
     sliding, packed = parts.pop(_SLIDING, None), parts.pop(_PACKED, None)
@@ -203,7 +206,7 @@ def _said(dtype: torch.dtype, kwargs: dict) -> Said | None:
         or (padding is not None and not bool(padding.all()))
     ):
         return None
-    return Said(dtype, local_size, None if packed is None else _starts(packed["packed_sequence_mask"]))
+    return MaskPattern(dtype, local_size, None if packed is None else _starts(packed["packed_sequence_mask"]))
 
 
 _CAUSAL = "causal_mask_function"
@@ -212,19 +215,19 @@ _PACKED = "packed_sequence_mask_function.<locals>.inner_mask"
 
 
 def _parts(mask_function: Callable) -> dict[str, dict[str, Any]]:
-    """What Transformers' mask says: the names of the functions that it joins by "and", and what each knows."""
+    """The functions that a mask function of Transformers joins by "and": their names, and what each closes over."""
     if not inspect.isfunction(mask_function) or mask_function.__module__ != masking_utils.__name__:
-        return {repr(mask_function): {}}  # a partial, an object: something of the user's
+        return {repr(mask_function): {}}  # a partial or an object: a user's own
     name, known = mask_function.__qualname__, dict(inspect.getclosurevars(mask_function).nonlocals)
     if name == "and_masks.<locals>.and_mask":
         return {n: what for part in known["mask_functions"] for n, what in _parts(part).items()}
     if name == "remap_positions_for_packed_sequence.<locals>.inner_mask":
-        return _parts(known["mask_function"])  # positions that begin anew differ within a sequence as those of the row do
+        return _parts(known["mask_function"])  # differences of positions within a sequence are those within the row
     return {name: known}
 
 
 def _starts(sequence: Tensor) -> Tensor:
-    """The number [B, S] of each position's sequence, ascending -> where that sequence begins [B, S] (int32)."""
+    """Index of each position's packed sequence [B, S], ascending -> where that sequence begins [B, S] int32."""
     position = torch.arange(sequence.shape[1], device=sequence.device)
     begins = torch.diff(sequence, prepend=sequence[:, :1] - 1) != 0
     return torch.where(begins, position, 0).cummax(1).values.to(torch.int32)
@@ -232,14 +235,14 @@ def _starts(sequence: Tensor) -> Tensor:
 
 def _looked_up(name: str, own: Callable) -> Callable:
     # Dynamo cannot read a ContextVar
-    if torch.compiler.is_dynamo_compiling() or not _saying.get():
+    if torch.compiler.is_dynamo_compiling() or not _lazy.get():
         return own
     callers = recording.callers()
     if recording.is_traced() or (callers is not None and not callers.lenient):
-        return own  # it is made within a graph, somebody else's or a block's
+        return own  # it is made in a graph: another tool's, or a block's
     attention = ALL_ATTENTION_FUNCTIONS._local_mapping.get(name, ALL_ATTENTION_FUNCTIONS._global_mapping.get(name))
-    if name != "eager" and kind_of(attention) is None:
-        return own  # attention of somebody else's gets what it always got: no operation says what it does
+    if name != "eager" and attention_kind(attention) is None:
+        return own  # a user's attention gets the masks that it got before: no operation describes it
     return functools.partial(attention_mask, own)
 
 
