@@ -32,7 +32,7 @@ LATE = {
     ("moefx.analysis.report", "moefx.analysis.*"): "costs, diagrams and timelines are made when a report is asked for them",
 }
 #: Modules that a function hides still.
-HIDDEN = {"moefx.integrations.transformers.implementations"}
+HIDDEN: set[str] = set()
 #: Public functions whose docstrings do not yet describe their arguments, or what they raise.
 WITHOUT_ARGS = {
     "restore", "clip_grad_norm_", "save_checkpoint", "load_checkpoint", "watch_ranks", "report", "explain", "verify",

@@ -51,7 +51,7 @@ class Report:
         """Modules that were not captured, with reasons."""
         return self.program.left
 
-    def fell_back(self, path: str, reason: str, warn: bool = False, detail: str = "", comes_of_it: str = "") -> None:
+    def fell_back(self, path: str, reason: str, warn: bool = False, detail: str = "", consequence: str = "") -> None:
         """Counts a call that ran the original forward.
 
         Args:
@@ -59,12 +59,12 @@ class Report:
             reason: why it ran.
             warn: warn, once per reason: the call trains.
             detail: PyTorch's error message.
-            comes_of_it: the consequence, for the warning.
+            consequence: the consequence, for the warning.
         """
         if warn and reason not in self._warned:
             self._warned.add(reason)
             text = f"{self.program.model_class} trains without its graph of {path} in this call: {reason}"
-            warnings.warn(text + (f"; {comes_of_it}" if comes_of_it else ""), ShortfallWarning, stacklevel=2)
+            warnings.warn(text + (f"; {consequence}" if consequence else ""), ShortfallWarning, stacklevel=2)
         if detail:
             self.details[path, reason] = detail
         self.fallbacks[path, reason] = self.fallbacks.get((path, reason), 0) + 1

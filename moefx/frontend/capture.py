@@ -155,7 +155,7 @@ def capture(model: Any, example: Mapping[str, Any] | None = None) -> Program:
 
 
 def _fill(program: Program, model: Any, example: Mapping[str, Any] | None) -> None:
-    with hf.implementations(model, not program.own_attention):
+    with hf.activated(model, not program.own_attention):
         recording = record(model, example)
         program.packs_beside_cache = recording.packs_beside_cache
         capture_sites(model, recording, program)

@@ -1,4 +1,4 @@
-"""The forward that replaces a block's: finds the function that covers a call, captures one if none does, and runs it."""
+"""The forward of an optimized block: finds the function that covers a call, captures one if none does, and runs it."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from moefx.runtime.router_state import RouterState
 from moefx.runtime.state import Optimized, unseen
 from moefx.runtime.tracing import only_graphs, untraced
 
-#: A module's call is captured anew for at most this many kinds of calls (with and without mask, in training or not, ...).
+#: At most this many kinds of calls (with and without mask, in training or not, ...) of a module are captured.
 MAX_VARIANTS = 8
 
 
 @dataclass(eq=False)
 class BlockForward:
-    """The runtime of one module: finds the function for a call, reads the parameters, runs it."""
+    """Runs the calls of one module by captured functions."""
 
     path: str
     state: Optimized
     functions: list[Function]
     router_state: RouterState
     routers: list[str] = field(default_factory=list)
-    kept: list[Any] = field(default_factory=list)  #: of moefx.runtime.router_state: the routes of forwards that will run again
+    kept: list[Any] = field(default_factory=list)  #: recomputation.Kept: routes of forwards that will be recomputed
     memo: dict[Any, Function | None] = field(default_factory=dict)
     owners: dict[int, list[tuple[dict, str]]] = field(default_factory=dict)
     guard: ModuleGuard | None = None  #: what graphs hold of the module, once a call has looked
@@ -69,7 +69,7 @@ class BlockForward:
             function = self.memo[key]
         except KeyError:
             function = self.memo[key] = self.find(module, args, kwargs, switches)
-            if len(self.memo) > 4096:  # a new length every step, for days
+            if len(self.memo) > 4096:  # a new length in every step of a long run
                 self.memo.clear()
         if function is None:
             return original(*hf.original_masks(args), **hf.original_masks(kwargs))
@@ -91,6 +91,7 @@ class BlockForward:
         return covered.outputs.fill(out)
 
     def run(self, module: nn.Module, function: Function, tensors: list[Tensor]) -> Any:
+        """The flat outputs of ``function``."""
         with dispatch_combine.layer(self.path) if self.state.plan.ep_size > 1 else contextlib.nullcontext():
             return self._run(module, function, tensors)
 
@@ -104,7 +105,7 @@ class BlockForward:
         return fsdp.post_forward(units, tensors, out)
 
     def run_routed(self, module: nn.Module, function: Function, tensors: list[Tensor]) -> Any:
-        """Runs a function with routers: tells it whom to choose where that is decided, and notes whom it chose."""
+        """The flat outputs of a function with routers; forces its routes if they are given, and records them."""
         x, dispatches = tensors[0], None
         forced = self.router_state.forced_routes(self, function, tensors, module.training)
         if forced is None:
@@ -117,6 +118,7 @@ class BlockForward:
         return out
 
     def parameters(self, module: nn.Module, function: Function) -> list[Tensor]:
+        """The parameters of ``function``, read from ``module`` now; under expert parallelism this rank's shards."""
         owners = self.owners.get(id(function))
         if owners is None:
             owners = self.owners[id(function)] = [self._owner(module, name) for name in function.parameters]
@@ -135,7 +137,7 @@ class BlockForward:
         return [] if self.guard is None else self.guard.units
 
     def is_unmodified(self, module: nn.Module) -> bool:
-        """Is the module as it was captured? If only numbers or sizes in it have changed, its calls are captured anew."""
+        """Do graphs of the module hold for it? If only numbers or sizes in it have changed, its calls are captured again."""
         if self.guard is None:
             self.guard = ModuleGuard(module)
         changed = self.guard.first_change()
@@ -152,23 +154,27 @@ class BlockForward:
         return True
 
     def forget(self) -> None:
-        """The module, or what graphs hold of it, has changed: calls are captured anew."""
+        """Drops the functions, so that calls are captured again."""
         self.functions, self.memo, self.owners, self.guard = [], {}, {}, None
 
-    def _fell_back(self, module: nn.Module, reason: str, detail: str = "", comes_of_it: str = "") -> None:
+    def _fell_back(self, module: nn.Module, reason: str, detail: str = "", consequence: str = "") -> None:
         warn = module.training and torch.is_grad_enabled()
-        self.state.report.fell_back(self.path, reason, warn, detail, comes_of_it)
+        self.state.report.fell_back(self.path, reason, warn, detail, consequence)
 
-    def comes_of_it(self, module: nn.Module, args: tuple) -> str:
-        """What it means for the caller that a call runs the original forward."""
+    def consequence(self, module: nn.Module, args: tuple) -> str:
+        """What it costs the caller that this call runs the original forward."""
         return "it runs in plain PyTorch"
 
     def find(self, module: nn.Module, args: tuple, kwargs: dict, switches: tuple) -> Function | None:
-        """The function that covers this call, captured now if none does; None: the original forward must run."""
+        """The function that covers this call, captured now if none does; None if the original forward must run.
+
+        Raises:
+            MoefxError: under FSDP, an adapter is merged and disabled.
+        """
         if (self.units or fsdp.is_unit(module)) and any(disabled and merged for disabled, _, merged, _ in switches):
             raise MoefxError(
-                f"an adapter of {self.path} is merged into the weights and disabled: PEFT would take it out of what FSDP has "
-                "gathered for this call alone; call unmerge_adapter() on PEFT's model"
+                f"an adapter of {self.path} is merged into the weights and disabled: PEFT would unmerge it from the parameters "
+                "that FSDP has gathered for this call only; call unmerge_adapter() on the PEFT model"
             )
         try:
             tensors, template = flatten(args, kwargs)
@@ -178,7 +184,7 @@ class BlockForward:
             if tensors and sum(f.call.device == tensors[0].device for f in self.functions) >= MAX_VARIANTS:
                 raise CaptureError(f"it was captured for {MAX_VARIANTS} kinds of calls already{self._what_differs()}")
             others = [f.call for f in self.functions if f.call.adapters == switches]
-            # numbers that differ from those of other calls are left open first: a graph that does not read them holds for all
+            # numbers that differ between calls are left open first: a graph that does not read them covers all of them
             opened = [template.opened(other.template) for other in others]
             templates = dict.fromkeys([*(t for t in opened if t not in (None, template)), template])
             readings = list(Call.readings(tensors, template, module.training, sizes_of(module), others))
@@ -186,13 +192,13 @@ class BlockForward:
             with CAPTURING:
                 function = self.capture_one_of(module, calls)
         except CaptureError as error:
-            self._fell_back(module, str(error), error.detail, self.comes_of_it(module, args))
+            self._fell_back(module, str(error), error.detail, self.consequence(module, args))
             return None
         self.functions.append(function)
         return function
 
     def _what_differs(self) -> str:
-        """The arguments whose numbers differ in most of the calls that the module was captured for: it reads them."""
+        """The end of a reason: the arguments whose numbers differ in most of the captured calls: the module reads them."""
         found: dict[str, set[float]] = {}
         for function in self.functions:
             for name, number in function.call.template.numbers().items():
@@ -201,7 +207,7 @@ class BlockForward:
         return f", and computes with {', '.join(names)}, which differs each time" if names else ""
 
     def capture_one_of(self, module: nn.Module, calls: list[Call]) -> Function:
-        """The function of the first reading of a call that can be captured; raises CaptureError, the first's, if none can."""
+        """The function of the first of ``calls``, readings of one call, that can be captured; else raises the first error."""
         first: CaptureError | None = None
         for call in calls:
             try:
@@ -212,6 +218,7 @@ class BlockForward:
         raise first
 
     def capture(self, module: nn.Module, call: Call) -> Function:
+        """The function of ``call``, shared by modules of equal structure. Raises CaptureError if it cannot be captured."""
         key = (hf.structure(module), call)
         if key not in self.state.shared:
             routers = {p: module.get_submodule(p) for p in self.routers}
@@ -221,7 +228,7 @@ class BlockForward:
                     self.state.lower(function)
                 self.state.shared[key] = function
             except CaptureError as error:
-                # an error would keep its frames, with the tensors of this step
+                # not the error, which holds its frames, with the tensors of this step
                 self.state.shared[key] = str(error), error.detail
         found = self.state.shared[key]
         if isinstance(found, tuple):
@@ -234,7 +241,8 @@ class BlockForward:
 
 
 def block_forward(base: type) -> Callable:
-    # GradientCheckpointingLayer.__init_subclass__ wraps this forward too: checkpointing works as before
+    """The forward of the class of an optimized block whose own class is ``base``."""
+    # GradientCheckpointingLayer.__init_subclass__ wraps this forward as well, so checkpointing still works
     plain = base.forward  # type: ignore[attr-defined]
 
     def forward(self, *args, **kwargs):

@@ -1,4 +1,4 @@
-"""What graphs hold of a module besides its calls: submodules, hooks, sizes, numbers. Changes to them are noticed."""
+"""Guards of captured graphs: submodules, hooks, parameter sizes and attributes of a module that graphs assume."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moefx.integrations import transformers as hf
 
 
 class ModuleGuard:
-    """The state of a module when it was captured. Each call checks it, so the checks are a few comparisons of dictionaries."""
+    """The state of a module when it was captured. Each call compares it, so it is kept as a few dictionaries."""
 
     def __init__(self, module: nn.Module):
         inside = [m for m in module.modules() if m is not module]
@@ -60,7 +60,7 @@ def _hooks(m: nn.Module) -> int:
 
 
 def _numbers(module: nn.Module) -> Iterator[tuple[Callable, dict, Any]]:
-    """What graphs hold of the modules' own attributes: readers that are quick, what they read, and what it is now."""
+    """The attributes of modules that graphs hold as constants: (reader, the module's ``__dict__``, value now)."""
     for m in module.modules():
         names = hf.numbers(m)
         if names and (not type(m).__module__.startswith("torch.nn") or isinstance(m, nn.modules.dropout._DropoutNd)):

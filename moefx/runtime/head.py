@@ -1,4 +1,4 @@
-"""The head at run time: lm_head gives lazy logits, and the model's loss function computes the loss from hidden states."""
+"""The head of an optimized model: lm_head returns lazy logits, the loss function computes the loss from hidden states."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from moefx.runtime.block import BlockForward
 
 @dataclass(eq=False)
 class HeadForward(BlockForward):
-    """The runtime of lm_head + loss; ``module`` is lm_head."""
+    """Runs lm_head and the loss as one captured function; ``module`` is lm_head."""
 
     model_loss: Callable | None = None
 
@@ -34,7 +34,7 @@ class HeadForward(BlockForward):
             self.path, self.state, self.functions, copy.deepcopy(self.router_state, memo), model_loss=self.model_loss
         )
 
-    def comes_of_it(self, module: nn.Module, args: tuple) -> str:
+    def consequence(self, module: nn.Module, args: tuple) -> str:
         numbers = args[0].numel() // args[0].shape[-1] * module.out_features
         return f"it runs in plain PyTorch, which stores all logits: {4 * numbers / 2**30:.2g} GiB in fp32"
 
@@ -44,10 +44,10 @@ class HeadForward(BlockForward):
 
 
 class FusedLoss:
-    """The model's loss function: reads hidden states where the logits were not read by anybody, else the logits."""
+    """The model's loss function: computed from hidden states if nothing has read the logits, else from the logits."""
 
-    def __init__(self, site: HeadForward, loss: Callable):
-        self.site, self.loss = site, loss
+    def __init__(self, head: HeadForward, loss: Callable):
+        self.head, self.loss = head, loss
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         logits, rest, named = split_logits(args, kwargs)
@@ -63,24 +63,22 @@ class FusedLoss:
         try:
             tensors, template = head_call(logits.hidden, rest, named, logits.steps)
         except CaptureError as error:
-            comes_of_it = self.site.comes_of_it(lm_head.module, (logits.hidden,))
-            self.site._fell_back(lm_head.module, str(error), comes_of_it=comes_of_it)
+            consequence = self.head.consequence(lm_head.module, (logits.hidden,))
+            self.head._fell_back(lm_head.module, str(error), consequence=consequence)
             return original()
         args, kwargs = template.fill(tensors)
-        return self.site(lm_head.module, args, kwargs, original)
+        return self.head(lm_head.module, args, kwargs, original)
 
 
 class _Projection:
-    """lm_head's own forward, and the module whose parameters the fused loss reads."""
+    """lm_head's original forward, and the module whose parameters the fused loss reads."""
 
     def __init__(self, module: nn.Module, forward: Callable):
         self.module, self.forward = module, forward
 
     def __call__(self, hidden: Tensor) -> Tensor:
         if isinstance(self.module.weight, DTensor) and not isinstance(hidden, DTensor):
-            raise MoefxError(
-                "the logits are read when lm_head's weight is spread over the ranks again: read them before loss.backward()"
-            )
+            raise MoefxError("the logits are read after FSDP has resharded lm_head's weight: read them before loss.backward()")
         return self.forward(hidden)
 
 
@@ -95,12 +93,12 @@ def _lm_head_forward(base: type) -> Callable:
     return forward
 
 
-def take_head(lm_head: Any, site: HeadForward) -> None:
-    """Makes ``lm_head`` give lazy logits; of a head that came after optimize, the loss is captured anew."""
+def take_head(lm_head: Any, head: HeadForward) -> None:
+    """Makes ``lm_head`` return lazy logits. For a head that was put there after optimize, the loss is captured again."""
     if not isinstance(lm_head, nn.Linear):
-        what = f"lm_head is a {type(lm_head).__name__}, put there after optimize, and not linear: its logits are stored"
-        site.state.report.fell_back(site.path, what, warn=torch.is_grad_enabled())
+        what = f"lm_head was replaced after optimize by a {type(lm_head).__name__}, which is not linear: its logits are stored"
+        head.state.report.fell_back(head.path, what, warn=torch.is_grad_enabled())
         return
     lm_head.__dict__["_moefx_active"] = False
     lm_head.__class__ = with_forward(type(lm_head), _lm_head_forward)  # type: ignore[arg-type]
-    site.forget()
+    head.forget()

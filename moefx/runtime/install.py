@@ -1,4 +1,4 @@
-"""Puts captured functions to work: a module keeps its class's name and parameters, its forward calls the graph."""
+"""Installs captured functions in a model, and removes them: modules get a subclass of their class with another forward."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _model_class(base: type) -> type:
 
 
 def install(model: Any, state: Optimized) -> None:
-    """Makes every instance of every function run it. Nothing else of the model changes: same names, same parameters."""
+    """Makes each instance of each captured function run it. Names and parameters of the model stay the same."""
     recomputation_is_seen()
     hf.activate(model, not state.program.own_attention)
     routers, router_state = hf.routers(model), RouterState()
@@ -51,14 +51,14 @@ def install(model: Any, state: Optimized) -> None:
         loss = model.loss_function
         state.loss = vars(model).get("_loss_function")
         lm_head = model.get_submodule(head.instances[0])
-        site = HeadForward(head.instances[0], state, [], router_state, model_loss=loss)
-        take_head(lm_head, site)
-        site.functions = [head]
-        model.loss_function = FusedLoss(site, loss)
+        head_forward = HeadForward(head.instances[0], state, [], router_state, model_loss=loss)
+        take_head(lm_head, head_forward)
+        head_forward.functions = [head]
+        model.loss_function = FusedLoss(head_forward, loss)
     for path, functions in by_path.items():
         if functions[0].name != "head":
             module = model.get_submodule(path)
-            module._moefx_forward.is_unmodified(module)  # from here on, what is replaced inside is noticed
+            module._moefx_forward.is_unmodified(module)  # from here on, replaced submodules are noticed
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and part is not model and not hasattr(type(part), "_moefx_base"):
             part.__dict__["_moefx_state"] = state
@@ -70,7 +70,7 @@ def install(model: Any, state: Optimized) -> None:
 
 
 def uninstall(model: Any) -> None:
-    """The model as it was before ``install``."""
+    """Undoes :func:`install`."""
     state: Optimized = model._moefx
     remove(model)
     for hook in state.hooks:

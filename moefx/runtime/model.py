@@ -1,4 +1,4 @@
-"""The forward that replaces the model's, and those of models inside it: what holds for a whole step rather than for a block."""
+"""The forwards of an optimized model and of the models inside it: what is done once a step rather than once a block."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from moefx.runtime.tracing import only_graphs, refuse_replica, say_what_is_compi
 
 
 def model_forward(base: type) -> Callable:
+    """The forward of the class of an optimized model whose own class is ``base``."""
     plain = base.forward  # type: ignore[attr-defined]
 
     def forward(self, *args, **kwargs):
@@ -62,8 +63,8 @@ def model_forward(base: type) -> Callable:
         if training and not state.bypass and kwargs.get("use_cache") is None:
             positions = len(args) > 1 or kwargs.get("position_ids") is not None
             beside_cache, packs = positions and _fills_a_cache(self), state.program.packs_beside_cache
-            if not beside_cache or packs is not None:  # else it runs as it is, with its cache, and the report says so
-                kwargs["use_cache"] = False  # a training step fills no cache that anybody reads
+            if not beside_cache or packs is not None:  # else the model fills its cache, and the report says so
+                kwargs["use_cache"] = False  # nothing reads the cache of a training step
                 ignores_packing = beside_cache and not packs
             if ignores_packing:
                 state.report.ignored_packing(kwargs.get("position_ids"))
@@ -71,7 +72,7 @@ def model_forward(base: type) -> Callable:
         unasked = not state.bypass and all(kwargs.get(k) is None for k in ("use_cache", "past_key_values", "cache"))
         lm_head = self.get_output_embeddings()
         if fused and not hasattr(lm_head, "_moefx_active"):
-            take_head(lm_head, self._loss_function.site)
+            take_head(lm_head, self._loss_function.head)
         numbered = len(args) <= 1 and kwargs.get("position_ids") is None and kwargs.get("past_key_values") is None
         with hf.unpacked() if (numbered and training) or ignores_packing else contextlib.nullcontext():
             if not fused or kwargs.get("labels") is None or not hasattr(lm_head, "_moefx_active"):
@@ -89,23 +90,23 @@ def model_forward(base: type) -> Callable:
 
 
 def _aux_loss(model: Any, state: Optimized, mean_of_ranks: bool, everywhere: bool) -> contextlib.AbstractContextManager:
-    """Who computes the auxiliary loss of this forward: all ranks together, a backend's kernel, or the model as it is."""
+    """Context in which the auxiliary loss is that of all ranks, or a backend's kernel, or the model's own function."""
     if everywhere:
         return aux_loss.over_all_ranks(model, mean_of_ranks)
     found = next((b.kernel(ops.load_balancing_loss) for b in state.plan.backends if b.kernel(ops.load_balancing_loss)), None)
     if state.bypass or found is None or found.fn is ops.load_balancing_loss:
-        return contextlib.nullcontext()  # nobody has more than the operation's own body: the model's function is as good
+        return contextlib.nullcontext()  # the operation's body is what the model's own function computes
     return aux_loss.by_kernel(model, found.fn)
 
 
 def _fills_a_cache(model: Any) -> bool:
-    """Would the model as it was fill a cache in this call, which does not say? Most then do not look for packed sequences."""
+    """Would the original model fill a cache in a call without ``use_cache``? Most then do not look for packed sequences."""
     recomputes = model.training and torch.is_grad_enabled() and hf.is_checkpointed(model)
     return bool(getattr(model.config.get_text_config(), "use_cache", False)) and not recomputes
 
 
 def part_forward(base: type) -> Callable:
-    """Of a model within the model: whoever calls it by itself gets graphs for the same masks."""
+    """The forward of a model inside the model: called directly, it makes the same lazy masks for its graphs."""
     plain = base.forward  # type: ignore[attr-defined]
 
     def forward(self, *args, **kwargs):
@@ -118,6 +119,7 @@ def part_forward(base: type) -> Callable:
 
 
 def sharded_save_pretrained(base: type) -> Callable:
+    """``save_pretrained`` of an optimized model: of a sharded one, each rank writes its part."""
     plain = base.save_pretrained  # type: ignore[attr-defined]
 
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs):
@@ -126,8 +128,8 @@ def sharded_save_pretrained(base: type) -> Callable:
         unknown = set(kwargs) - {"max_shard_size", "save_original_format"}
         if unknown:
             raise MoefxError(
-                f"save_pretrained of a model that is spread over ranks does not take {sorted(unknown)[0]}: save without, then "
-                "load the folder in one process"
+                f"save_pretrained of a sharded model does not take {sorted(unknown)[0]}: save without it, then load the folder "
+                "in one process"
             )
         return checkpoint.save_pretrained(self, save_directory, **kwargs)
 
@@ -135,10 +137,10 @@ def sharded_save_pretrained(base: type) -> Callable:
 
 
 def reshard_without_backward(model: Any, args: Any, out: Any) -> None:
-    """After FSDP's own hook. Without gradients no backward will free what the forward gathered."""
+    """Forward hook of an FSDP root, after FSDP's own: without gradients no backward will reshard the parameters."""
     if torch.is_grad_enabled():
         return
     for logits in out if isinstance(out, tuple) else (getattr(out, "logits", None),):
         if isinstance(logits, LazyLogits):
-            logits.materialize()  # lm_head's weight is about to go
+            logits.materialize()  # lm_head's weight is resharded next
     fsdp.reshard(model)

@@ -1,4 +1,4 @@
-"""Activation checkpointing: is this forward one that autograd runs again, and which routes did it take the first time?"""
+"""Activation checkpointing: whether a forward is a recomputation, and the routes that it took the first time."""
 
 from __future__ import annotations
 
@@ -15,33 +15,34 @@ from moefx.ops.dispatch_combine import Dispatches
 
 @dataclass(eq=False)
 class Kept:
-    """The choices of a forward that autograd will run again: as long as the input that it was run on exists."""
+    """The routes of a forward that autograd will recompute, kept as long as the input of that forward exists."""
 
     storage: StorageWeakRef
     where: tuple
     index: list[Tensor]
-    dispatches: Dispatches  #: which rows went where
+    dispatches: Dispatches  #: where its tokens were dispatched
 
 
 def recomputing() -> bool:
-    """Does autograd run this forward, in the middle of a backward, because activation checkpointing dropped its tensors?"""
+    """Is this forward a recomputation, run by autograd in a backward?"""
     return torch._C._current_graph_task_id() != -1
 
 
 def checkpointed() -> bool:
-    """Is this a forward that autograd will run again, or is running again?
+    """Is this a forward under activation checkpointing, or its recomputation?
 
-    Non-reentrant checkpointing hooks what is saved; reentrant checkpointing saves nothing at first, and is a backward later.
+    Non-reentrant checkpointing hooks saved tensors; reentrant checkpointing runs without gradients first, in a backward later.
     """
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     return hooked or not torch.is_grad_enabled() or recomputing()
 
 
 @assumed(
-    "autograd says whether it runs a backward, whether what is saved is hooked, and whether memory still exists",
+    "autograd tells whether a backward is running, whether saved tensors are hooked, and whether a storage still exists",
     "torch 2.11 to 2.14",
 )
 def recomputation_is_seen() -> bool:
+    """Both kinds of checkpointing, and a plain forward."""
     seen: list[tuple[bool, bool]] = []
 
     def note(x: Tensor) -> Tensor:
@@ -59,4 +60,5 @@ def recomputation_is_seen() -> bool:
 
 
 def where(x: Tensor) -> tuple:
+    """What identifies the memory of a tensor."""
     return x.data_ptr(), tuple(x.shape), x.dtype

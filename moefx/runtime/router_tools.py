@@ -1,4 +1,4 @@
-"""What users do with a model's routers: record and replay routes, measure the experts' load, balance it by a bias."""
+"""Tools for the routers of an optimized model: record and replay routes, measure the experts' load, balance it by a bias."""
 
 from __future__ import annotations
 
@@ -21,25 +21,30 @@ from moefx.runtime.state import Optimized, state_of
 if TYPE_CHECKING:
     from moefx.ir.program import RouterOutputs
 
-if TYPE_CHECKING:
-    pass
-
 
 def _of(model: Any) -> tuple[Any, Optimized, RouterState]:
     state = state_of(model)
     inner = unwrap(model)
     if not any(f.routes for f in state.program):
         raise MoefxError(
-            f"no function of {type(inner).__name__} returns its routers' choices: is the pass 'routes' in the pipeline?"
+            f"no function of {type(inner).__name__} returns its routers' choices: is the pass 'expose_routes' in the pipeline?"
         )
     return inner, state, inner._moefx_router_state
 
 
 @contextmanager
 def record_routes(model: Any) -> Iterator[Routes]:
-    """Within: the forward's choices of experts go into the dict that is yielded: experts module's path -> index [T, K] int64.
+    """Context that records the routes of forwards, for :func:`replay_routes` of this model or of another copy of it.
 
-    A second forward replaces what the first recorded. Ready for :func:`replay_routes`, here or in another copy of the model.
+    Args:
+        model: optimized, also inside DDP or PEFT.
+
+    Yields:
+        A dict that the forward fills: path of an experts module -> expert ids [T, K] int64. A second forward replaces what the
+        first recorded.
+
+    Raises:
+        MoefxError: the model is not optimized, or none of its functions returns routes.
     """
     _, _, router_state = _of(model)
     before, router_state.recorded_routes = router_state.recorded_routes, {}
@@ -51,11 +56,17 @@ def record_routes(model: Any) -> Iterator[Routes]:
 
 @contextmanager
 def replay_routes(model: Any, routes: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within: forwards send tokens to the experts in ``routes`` and compute the routers' weights for these (their gradients
-    too), whatever the routers would choose now: a policy trained on the experts that its rollout used (arXiv 2510.11370).
+    """Context in which forwards dispatch tokens to given experts, with the routers' weights for these, and their gradients.
+
+    With it a policy is trained on the experts that its rollout used (arXiv 2510.11370).
+
+    Args:
+        model: optimized, also inside DDP or PEFT.
+        routes: path of an experts module -> expert ids [T, K], as :func:`record_routes` yields them.
 
     Raises:
-        MoefxError: in the forward, if a layer has no routes, or routes of another shape than [tokens, experts per token].
+        MoefxError: the model is not optimized; in the forward, if a layer has no routes, or routes of another shape than
+            [tokens, experts per token].
     """
     _, _, router_state = _of(model)
     before, router_state.replayed_routes = router_state.replayed_routes, dict(routes)
@@ -66,20 +77,38 @@ def replay_routes(model: Any, routes: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def enable_load_tracking(model: Any, on: bool = True) -> None:
-    """Counts, from now on, how many tokens each expert gets in training forwards; :func:`expert_load` reads the counts."""
+    """Counts from now on how many tokens each expert gets in training forwards, for :func:`expert_load`.
+
+    Args:
+        model: optimized, also inside DDP or PEFT.
+        on: False stops counting. Either way the counts begin at zero.
+
+    Raises:
+        MoefxError: the model is not optimized, or none of its functions returns routes.
+    """
     _, _, router_state = _of(model)
     router_state.tracks_load = on
     router_state.tokens_per_expert, router_state.reported = {}, {}
 
 
 def expert_load(model: Any, reader: str = "") -> dict[str, Tensor]:
-    """Tokens per expert over all ranks: experts module's path -> [E] int64. One all-reduce; all ranks call it.
+    """Tokens per expert, summed over all ranks by one all-reduce: every rank must call it.
 
-    :func:`enable_load_tracking` comes first. A ``reader`` (a name) gets what was counted since it read last.
+    Args:
+        model: optimized, with :func:`enable_load_tracking` before the forwards.
+        reader: a name; each name gets the tokens since it was last used.
+
+    Returns:
+        Path of an experts module -> tokens per expert [E] int64.
+
+    Raises:
+        MoefxError: load tracking is not enabled.
     """
     inner, _, router_state = _of(model)
     if not router_state.tracks_load:
-        raise MoefxError(f"nothing is counted yet: call moefx.enable_load_tracking({type(inner).__name__}) before the forward")
+        raise MoefxError(
+            f"load tracking is not enabled: call moefx.enable_load_tracking({type(inner).__name__}) before the forward"
+        )
     experts = {r.path(path): r.num_experts for path, r in _routes(inner)}
     device = next(inner.parameters()).device
     mine = [router_state.tokens_per_expert.get(p, torch.zeros(n, dtype=torch.int64)).to(device) for p, n in experts.items()]
@@ -92,10 +121,15 @@ def expert_load(model: Any, reader: str = "") -> dict[str, Tensor]:
 
 
 def expert_load_metrics(load: Mapping[str, Tensor]) -> dict[str, float]:
-    """What to plot of :func:`expert_load`: per layer, and as mean and worst over the layers.
+    """Metrics of :func:`expert_load` to log: of each layer, and over the layers.
 
-    ``max_load`` is the load of the busiest expert over the mean (1: balanced, E: collapsed), ``entropy`` that of the load
-    divided by log E (1: balanced, 0: collapsed), ``dropped`` the tokens that no expert got: none, moefx drops none.
+    Args:
+        load: path of an experts module -> tokens per expert [E].
+
+    Returns:
+        ``max_load/<path>``: load of the busiest expert over the mean load, 1 if balanced, E if collapsed; ``entropy/<path>``:
+        entropy of the load over log E, 1 if balanced, 0 if collapsed. ``max_load`` is the largest of the layers, ``entropy``
+        their mean. ``dropped``: tokens without an expert, always 0.
     """
     names, rows = list(load), []
     for counts in load.values():
@@ -110,24 +144,28 @@ def expert_load_metrics(load: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def update_router_bias(model: Any, rate: float = 1e-3, load: Mapping[str, Tensor] | None = None) -> None:
-    """Balancing without an auxiliary loss: ``bias += rate * sign(mean load - load)`` (arXiv 2408.15664), once a step.
+    """Balances the load without an auxiliary loss: ``bias += rate * sign(mean load - load)`` (arXiv 2408.15664).
 
-    ``load`` defaults to the :func:`expert_load` since the last update; all ranks call it, after the optimizer's step.
+    Args:
+        model: optimized, with :func:`enable_load_tracking` before the forwards. All ranks call it after each optimizer step.
+        rate: step of the bias.
+        load: path of an experts module -> tokens per expert [E]; by default the :func:`expert_load` since the last update.
 
     Raises:
-        MoefxError: no router of the model has a bias for its choice, or one is kept in 16 bits, where a step would be lost.
+        MoefxError: no router of the model has a bias that only affects the choice, or the bias has a 16-bit dtype, in which a
+            step would be lost; or load tracking is not enabled.
     """
     inner, _, _ = _of(model)
     biased = [(r.path(path), f"{path}.{r.bias}") for path, r in _routes(inner) if r.bias is not None]
     if not biased:
-        raise MoefxError(f"no router of {type(inner).__name__} has a bias that is added for the choice only: use its aux loss")
+        raise MoefxError(f"no router of {type(inner).__name__} has a bias for the choice of experts: use its auxiliary loss")
     load = expert_load(inner, "update_router_bias") if load is None else load
     tensors = {**dict(inner.named_parameters()), **dict(inner.named_buffers())}
     with torch.no_grad():
         for experts, name in biased:
             bias = tensors[name]
             if bias.dtype in (torch.bfloat16, torch.float16):
-                raise MoefxError(f"{name} is {bias.dtype}: steps of {rate} would be lost in it, keep it in float32")
+                raise MoefxError(f"{name} is {bias.dtype}, in which steps of {rate} would be lost: keep it in float32")
             counts = load[experts].double()
             step = (rate * torch.sign(counts.mean() - counts)).to(bias.dtype).view(bias.shape)
             if isinstance(bias, DTensor):
@@ -137,16 +175,17 @@ def update_router_bias(model: Any, rate: float = 1e-3, load: Mapping[str, Tensor
 
 
 def _routes(model: Any) -> Iterator[tuple[str, RouterOutputs]]:
-    """(path of the block, route) for each router of the model, in its order."""
+    """(path of the block, outputs of the router) of each router of the model, in the order of the model."""
     for path, module in model.named_modules():
-        site = vars(module).get("_moefx_forward")
-        if site is not None and site.functions and site.functions[0].routes:
-            yield from ((path, r) for r in site.functions[0].routes)
+        block = vars(module).get("_moefx_forward")
+        if block is not None and block.functions and block.functions[0].routes:
+            yield from ((path, r) for r in block.functions[0].routes)
 
 
 def warn_balanced(model: Any) -> None:
+    """Warns that a model with balanced routing does not learn."""
     warnings.warn(
-        f"balanced_routing=True: {type(model).__name__} sends tokens to experts in turn, whatever its routers say. It learns "
-        "nothing useful: for benchmarks only",
+        f"balanced_routing=True: {type(model).__name__} dispatches tokens to experts in turn, whatever its routers "
+        "choose: it learns nothing useful, use this for benchmarks only",
         stacklevel=3,
     )

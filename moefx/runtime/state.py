@@ -1,4 +1,4 @@
-"""What ``optimize`` leaves on a model: its program, plan and report, and the compiled code of its functions."""
+"""The state that ``optimize`` attaches to a model: program, plan, report, and the compiled code of its functions."""
 
 from __future__ import annotations
 
@@ -22,34 +22,35 @@ from moefx.rewriting.pipeline import Pipeline
 
 
 def unseen() -> contextlib.AbstractContextManager:
-    """Within: what autograd saves while a graph is made is none of the checkpointing's around the call that needs it."""
+    """Context that hides the hooks for saved tensors of activation checkpointing around a call, while a graph is made in it."""
     return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
 
 
 @dataclass(eq=False)
 class Optimized:
-    """All that ``optimize`` leaves on a model, besides the classes of its modules."""
+    """All that ``optimize`` attaches to a model, apart from the classes of its modules."""
 
     program: Program
     plan: Plan
     pipeline: Pipeline
     report: Report
-    implementations: hf.Names  #: of experts, before
-    loss: Callable | None = None  #: the model's own loss function; None: it had the default
+    implementations: hf.Names  #: the original ones of its experts
+    loss: Callable | None = None  #: the model's own loss function; None if it had the default
     runners: dict[int, Callable] = field(default_factory=dict)  #: by id of function
-    replaying: dict[int, Function] = field(default_factory=dict)  #: by id of function: its twin that is told the routes
-    compiled: dict[tuple, Callable] = field(default_factory=dict)  #: by what the graph says: equal graphs share code
-    shared: dict[tuple, Function | tuple[str, str]] = field(default_factory=dict)  #: captured later, or why it cannot be
-    bypass: bool = False  #: run the original forwards (moefx.verify)
-    global_aux_loss: bool = False  #: the auxiliary loss is that of all ranks' tokens
-    hooks: list[RemovableHandle] = field(default_factory=list)  #: that the model has while it is optimized
-    shards_experts: bool = False  #: ``optimize`` spread the experts over ranks: ``restore`` brings them back
+    replaying: dict[int, Function] = field(default_factory=dict)  #: by id of function: its replay function
+    compiled: dict[tuple, Callable] = field(default_factory=dict)  #: by code and dtypes: equal graphs share compiled code
+    #: Functions that were captured after ``optimize``, or why they cannot be; by structure and call.
+    shared: dict[tuple, Function | tuple[str, str]] = field(default_factory=dict)
+    bypass: bool = False  #: original forwards run (moefx.verify)
+    global_aux_loss: bool = False  #: the auxiliary loss is over the tokens of all ranks
+    hooks: list[RemovableHandle] = field(default_factory=list)  #: hooks of the model while it is optimized
+    shards_experts: bool = False  #: ``optimize`` sharded the experts: ``restore`` gathers them
 
     def __deepcopy__(self, memo: dict) -> Optimized:
         return self  # a copied model shares graphs and compiled code; parameters are read from the module that is called
 
     def masks(self) -> contextlib.AbstractContextManager[None]:
-        """Within: masks are made as graphs can do without them."""
+        """Context in which Transformers makes lazy masks for the graphs."""
         plain = self.bypass or self.program.own_attention or hf.is_emitting()
         return contextlib.nullcontext() if plain else hf.lazy_masks()
 
@@ -60,14 +61,14 @@ class Optimized:
             # sizes too: a norm of heads and one of hidden states have the same code, and Dynamo would compile it for each
             inputs = tuple((v.dtype, tuple(d if isinstance(d, int) else None for d in v.shape)) for v in given)
             targets = tuple(n.target for n in function.graph.nodes if n.op == "call_function")
-            same = (function.graph_module.code, targets, inputs)  # a block in training and in evaluation, mostly
+            same = (function.graph_module.code, targets, inputs)  # mostly a block in training and in evaluation
             if same not in self.compiled:
                 self.compiled[same] = compiled(function.graph_module, self.plan)
             self.runners[id(function)] = self.compiled[same]
         return self.runners[id(function)]
 
     def replay_function(self, function: Function) -> Function:
-        """The function that computes the same with the routes as inputs; made when first asked for."""
+        """The function with its routes as inputs; made when it is first needed."""
         if id(function) not in self.replaying:
             assert function.captured is not None
             replay_function = function.captured.replaying()

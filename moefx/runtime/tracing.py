@@ -15,7 +15,7 @@ from moefx.runtime.state import Optimized
 
 
 def _compute_more(state: Optimized, router_state: RouterState, training: bool) -> bool:
-    """Do the graphs compute what the original forward does not?"""
+    """Do the graphs compute something that the original forward does not?"""
     plan = state.plan
     always = plan.ep_size > 1 or plan.balanced_routing or plan.check_numerics
     asked = router_state.recorded_routes is not None or router_state.replayed_routes is not None
@@ -23,7 +23,7 @@ def _compute_more(state: Optimized, router_state: RouterState, training: bool) -
 
 
 def only_graphs(state: Optimized, router_state: RouterState, training: bool) -> bool:
-    """Do the graphs do what the original forward does not? Then nobody may trace that instead."""
+    """Must the graphs run, since the original forward does less? Then a tracer must not see the original forward."""
     return _compute_more(state, router_state, training) or (training and router_state.tracks_load)
 
 
@@ -33,19 +33,18 @@ def only_graphs(state: Optimized, router_state: RouterState, training: bool) -> 
     "fullgraph"
 )
 def untraced(run: Callable, *args: Any) -> Any:
-    """Dynamo breaks its graph here; torch.export and torch.jit.trace, which cannot, get an error."""
+    """``run(*args)``, after a graph break of Dynamo. Raises MoefxError under torch.export and torch.jit.trace."""
     if hf.is_traced():
         raise MoefxError(
-            "torch.export and torch.jit.trace see the model's own forward, which knows nothing of ep_size above 1, "
-            "router_z_loss, balanced_routing, check_numerics, or of routes that are recorded, replayed or counted: "
-            "moefx.restore(model) first"
+            "torch.export and torch.jit.trace see the model's own forward, which has no ep_size above 1, router_z_loss, "
+            "balanced_routing or check_numerics, and does not record, replay or count routes: call moefx.restore(model) first"
         )
     return run(*args)
 
 
 @torch._dynamo.assume_constant_result
 def say_what_is_compiled() -> None:
-    """Runs while Dynamo traces, once for each graph that it makes."""
+    """Warns, while Dynamo traces, once for each graph that it makes."""
     warnings.warn(
         "torch.compile sees an optimized model: it compiles the model's own forward, not moefx's graphs, which are compiled "
         "already and faster; call the model without torch.compile",
@@ -54,12 +53,13 @@ def say_what_is_compiled() -> None:
 
 
 def refuse_replica(state: Optimized, router_state: RouterState, training: bool) -> None:
-    """nn.DataParallel runs copies of the model, whose parameters are none, in threads that share all else. What is computed
-    must not differ for that; routes are only counted without theirs.
+    """Raises MoefxError if replicas of nn.DataParallel would compute something else than the model.
+
+    Replicas have no parameters of their own and share all else in threads, so they run the original forward.
     """
     if _compute_more(state, router_state, training):
         raise MoefxError(
-            "nn.DataParallel runs copies of the model that know nothing of ep_size above 1, router_z_loss, balanced_routing, "
-            "check_numerics, or of routes that are recorded or replayed: start one process per GPU with torchrun"
+            "nn.DataParallel runs replicas of the model without ep_size above 1, router_z_loss, balanced_routing, "
+            "check_numerics, recorded or replayed routes: start one process per GPU with torchrun"
         )
     state.report.runs_replicas()

@@ -1,11 +1,11 @@
-"""What moefx asks of Transformers: its experts, attention and mask interfaces, and what a model is made of."""
+"""Transformers as moefx uses it: the experts, attention and mask interfaces, and the structure of models."""
 
 from moefx.integrations.transformers.attention import attention_forward
 from moefx.integrations.transformers.experts import ExpertsLayout, experts_layout, is_dense_experts, is_experts
 from moefx.integrations.transformers.implementations import (
     Names,
     activate,
-    implementations,
+    activated,
     named,
     original_implementations,
     restore,
@@ -44,7 +44,7 @@ from moefx.integrations.transformers.recording import (
 __all__ = [
     "INDEX_NAMES", "ExpertsLayout", "LazyMask", "MaskPattern", "Names", "OwnAttention", "activate", "attention_forward",
     "attention_mask", "blocks", "check", "count_as_tensor", "emitting", "experts_in", "experts_layout", "experts_modules",
-    "implementations", "is_checkpointed", "is_dense_experts", "is_emitting", "is_experts", "is_language_model", "is_norm",
+    "activated", "is_checkpointed", "is_dense_experts", "is_emitting", "is_experts", "is_language_model", "is_norm",
     "is_recurrent", "is_traced", "lazy_masks", "named", "noticing_packing", "numbers", "original_implementations",
     "original_masks", "outputs_are_collected", "packed", "pattern_of", "reads_layer_index", "requested", "restore", "routers",
     "structure", "unpacked", "unpacked_on_meta", "without_packages",

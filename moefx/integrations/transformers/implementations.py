@@ -1,4 +1,4 @@
-"""Making a model call moefx for its experts, and giving it back what it called before."""
+"""Makes a model call moefx for its experts, and restores its original implementations."""
 
 from __future__ import annotations
 
@@ -20,15 +20,13 @@ from moefx.internals.subclass import own_class
 
 ExpertsInterface.register("moefx", experts_forward)
 
-#: The names of a model's implementations of experts: of each configuration in it, in their order.
+#: The names of a model's implementations of experts, one for each configuration in it.
 Names = list[str | None]
 
 
 @contextmanager
-def implementations(model: PreTrainedModel, attention: bool = True) -> Iterator[None]:
-    """Within: the model calls moefx for its experts, and for its attention if ``attention``; what it called before comes back
-    afterwards.
-    """
+def activated(model: PreTrainedModel, attention: bool = True) -> Iterator[None]:
+    """Context in which the model calls moefx for its experts, and for its attention if ``attention``."""
     before = _names(model)
     activate(model, attention)
     try:
@@ -38,8 +36,8 @@ def implementations(model: PreTrainedModel, attention: bool = True) -> Iterator[
         restore(model, before)
 
 
-#: By what a configuration named before moefx came: the "moefx" that it names since, an object of its own. Configurations are
-#: shared by models, and copied; ``copy.deepcopy`` keeps strings, so that a copy knows too what stood there.
+#: Original implementation -> the string "moefx" that replaces it in a configuration, an object of its own. Configurations are
+#: shared by models, and copied: ``copy.deepcopy`` keeps string objects, so the original can be told from a copy as well.
 _marks: dict[str | None, str] = {}
 
 
@@ -49,13 +47,13 @@ def _mark(before: str | None) -> str:
     return _marks[before]
 
 
-def _before(name: str | None, usual: str) -> str | None:
-    """What a configuration said before it said ``name``; ``usual`` if that is lost: it was pickled, say."""
-    return next((b for b, mark in _marks.items() if mark is name), usual) if name == "moefx" else name
+def _before(name: str | None, default: str) -> str | None:
+    """The implementation that ``name`` replaced in a configuration; ``default`` if that is lost, as it is by pickling."""
+    return next((b for b, mark in _marks.items() if mark is name), default) if name == "moefx" else name
 
 
 def _configurations(model: PreTrainedModel) -> list[Any]:
-    """The model's, its parts', and what these hold: each once."""
+    """The configurations of the model and of its parts, and those in them, each once."""
     found: dict[int, Any] = {}
 
     def add(config: Any) -> None:
@@ -71,8 +69,8 @@ def _configurations(model: PreTrainedModel) -> list[Any]:
 
 
 def original_implementations(model: PreTrainedModel) -> Names:
-    """What the model calls for its experts; where a configuration says "moefx", for this model or another that shares or copied
-    it, what it said before.
+    """The experts implementations of a model as they are without moefx, also if this model or one that shares its configuration
+    is optimized.
     """
     return [_before(name, "grouped_mm") for name in _names(model)]
 
@@ -104,6 +102,7 @@ def activate(model: PreTrainedModel, attention: bool = True) -> None:
 
 
 def restore(model: PreTrainedModel, before: Names) -> None:
+    """Undoes :func:`activate`; ``before``: the names to restore."""
     for module in model.modules():
         for name in ("_moefx_original_implementation", "_moefx_layout", "_moefx_own_attention"):
             module.__dict__.pop(name, None)
@@ -113,14 +112,14 @@ def restore(model: PreTrainedModel, before: Names) -> None:
 
 
 def _set_names(model: PreTrainedModel, names: Names) -> None:
-    # not through set_experts_implementation: it checks again that, say, a package can be imported
+    # not by set_experts_implementation, which checks again whether packages can be imported
     for config, name in zip(_configurations(model), names, strict=True):
         config._experts_implementation_internal = name
 
 
 @contextmanager
 def named(model: PreTrainedModel, names: Names) -> Iterator[None]:
-    """Within: the model's implementations of experts go by these names, which models look at."""
+    """Context in which the model's configurations name these experts implementations."""
     before = _names(model)
     _set_names(model, names)
     try:
