@@ -52,7 +52,7 @@ def test_a_net_that_is_no_longer_asked_is_missed(name, tried_again, monkeypatch)
     monkeypatch.setattr(patch, "owner", Elsewhere)
     monkeypatch.setattr(patch, "_ours", None)
     monkeypatch.setattr(patch, "_instead", ContextVar("other", default=None))
-    with pytest.raises(moefx.CaptureError, match=r"does not hold .*; use torch 2.11 to 2.14"):
+    with pytest.raises(moefx.CaptureError, match=r"does not hold .*: use torch 2.11 to 2.14"):
         assumption()
     model = build("qwen3_moe")
     with pytest.warns(moefx.ShortfallWarning, match=rf"tried with torch {torch.__version__}".replace("+", r"\+")):
