@@ -17,11 +17,11 @@ from moefx.integrations import transformers as hf
 
 @dataclass(frozen=True)
 class Call:
-    """Which calls a captured graph covers: the template, and of each tensor its dtype, device and sizes.
+    """The calls that a captured graph covers: the template, and dtype, device and sizes of each tensor.
 
-    A size is an int, or a letter: "a", "b", ... are the leading sizes of the first tensor (batch, sequence), "ab" their
-    product, "s", "t", ... are lengths of other tensors' own. A graph captured with a letter covers every number, 1 included;
-    one captured with 1 covers only 1.
+    A size is an int or a letter: "a", "b", ... are the leading sizes of the first tensor (batch, sequence), "ab" is their
+    product, "s", "t", ... are lengths of other tensors. A graph captured with a letter covers all numbers, 1 included; one
+    captured with 1 covers only 1.
     """
 
     template: Template
@@ -30,21 +30,30 @@ class Call:
     sizes: tuple[Sizes, ...]
     training: bool
     outputs: Template | None = None  #: what the module returns
-    routers: tuple[tuple[str, Template], ...] = ()  #: path inside the block, what it returned
+    routers: tuple[tuple[str, Template], ...] = ()  #: path inside the block, its output
     written: tuple[tuple[int | str, Template], ...] = ()  #: argument, the items that the module leaves in it
-    adapters: tuple = ()  #: how PEFT's layers inside are switched
+    adapters: tuple = ()  #: :func:`moefx.integrations.peft.switches` of the module
 
     @staticmethod
     def of(tensors: list[Tensor], template: Template, training: bool, known: Set[int] = frozenset()) -> Call:
-        """The likeliest of ``Call.readings``: the only one where no two sizes are equal, and none is 1."""
+        """The likeliest of ``Call.readings``; the only one if no two sizes are equal and none is 1."""
         return next(Call.readings(tensors, template, training, known))
 
     @staticmethod
     def readings(
         tensors: list[Tensor], template: Template, training: bool, known: Set[int] = frozenset(), others: Iterable[Call] = ()
     ) -> Iterator[Call]:
-        """The kinds of calls that this one can be of: see :mod:`moefx.frontend.readings`. ``known``: sizes of the module;
-        ``others``: other kinds of calls of it.
+        """The kinds of calls that this one can be, the likeliest first: see :mod:`moefx.frontend.readings`.
+
+        Args:
+            tensors: of the call, as :func:`flatten` returns them.
+            template: of the call.
+            training: whether the module is in training mode.
+            known: sizes of the module.
+            others: other kinds of calls of the module.
+
+        Raises:
+            CaptureError: the call has no tensors.
         """
         if not tensors:
             raise CaptureError("it is called without tensors")
@@ -57,6 +66,7 @@ class Call:
             yield Call(template, dtypes, tensors[0].device, sizes, training)
 
     def covers(self, tensors: list[Tensor], template: Template, training: bool, adapters: tuple = ()) -> bool:
+        """Does a graph captured for this call hold for another one?"""
         if (
             not self.template.covers(template)
             or training != self.training
@@ -81,7 +91,7 @@ class Call:
         return True
 
     def example(self, taken: set[int]) -> list[Tensor]:
-        """Tensors of this call at sizes that are unlike each other, the call's own numbers and those in ``taken``."""
+        """Tensors for this call whose lettered sizes differ from each other, from its numbers and from ``taken``."""
         sizes = distinct_sizes(taken | {n for shape in self.sizes for n in shape if isinstance(n, int)})
         letters = {"a": sizes[0], "b": sizes[1], "ab": sizes[0] * sizes[1], "c": sizes[1] + 2, "d": sizes[1] + 4}
         unlike = (n for n in itertools.count(sizes[1] + 6) if n not in taken and n != letters["ab"])
@@ -91,14 +101,15 @@ class Call:
 
 
 def distinct_sizes(taken: set[int]) -> tuple[int, int]:
-    """A batch and a sequence length that no other size of the model equals: so that sizes say what they are."""
+    """A batch size and a sequence length that differ from all sizes of the model, so that each size can be recognized."""
     for batch, sequence in itertools.product((3, 5, 7, 11, 13), (17, 19, 23, 29, 31, 37, 41)):
         if not {batch, sequence, batch * sequence} & taken:
             return batch, sequence
-    raise CaptureError("no example sizes are unlike all sizes of the model")
+    raise CaptureError("no batch size and sequence length differ from all sizes of the model")
 
 
 def sizes_of(module: nn.Module) -> set[int]:
+    """The sizes of the parameters and buffers of a module, its integer attributes, and 1 and 2."""
     found = {int(n) for p in itertools.chain(module.parameters(), module.buffers()) for n in p.shape}
     for m in module.modules():
         found |= {v for k, v in vars(m).items() if type(v) is int and k not in hf.INDEX_NAMES}

@@ -1,4 +1,4 @@
-"""Capture: the calls that a small example shows, each distinct block exported once, and a program of these graphs."""
+"""Capture: records the calls of a model on a small example and exports each distinct block into a graph of a Program."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from moefx.ir.program import Function, Left, Program
 
 @dataclass
 class Site:
-    """A module of the model that may get a captured function, and what it was called with."""
+    """A module of the model that may get a captured function, and the call that was recorded of it."""
 
     path: str
     module: nn.Module
@@ -36,7 +36,7 @@ class Site:
 
 
 def sites(model: Any, recording: Recording, left: list[Left]) -> list[Site]:
-    """Where functions can go: blocks, and modules with parameters outside of blocks (the final norm); in model order."""
+    """Modules that may get functions, in model order: blocks, and those with parameters outside of blocks (the final norm)."""
     blocks, routers = hf.blocks(model), hf.routers(model)
     found: list[Site] = []
     heads = {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
@@ -69,7 +69,7 @@ def site_of(path: str, module: nn.Module, recording: Recording, routers: dict, l
 
 
 def capture_sites(model: Any, recording: Recording, program: Program) -> None:
-    """One function per distinct site; where a block cannot be captured whole, its largest capturable children."""
+    """Captures one function per distinct site. Of a block that cannot be captured, its largest children that can."""
     done: dict[tuple, Function | CaptureError] = {}
     routers = hf.routers(model)
 
@@ -109,7 +109,7 @@ def _try(site: Site) -> Function | CaptureError:
 
 
 def capture_head(model: Any, recording: Recording, program: Program) -> None:
-    """Adds the function "head" to ``program``, or says why there is none."""
+    """Adds the function "head" to ``program``, or the reason why there is none."""
     lm_head = lm_head_of(model)
     path = next((p for p, m in model.named_modules() if m is lm_head), "lm_head")
     if recording.head is None or lm_head is None:
@@ -129,13 +129,18 @@ def capture_head(model: Any, recording: Recording, program: Program) -> None:
 
 @surroundings.none_of_them()
 def capture(model: Any, example: Mapping[str, Any] | None = None) -> Program:
-    """Captures ``model``'s training graph, one function per distinct block plus the head, without changing the model.
+    """Captures the training graph of a model, one function per distinct block and one for the head; the model is not changed.
 
-    Works on a model on the meta device. ``example``: keyword arguments of the model's forward (default: input_ids and
-    labels); only what kinds of inputs it has matters, not its sizes.
+    Args:
+        model: a ``PreTrainedModel`` with experts, also on the meta device.
+        example: keyword arguments of the model's forward (default: ``input_ids`` and ``labels``). Which inputs there are
+            matters, their sizes do not.
+
+    Returns:
+        The program, with the reason for each module that was not captured.
 
     Raises:
-        MoefxError: the model is dense, quantized or on two devices, or rejects the example.
+        MoefxError: the model is dense, quantized, on two devices or already optimized, or rejects the example.
     """
     hf.check(model)
     if getattr(model, "_moefx", None) is not None:

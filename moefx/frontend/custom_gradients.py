@@ -1,7 +1,7 @@
-"""What a captured graph would lose of autograd: it has operations, and PyTorch's own derivatives of these.
+"""Refuses what a captured graph would lose of autograd: custom backwards, hooks, and code that asks for gradients.
 
-``torch.export`` drops a custom backward and hooks on gradients without a word, and its inputs need no gradient. So code that
-uses any of these is refused while it is traced.
+A graph has operations and PyTorch's derivatives of these. ``torch.export`` silently drops a custom backward and hooks on
+gradients, and its inputs require no gradient.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _OURS = ("torch", "moefx")
 
 def _refuse_function(init: Callable, self: Any, *args: Any, **kwargs: Any) -> None:
     cls = type(self)._forward_cls
-    # a custom operator's registered backward stays with its node
+    # a custom operator keeps its registered backward
     if not cls.__module__.startswith("torch._library"):
         name = f"{cls.__module__}.{cls.__qualname__}"
         raise CaptureError(f"it calls the autograd.Function {name}, whose backward a captured graph would lose")
@@ -33,7 +33,7 @@ def _refuse_function(init: Callable, self: Any, *args: Any, **kwargs: Any) -> No
 
 
 class _Watching(TorchFunctionMode):
-    """Of all threads the one that enters it, as PyTorch keeps modes."""
+    """A mode is thread-local in PyTorch: other threads do not see it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,18 +45,20 @@ class _Watching(TorchFunctionMode):
         what = _ASKED.get(func)
         if what is not None:
             frame = sys._getframe(1)
-            while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:  # export's own, within this one
+            while (
+                frame.f_code.co_name == "__torch_function__" and frame.f_back is not None
+            ):  # torch.export has a mode of its own inside this one
                 frame = frame.f_back
             if frame.f_globals.get("__name__", "").partition(".")[0] not in _OURS:
                 where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
                 raise CaptureError(
-                    f"its Python asks for {what} ({where}): a captured graph has one way for tensors with gradients and "
+                    f"its Python asks for {what} ({where}): a captured graph has one path for tensors with gradients and "
                     "without, and no hooks on them"
                 )
         saving = _saving()
         if saving is not self.saving and saving is not None:
             module = getattr(saving, "__module__", None) or ""
-            if module.partition(".")[0] != "torch":  # PyTorch's own compute again, or move, what is saved: the same numbers
+            if module.partition(".")[0] != "torch":  # PyTorch's own recompute or move what is saved: the same values
                 raise CaptureError(
                     f"it saves tensors for the backward by hooks of {module} (saved_tensors_hooks), which a captured graph "
                     "would lose"
@@ -68,22 +70,20 @@ _ASKED = {vars(torch._C.TensorBase)[name].__get__: name for name in ("requires_g
 
 
 def _saving() -> Any:
-    """What packs tensors that autograd saves: the innermost hook, if there is one."""
+    """The innermost pack hook for tensors that autograd saves; None if there is none."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return None if hooks is None else hooks[0]
 
 
 @contextmanager
 def refusing_custom_gradients() -> Iterator[None]:
-    """Within: raises CaptureError for an ``autograd.Function``, for hooks on gradients, and for Python that looks at whether a
-    tensor has gradients.
-    """
+    """Context in which ``autograd.Function``, hooks on gradients, and Python that asks for gradients raise CaptureError."""
     with AUTOGRAD_FUNCTION.by(_refuse_function), _Watching():
         yield
 
 
 def refuse_no_grad_values(graph_module: fx.GraphModule) -> None:
-    """Decomposition inlines ``torch.no_grad()`` regions and so lets gradients into them: fine only for integers and masks."""
+    """Raises CaptureError for ``torch.no_grad()`` regions with floating-point results: decomposition inlines the regions."""
     for node in graph_module.graph.nodes:
         if node.op == "call_function" and "wrap_with_set_grad_enabled" in str(node.target):
             vals = node.meta.get("val", ())

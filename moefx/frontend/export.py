@@ -1,4 +1,4 @@
-"""One module as a graph: torch.export, and what is checked before the graph may stand for the module."""
+"""Exports one module with torch.export, and refuses what its graph would not compute exactly."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ from moefx.ir.graph import aten
 from moefx.ir.naming import input_names, name_nodes
 from moefx.ir.program import Function
 
-#: Held while modules are captured and their graphs rewritten: torch.export and fx keep notes that are of all threads.
+#: Held while modules are captured and their graphs rewritten: torch.export and fx keep state that all threads share.
 CAPTURING = threading.RLock()
 
 
 class _Entry(nn.Module):
-    """The module to export, called with its tensors only."""
+    """The module to export, as a function of the tensors of its call."""
 
     def __init__(self, module: nn.Module, call: Call, routers: dict[str, nn.Module], outputs: Callable):
         super().__init__()
-        # `outputs` is told the template: torch.export undoes what a forward writes to the module
+        # templates of what it returned go to `outputs`: torch.export undoes what a forward writes to the module
         self.block, self.template, self.routers, self.outputs = module, call.template, list(routers.items()), outputs
         self.sizes = call.sizes
 
@@ -57,7 +57,7 @@ class _Entry(nn.Module):
             args, kwargs = self.template.fill(tensors, written)
             _, before = flatten(args, kwargs)
             out = self.block(*args, **kwargs)
-        except RuntimeError as error:  # of one that depends on data torch.export would print the graph so far, a screen or ten
+        except RuntimeError as error:  # for data-dependent control flow torch.export would print the whole graph so far
             raise untraceable(error, self.template.names(), self.sizes) from error
         finally:
             for h in hooks:
@@ -74,7 +74,7 @@ class _Entry(nn.Module):
 
 @contextmanager
 def _without_checkpointing(module: nn.Module) -> Iterator[None]:
-    """Activation checkpointing wraps a block's call from outside: it is no part of the graph."""
+    """Context without activation checkpointing, which wraps a block's call and is not part of its graph."""
     before = [(m, m.gradient_checkpointing) for m in module.modules() if getattr(m, "gradient_checkpointing", False)]
     for m, _ in before:
         m.gradient_checkpointing = False  # type: ignore[assignment]
@@ -86,10 +86,10 @@ def _without_checkpointing(module: nn.Module) -> Iterator[None]:
 
 
 def foreign_hooks(module: nn.Module) -> str | None:
-    """The first forward hook inside that neither Transformers' output recording nor a parallel wrapper put there."""
+    """The first hook inside that is neither one of Transformers' output recording nor one of FSDP; None if there is none."""
     for path, m in module.named_modules():
         if path == "":
-            continue  # its own hooks run around the call, captured or not
+            continue  # its own hooks run around the call, also around a captured one
         for hook in itertools.chain(m._forward_hooks.values(), m._forward_pre_hooks.values()):
             if "output_capturing_hook" not in getattr(hook, "__qualname__", "") and not fsdp.is_fsdp_hook(hook):
                 return f"{getattr(hook, '__qualname__', hook)} on {path}"
@@ -101,23 +101,30 @@ def foreign_hooks(module: nn.Module) -> str | None:
 def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module], name: str) -> Function:
     """Exports ``module`` for the calls that ``call`` describes.
 
-    Raises CaptureError, with the reason, if the graph would not be exact: a size or a value of data decides the Python
-    control flow, a custom backward would be lost, a buffer is written, a hook would be baked in.
+    Args:
+        module: a block, for instance.
+        call: template, dtypes and sizes of its call.
+        routers: modules inside whose outputs the function returns too, by path.
+        name: of the function.
+
+    Raises:
+        CaptureError: the graph would not be exact: Python control flow depends on a size or on data, a custom backward would
+            be lost, a buffer is written, a hook would be part of the graph.
     """
     for assumption in (custom_gradients_are_seen, no_grad_is_seen, questions_are_seen):
         assumption()
     hook = foreign_hooks(module)
     if hook:
-        raise CaptureError(f"the forward hook {hook} would be baked into the graph")
+        raise CaptureError(f"the forward hook {hook} would become part of the graph")
     if any(disabled and merged for disabled, _, merged, _ in call.adapters):
-        raise CaptureError("PEFT takes merged adapters out of the weights in this call, since they are switched off")
+        raise CaptureError("PEFT unmerges disabled adapters from the weights in this call")
     tensors = call.example(sizes_of(module))
     returned: list[Any] = []
     entry = _Entry(module, call, routers, returned.append)
     entry.training = module.training
     try:
         with (
-            # what fails is not logged with its stack as well: it becomes a sentence of the report
+            # a failure becomes a sentence of the report: its stack is not logged as well
             silent("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes"),
             CAPTURING,
             _without_checkpointing(module),
@@ -143,7 +150,7 @@ def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module],
 
 
 def _export(entry: _Entry, tensors: list[Tensor], call: Call) -> Any:
-    """torch.export with every lettered size dynamic; an error if one would become a constant."""
+    """torch.export with every lettered size dynamic. Raises if one would become a constant."""
 
     def export(names: Callable[[str], Any]) -> Any:
         shapes = tuple({i: names(n) for i, n in enumerate(size) if isinstance(n, str)} for size in call.sizes)
@@ -151,10 +158,10 @@ def _export(entry: _Entry, tensors: list[Tensor], call: Call) -> Any:
 
     named = {n: Dim(f"size_{n}") for n in ("a", "b", "c", "d", "e", "f", "g", *OWN)}
     try:
-        # one name, one symbol: batch and sequence are the same in every input
+        # one Dim a letter: batch and sequence are the same in every input
         return export(lambda n: named.get(n, Dim.DYNAMIC))
     except torch._dynamo.exc.UserError:
-        # named sizes must satisfy every guard for all numbers; torch 2.11 writes guards, always true, that it cannot prove so
+        # a named Dim must satisfy every guard for all values; torch 2.11 has guards that always hold and that it cannot prove
         exported = export(lambda n: Dim.DYNAMIC)
         refuse_limits(exported)
         return exported
@@ -184,7 +191,7 @@ def _function(module: nn.Module, exported: Any, call: Call, name: str, callers: 
     graph = fx.Graph()
     old = [n for n in exported.graph.nodes if n.op == "placeholder"]
     copied: dict[fx.Node, fx.Node] = {}
-    # parameters, then constants, then inputs, whatever the order of the export
+    # parameters, then constants, then inputs, in whatever order torch.export had them
     for kind in (0, 1, 2):
         for node, k in zip(old, kinds, strict=True):
             if k == kind:
@@ -216,7 +223,7 @@ def _function(module: nn.Module, exported: Any, call: Call, name: str, callers: 
 
 
 def promises(module: nn.Module, callers: list[tuple[str, nn.Module]]) -> dict[str, int]:
-    """How many of each semantic operation the module's own structure promises."""
+    """How many of each semantic operation are expected, by the structure of the module."""
     inside = {id(m) for m in module.modules()}
     counts = {"rms_norm": sum(hf.is_norm(m) for m in module.modules())}
     counts["dense_experts"] = sum(hf.is_dense_experts(m) for m in module.modules())

@@ -1,8 +1,8 @@
-"""Makes a graph functional where that is plain to see; what it leaves alone ``run_decompositions`` traces again, slowly.
+"""Makes a graph functional in the simple cases; the others are left to ``run_decompositions``, which traces again.
 
-Most blocks write in place only to values of their own (``weights /= weights.sum()``). Those writes become new values here,
-in microseconds; a write through a view, to an input, or a ``no_grad`` region is left to PyTorch's functionalization (1 to 2
-seconds a block).
+Most blocks write in place only to values of their own (``weights /= weights.sum()``). Here those writes become new values in
+microseconds. A write through a view, to an input, or in a ``no_grad`` region is left to PyTorch's functionalization, which
+takes 1 to 2 seconds a block.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _functional(target: Any) -> Any:
 
 
 def _fills_slice(node: fx.Node, order: dict[fx.Node, int]) -> bool:
-    """Is this ``base[..., a:b].copy_(x)``, of a base that nothing else looks into?"""
+    """Is this ``base[..., a:b].copy_(x)``, of a base without other views?"""
     view, source = node.args[0], node.args[1]
     if not (is_call(node, aten.copy_.default) and is_call(view, aten.slice.Tensor) and len(view.users) == 1):  # type: ignore[union-attr]
         return False
@@ -51,7 +51,7 @@ def _fills_slice(node: fx.Node, order: dict[fx.Node, int]) -> bool:
 
 
 def functionalize(graph: fx.Graph) -> bool:
-    """Replaces in-place operations by their functional forms; False, with the graph unchanged, if that is not plainly right."""
+    """Replaces in-place operations by functional ones. Returns False, with the graph unchanged, if it is not a simple case."""
     changes: list[tuple[fx.Node, Any]] = []
     order = {n: i for i, n in enumerate(graph.nodes)}
     for node in graph.nodes:

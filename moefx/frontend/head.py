@@ -17,7 +17,7 @@ from moefx.ir.program import Function
 
 
 def split_logits(args: tuple, kwargs: dict) -> tuple[Any, tuple, dict]:
-    """The logits, and the rest of a call of a loss function, which takes them first or by name."""
+    """The logits in a call of a loss function, which takes them first or by name, and the other arguments."""
     if "logits" in kwargs:
         rest = dict(kwargs)
         return rest.pop("logits"), args, rest
@@ -25,7 +25,7 @@ def split_logits(args: tuple, kwargs: dict) -> tuple[Any, tuple, dict]:
 
 
 class Head(nn.Module):
-    """What is captured: the loss of lm_head's logits, as the model computes it."""
+    """The module that is captured: lm_head, then the model's loss function."""
 
     def __init__(self, lm_head: nn.Module, loss: Callable):
         super().__init__()
@@ -36,24 +36,25 @@ class Head(nn.Module):
 
 
 class _Watched:
-    """What the example forward did with its logits."""
+    """How the example forward used its logits."""
 
     def __init__(self) -> None:
         self.call: tuple[Tensor, tuple, dict, Steps] | None = None
-        self.reason = "the forward did not hand lm_head's logits to the model's loss_function"
+        self.reason = "the forward did not pass lm_head's logits to the model's loss_function"
 
 
 def lm_head_of(model: Any) -> nn.Linear | None:
+    """The output embedding, if it is a linear layer."""
     found = model.get_output_embeddings()
     return found if isinstance(found, nn.Linear) else None
 
 
 @contextmanager
 def watching_head(model: Any) -> Iterator[_Watched]:
-    """Within: lm_head gives lazy logits; notes whether the loss gets them unread."""
+    """Context in which lm_head returns lazy logits; yields whether the loss function got them unread."""
     watched, lm_head = _Watched(), lm_head_of(model)
     if lm_head is None:
-        what = "linear output embedding" if hf.is_language_model(model) else "output embedding: it is no language model"
+        what = "linear output embedding" if hf.is_language_model(model) else "output embedding: it is not a language model"
         watched.reason = f"{type(model).__name__} has no {what}"
         yield watched
         return
@@ -83,7 +84,7 @@ def watching_head(model: Any) -> Iterator[_Watched]:
 
 
 def head_call(hidden: Tensor, args: tuple, kwargs: Mapping[str, Any], steps: Steps) -> tuple[list[Tensor], Template]:
-    """The tensors and template of a head's call; a number of items becomes a tensor, or each number would be a new graph."""
+    """Tensors and template of a head's call. ``num_items_in_batch`` becomes a tensor: each number would be another graph."""
     kwargs = hf.count_as_tensor((hidden,), kwargs)
     if steps:
         kwargs["logits_steps"] = steps
@@ -91,7 +92,7 @@ def head_call(hidden: Tensor, args: tuple, kwargs: Mapping[str, Any], steps: Ste
 
 
 def capture_head_call(loss: Callable, lm_head: nn.Linear, path: str, call: Call) -> Function:
-    """The function "head" for one kind of call; it serves ``path``, lm_head."""
+    """The function "head" for one kind of call. Raises CaptureError as :func:`capture_module`."""
     head = Head(lm_head, loss)
     head.train(call.training)
     function = capture_module(head, call, {}, "head")

@@ -1,4 +1,4 @@
-"""Logits that exist only when somebody reads them."""
+"""Lazy logits: a tensor that is computed when it is first read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LOOKS = {
 }  # fmt: skip
 
 
-#: What models do to logits before the loss, element by element: scale them (Granite, Cohere), cap them (Gemma), cast them.
+#: Elementwise operations of models on logits before the loss: scaling (Granite, Cohere), capping (Gemma), casts.
 _STEPS: dict[str, Callable[..., Tensor]] = {"mul": torch.mul, "div": torch.div, "tanh": torch.tanh, "to": Tensor.to}
 _STEP_OF = {
     Tensor.mul: "mul", Tensor.__mul__: "mul", Tensor.__rmul__: "mul", torch.mul: "mul", torch.multiply: "mul",
@@ -25,23 +25,24 @@ Steps = tuple[tuple, ...]  #: (name, operands) each
 
 
 def after(logits: Tensor, steps: Steps) -> Tensor:
+    """``logits`` with ``steps`` applied."""
     for name, *operands in steps:
         logits = _STEPS[name](logits, *operands)
     return logits
 
 
 class LazyLogits(Tensor):
-    """``project(hidden)`` [B, S, V] after ``steps``, computed the first time that somebody reads a value.
+    """``project(hidden)`` [B, S, V] after ``steps``, computed when a value of it is first read.
 
-    Shapes and dtypes are known without it. A loss that reads hidden states instead leaves it uncomputed, and V floats a
-    token are never stored.
+    Shape and dtype are known before. A loss that reads the hidden states instead never computes it, so the V floats of each
+    token are not stored.
     """
 
     hidden: Tensor
     project: Callable[[Tensor], Tensor]
     steps: Steps
     logits: Tensor | None
-    hooks: list[Callable]  #: what FSDP registers on outputs: for the logits, should there ever be any
+    hooks: list[Callable]  #: that FSDP registers on outputs, for when the logits are computed
 
     @staticmethod
     def __new__(
@@ -53,8 +54,9 @@ class LazyLogits(Tensor):
         return out
 
     def materialize(self) -> Tensor:
+        """The logits as a plain tensor."""
         if self.logits is None:
-            # hidden's dtype first: under autocast lm_head's own is another than what was promised
+            # hidden's dtype first: under autocast lm_head returns another dtype than this tensor declared
             self.logits = after(self.project(self.hidden).to(self.hidden.dtype), self.steps).to(self.dtype)
             for hook in self.hooks if self.logits.requires_grad else ():
                 self.logits.register_hook(hook)
@@ -76,9 +78,9 @@ class LazyLogits(Tensor):
                 return func(*args, **kwargs)
         me = args[0] if args else None
         if isinstance(me, LazyLogits) and me.logits is None:
-            if func == Tensor.requires_grad.__get__:  # type: ignore[attr-defined]  # ==: each look at it makes another object
+            if func == Tensor.requires_grad.__get__:  # type: ignore[attr-defined]  # ==: each access makes a new object
                 return me.hidden.requires_grad
-            if func == Tensor._base.__get__:  # type: ignore[attr-defined]  # FSDP asks whether it is a view
+            if func == Tensor._base.__get__:  # type: ignore[attr-defined]  # FSDP checks whether it is a view
                 return None
             if func is Tensor.float and not kwargs and len(args) == 1:
                 return me._as(torch.float32)
@@ -93,7 +95,7 @@ class LazyLogits(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        # reached only from C++ that skipped __torch_function__
+        # only C++ that skips __torch_function__ gets here
         from torch.utils._pytree import tree_map_only
 
         args, kwargs = tree_map_only(LazyLogits, lambda x: x.materialize(), (args, kwargs or {}))

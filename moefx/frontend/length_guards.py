@@ -1,7 +1,7 @@
-"""Does Python ask for a length? A graph has one way through a module, and is wrong where the module takes another.
+"""Refuses modules whose control flow depends on a length: a graph has one path, and is wrong where the module takes another.
 
-``torch.export`` keeps what was asked as a guard, and of a size that it takes to be more than one not even that. So the question
-is caught where it is asked: where the truth of a symbolic comparison is taken, by code that is neither PyTorch's nor moefx's.
+``torch.export`` turns such a comparison into a guard, or into nothing for sizes that it assumes to be larger than one. So it is
+caught where the truth of a symbolic comparison is taken by code that is neither PyTorch's nor moefx's.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from moefx.errors import CaptureError
 from moefx.internals.assumptions import assumed, exported
 from moefx.internals.torch_patches import SYMBOLIC_TRUTH
 
-#: Lengths for which a question is answered, besides those around the numbers in it.
+#: Lengths at which a comparison is evaluated, besides those around the numbers in it.
 LENGTHS = (1, 2, 3, 4, 5, 7, 8, 16, 17, 30, 61, 64, 97, 128, 1000, 1024, 4096, 2**20)
-#: Combinations of lengths that are tried at most, where a question is about several.
+#: At most this many combinations of lengths, if a comparison has several.
 MOST = 400
 _OURS = ("torch", "moefx", "sympy")
 
 
 @functools.lru_cache(maxsize=1000)
 def depends(question: Any) -> bool:
-    """Is the answer to a symbolic comparison another one for other lengths?"""
+    """Does the truth of a symbolic comparison depend on lengths?"""
     if not isinstance(question, sympy.Basic):
         return False
     symbols = sorted(question.free_symbols, key=str)
@@ -43,10 +43,12 @@ def depends(question: Any) -> bool:
 
 
 def _question(asked: torch.SymBool) -> Any:
-    """The comparison, with one symbol for one size: an example has no two different sizes that are equal, so those that are
-    equal there are one size, although export has a symbol for each tensor's until it has seen all.
+    """The comparison, with one symbol for each size of the example.
+
+    Different sizes of an example have different values, so symbols with equal values are one size, although torch.export gives
+    each tensor symbols of its own at first.
     """
-    expression = getattr(asked.node, "expr", None)  # a constant has none
+    expression = getattr(asked.node, "expr", None)  # constants have none
     if not isinstance(expression, sympy.Basic):
         return expression
     env = asked.node.shape_env
@@ -58,7 +60,7 @@ def _question(asked: torch.SymBool) -> Any:
 
 
 def refuse_limits(exported: torch.export.ExportedProgram) -> None:
-    """Raises CaptureError if the graph holds for some lengths only: where it cuts off more than short inputs have, say."""
+    """Raises CaptureError if the graph holds for some lengths only: it slices off more than short inputs have, for instance."""
     for allowed in exported.range_constraints.values():
         if allowed.lower > 2 or allowed.upper < 2**31:
             end = f"to {allowed.upper}" if allowed.upper < 2**31 else "on"
@@ -70,7 +72,7 @@ def _truth(take: Callable[[torch.SymBool], bool], self: torch.SymBool) -> bool:
     if frame.f_code is torch.SymInt.__bool__.__code__ and frame.f_back is not None:
         frame = frame.f_back  # ``if length % 2``
     asker = frame.f_globals.get("__name__", "")
-    written = not frame.f_code.co_filename.startswith("<")  # generated code asks again what export has kept
+    written = not frame.f_code.co_filename.startswith("<")  # generated code repeats the guards of torch.export
     if written and asker.partition(".")[0] not in _OURS and depends(question := _question(self)):
         raise CaptureError(
             f"whether {question}, for lengths, decides what its Python does "
@@ -80,11 +82,11 @@ def _truth(take: Callable[[torch.SymBool], bool], self: torch.SymBool) -> bool:
 
 
 def refusing_questions() -> AbstractContextManager[None]:
-    """Within: Python code that takes one way for some lengths and another for others raises CaptureError."""
+    """Context in which Python code that branches on a length raises CaptureError."""
     return SYMBOLIC_TRUTH.by(_truth)
 
 
-@assumed("Python that asks whether a symbolic size is larger than another calls SymBool.__bool__", "torch 2.11 to 2.14")
+@assumed("Python code that compares symbolic sizes calls SymBool.__bool__", "torch 2.11 to 2.14")
 def questions_are_seen() -> bool:
     def refuses(*questions: str) -> bool:
         def tries(x: torch.Tensor) -> torch.Tensor:

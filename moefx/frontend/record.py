@@ -1,4 +1,4 @@
-"""Recording: one forward of the model on a small example shows what each of its modules is called with."""
+"""Recording: one forward of the model on a small example, to see what each of its modules is called with."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ from moefx.integrations.unsharded_view import unsharded_view
 
 @dataclass
 class Recording:
-    """What one forward on an example showed."""
+    """The calls of one forward on an example."""
 
     calls: dict[str, tuple[tuple, dict]]
     head: tuple[Any, tuple, dict, tuple] | None
-    device: torch.device  #: where the model's calls take place: not where a model that is spread over ranks was recorded
+    device: torch.device  #: of the model's parameters (a sharded model is recorded on meta)
     head_reason: str = ""
-    like: dict[str, str] = field(default_factory=dict)  #: a block that was not run -> the equal one that was
+    like: dict[str, str] = field(default_factory=dict)  #: a block that was not run -> the equal block that was
     structures: dict[str, tuple] = field(default_factory=dict)
     packs_beside_cache: bool | None = None  #: see :func:`_packs_beside_cache`
 
     def call(self, path: str) -> tuple[tuple, dict] | None:
-        """What the module was called with; of a part of a block that was not run, what the equal part was called with."""
+        """The arguments of the module's call; of a part of a block that was not run, those of the equal part that was."""
         block = next((up for up in above(path) if up in self.like), None)
         return self.calls.get(path if block is None else self.like[block] + path[len(block) :])
 
 
 def default_example(model: nn.Module, batch: int, sequence: int) -> dict[str, Tensor]:
+    """``input_ids`` [batch, sequence], and equal ``labels`` for a language model."""
     device = next(model.parameters()).device
     vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr,operator]
     ids = torch.arange(batch * sequence).remainder(vocabulary).view(batch, sequence).to(device)
@@ -46,7 +47,11 @@ def default_example(model: nn.Module, batch: int, sequence: int) -> dict[str, Te
 
 
 def resize(example: Mapping[str, Any], batch: int, sequence: int) -> dict[str, Any]:
-    """The user's example at another batch and sequence length, rows and columns repeated or dropped."""
+    """The example at another batch size and sequence length: rows and columns are repeated or dropped.
+
+    Raises:
+        MoefxError: no tensor in it is [batch, sequence].
+    """
     first = next((v for v in example.values() if isinstance(v, Tensor) and v.dim() >= 2), None)
     if first is None:
         raise MoefxError(f"example has no tensor [batch, sequence]: got {', '.join(example) or 'nothing'}; pass input_ids")
@@ -62,14 +67,18 @@ def resize(example: Mapping[str, Any], batch: int, sequence: int) -> dict[str, A
 
 
 def _besides_text(example: Mapping[str, Any]) -> str:
-    """What to do about an example with images, say: its rows are made as long as capture wants, its images are not."""
+    """Advice for an example with images, for instance: its rows were resized, its images were not."""
     ids = example.get("input_ids")
     more = [k for k, v in example.items() if isinstance(v, Tensor) and isinstance(ids, Tensor) and v.shape[:2] != ids.shape]
-    return f"; leave {', '.join(more)} out: calls with more than text are captured as they come" if more else ""
+    return f"; leave {', '.join(more)} out: calls with more than text are captured when they occur" if more else ""
 
 
 def record(model: Any, example: Mapping[str, Any] | None) -> Recording:
-    """Runs the model once, without gradients, at sizes that tell batch and sequence from everything else."""
+    """Runs the model once, without gradients, at a batch size and sequence length that differ from all sizes of the model.
+
+    Raises:
+        MoefxError: the model rejects the example.
+    """
     batch, sequence = distinct_sizes(sizes_of(model))
     if example is not None and not isinstance(example, Mapping):
         raise MoefxError(f"example is a {type(example).__name__}: pass the keyword arguments of the model's forward, as a dict")
@@ -87,7 +96,7 @@ def record(model: Any, example: Mapping[str, Any] | None) -> Recording:
         if path:
             handles.append(module.register_forward_pre_hook(remember(path), with_kwargs=True))
     recording = Recording(calls, None, next(model.parameters()).device)
-    # what is spread over ranks is recorded on meta, whole: no rank holds it, and no rank waits for another
+    # a sharded model is recorded on meta with whole parameters: no rank holds them, and no rank waits for another
     meta = torch.device("meta") if fsdp.is_sharded(model) else None
     if meta is not None:
         given = {k: v.to(meta) if isinstance(v, Tensor) else v for k, v in given.items()}
@@ -128,12 +137,13 @@ def _first_sentence(error: BaseException) -> str:
 
 
 class _Enough(Exception):
-    """A forward has shown what was asked of it."""
+    """Ends a forward that is run only to see its beginning."""
 
 
 def _packs_beside_cache(model: nn.Module, ids: Any) -> bool | None:
-    """Does the model keep packed sequences apart in a call that fills a cache? Most do not; Gemma 4's class with images makes
-    its masks before there is one. Tried up to the first block; None: the model does not take such a call, nobody knows.
+    """Does the model keep packed sequences apart in a call that fills a cache? None if it does not take such a call.
+
+    Most models do not; Gemma 4's class with images makes its masks before there is a cache. Runs up to the first block.
     """
     asked: list[Tensor] = []
 
@@ -144,7 +154,7 @@ def _packs_beside_cache(model: nn.Module, ids: Any) -> bool | None:
     try:
         with hf.noticing_packing(asked), suppress(_Enough):
             model(input_ids=ids, position_ids=torch.arange(ids.shape[1], device=ids.device).expand(ids.shape), use_cache=True)
-    except Exception:  # it takes no positions, say: see ``run`` of the model's forward for what comes of None
+    except Exception:  # it takes no position_ids, for instance; runtime.model decides what None means
         return None
     finally:
         for handle in handles:
@@ -154,7 +164,7 @@ def _packs_beside_cache(model: nn.Module, ids: Any) -> bool | None:
 
 @contextmanager
 def _once(model: nn.Module, recording: Recording) -> Iterator[None]:
-    """Within: of blocks with equal structure and equal calls one runs, the others return its output: depth costs nothing."""
+    """Context in which only one of several blocks with equal structure and calls runs, and the others return its output."""
     outputs: dict[tuple, tuple[str, Any]] = {}
     blocks = hf.blocks(model)
 

@@ -1,7 +1,7 @@
-"""A number that stands in a call and that the module must not read: its graph then holds whatever the number is.
+"""A stand-in for a number in a call that raises when it is read: a graph captured with it holds for all numbers.
 
-Transformers hands every keyword argument down to every block: the longest sequence of a padding-free batch, say, which is
-another one each step. A module that is captured with a stand-in for it, and nowhere asks what it is, does not depend on it.
+Transformers passes every keyword argument to every block, also those that differ in each step, such as the longest sequence of
+a padding-free batch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from moefx.errors import CaptureError
 
 
 class Unread:
-    """Stands for any int or float. Whoever computes with it, compares it or looks into it raises CaptureError."""
+    """Stands for any int or float. Computing with it, comparing it or accessing its attributes raises CaptureError."""
 
     def __init__(self, name: str, kind: type):
         object.__setattr__(self, "_number", (name, kind))

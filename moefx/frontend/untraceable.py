@@ -1,7 +1,7 @@
-"""Why torch.export did not take a module: one plain sentence of the module's own sizes, arguments and lines.
+"""Why torch.export failed, in one sentence about the sizes, arguments and lines of the module.
 
-What torch.export itself says, several lines about symbols and environment variables, stays in ``CaptureError.detail``. Its
-kinds are told apart by the words of torch 2.13; one that is worded otherwise gets the last sentence, which holds of all.
+The message of torch.export, several lines about symbols and environment variables, is kept in ``CaptureError.detail``. Its kind
+is recognized by the wording of torch 2.13; with another wording the general last sentence is used.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _OURS = ("torch", "moefx", "sympy")
 
 
 def untraceable(error: BaseException, names: Mapping[int, str], sizes: Sequence[Sizes]) -> CaptureError:
-    """The reason of ``error``, raised while a module was exported. ``names``, ``sizes``: of the tensors of its call."""
+    """The CaptureError for ``error`` of an export. ``names``, ``sizes``: of the tensors of the module's call."""
     detail = f"{type(error).__name__}: {error}"
     where = _where(error)
     kind, text = type(error).__name__, str(error)
     constants = [(int(i), int(at)) for i, at in _SIZE.findall(text)] if "onstraint" in text else []
     known = [(i, at) for i, at in dict.fromkeys(constants) if i < len(sizes) and at < len(sizes[i])]
     if "ata-dependent" in text or "DataDependent" in kind:
-        reason = f"what it does depends on values of its tensors, not on their sizes alone (data-dependent){where}"
+        reason = f"its control flow depends on values of its tensors, not only on their sizes (data-dependent){where}"
     elif known:
         of = " and ".join(dict.fromkeys(_of(i, at, names, sizes) for i, at in known))
         reason = f"its graph would hold for one value only of {of}"
@@ -53,7 +53,7 @@ def _shapes(names: Mapping[int, str], sizes: Sequence[Sizes]) -> str:
 
 
 def _where(error: BaseException) -> str:
-    """The line of the model's code that failed, which is neither PyTorch's nor moefx's; the last one."""
+    """The last line of the traceback that is neither PyTorch's nor moefx's, as " at file:line"."""
     found = ""
     seen: BaseException | None = error
     while seen is not None and not found:

@@ -101,7 +101,7 @@ def test_compiled(family):
 def test_an_example_with_images_says_what_to_leave_out(family):
     plain, _ = family
     with pytest.raises(
-        MoefxError, match="leave pixel_values, image_grid_thw out: calls with more than text are captured as they come"
+        MoefxError, match="leave pixel_values, image_grid_thw out: calls with more than text are captured when they occur"
     ):
         moefx.optimize(copy.deepcopy(plain), example=picture(plain, 4, 4, 9))
 

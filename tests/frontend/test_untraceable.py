@@ -33,7 +33,7 @@ class Block(nn.Module):
         (lambda x: x + torch.ones(x.shape[0], 17, 8), "one value only of the sequence length (dimension 1 of input)"),
         (
             lambda x: x if x.sum() > 0 else -x,
-            "depends on values of its tensors, not on their sizes alone (data-dependent) at test_untr",
+            "depends on values of its tensors, not only on their sizes (data-dependent) at test_untr",
         ),
         (lambda x: x + torch.ones(7, 8), "sizes do not fit together at test_untraceable.py:"),
         (lambda x: x.no_such_method(), "torch.export cannot follow it at test_untraceable.py:"),

@@ -122,7 +122,7 @@ class LazyMask(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        # reached only from C++ that skipped __torch_function__
+        # only C++ that skips __torch_function__ gets here
         args, kwargs = _read((tuple(args), kwargs or {}))
         return func(*args, **kwargs)
 
