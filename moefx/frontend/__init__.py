@@ -1,0 +1,1 @@
+"""Capture: from a model to a Program of graphs."""

@@ -32,6 +32,7 @@ class Site:
 
     @property
     def key(self) -> tuple:
+        """Equal for two sites that one function can serve."""
         return self.structure, self.call
 
 
@@ -55,6 +56,7 @@ def sites(model: Any, recording: Recording, left: list[Left]) -> list[Site]:
 
 
 def site_of(path: str, module: nn.Module, recording: Recording, routers: dict, left: list[Left]) -> Site | None:
+    """The site of a module, or None with the reason in ``left``."""
     args, kwargs = recording.call(path) or ((), {})
     inner = {p: m for p, m in module.named_modules() if p and (at := f"{path}.{p}") in routers and recording.call(at)}
     try:

@@ -45,9 +45,8 @@ class _Watching(TorchFunctionMode):
         what = _ASKED.get(func)
         if what is not None:
             frame = sys._getframe(1)
-            while (
-                frame.f_code.co_name == "__torch_function__" and frame.f_back is not None
-            ):  # torch.export has a mode of its own inside this one
+            # torch.export has a mode of its own inside this one
+            while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
                 frame = frame.f_back
             if frame.f_globals.get("__name__", "").partition(".")[0] not in _OURS:
                 where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
@@ -107,6 +106,8 @@ def _refused(attempt: Callable[[], Any]) -> bool:
 
 @assumed("an autograd.Function, hooks on gradients and on saved tensors are seen when they are used", "torch 2.11 to 2.14")
 def custom_gradients_are_seen() -> bool:
+    """Each of the refused uses, on a parameter and on an input."""
+
     class Known(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -153,6 +154,8 @@ def custom_gradients_are_seen() -> bool:
 
 @assumed("export puts what runs under torch.no_grad() into a node of its own", "torch 2.11 to 2.14")
 def no_grad_is_seen() -> bool:
+    """A ``no_grad`` region with a floating-point result."""
+
     def hides(x: Tensor) -> Tensor:
         with torch.no_grad():
             y = x * 2

@@ -32,6 +32,7 @@ class Head(nn.Module):
         self.lm_head, self.loss = lm_head, loss
 
     def forward(self, hidden: Tensor, *args: Any, logits_steps: Steps = (), **kwargs: Any) -> Tensor:
+        """The loss [] of ``hidden`` [B, S, H]; other arguments go to the loss function."""
         return self.loss(after(self.lm_head(hidden), logits_steps), *args, **kwargs)
 
 

@@ -88,6 +88,8 @@ def refusing_questions() -> AbstractContextManager[None]:
 
 @assumed("Python code that compares symbolic sizes calls SymBool.__bool__", "torch 2.11 to 2.14")
 def questions_are_seen() -> bool:
+    """A comparison, and the truth of a remainder."""
+
     def refuses(*questions: str) -> bool:
         def tries(x: torch.Tensor) -> torch.Tensor:
             for asks in questions:

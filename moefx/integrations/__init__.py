@@ -1,0 +1,1 @@
+"""Transformers, PEFT and FSDP2 as moefx uses them, and the Trainer."""

@@ -1,7 +1,6 @@
-"""Models whose parameters are spread over ranks already: by FSDP2, by Transformers when it loads them, or by ``optimize``.
+"""FSDP2: the units inside a module, their hooks around a captured graph, and local parts of sharded tensors.
 
-Capture sees such a model as one process would hold it: whole parameters, no hooks that gather them, the experts' own forward. A
-captured graph does not call the modules inside its block, so it enters and leaves their FSDP units itself.
+A captured graph does not call the modules inside its block, so the runtime calls the hooks of their FSDP units around it.
 """
 
 from __future__ import annotations
@@ -19,23 +18,28 @@ from moefx.errors import MoefxError
 
 
 def is_fsdp_hook(hook: Callable) -> bool:
+    """Is this one of FSDP2's forward hooks?"""
     return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.fsdp")
 
 
 def units(module: nn.Module) -> list[nn.Module]:
-    """The FSDP units inside ``module``, itself excluded: their hooks must run around a graph that stands for them."""
+    """The FSDP units inside ``module``, without itself: their hooks must run around a graph of the module.
+
+    Raises:
+        MoefxError: the hooks of a unit are not FSDP2's, as moefx knows them.
+    """
     found = [m for m in module.modules() if m is not module and any(map(is_fsdp_hook, m._forward_pre_hooks.values()))]
     for m in module.modules():
         if isinstance(m, FSDPModule) and m is not module and m not in found:
             raise MoefxError(
-                f"the hooks of an FSDP2 unit ({type(m).__name__}) are not those that moefx knows, it would train on parameters "
-                f"that nobody gathers (torch {torch.__version__}): use torch 2.11 to 2.14"
+                f"the hooks of an FSDP2 unit ({type(m).__name__}) are not those that moefx knows: it would train on "
+                f"parameters that are not gathered (torch {torch.__version__}): use torch 2.11 to 2.14"
             )
     return found
 
 
 def pre_forward(units: list[nn.Module], tensors: list[Tensor]) -> list[Tensor]:
-    """Gathers the units' parameters; the tensors come back with the hooks that reduce the gradients in the backward."""
+    """Gathers the units' parameters. Returns the inputs with the hooks that reduce gradients in the backward."""
     for unit in units:
         for hook in list(unit._forward_pre_hooks.values()):
             if is_fsdp_hook(hook):
@@ -45,7 +49,7 @@ def pre_forward(units: list[nn.Module], tensors: list[Tensor]) -> list[Tensor]:
 
 
 def post_forward(units: list[nn.Module], tensors: list[Tensor], out: Any) -> Any:
-    """Frees the units' parameters where FSDP would; the output comes back with the hooks that gather them for the backward."""
+    """Reshards the units' parameters. Returns the output with the hooks that gather them for the backward."""
     for unit in reversed(units):
         for hook in list(unit._forward_hooks.values()):
             if is_fsdp_hook(hook):
@@ -55,51 +59,56 @@ def post_forward(units: list[nn.Module], tensors: list[Tensor], out: Any) -> Any
 
 
 def reshards_after_forward(module: nn.Module) -> bool:
-    """Is ``module`` an FSDP unit of its own whose parameters are gone once its forward has returned?"""
+    """Is ``module`` an FSDP unit that reshards its parameters after its forward?"""
     if not isinstance(module, FSDPModule):
         return False
     return any(g._reshard_after_forward for g in groups(module))
 
 
 def groups(module: FSDPModule) -> list[Any]:
+    """The parameter groups of an FSDP unit. Raises MoefxError for an FSDP2 that moefx does not know."""
     state: Any = module._get_fsdp_state()
     many = getattr(state, "_fsdp_param_groups", None)
     one = getattr(state, "_fsdp_param_group", None)
     if many is None and not hasattr(state, "_fsdp_param_group"):  # torch 2.11 to 2.14 have the one or the other
-        raise MoefxError(f"FSDP2 of torch {torch.__version__} does not say which parameters a unit has: use torch 2.11 to 2.14")
+        raise MoefxError(
+            f"FSDP2 of torch {torch.__version__} has no known list of a unit's parameter groups: use torch 2.11 to 2.14"
+        )
     return list(many) if many is not None else [one] if one is not None else []
 
 
 def reduces_gradients(model: nn.Module) -> bool:
-    """False within FSDP2's ``set_requires_gradient_sync(False)``."""
+    """Do backwards reduce gradients? Not after FSDP2's ``set_requires_gradient_sync(False)``."""
     return all(g.reduce_grads for m in model.modules() if isinstance(m, FSDPModule) for g in groups(m))
 
 
 def is_unit(module: nn.Module) -> bool:
+    """Is the module itself an FSDP2 unit?"""
     return isinstance(module, FSDPModule)
 
 
 def reshard(model: nn.Module) -> None:
-    """Frees what forwards have gathered and no backward has freed: the model's parameters are this rank's shards again.
+    """Reshards all units, so that ``model.parameters()`` are this rank's shards.
 
-    FSDP keeps the root's after a forward, for the backward. Where none comes (an evaluation) ``model.parameters()`` are the
-    gathered ones, which have no gradients: an optimizer that is made then never trains them, and a norm leaves them out.
+    After a forward FSDP keeps the root's parameters gathered for the backward. If none follows (an evaluation), the gathered
+    ones, which get no gradients, stay in ``model.parameters()``: an optimizer made then would not train the model.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def local_slices(spread: DTensor) -> tuple[slice, ...]:
-    """Where this rank's part of a spread tensor lies in the whole."""
-    sizes, offsets = compute_local_shape_and_global_offset(spread.shape, spread.device_mesh, spread.placements)
+def local_slices(sharded: DTensor) -> tuple[slice, ...]:
+    """The slices of this rank's part in the whole of a sharded tensor."""
+    sizes, offsets = compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)
     return tuple(slice(o, o + n) for n, o in zip(sizes, offsets, strict=True))
 
 
-def fill(spread: DTensor, whole: Tensor) -> None:
-    """Copies this rank's part of ``whole`` into ``spread``; no rank talks to another."""
-    spread.to_local().copy_(whole[local_slices(spread)])
+def fill(sharded: DTensor, whole: Tensor) -> None:
+    """Copies this rank's part of ``whole`` into ``sharded``, without communication."""
+    sharded.to_local().copy_(whole[local_slices(sharded)])
 
 
 def is_sharded(model: nn.Module) -> bool:
+    """Has the model parameters that are DTensors: by FSDP2, by Transformers' loader, or by ``optimize(ep_size=...)``?"""
     return any(isinstance(p, DTensor) for p in model.parameters())

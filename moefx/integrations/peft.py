@@ -1,7 +1,7 @@
-"""PEFT around a model: which model is inside, and LoRA on experts' parameters (``target_parameters``).
+"""PEFT: the model inside its wrappers, and LoRA on experts' parameters (``target_parameters``).
 
-PEFT adds its update to a parameter by a parametrization that it registers and removes in each forward. That cannot be captured,
-nor added to a DTensor; so in those two cases the experts are handed the factors, and add the update themselves.
+PEFT adds its update to a parameter by a parametrization that it registers and removes in each forward. That can neither be
+captured nor applied to a DTensor, so in these two cases the experts get the factors and add the update themselves.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch.distributed.tensor import DTensor
 from moefx.integrations import fsdp
 from moefx.internals.subclass import own_class, subclass
 
-#: On an experts module while its wrapper's forward runs: parameter -> factors of its updates.
+#: Attribute of an experts module while its wrapper's forward runs: parameter -> factors of its updates.
 _FACTORS = "_moefx_factors"
 
 
 def unwrap_peft(model: Any) -> Any:
-    """The Transformers model inside PEFT's, else the model itself."""
+    """The Transformers model inside a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -39,7 +39,7 @@ def is_wrapper(module: nn.Module) -> bool:
 
 @functools.cache
 def adapting(base: type, emitting: Callable[[], bool]) -> type:
-    """A subclass of a wrapper's class: PEFT's own forward, except while capturing and where experts are spread over ranks."""
+    """A subclass of a wrapper's class: PEFT's own forward, except during capture and for sharded experts."""
     plain = base.forward  # type: ignore[attr-defined]
 
     def forward(self, x, *args, **kwargs):
@@ -67,7 +67,7 @@ def adapting(base: type, emitting: Callable[[], bool]) -> type:
 
 
 def _delta_of_experts(wrapper: Any, adapter: str, experts: slice) -> Tensor:
-    """PEFT's ``get_delta_weight`` of some experts. (It has no way to ask for some, and all are as large as all weights.)"""
+    """PEFT's ``get_delta_weight`` of some experts. PEFT's own computes all, which are as large as all weights."""
     up, down = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
     up = up.reshape(wrapper.num_experts, -1, up.shape[-1])[experts]  # [E, rank, in]
     down = down.reshape(down.shape[0], -1, wrapper.num_experts)[..., experts]  # [out, rank, E]
@@ -77,7 +77,7 @@ def _delta_of_experts(wrapper: Any, adapter: str, experts: slice) -> Tensor:
 
 @contextmanager
 def _whole_factors(wrapper: Any, adapter: str) -> Iterator[None]:
-    """Within: the factors of an adapter are plain tensors, whole on every rank."""
+    """Context in which the factors of an adapter are plain, whole tensors on every rank."""
     linears = [factors[adapter] for factors in (wrapper.lora_A, wrapper.lora_B)]
     kept: list[Any] = [linear._parameters["weight"] for linear in linears]
     try:
@@ -90,14 +90,16 @@ def _whole_factors(wrapper: Any, adapter: str) -> Iterator[None]:
             linear._parameters["weight"] = weight
 
 
-#: What changes weights, or which adapters count, on the model that PEFT puts between its own and Transformers'.
+#: Methods of PEFT's tuner that change weights or which adapters are active.
 _MERGING = ("merge_adapter", "unmerge_adapter", "merge_and_unload", "unload", "disable_adapter_layers")
 
 
 @functools.cache
 def merging(base: type) -> type:
-    """A subclass of PEFT's tuner (``LoraModel``) that merges into the weights that stay. FSDP shows others within and after a
-    forward; PEFT takes merged adapters out in the next forward once they are disabled, where these are all there is.
+    """A subclass of PEFT's tuner (``LoraModel``) that merges into this rank's shards.
+
+    After a forward FSDP may show gathered weights instead. Adapters that are disabled while merged are unmerged here, since
+    PEFT would unmerge them in the next forward, from gathered weights.
     """
 
     def on_shards(name: str) -> Callable:
@@ -118,10 +120,7 @@ def merging(base: type) -> type:
 
 @functools.cache
 def saving(base: type) -> type:
-    """A subclass of a PEFT model's class whose ``save_pretrained`` gathers what is spread over ranks.
-
-    Every rank calls it, the first one writes.
-    """
+    """A subclass of a PEFT model's class whose ``save_pretrained`` gathers sharded adapters: all ranks call it, 0 writes."""
     plain = base.save_pretrained  # type: ignore[attr-defined]
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -136,7 +135,7 @@ def saving(base: type) -> type:
 
 
 def wrap(model: Any) -> None:
-    """PEFT's model, and the tuner inside it, save and merge what is spread over ranks."""
+    """Makes a PEFT model, and the tuner inside it, save and merge sharded parameters."""
     cls: Any = type(model)
     model.__class__ = saving(cls)
     if hasattr(model.base_model, "merge_adapter"):
@@ -145,7 +144,7 @@ def wrap(model: Any) -> None:
 
 
 def unwrap_classes(model: Any) -> None:
-    """The reverse of ``wrap``."""
+    """Undoes :func:`wrap`."""
     for m in (model, vars(model).get("_modules", {}).get("base_model")):
         if m is not None:
             m.__class__ = own_class(type(m))
@@ -157,9 +156,7 @@ def _is_adapter(name: str, parameter: nn.Parameter) -> bool:
 
 @contextmanager
 def _adapted(wrapper: Any) -> Iterator[None]:
-    """Within: the module that ``wrapper`` adapts finds its parameter with the update, or, where that is spread over ranks, the
-    factors of the update.
-    """
+    """Context in which the adapted module has its parameter with the update, or the factors of the update if sharded."""
     module, name = wrapper.get_base_layer(), wrapper.parameter_name
     active = [a for a in wrapper.active_adapters if a in wrapper.lora_A]
     parameter = getattr(module, name)
@@ -170,7 +167,7 @@ def _adapted(wrapper: Any) -> Iterator[None]:
         for a in active:
             left, right, scaling = wrapper.get_delta_factors(a)
             parameter = torch.baddbmm(parameter, left, right, alpha=scaling)
-        module.__dict__[name] = parameter  # found before the parameters are looked at
+        module.__dict__[name] = parameter  # an attribute hides the parameter of its name
     elif active:
         module.__dict__[name] = parameter + sum(map(wrapper.get_delta_weight, active[1:]), wrapper.get_delta_weight(active[0]))
     try:
@@ -181,7 +178,7 @@ def _adapted(wrapper: Any) -> Iterator[None]:
 
 
 def weight(experts: nn.Module, name: str) -> Tensor:
-    """A parameter of an experts module with its adapters' updates; of one that is spread over ranks, this rank's part."""
+    """A parameter of an experts module with its adapters' updates; this rank's part if it is sharded."""
     found: Any = getattr(experts, name)
     factors = experts.__dict__.get(_FACTORS, {}).get(name)
     if not factors:
@@ -194,12 +191,12 @@ def weight(experts: nn.Module, name: str) -> Tensor:
 
 
 def layers(module: nn.Module) -> list[Any]:
-    """PEFT's layers inside: those that can be switched off, merged, and told which adapters to use."""
+    """PEFT's layers inside ``module``."""
     return [m for m in module.modules() if hasattr(m, "disable_adapters") and hasattr(m, "active_adapters")]
 
 
 def switches(layers: list[Any]) -> tuple:
-    """How PEFT's layers are switched, hashable: a graph holds the updates of one such state."""
+    """The state of PEFT's layers, hashable: disabled, active and merged adapters, scalings. A graph holds for one state."""
     return tuple(
         (
             m.disable_adapters,
@@ -212,7 +209,7 @@ def switches(layers: list[Any]) -> tuple:
 
 
 def experts_of_rank(spread: DTensor) -> slice:
-    """Which experts a parameter ``Shard(0)`` over "ep" has here."""
+    """The experts that this rank holds of a parameter that is ``Shard(0)`` over "ep"."""
     ep = spread.device_mesh["ep"] if spread.device_mesh.ndim > 1 else spread.device_mesh
     many = spread.shape[0] // ep.size()
     return slice(ep.get_local_rank() * many, (ep.get_local_rank() + 1) * many)

@@ -1,8 +1,4 @@
-"""A model that is sharded over ranks, seen as one process would hold it: what capture sees.
-
-Whole parameters, no hooks that gather them, the experts' own forward. A captured graph does not call the modules inside its
-block, so it enters and leaves their FSDP units itself (:mod:`moefx.integrations.fsdp`).
-"""
+"""A sharded model as one process would hold it, for capture: whole parameters, no FSDP hooks, the experts' own forward."""
 
 from __future__ import annotations
 
@@ -20,10 +16,10 @@ from moefx.integrations.fsdp import is_fsdp_hook
 
 @contextmanager
 def unsharded_view(module: nn.Module, device: torch.device | None = None) -> Iterator[None]:
-    """Within: no FSDP hooks, no forward that Transformers put on the experts, whole parameters.
+    """Context in which ``module`` has whole parameters, no FSDP hooks, and the experts' own forward.
 
-    Shapes and dtypes are all that capture reads: a spread parameter becomes one number seen everywhere, without memory; with
-    ``device`` (meta, say) all parameters and buffers become empty tensors there.
+    Capture reads only shapes and dtypes, so a sharded parameter becomes one expanded zero, without memory. With ``device``
+    (meta, for instance) all parameters and buffers become empty tensors there.
     """
     with ExitStack() as undo:
         for m in list(module.modules()):
@@ -44,14 +40,14 @@ def unsharded_view(module: nn.Module, device: torch.device | None = None) -> Ite
 def _without_fsdp_hooks(hooks: dict[int, Any], undo: ExitStack) -> None:
     if any(map(is_fsdp_hook, hooks.values())):
         kept = dict(hooks)
-        undo.callback(hooks.update, kept)  # second: the order of hooks is theirs
+        undo.callback(hooks.update, kept)  # runs second, after clear: it restores the order of the hooks
         undo.callback(hooks.clear)
         for key in [k for k, hook in kept.items() if is_fsdp_hook(hook)]:
             del hooks[key]
 
 
 def _with_own_forward(experts: nn.Module, undo: ExitStack) -> None:
-    """Transformers' expert parallelism replaces an experts module's forward and makes ``num_experts`` the local number."""
+    """Undoes Transformers' expert parallelism, which replaces an experts module's forward and makes ``num_experts`` local."""
     attributes = vars(experts)
     if "forward" in attributes:
         kept: dict[str, Any] = {k: attributes[k] for k in ("forward", "num_experts") if k in attributes}

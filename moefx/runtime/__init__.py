@@ -1,0 +1,1 @@
+"""Optimized models at run time: what a call of one does."""
