@@ -36,8 +36,7 @@ HIDDEN: set[str] = set()
 #: Public functions whose docstrings do not yet describe their arguments, or what they raise.
 WITHOUT_ARGS = {
     "restore", "clip_grad_norm_", "save_checkpoint", "load_checkpoint", "watch_ranks", "report", "explain", "verify",
-    "enable_load_tracking", "expert_load", "expert_load_metrics", "record_routes", "replay_routes", "update_router_bias", "capture", "rewrite", "op", "resolve",
-    "parallelize",
+    "rewrite", "op", "resolve", "parallelize",
 }  # fmt: skip
 WITHOUT_RAISES = {"clip_grad_norm_", "explain", "expert_load"}
 WITHOUT_DOCSTRING = {"Verification.raise_if_wrong", "Backend.available", "Backend.kernel"}

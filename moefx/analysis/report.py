@@ -59,7 +59,7 @@ class Report:
             reason: why it ran.
             warn: warn, once per reason: the call trains.
             detail: PyTorch's error message.
-            consequence: the consequence, for the warning.
+            consequence: of running it, for the warning.
         """
         if warn and reason not in self._warned:
             self._warned.add(reason)
