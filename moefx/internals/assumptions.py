@@ -36,7 +36,7 @@ class Assumption:
 
     def _try(self) -> None:
         try:
-            self.reason = "" if self.tried() else "it did not"
+            self.reason = "" if self.tried() else "its test failed"
         except Exception as error:
             self.reason = f"{type(error).__name__}: {(str(error).strip() or 'no reason').splitlines()[0]}"
 
