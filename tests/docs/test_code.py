@@ -1,4 +1,4 @@
-"""The code of README and docs runs, on small models and over two ranks where it needs several; see tests/gpu/pages.py."""
+"""The code of README and docs runs, on small models and over two ranks where it needs several; see tests/support/pages.py."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.gpu.pages import PROGRAMS, blocks, code_of, script
 from tests.support.families import EXAMPLES
+from tests.support.pages import PROGRAMS, blocks, code_of, script
 from tests.support.spawn import run_script
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moefx.internals import nccl
-from tests.gpu.pages import error_of
+from tests.support.pages import error_of
 
 HERE = Path(__file__).parent
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from moefx.internals import nccl
-from tests.gpu.pages import PROGRAMS, ROOT, Command, blocks, code_of, commands, error_of, script
+from tests.support.pages import PROGRAMS, ROOT, Command, blocks, code_of, commands, error_of, script
 
 GPUS = torch.cuda.device_count()
 SHARED = GPUS == 1 and nccl.version() >= (2, 30)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import moefx
-from tests.runtime.test_lifecycle import assert_same_step
 from tests.support.families import batch, build
+from tests.support.parity import assert_same_step
 
 peft = pytest.importorskip("peft")
 

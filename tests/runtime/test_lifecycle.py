@@ -16,21 +16,7 @@ import moefx
 from moefx.analysis.report import ShortfallWarning
 from moefx.errors import MoefxError
 from tests.support.families import batch, build
-
-
-def step(model: Any, **given: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    model.zero_grad()
-    loss = model(**batch(2, 9), **given).loss
-    loss.backward()
-    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same_step(model: Any, other: Any) -> None:
-    (loss, gradients), (wanted, expected) = step(model), step(other)
-    torch.testing.assert_close(loss, wanted)
-    assert gradients.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+from tests.support.parity import assert_same_step, step
 
 
 def optimized(family: str = "qwen3_moe", layers: int = 2, **options: Any) -> Any:
