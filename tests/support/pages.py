@@ -50,13 +50,13 @@ def _ranks_of(text: str) -> int:
 
 
 def commands() -> list[Command]:
+    """Each command once, where it stands first."""
     found = []
     for page in PAGES:  # in a page a command is indented, or quoted within a sentence
-        text = _without_blocks((ROOT / page).read_text())
-        found += [Command(page, c) for c in map(_plain, _COMMAND.findall(text)) if c]
+        found += [Command(page, c) for c in map(_plain, _COMMAND.findall(_without_blocks((ROOT / page).read_text())))]
     for example in EXAMPLES:  # in an example it stands in the docstring
         found += [Command(example, c) for c in map(_plain, _COMMAND.findall((ROOT / example).read_text().split('"""')[1]))]
-    return found
+    return list({c.text: c for c in reversed(found) if c.text}.values())[::-1]
 
 
 def _without_blocks(text: str) -> str:
@@ -158,7 +158,8 @@ def script(block: Block, ranks: int, device: str) -> str:
     before = _BEFORE.replace("STEPS", "6" if device == "cuda" else "2") + (_ON_CPU if device == "cpu" else "")
     code = block.with_optimizer(_OPTIMIZER) if block.takes("optimizer") else block.code
     if block.takes("model"):
-        before += _MODEL if "moefx.optimize(" in code or "moefx.parallelize(" in code else _MODEL + _OPTIMIZED
+        before += _MODEL if block.over_ranks or not re.search(r"model\(|verify\(", code) else _MODEL + "model.to(DEVICE)\n"
+        before += "" if "moefx.optimize(" in code or "moefx.parallelize(" in code else _OPTIMIZED
     after = _AFTER if "optimizer = " in code else _OPTIMIZER + _AFTER
     code = before + code + after
     for written, here in (
