@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from torch import fx
@@ -14,7 +14,8 @@ from moefx.ir.plan import Plan
 from moefx.ir.program import Function, RouterOutputs
 from moefx.rewriting.pipeline import Changes
 
-_GIVEN = ("score", "topk_first", "fp32", "gather", "renormalize", "eps", "least", "scale", "expert_scale", "cast")
+#: What ``route_at`` is given besides logits, bias and index.
+_GIVEN = ("expert_scale", *(f.name for f in fields(ops.TopkWeightsSpec)))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from functools import cache
 from itertools import product
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from moefx import ops
 from moefx.ir.graph import arguments, aten, is_call
@@ -33,6 +33,13 @@ def _needs(variant: Mapping[str, Any]) -> set[Any]:
     found |= {aten.index.Tensor} if variant["expert_scale"] is not None else set()
     found |= {aten._to_copy.default} if variant["cast"] else set()
     return found | ({aten.max.dim} if variant.get("group_score") == "max" else set())
+
+
+def _written(
+    logits: Tensor, top_k: int, bias: Tensor | None, expert_scale: Tensor | None, fill: float, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """As models write it: ``fill`` is what the scores of other groups become."""
+    return ops.route_body(logits, bias, top_k, expert_scale, ops.RouterSpec(**options), fill)
 
 
 def _flags(graph: fx.Graph, before: fx.Node, match: Match) -> dict[str, Any]:
@@ -76,4 +83,4 @@ class Route(Raise):
 
     def __init__(self) -> None:
         example = {"logits": f64(3, 323), "bias": f64(323), "expert_scale": f64(323), **_NUMBERS}
-        super().__init__("route", ops.route, example, _variants(), ops.route_body, _flags, _needs)
+        super().__init__("route", ops.route, example, _variants(), _written, _flags, _needs)

@@ -18,6 +18,7 @@ from moefx.backends import Backend, Kernel
 from moefx.backends.torch import by_position, refuses_flash
 from moefx.ir.graph import arguments, value
 from moefx.kernels import attention as flash
+from moefx.ops import AttentionSpec, takes_spec
 
 #: The first version whose results were compared with float32's.
 LEAST = "4.0.0b36"
@@ -26,20 +27,9 @@ LEAST = "4.0.0b36"
 SIZES = ((64, 64), (128, 128), (192, 128))
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    *,
-    scale: float,
-    is_causal: bool,
-    window: int | None = None,
-    softcap: float = 0.0,
-    dropout: float = 0.0,
-) -> Tensor:
-    return flash.flash_attention(*map(by_position, (q, k, v)), sinks, scale, window, None, "fa4")[0]
+@takes_spec
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, *, spec: AttentionSpec) -> Tensor:
+    return flash.flash_attention(*map(by_position, (q, k, v)), sinks, spec.scale, spec.window, None, "fa4")[0]
 
 
 def _refuses(node: fx.Node) -> str | None:

@@ -19,6 +19,7 @@ from moefx.kernels.te import attention as te_attention
 from moefx.kernels.te import aux_loss as te_aux_loss
 from moefx.kernels.te import available, norm, permute, router
 from moefx.kernels.te import grouped as te_grouped
+from moefx.ops import AttentionSpec, ExpertsSpec, NormSpec, RouterSpec, takes_spec
 from moefx.ops import grouped_mlp as grouped
 
 #: The length that a symbolic one is taken for where Transformer Engine is asked about sizes.
@@ -39,14 +40,14 @@ def _refuses_device(*nodes: Any) -> str | None:
 # --- norms -----------------------------------------------------------------------------------------------------------
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, cast_first: bool = True, offset: float = 0.0) -> Tensor:
-    return norm.te_rms_norm(x, weight, eps, offset == 1.0)[0]
+@takes_spec
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, spec: NormSpec) -> Tensor:
+    return norm.te_rms_norm(x, weight, eps, spec.offset == 1.0)[0]
 
 
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, *, cast_first: bool = True, offset: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    return norm.te_add_rms_norm(x, residual, weight, eps, offset == 1.0)[:2]
+@takes_spec
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, *, spec: NormSpec) -> tuple[Tensor, Tensor]:
+    return norm.te_add_rms_norm(x, residual, weight, eps, spec.offset == 1.0)[:2]
 
 
 def _refuses_norm(node: fx.Node) -> str | None:
@@ -69,36 +70,17 @@ def _refuses_norm(node: fx.Node) -> str | None:
 # --- router ----------------------------------------------------------------------------------------------------------
 
 
+@takes_spec
 def route(
-    logits: Tensor,
-    bias: Tensor | None,
-    top_k: int,
-    *,
-    score: str = "softmax",
-    topk_first: bool = False,
-    fp32: bool = True,
-    groups: int = 0,
-    topk_groups: int = 0,
-    group_score: str = "top2",
-    zero_fill: bool = False,
-    sorted: bool = True,
-    gather: bool = False,
-    renormalize: bool = False,
-    eps: float = 0.0,
-    least: float = 0.0,
-    scale: float = 1.0,
-    expert_scale: Tensor | None = None,
-    cast: bool = False,
+    logits: Tensor, bias: Tensor | None, top_k: int, *, expert_scale: Tensor | None = None, spec: RouterSpec
 ) -> tuple[Tensor, Tensor]:
     """The kernel of ``moefx.route``. Renormalized softmax of all logits is the softmax of the chosen ones."""
-    softmax_first = score == "softmax" and not topk_first and not renormalize
-    if groups == topk_groups:
-        groups = topk_groups = 0
-    weights, index, _ = router.te_route(
-        logits.float(), None if bias is None else bias.float(), top_k, score, softmax_first, groups, topk_groups, scale
-    )
+    softmax_first = spec.score == "softmax" and not spec.topk_first and not spec.renormalize
+    groups, topk_groups = (0, 0) if spec.groups == spec.topk_groups else (spec.groups, spec.topk_groups)
+    bias = None if bias is None else bias.float()
+    weights, index, _ = router.te_route(logits.float(), bias, top_k, spec.score, softmax_first, groups, topk_groups, spec.scale)
     weights = weights if expert_scale is None else weights * expert_scale[index]
-    return (weights.to(logits.dtype) if cast else weights), index
+    return (weights.to(logits.dtype) if spec.cast else weights), index
 
 
 def _refuses_route(node: fx.Node) -> str | None:
@@ -174,21 +156,10 @@ def _refuses_loss(node: fx.Node) -> str | None:
 # --- attention -------------------------------------------------------------------------------------------------------
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    *,
-    scale: float,
-    is_causal: bool,
-    window: int | None = None,
-    softcap: float = 0.0,
-    dropout: float = 0.0,
-) -> Tensor:
+@takes_spec
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, *, spec: AttentionSpec) -> Tensor:
     q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
-    return te_attention.te_attention(q, k, v, sinks, scale, is_causal, window)[0]
+    return te_attention.te_attention(q, k, v, sinks, spec.scale, spec.is_causal, spec.window)[0]
 
 
 def _refuses_attention(node: fx.Node) -> str | None:
@@ -227,6 +198,7 @@ def _refuses_attention(node: fx.Node) -> str | None:
 # --- experts ---------------------------------------------------------------------------------------------------------
 
 
+@takes_spec
 def experts(
     x: Tensor,
     index: Tensor,
@@ -236,29 +208,13 @@ def experts(
     down: Tensor,
     down_bias: Tensor | None,
     *,
-    activation: str,
-    alpha: float = 0.0,
-    limit: float = 0.0,
-    transposed: bool = False,
-    interleaved: bool = False,
+    spec: ExpertsSpec,
 ) -> Tensor:
     """The kernel of ``moefx.experts``: Transformer Engine's permutation around grouped GEMMs and activation of ``triton``."""
     flat = index.reshape(-1)
     counts = torch.zeros(up.shape[0], dtype=torch.int64, device=x.device).scatter_add(0, flat, torch.ones_like(flat))
     rows, where = permute.te_permute(x.to(up.dtype), index.to(torch.int32))
-    rows = _mlp(
-        rows,
-        counts,
-        up,
-        up_bias,
-        down,
-        down_bias,
-        activation=activation,
-        alpha=alpha,
-        limit=limit,
-        transposed=transposed,
-        interleaved=interleaved,
-    )
+    rows = _mlp(rows, counts, up, up_bias, down, down_bias, **vars(spec))
     return permute.te_unpermute(rows, where, weights.float()).to(x.dtype)
 
 
@@ -274,6 +230,7 @@ def _refuses_experts(node: fx.Node) -> str | None:
     return _refuses_device(arguments(node)["x"]) or triton.refuses_experts(node)
 
 
+@takes_spec
 def grouped_mlp(
     rows: Tensor,
     counts: Tensor,
@@ -282,32 +239,13 @@ def grouped_mlp(
     down: Tensor,
     down_bias: Tensor | None,
     *,
-    activation: str,
-    alpha: float = 0.0,
-    limit: float = 0.0,
-    transposed: bool = False,
-    interleaved: bool = False,
-    grad_scale: float = 1.0,
     row_weights: Tensor | None = None,
     arrived: list[Tensor] | None = None,
+    spec: grouped.GroupedMLPSpec,
 ) -> Tensor:
     """The kernel of ``moefx.grouped_mlp``."""
-    return te_grouped.te_grouped_mlp(
-        rows,
-        counts,
-        up,
-        up_bias,
-        down,
-        down_bias,
-        row_weights,
-        *grouped.parts_of(arrived),
-        activation,
-        alpha,
-        limit,
-        transposed,
-        interleaved,
-        grad_scale,
-    )[0]
+    parts = grouped.parts_of(arrived)
+    return te_grouped.te_grouped_mlp(rows, counts, up, up_bias, down, down_bias, row_weights, *parts, spec)[0]
 
 
 def _refuses_grouped_mlp(node: fx.Node) -> str | None:

@@ -15,14 +15,16 @@ from moefx.ir.graph import arguments, dtype_of, value
 from moefx.kernels.attention import flash_attention
 from moefx.kernels.linear_cross_entropy import linear_cross_entropy
 from moefx.kernels.linear_to_fp32 import linear_to_fp32
-from moefx.ops import dispatch_combine
+from moefx.ops import AttentionSpec, ExpertsSpec, NormSpec, dispatch_combine, takes_spec
 from moefx.ops import grouped_mlp as grouped
 from moefx.ops.activations import ACTIVATIONS
+from moefx.ops.grouped_mm import grouped_mm
 
 # --- norms -----------------------------------------------------------------------------------------------------------
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, cast_first: bool = True, offset: float = 0.0) -> Tensor:
+@takes_spec
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, spec: NormSpec) -> Tensor:
     # .to: under CUDA autocast F.rms_norm returns fp32 whatever it got, the operation its input's dtype
     return F.rms_norm(x, (x.shape[-1],), weight, eps).to(x.dtype)
 
@@ -40,30 +42,19 @@ def _refuses_rms_norm(node: fx.Node) -> str | None:
 # --- attention -------------------------------------------------------------------------------------------------------
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    *,
-    scale: float,
-    is_causal: bool,
-    window: int | None = None,
-    softcap: float = 0.0,
-    dropout: float = 0.0,
-) -> Tensor:
+@takes_spec
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, *, spec: AttentionSpec) -> Tensor:
     starts = mask if ops.is_packed(mask) else None
-    asked = is_causal and (mask is None or starts is not None)
-    if asked and not (sinks is None and window is None and starts is None):
+    asked = spec.is_causal and (mask is None or starts is not None)
+    if asked and not (sinks is None and spec.window is None and starts is None):
         size, wide = v.shape[3], q.shape[3]
         # multi-head latent attention's values are shorter than its keys
         padded = F.pad(v, (0, wide - size)) if starts is not None and size < wide else v
-        if refuses_flash(q, padded, dropout) is None:
-            out = flash_attention(*map(by_position, (q, k, padded)), sinks, scale, window, starts, "torch")[0]
+        if refuses_flash(q, padded, spec.dropout) is None:
+            out = flash_attention(*map(by_position, (q, k, padded)), sinks, spec.scale, spec.window, starts, "torch")[0]
             return out if size == wide else out[..., :size]
-    if asked and (starts is not None or (window is not None and q.shape[2] > window)):
-        mask = ops.visible(q.shape[2], k.shape[2], window, starts, q.device)
+    if asked and (starts is not None or (spec.window is not None and q.shape[2] > spec.window)):
+        mask = ops.visible(q.shape[2], k.shape[2], spec.window, starts, q.device)
     repeats = q.shape[1] // k.shape[1]
     # without a mask the flash kernels share key and value heads; with one SDPA would fall to its slow path
     # written as a branch: of a comparison of sizes Dynamo makes a symbolic bool (torch 2.11), which SDPA refuses
@@ -73,7 +64,14 @@ def attention(
     if repeats > 1 and not share:
         k, v = (x[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2) for x in (k, v))
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal and mask is None, scale=scale, enable_gqa=share
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=spec.dropout,
+        is_causal=spec.is_causal and mask is None,
+        scale=spec.scale,
+        enable_gqa=share,
     )
     return out.transpose(1, 2).contiguous()
 
@@ -184,6 +182,7 @@ class _BiasOfRows(torch.autograd.Function):
         return chosen.to(grad.dtype) @ grad, None
 
 
+@takes_spec
 def experts(
     x: Tensor,
     index: Tensor,
@@ -193,11 +192,7 @@ def experts(
     down: Tensor,
     down_bias: Tensor | None,
     *,
-    activation: str,
-    alpha: float = 0.0,
-    limit: float = 0.0,
-    transposed: bool = False,
-    interleaved: bool = False,
+    spec: ExpertsSpec,
 ) -> Tensor:
     top_k, tokens = index.shape[1], index.shape[0]
     flat = index.reshape(-1)
@@ -207,15 +202,15 @@ def experts(
     offsets, somebodys = ops.rows_of(expert, up, down), ops.somebodys_of(expert, up, down)
 
     def project(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        matrix, ends = weight if transposed else weight.transpose(-2, -1), offsets[: weight.shape[0]]
+        matrix, ends = weight if spec.transposed else weight.transpose(-2, -1), offsets[: weight.shape[0]]
         if h.is_cuda and weight.dtype == torch.bfloat16:
             out = torch._grouped_mm(h.to(weight.dtype), matrix, offs=ends)
         else:
-            out = grouped.grouped_mm(h.to(weight.dtype), matrix, ends)
+            out = grouped_mm(h.to(weight.dtype), matrix, ends)
         return out if bias is None else out + _BiasOfRows.apply(bias, expert)
 
     h = project(ops.only(_GatherTokens.apply(x, order, inverse, top_k), somebodys), up, up_bias)
-    h = project(ACTIVATIONS[activation].forward(h, alpha, limit, interleaved), down, down_bias)
+    h = project(ACTIVATIONS[spec.activation].forward(h, spec.alpha, spec.limit, spec.interleaved), down, down_bias)
     h = ops.only(h, somebodys)
     h = _Permute.apply(h, inverse, order).view(tokens, top_k, h.shape[-1])
     return _sum_of_tokens(h, weights).to(x.dtype)

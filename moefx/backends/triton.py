@@ -22,6 +22,7 @@ from moefx.kernels.experts import KNOWN, fused_experts, fused_grouped_mlp
 from moefx.kernels.grouped_gemm import GEMMS
 from moefx.kernels.norm_rotary import fused_norm_rotary
 from moefx.kernels.route import fused_route
+from moefx.ops import ExpertsSpec, NormRotarySpec, NormSpec, RouterSpec, takes_spec
 from moefx.ops import grouped_mlp as grouped
 
 #: Below Hopper torch's grouped GEMM is a loop over the experts, which reads the counts back (pytorch#186620).
@@ -32,21 +33,20 @@ MIN_NORM, MAX_NORM = 512, 16384
 ROTARY_LAYOUTS = ("half", "half_table", "interleaved")  #: those of moefx.rotary that the kernel knows
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, cast_first: bool = True, offset: float = 0.0) -> Tensor:
-    return norms.fused_rms_norm(x, None, weight, eps, cast_first, offset)[0]
+@takes_spec
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, spec: NormSpec) -> Tensor:
+    return norms.fused_rms_norm(x, None, weight, eps, spec)[0]
 
 
-def normed_stream(
-    x: Tensor, weight: Tensor | None, eps: float, *, cast_first: bool = True, offset: float = 0.0
-) -> tuple[Tensor, Tensor]:
+@takes_spec
+def normed_stream(x: Tensor, weight: Tensor | None, eps: float, *, spec: NormSpec) -> tuple[Tensor, Tensor]:
     """:func:`rms_norm`, and x for its other readers (:class:`passes.NormStreams`)."""
-    return norms.normed_stream(x, weight, eps, cast_first, offset)
+    return norms.normed_stream(x, weight, eps, spec)
 
 
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, *, cast_first: bool = True, offset: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    return norms.fused_rms_norm(x, residual, weight, eps, cast_first, offset)
+@takes_spec
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, *, spec: NormSpec) -> tuple[Tensor, Tensor]:
+    return norms.fused_rms_norm(x, residual, weight, eps, spec)
 
 
 def refuses_norm(node: fx.Node) -> str | None:
@@ -68,6 +68,7 @@ def experts_by(gemm: str, keep: bool = True) -> Callable[..., Tensor]:
     kept for the backward, not made again there.
     """
 
+    @takes_spec
     def experts(
         x: Tensor,
         index: Tensor,
@@ -77,15 +78,9 @@ def experts_by(gemm: str, keep: bool = True) -> Callable[..., Tensor]:
         down: Tensor,
         down_bias: Tensor | None,
         *,
-        activation: str,
-        alpha: float = 0.0,
-        limit: float = 0.0,
-        transposed: bool = False,
-        interleaved: bool = False,
+        spec: ExpertsSpec,
     ) -> Tensor:
-        return fused_experts(
-            x, index, weights, up, up_bias, down, down_bias, activation, alpha, limit, transposed, interleaved, gemm, keep
-        )[0]
+        return fused_experts(x, index, weights, up, up_bias, down, down_bias, spec, gemm, keep)[0]
 
     return experts
 
@@ -94,6 +89,7 @@ def experts_by(gemm: str, keep: bool = True) -> Callable[..., Tensor]:
 def grouped_mlp_by(gemm: str, keep: bool = True) -> Callable[..., Tensor]:
     """The kernel of ``moefx.grouped_mlp``, likewise."""
 
+    @takes_spec
     def grouped_mlp(
         rows: Tensor,
         counts: Tensor,
@@ -102,33 +98,12 @@ def grouped_mlp_by(gemm: str, keep: bool = True) -> Callable[..., Tensor]:
         down: Tensor,
         down_bias: Tensor | None,
         *,
-        activation: str,
-        alpha: float = 0.0,
-        limit: float = 0.0,
-        transposed: bool = False,
-        interleaved: bool = False,
-        grad_scale: float = 1.0,
         row_weights: Tensor | None = None,
         arrived: list[Tensor] | None = None,
+        spec: grouped.GroupedMLPSpec,
     ) -> Tensor:
-        return fused_grouped_mlp(
-            rows,
-            counts,
-            up,
-            up_bias,
-            down,
-            down_bias,
-            row_weights,
-            *grouped.parts_of(arrived),
-            activation,
-            alpha,
-            limit,
-            transposed,
-            interleaved,
-            grad_scale,
-            gemm,
-            keep,
-        )[0]
+        parts = grouped.parts_of(arrived)
+        return fused_grouped_mlp(rows, counts, up, up_bias, down, down_bias, row_weights, *parts, spec, gemm, keep)[0]
 
     return grouped_mlp
 
@@ -139,61 +114,18 @@ def recomputing(kernel: Callable) -> Callable[..., Tensor] | None:
     return next((by(gemm, keep=False) for by, gemm in makers if by(gemm) is kernel), None)
 
 
+@takes_spec
 def route(
-    logits: Tensor,
-    bias: Tensor | None,
-    top_k: int,
-    *,
-    score: str = "softmax",
-    topk_first: bool = False,
-    fp32: bool = True,
-    groups: int = 0,
-    topk_groups: int = 0,
-    group_score: str = "top2",
-    zero_fill: bool = False,
-    sorted: bool = True,
-    gather: bool = False,
-    renormalize: bool = False,
-    eps: float = 0.0,
-    least: float = 0.0,
-    scale: float = 1.0,
-    expert_scale: Tensor | None = None,
-    cast: bool = False,
+    logits: Tensor, bias: Tensor | None, top_k: int, *, expert_scale: Tensor | None = None, spec: RouterSpec
 ) -> tuple[Tensor, Tensor]:
     """The kernel of ``moefx.route``; equal scores go to the first expert, and the K stand in descending order."""
-    return fused_route(
-        logits,
-        bias,
-        top_k,
-        score,
-        topk_first,
-        fp32,
-        groups,
-        topk_groups,
-        group_score,
-        zero_fill,
-        sorted,
-        gather,
-        renormalize,
-        eps,
-        scale,
-        cast,
-    )
+    return fused_route(logits, bias, top_k, spec)
 
 
-def norm_rotary(
-    x: Tensor,
-    weight: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    *,
-    cast_first: bool = True,
-    offset: float = 0.0,
-    layout: str = "half",
-) -> Tensor:
+@takes_spec
+def norm_rotary(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float, *, spec: NormRotarySpec) -> Tensor:
     """The kernel of ``moefx.norm_rotary``, in float32 up to the result, whatever ``cast_first`` says."""
-    return fused_norm_rotary(x, weight, cos, sin, eps, offset, layout)
+    return fused_norm_rotary(x, weight, cos, sin, eps, spec.offset, spec.layout)
 
 
 def refuses_norm_rotary(node: fx.Node) -> str | None:

@@ -7,7 +7,6 @@ The backward makes all that the other gradients need in one pass: the gradient o
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,21 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moefx.kernels.launch import KEPT, Launch, cdiv
-from moefx.ops.activations import ACTIVATIONS
-
-
-@dataclass(frozen=True)
-class Gate:
-    """Which activation: a name of ``moefx.ops.activations``, its numbers, and whether gate and up alternate."""
-
-    activation: str
-    alpha: float = 0.0
-    limit: float = 0.0
-    interleaved: bool = False
-
-    @property
-    def gated(self) -> bool:
-        return ACTIVATIONS[self.activation].gated
+from moefx.ops import ExpertsSpec
 
 
 @triton.jit
@@ -270,41 +255,41 @@ def _sizes(size: int) -> dict[str, int]:
     return {"ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": 4}
 
 
-def _constants(gate: Gate, biased: bool, experts: int) -> dict[str, Any]:
+def _constants(spec: ExpertsSpec, biased: bool, experts: int) -> dict[str, Any]:
     return {
-        "ALPHA": gate.alpha,
-        "LIMIT": gate.limit,
-        "KIND": gate.activation,
-        "GATED": gate.gated,
-        "INTERLEAVED": gate.interleaved,
+        "ALPHA": spec.alpha,
+        "LIMIT": spec.limit,
+        "KIND": spec.activation,
+        "GATED": spec.gated,
+        "INTERLEAVED": spec.interleaved,
         "BIASED": biased,
         "EXPERTS": triton.next_power_of_2(experts),
     }
 
 
 @functools.lru_cache(KEPT)
-def _launch_forward(size: int, gate: Gate, biased: bool, experts: int, weighted: bool) -> Launch:
-    return Launch(_forward, size, experts, WEIGHTED=weighted, **_constants(gate, biased, experts), **_sizes(size))
+def _launch_forward(size: int, spec: ExpertsSpec, biased: bool, experts: int, weighted: bool) -> Launch:
+    return Launch(_forward, size, experts, WEIGHTED=weighted, **_constants(spec, biased, experts), **_sizes(size))
 
 
 @functools.lru_cache(KEPT)
-def _launch_backward(size: int, gate: Gate, biased: bool, experts: int, weighted: bool, ordered: bool) -> Launch:
-    constants = {"WEIGHTED": weighted, "ORDERED": ordered, **_constants(gate, biased, experts)}
+def _launch_backward(size: int, spec: ExpertsSpec, biased: bool, experts: int, weighted: bool, ordered: bool) -> Launch:
+    constants = {"WEIGHTED": weighted, "ORDERED": ordered, **_constants(spec, biased, experts)}
     sizes = _sizes(size)
-    if gate.interleaved:  # parting and joining takes registers: 0.60 ms instead of 0.95 (H200, 65,536 rows of 2,880)
+    if spec.interleaved:  # parting and joining takes registers: 0.60 ms instead of 0.95 (H200, 65,536 rows of 2,880)
         sizes = {"ROWS": 2, "BLOCK": min(256, sizes["BLOCK"]), "num_warps": 2}
     return Launch(_backward, size, experts, **constants, **sizes)
 
 
-def forward(h: Tensor, bias: Tensor | None, offsets: Tensor, gate: Gate, weights: Tensor | None = None) -> Tensor:
+def forward(h: Tensor, bias: Tensor | None, offsets: Tensor, spec: ExpertsSpec, weights: Tensor | None = None) -> Tensor:
     """a [R, I] in h's dtype; h [R, 2I] (I if not gated), bias [E, 2I or I] added to each expert's rows, offsets [E] int32.
 
     weights [R]: each row of the result is multiplied by its weight, before it is rounded.
     """
-    rows, size = h.shape[0], h.shape[1] // (2 if gate.gated else 1)
+    rows, size = h.shape[0], h.shape[1] // (2 if spec.gated else 1)
     a = h.new_empty(rows, size)
     if a.numel():
-        launch = _launch_forward(size, gate, bias is not None, len(offsets), weights is not None)
+        launch = _launch_forward(size, spec, bias is not None, len(offsets), weights is not None)
         grid = (cdiv(rows, launch.constants["ROWS"]), cdiv(size, launch.constants["BLOCK"]), 1)
         launch(grid, h, h if bias is None else bias, offsets, h if weights is None else weights.contiguous(), a)
     return a
@@ -315,7 +300,7 @@ def backward(
     bias: Tensor | None,
     offsets: Tensor,
     to_a: Tensor,
-    gate: Gate,
+    spec: ExpertsSpec,
     weights: Tensor | None = None,
     order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -330,7 +315,7 @@ def backward(
     new = h.new_zeros if order is None else h.new_empty
     to_weights = None if weights is None else new(weights.shape, dtype=torch.float32)
     if to_a.numel():
-        launch = _launch_backward(size, gate, bias is not None, len(offsets), weights is not None, order is not None)
+        launch = _launch_backward(size, spec, bias is not None, len(offsets), weights is not None, order is not None)
         launch(
             (cdiv(rows, launch.constants["ROWS"]), 1, 1),
             h,

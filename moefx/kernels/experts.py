@@ -14,16 +14,15 @@ two shared cores of an EPYC).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moefx.kernels import grouped_gemm
-from moefx.ops import has_nobody
+from moefx.ops import ExpertsSpec, has_nobody
 from moefx.ops.custom_op import FIRST_INPUT, opaque
-from moefx.ops.grouped_mlp import _matrices
+from moefx.ops.grouped_mlp import GroupedMLPSpec, matrices_of
 from moefx.transports.permute import Kept
 
 #: The activations that :mod:`moefx.kernels.expert_activation` has kernels for.
@@ -48,20 +47,13 @@ KNOWN = frozenset(
 Weights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 
 
-def _gate(activation: str, alpha: float, limit: float, interleaved: bool) -> Any:
-    from moefx.kernels.expert_activation import Gate
-
-    return Gate(activation, alpha, limit, interleaved)
-
-
 def _gradients(
     to_out: Tensor,
     h: Tensor,
     rows: Callable[[], Tensor],
     bounds: Tensor,
     weights: Weights,
-    gate: Any,
-    transposed: bool,
+    spec: ExpertsSpec,
     gemm: str,
     needs: Sequence[bool],
     row_weights: Tensor | None = None,
@@ -80,13 +72,13 @@ def _gradients(
     up, up_bias, down, down_bias = weights
     offsets = bounds[1:]
     of_down = bounds[: down.shape[0] + 1]
-    matrices = _matrices(down, transposed).transpose(1, 2)
+    matrices = matrices_of(down, spec.transposed).transpose(1, 2)
     to_a = by_down(matrices) if by_down else grouped_gemm.rows(gemm, to_out, matrices, of_down)
-    to_h, weighted, to_weights = act.backward(h, up_bias, offsets, to_a, gate, row_weights, order)
+    to_h, weighted, to_weights = act.backward(h, up_bias, offsets, to_a, spec, row_weights, order)
     del to_a
 
     def outer(of_in: Tensor, of_out: Tensor, bounds: Tensor) -> Tensor:
-        pair = (of_in, of_out) if transposed else (of_out, of_in)
+        pair = (of_in, of_out) if spec.transposed else (of_out, of_in)
         return grouped_gemm.outer(gemm, *pair, bounds, grad_scale)
 
     found: list[Tensor | None] = [None] * 4
@@ -106,7 +98,7 @@ def _gradients(
             of_bias.mul_(grad_scale)
     if not needs[0]:
         return None, found, to_weights
-    return grouped_gemm.rows(gemm, to_h, _matrices(up, transposed).transpose(1, 2), bounds), found, to_weights
+    return grouped_gemm.rows(gemm, to_h, matrices_of(up, spec.transposed).transpose(1, 2), bounds), found, to_weights
 
 
 def _or_empty(found: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
@@ -117,7 +109,7 @@ def _or_empty(found: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
 
 
 @opaque("fused_experts")
-def _fused_experts(
+def fused_experts(
     x: Tensor,
     index: Tensor,
     weights: Tensor,
@@ -125,11 +117,7 @@ def _fused_experts(
     up_bias: Tensor | None,
     down: Tensor,
     down_bias: Tensor | None,
-    activation: str,
-    alpha: float,
-    limit: float,
-    transposed: bool,
-    interleaved: bool,
+    spec: ExpertsSpec,
     gemm: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -143,19 +131,19 @@ def _fused_experts(
     order, inverse, bounds = sort_by_expert(index, up.shape[0])
     if experts:
         bounds = torch.minimum(bounds, bounds[experts])
-    h = grouped_gemm.of_tokens(gemm, x.to(up.dtype), order, inverse, top_k, _matrices(up, transposed), bounds)
-    a = act.forward(h, up_bias, bounds[1:], _gate(activation, alpha, limit, interleaved))
-    rows = grouped_gemm.rows(gemm, a, _matrices(down, transposed), bounds[: down.shape[0] + 1])
+    h = grouped_gemm.of_tokens(gemm, x.to(up.dtype), order, inverse, top_k, matrices_of(up, spec.transposed), bounds)
+    a = act.forward(h, up_bias, bounds[1:], spec)
+    rows = grouped_gemm.rows(gemm, a, matrices_of(down, spec.transposed), bounds[: down.shape[0] + 1])
     del a
     y = reduce(rows, inverse, top_k, x.dtype, weights=weights, index=index, bias=down_bias, experts=experts)
     return y, h if keep else h.new_empty(0), order, inverse, bounds
 
 
-@_fused_experts.register_fake
-def _(x, index, weights, up, up_bias, down, down_bias, activation, alpha, limit, transposed, interleaved, gemm, keep):
+@fused_experts.register_fake
+def _(x, index, weights, up, up_bias, down, down_bias, spec, gemm, keep):
     rows = index.shape[0] * index.shape[1]
     integers = [index.new_empty(n, dtype=torch.int32) for n in (rows, rows, up.shape[0] + 1)]
-    h = up.new_empty(rows, _matrices(up, transposed).shape[2]) if keep else up.new_empty(0)
+    h = up.new_empty(rows, matrices_of(up, spec.transposed).shape[2]) if keep else up.new_empty(0)
     return torch.empty_like(x), h, *integers
 
 
@@ -173,11 +161,7 @@ def fused_experts_backward(
     up_bias: Tensor | None,
     down: Tensor,
     down_bias: Tensor | None,
-    activation: str,
-    alpha: float,
-    limit: float,
-    transposed: bool,
-    interleaved: bool,
+    spec: ExpertsSpec,
     gemm: str,
     keep: bool,
     needs: list[bool],
@@ -186,10 +170,9 @@ def fused_experts_backward(
     from moefx.kernels.permute import expand, reduce
 
     top_k, experts = index.shape[1], down.shape[0] if has_nobody(up, down) else 0
-    gate = _gate(activation, alpha, limit, interleaved)
     grad = grad.to(up.dtype)
     if not keep:
-        h = grouped_gemm.of_tokens(gemm, x.to(up.dtype), order, inverse, top_k, _matrices(up, transposed), bounds)
+        h = grouped_gemm.of_tokens(gemm, x.to(up.dtype), order, inverse, top_k, matrices_of(up, spec.transposed), bounds)
 
     def of_tokens(matrices: Tensor) -> Tensor:
         return grouped_gemm.of_tokens(gemm, grad, order, inverse, top_k, matrices, bounds[: down.shape[0] + 1])
@@ -200,8 +183,7 @@ def fused_experts_backward(
         lambda: expand(x.to(up.dtype), inverse, top_k),
         bounds,
         (up, up_bias, down, down_bias),
-        gate,
-        transposed,
+        spec,
         gemm,
         needs,
         weights,
@@ -232,11 +214,7 @@ def _(
     up_bias,
     down,
     down_bias,
-    activation,
-    alpha,
-    limit,
-    transposed,
-    interleaved,
+    spec,
     gemm,
     keep,
     needs,
@@ -255,16 +233,15 @@ def _save(ctx, inputs, keyword_only_inputs, output) -> None:
 def _backward(ctx, grad: Tensor | None, *_: Tensor | None):
     asked = ctx.needs_input_grad[FIRST_INPUT:]
     if grad is None:
-        return (None,) * len(asked)
+        return (None,) * 10
     needs = [asked[0], *asked[3:7]]
-    found = torch.ops.moefx.fused_experts_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options, needs)
+    found = fused_experts_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options, needs)
     to_x, to_weights, *rest = found
     rest = [t if need else None for t, need in zip(rest, needs[1:])]
-    return to_x if needs[0] else None, None, to_weights if asked[2] else None, *rest, *[None] * len(ctx.options)
+    return to_x if needs[0] else None, None, to_weights if asked[2] else None, *rest, None, None, None
 
 
-_fused_experts.register_autograd(_backward, setup_context=_save)
-fused_experts = torch.ops.moefx.fused_experts.default
+fused_experts.register_autograd(_backward, setup_context=_save)
 
 
 # --- a rank's experts ------------------------------------------------------------------------------------------------
@@ -276,7 +253,7 @@ def _bounds(counts: Tensor) -> Tensor:
 
 
 @opaque("fused_grouped_mlp")
-def _fused_grouped_mlp(
+def fused_grouped_mlp(
     rows: Tensor,
     counts: Tensor,
     up: Tensor,
@@ -287,12 +264,7 @@ def _fused_grouped_mlp(
     tokens: Tensor | None,
     place: Tensor | None,
     host: Tensor | None,
-    activation: str,
-    alpha: float,
-    limit: float,
-    transposed: bool,
-    interleaved: bool,
-    grad_scale: float,
+    spec: GroupedMLPSpec,
     gemm: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -302,15 +274,15 @@ def _fused_grouped_mlp(
     from moefx.kernels import expert_activation as act
 
     bounds = _bounds(counts)
-    h = grouped_gemm.rows(gemm, rows.to(up.dtype), _matrices(up, transposed), bounds)
-    a = act.forward(h, up_bias, bounds[1:], _gate(activation, alpha, limit, interleaved), row_weights)
-    out = grouped_gemm.rows(gemm, a, _matrices(down, transposed), bounds)
+    h = grouped_gemm.rows(gemm, rows.to(up.dtype), matrices_of(up, spec.transposed), bounds)
+    a = act.forward(h, up_bias, bounds[1:], spec, row_weights)
+    out = grouped_gemm.rows(gemm, a, matrices_of(down, spec.transposed), bounds)
     if down_bias is not None:
         act.add_bias_(out, down_bias, bounds[1:], row_weights)
     return out, h if keep else h.new_empty(0)
 
 
-@_fused_grouped_mlp.register_fake
+@fused_grouped_mlp.register_fake
 def _(
     rows,
     counts,
@@ -322,16 +294,11 @@ def _(
     tokens,
     place,
     host,
-    activation,
-    alpha,
-    limit,
-    transposed,
-    interleaved,
-    grad_scale,
+    spec,
     gemm,
     keep,
 ):
-    wide, out = _matrices(up, transposed).shape[2], _matrices(down, transposed).shape[2]
+    wide, out = matrices_of(up, spec.transposed).shape[2], matrices_of(down, spec.transposed).shape[2]
     return up.new_empty(rows.shape[0], out), up.new_empty(rows.shape[0], wide) if keep else up.new_empty(0)
 
 
@@ -349,12 +316,7 @@ def fused_grouped_mlp_backward(
     down: Tensor,
     down_bias: Tensor | None,
     row_weights: Tensor | None,
-    activation: str,
-    alpha: float,
-    limit: float,
-    transposed: bool,
-    interleaved: bool,
-    grad_scale: float,
+    spec: GroupedMLPSpec,
     gemm: str,
     keep: bool,
     needs: list[bool],
@@ -362,23 +324,22 @@ def fused_grouped_mlp_backward(
     """Gradients of rows, up, up_bias, down, down_bias, row_weights; ``needs`` says of which, the others are empty."""
     from moefx.kernels import expert_activation as act
 
-    gate, bounds = _gate(activation, alpha, limit, interleaved), _bounds(counts)
-    kept, hidden = Kept(rows, tokens, place, host), _matrices(up, transposed).shape[1]
+    bounds = _bounds(counts)
+    kept, hidden = Kept(rows, tokens, place, host), matrices_of(up, spec.transposed).shape[1]
     if not keep:
         kept = Kept(kept.again(grad.shape[0], hidden))
-        h = grouped_gemm.rows(gemm, kept.again(grad.shape[0], hidden).to(up.dtype), _matrices(up, transposed), bounds)
+        h = grouped_gemm.rows(gemm, kept.again(grad.shape[0], hidden).to(up.dtype), matrices_of(up, spec.transposed), bounds)
     to_rows, found, to_weights = _gradients(
         grad,
         h,
         lambda: kept.again(grad.shape[0], hidden),
         bounds,
         (up, up_bias, down, down_bias),
-        gate,
-        transposed,
+        spec,
         gemm,
         needs,
         row_weights,
-        grad_scale=grad_scale,
+        grad_scale=spec.grad_scale,
     )
     if not needs[5]:
         to_weights = None
@@ -405,38 +366,31 @@ def _(
     down,
     down_bias,
     row_weights,
-    activation,
-    alpha,
-    limit,
-    transposed,
-    interleaved,
-    grad_scale,
+    spec,
     gemm,
     keep,
     needs,
 ):
-    to_rows = h.new_empty(grad.shape[0], _matrices(up, transposed).shape[1], dtype=Kept(rows, tokens).dtype)
+    to_rows = h.new_empty(grad.shape[0], matrices_of(up, spec.transposed).shape[1], dtype=Kept(rows, tokens).dtype)
     given = zip((to_rows, up, up_bias, down, down_bias, row_weights), needs)
     return tuple(torch.empty_like(t) if need else h.new_empty(0) for t, need in given)
 
 
 def _save_mlp(ctx, inputs, keyword_only_inputs, output) -> None:
     ctx.set_materialize_grads(False)
-    rows, counts, up, up_bias, down, down_bias, row_weights, *way = inputs
-    ctx.options = way[3:]
-    ctx.save_for_backward(output[1], *Kept.least(rows, *way[:3]), counts, up, up_bias, down, down_bias, row_weights)
+    rows, counts, up, up_bias, down, down_bias, row_weights, tokens, place, host, *ctx.options = inputs
+    ctx.save_for_backward(output[1], *Kept.least(rows, tokens, place, host), counts, up, up_bias, down, down_bias, row_weights)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward_mlp(ctx, grad: Tensor | None, _: Tensor | None):
     asked = ctx.needs_input_grad[FIRST_INPUT:]
     if grad is None:
-        return (None,) * len(asked)
+        return (None,) * 13
     needs = [asked[0], *asked[2:7]]
-    found = torch.ops.moefx.fused_grouped_mlp_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options, needs)
+    found = fused_grouped_mlp_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options, needs)
     to_rows, *rest = [t if need else None for t, need in zip(found, needs)]
-    return to_rows, None, *rest, *[None] * (3 + len(ctx.options))
+    return to_rows, None, *rest, *[None] * 6
 
 
-_fused_grouped_mlp.register_autograd(_backward_mlp, setup_context=_save_mlp)
-fused_grouped_mlp = torch.ops.moefx.fused_grouped_mlp.default
+fused_grouped_mlp.register_autograd(_backward_mlp, setup_context=_save_mlp)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefx.ops.grouped_mlp import _grouped_gemm
+from moefx.ops.grouped_mm import grouped_gemm
 
 LARGEST = 448.0  #: of float8_e4m3fn
 TINY = 1e-30  #: keeps the scale of zeros, and its inverse, finite
@@ -58,7 +58,7 @@ def _product(q: Tensor, scales: Tensor, weight: Tensor, bounds: Tensor, dtype: t
     if not q.is_cuda:
         w, of_columns = _rounded(weight.transpose(1, 2))
         exact = w.float() * of_columns.unsqueeze(-1)
-        return _grouped_gemm(q.float() * scales.unsqueeze(-1), exact.transpose(1, 2), bounds[1:]).to(dtype)
+        return grouped_gemm(q.float() * scales.unsqueeze(-1), exact.transpose(1, 2), bounds[1:]).to(dtype)
     from moefx.kernels.fp8_quantize import matrices
 
     out = torch.empty(q.shape[0], weight.shape[2], dtype=dtype, device=q.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moefx.kernels import fp8_grouped
 from moefx.kernels.gemm import Tile, by_quack
-from moefx.ops.grouped_mlp import _grouped_gemm, _grouped_outer
+from moefx.ops.grouped_mm import grouped_gemm, grouped_outer
 
 GEMMS = ("torch", "quack", "fp8")
 #: All tiles here are the choice of 54 (218 with the layouts of the operands) by the 36 products of three models' experts on an
@@ -39,7 +39,7 @@ def _tile(columns: int) -> Tile:
 def rows(gemm: str, x: Tensor, weight: Tensor, bounds: Tensor) -> Tensor:
     """x [R, a] times weight [E, a, b] -> [R, b]."""
     if gemm == "torch" or not x.shape[0]:
-        return _grouped_gemm(x, weight, bounds[1:])
+        return grouped_gemm(x, weight, bounds[1:])
     if gemm == "fp8":
         return fp8_grouped.rows(x, weight, bounds)
     return _rows_by_quack(x, weight, bounds, x.shape[0])
@@ -61,7 +61,7 @@ def of_tokens(gemm: str, x: Tensor, order: Tensor, inverse: Tensor, top_k: int, 
 def outer(gemm: str, x: Tensor, y: Tensor, bounds: Tensor, scale: float = 1.0) -> Tensor:
     """x [R, a], y [R, b] -> [E, a, b], ``scale`` times x.T @ y of each group, zeros for an empty one."""
     if gemm == "torch" or not x.is_cuda or not x.shape[0]:
-        found = _grouped_outer(x, y, bounds[1:])
+        found = grouped_outer(x, y, bounds[1:])
         return found if scale == 1.0 else found.mul_(scale)
     out = x.new_empty(len(bounds) - 1, x.shape[1], y.shape[1])
     by_quack(x.transpose(0, 1), y.transpose(0, 1), out, _OUTER, scale=scale, cu_seqlens_k=bounds)

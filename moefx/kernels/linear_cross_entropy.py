@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moefx.kernels.gemm import mm
+from moefx.ops import CrossEntropySpec, takes_spec
 from moefx.ops.custom_op import opaque
 
 #: Logits of one chunk, in elements: 1 GiB in 16 bits. On an H200 with 16,384 tokens and 151,936 words half of it takes 8 %
@@ -134,16 +135,9 @@ _chunked.register_autograd(_backward, setup_context=_save)
 def linear_cross_entropy_by(gemm: str) -> Callable[..., Tensor]:
     """The head with its products by ``gemm``, one of :mod:`moefx.kernels.gemm`."""
 
+    @takes_spec
     def linear_cross_entropy(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        *,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        scale: float = 1.0,
-        softcap: float = 0.0,
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, spec: CrossEntropySpec
     ) -> Tensor:
         """The kernel of ``moefx.linear_cross_entropy``; same arguments, same fp32 scalar.
 
@@ -155,21 +149,22 @@ def linear_cross_entropy_by(gemm: str) -> Callable[..., Tensor]:
         if torch.is_autocast_enabled(hidden.device.type):  # opaque to autocast: cast as F.linear would be
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        plain = scale == 1.0 and not softcap and hidden.dtype == torch.float32
+        plain = spec.scale == 1.0 and not spec.softcap and hidden.dtype == torch.float32
         if hasattr(F, "linear_cross_entropy") and plain and not torch.compiler.is_compiling() and grads:
             options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)
             total = F.linear_cross_entropy(
-                hidden, weight, labels, linear_bias=bias, reduction="sum", ignore_index=ignore_index, options=options
+                hidden, weight, labels, linear_bias=bias, reduction="sum", ignore_index=spec.ignore_index, options=options
             )
-            if reduction == "sum":
+            if spec.reduction == "sum":
                 return total
             # divided here: with no label that counts, torch's own mean has NaN gradients where cross_entropy has zeros
-            count = (labels != ignore_index).sum()
+            count = (labels != spec.ignore_index).sum()
             return torch.where(count > 0, total / count.clamp(min=1), torch.nan)
         if hidden.dtype == torch.float16 and grads:
-            logits, _ = _scaled(F.linear(hidden, weight, bias), scale, softcap)
-            return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction)
-        return _chunked(hidden, weight, bias, labels, ignore_index, reduction == "mean", grads, scale, softcap, gemm)[0]
+            logits, _ = _scaled(F.linear(hidden, weight, bias), spec.scale, spec.softcap)
+            return F.cross_entropy(logits, labels, ignore_index=spec.ignore_index, reduction=spec.reduction)
+        mean = spec.reduction == "mean"
+        return _chunked(hidden, weight, bias, labels, spec.ignore_index, mean, grads, spec.scale, spec.softcap, gemm)[0]
 
     return linear_cross_entropy
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moefx.kernels.launch import KEPT, Launch, cdiv
 from moefx.kernels.partial_sums import partial_sums
-from moefx.kernels.rms_norm import dtypes
+from moefx.ops import NormSpec
 
 #: Programs of the backward, two for each of an H200's processors: each adds up its share of the weight's gradient, in order,
 #: before all are added. More would not run at once, and the last would run alone: twice as many took 1.6 times as long.
@@ -141,13 +141,19 @@ def _launch_backward(
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, cast_first: bool, offset: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    spec: NormSpec,
+    of_y: torch.dtype,
+    of_total: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """x and residual [..., H] -> their sum's norm, contiguous, and the sum (empty without ``residual``: it is x); in the dtypes
-    of :func:`rms_norm.dtypes`.
+    """x and residual [..., H] -> their sum's norm, contiguous, and the sum (empty without ``residual``: it is x).
+
+    ``of_y``, ``of_total``: their dtypes.
     """
     shape, adds = x.shape, residual is not None
-    of_y, of_total = dtypes(x, residual, weight, cast_first, offset)
     y, total = x.new_empty(shape, dtype=of_y), x.new_empty(shape if adds else 0, dtype=of_total)
     width = shape[-1]
     rows = y.numel() // width
@@ -155,14 +161,14 @@ def forward(
         return y, total
     x, stride = _rows(x)
     more, more_stride = (x, stride) if residual is None else _rows(residual)
-    casts = cast_first and not offset
-    launch = _launch_forward(rows, width, (stride, more_stride), eps, offset, adds, weight is not None, casts)
+    casts = spec.cast_first and not spec.offset
+    launch = _launch_forward(rows, width, (stride, more_stride), eps, spec.offset, adds, weight is not None, casts)
     launch((cdiv(rows, launch.constants["ROWS"]), 1, 1), x, more, x if weight is None else weight.contiguous(), y, total)
     return y, total
 
 
 def backward(
-    grad: Tensor, to_total: Tensor | None, x: Tensor, weight: Tensor | None, eps: float, offset: float
+    grad: Tensor, to_total: Tensor | None, x: Tensor, weight: Tensor | None, eps: float, spec: NormSpec
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of x, whose norm's gradient is ``grad`` and to whose own ``to_total`` is added, and of the weight."""
     to_x, width, weighted = x.new_empty(x.shape), x.shape[-1], weight is not None
@@ -172,7 +178,7 @@ def backward(
     (x, stride), (grad, grad_stride) = _rows(x), _rows(grad)
     more, more_stride = (x, stride) if to_total is None else _rows(to_total)
     strides = grad_stride, more_stride, stride
-    launch = _launch_backward(rows, width, strides, eps, offset, to_total is not None, weighted)
+    launch = _launch_backward(rows, width, strides, eps, spec.offset, to_total is not None, weighted)
     programs = min(cdiv(rows, launch.constants["ROWS"]), PROGRAMS)
     parts = x.new_empty((programs, width) if weighted else 0, dtype=torch.float32)
     launch((programs, 1, 1), grad, more, x, x if weight is None else weight.contiguous(), to_x, parts)

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moefx.kernels.launch import KEPT, Launch, cdiv
+from moefx.ops import RouterSpec
 
 #: Numbers of a program's tile of logits.
 TILE = 2048
@@ -172,16 +173,19 @@ def _route_backward(
     tl.store(to_logits + at_logits, back.to(to_logits.dtype.element_ty), mask=there)
 
 
-def _launch(kernel: Any, tokens: int, experts: int, top_k: int, eps: float, scale: float, **constants: Any) -> Launch:
+def _launch(kernel: Any, tokens: int, experts: int, top_k: int, spec: RouterSpec, **constants: Any) -> Launch:
     width = triton.next_power_of_2(experts)
     rows = max(1, TILE // width)
     return Launch(
         kernel,
         tokens,
         experts,
-        eps,
-        scale,
+        spec.eps,
+        spec.scale,
         TOP_K=top_k,
+        SIGMOID=spec.score == "sigmoid",
+        TOPK_FIRST=spec.topk_first,
+        RENORMALIZE=spec.renormalize,
         EXPERTS=width,
         ROWS=rows,
         CHOSEN=triton.next_power_of_2(top_k),
@@ -191,105 +195,45 @@ def _launch(kernel: Any, tokens: int, experts: int, top_k: int, eps: float, scal
 
 
 @functools.lru_cache(KEPT)
-def _forward(
-    tokens: int,
-    experts: int,
-    top_k: int,
-    score: str,
-    topk_first: bool,
-    biased: bool,
-    groups: int,
-    topk_groups: int,
-    group_score: str,
-    zero_fill: bool,
-    renormalize: bool,
-    eps: float,
-    scale: float,
-) -> Launch:
+def _forward(tokens: int, experts: int, top_k: int, biased: bool, spec: RouterSpec) -> Launch:
+    limited = spec.groups != spec.topk_groups  # else all groups are allowed
     return _launch(
         _route,
         tokens,
         experts,
         top_k,
-        eps,
-        scale,
-        SIGMOID=score == "sigmoid",
-        TOPK_FIRST=topk_first,
+        spec,
         BIASED=biased,
-        GROUPS=groups,
-        KEPT=topk_groups,
-        TOP2=group_score == "top2",
-        ZERO=zero_fill,
-        RENORMALIZE=renormalize,
+        GROUPS=spec.groups if limited else 0,
+        KEPT=spec.topk_groups if limited else 0,
+        TOP2=spec.group_score == "top2",
+        ZERO=spec.zero_fill,
     )
 
 
 @functools.lru_cache(KEPT)
-def _backward(
-    tokens: int, experts: int, top_k: int, score: str, topk_first: bool, renormalize: bool, eps: float, scale: float
-) -> Launch:
-    return _launch(
-        _route_backward,
-        tokens,
-        experts,
-        top_k,
-        eps,
-        scale,
-        SIGMOID=score == "sigmoid",
-        TOPK_FIRST=topk_first,
-        RENORMALIZE=renormalize,
-    )
+def _backward(tokens: int, experts: int, top_k: int, spec: RouterSpec) -> Launch:
+    return _launch(_route_backward, tokens, experts, top_k, spec)
 
 
-def forward(
-    logits: Tensor,
-    bias: Tensor | None,
-    top_k: int,
-    dtype: torch.dtype,
-    *,
-    score: str,
-    topk_first: bool,
-    groups: int,
-    topk_groups: int,
-    group_score: str,
-    zero_fill: bool,
-    renormalize: bool,
-    eps: float,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def forward(logits: Tensor, bias: Tensor | None, top_k: int, dtype: torch.dtype, spec: RouterSpec) -> tuple[Tensor, Tensor]:
     """Weights [T, K] in ``dtype``, from the greatest down, and index [T, K] int64, of logits [T, E]."""
     tokens, experts = logits.shape
     weights = logits.new_empty(tokens, top_k, dtype=dtype)
     index = logits.new_empty(tokens, top_k, dtype=torch.int64)
     if tokens:
-        launch = _forward(
-            tokens,
-            experts,
-            top_k,
-            score,
-            topk_first,
-            bias is not None,
-            groups,
-            topk_groups,
-            group_score,
-            zero_fill,
-            renormalize,
-            eps,
-            scale,
-        )
+        launch = _forward(tokens, experts, top_k, bias is not None, spec)
         grid = (cdiv(tokens, launch.constants["ROWS"]), 1, 1)
         launch(grid, logits.contiguous(), logits if bias is None else bias, weights, index)
     return weights, index
 
 
-def backward(
-    grad: Tensor, logits: Tensor, index: Tensor, *, score: str, topk_first: bool, renormalize: bool, eps: float, scale: float
-) -> Tensor:
+def backward(grad: Tensor, logits: Tensor, index: Tensor, spec: RouterSpec) -> Tensor:
     """The gradient of the logits [T, E], from that of the weights [T, K]."""
     tokens, experts = logits.shape
     to_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if tokens:
-        launch = _backward(tokens, experts, index.shape[1], score, topk_first, renormalize, eps, scale)
+        launch = _backward(tokens, experts, index.shape[1], spec)
         grid = (cdiv(tokens, launch.constants["ROWS"]), 1, 1)
         launch(grid, grad.contiguous(), logits.contiguous(), index.contiguous(), to_logits)
     return to_logits

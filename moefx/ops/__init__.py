@@ -10,17 +10,19 @@ K experts per token, I intermediate size of an expert, V vocabulary.
 
 from moefx.ops.activations import swiglu
 from moefx.ops.linear import grouped_linear, linear_to_fp32
-from moefx.ops.loss import linear_cross_entropy, load_balancing_loss
-from moefx.ops.moe import experts, has_nobody, only, rows_of, somebodys_of
-from moefx.ops.norm import add_rms_norm, rms_norm
+from moefx.ops.loss import CrossEntropySpec, linear_cross_entropy, load_balancing_loss
+from moefx.ops.moe import ExpertsSpec, experts, has_nobody, only, rows_of, somebodys_of
+from moefx.ops.norm import NormSpec, add_rms_norm, rms_norm
 from moefx.ops.registry import BODIES, LIBRARY, op
-from moefx.ops.rotary_embedding import ROTARY_LAYOUTS, apply_rotary, norm_rotary, rotary, rotary_table
-from moefx.ops.router import balanced_index, nonfinite, route, route_at, route_body
-from moefx.ops.sdpa_attention import attention, is_packed, visible
+from moefx.ops.rotary_embedding import ROTARY_LAYOUTS, NormRotarySpec, apply_rotary, norm_rotary, rotary, rotary_table
+from moefx.ops.router import RouterSpec, TopkWeightsSpec, balanced_index, nonfinite, route, route_at, route_body
+from moefx.ops.sdpa_attention import AttentionSpec, attention, is_packed, visible
+from moefx.ops.spec import schema, takes_spec
 
 __all__ = [
-    "BODIES", "LIBRARY", "ROTARY_LAYOUTS", "add_rms_norm", "apply_rotary", "attention", "balanced_index", "experts",
+    "BODIES", "LIBRARY", "ROTARY_LAYOUTS", "AttentionSpec", "CrossEntropySpec", "ExpertsSpec", "NormRotarySpec", "NormSpec",
+    "RouterSpec", "TopkWeightsSpec", "add_rms_norm", "apply_rotary", "attention", "balanced_index", "experts",
     "grouped_linear", "has_nobody", "is_packed", "linear_cross_entropy", "linear_to_fp32", "load_balancing_loss",
     "nonfinite", "norm_rotary", "only", "op", "rms_norm", "rotary", "rotary_table", "route", "route_at", "route_body",
-    "rows_of", "somebodys_of", "swiglu", "visible",
+    "rows_of", "schema", "somebodys_of", "swiglu", "takes_spec", "visible",
 ]  # fmt: skip

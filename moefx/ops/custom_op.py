@@ -17,9 +17,10 @@ from torch._C import DispatchKey, DispatchKeySet
 
 from moefx.errors import MoefxError
 from moefx.ops.registry import LIBRARY
+from moefx.ops.spec import Flattening, spec_of
 
 _BELOW = torch._C._after_autograd_keyset  # type: ignore[attr-defined]
-#: In a backward, ``ctx.needs_input_grad[FIRST_INPUT:]`` says of which positional inputs a gradient is wanted.
+#: In a backward, ``ctx.needs_input_grad[FIRST_INPUT:]`` says of which of the operator's arguments a gradient is wanted.
 FIRST_INPUT = 2
 #: Below autograd nothing but these: whom the dispatcher would call next is the function itself.
 _DEVICES = (DispatchKey.CPU, DispatchKey.CUDA)
@@ -32,13 +33,17 @@ def _on_a_device(keys: DispatchKeySet) -> bool:
 
 
 class Opaque:
-    """``torch.ops.moefx.<name>``, called like the function that it was made of."""
+    """``torch.ops.moefx.<name>``, called like the function that it was made of.
+
+    A parameter ``spec`` of that function is flattened: the operator has an argument for each of its fields.
+    """
 
     def __init__(self, name: str, function: Callable, once: bool):
-        self.name, self.function = name, function
-        schema = torch.library.infer_schema(function, mutates_args=())
+        self.flattening = Flattening(function)
+        self.name, self.function = name, self.flattening.packed(function)
+        schema = torch.library.infer_schema(self.flattening.prototype(function), mutates_args=())
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        LIBRARY.impl(name, self.function, "CompositeExplicitAutograd")
         self.overload = getattr(torch.ops.moefx, name).default
         if once:
             self._register(self._refuse)
@@ -47,26 +52,28 @@ class Opaque:
         return self.overload(*args, **keywords)
 
     def register_fake(self, function: Callable) -> Callable:
-        torch.library.register_fake(f"moefx::{self.name}", function, lib=LIBRARY)
+        torch.library.register_fake(f"moefx::{self.name}", self.flattening.packed(function), lib=LIBRARY)
         return function
 
     def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
-        """``setup_context(ctx, inputs, keyword_only_inputs, output)``; ``backward(ctx, *grads)`` gives one gradient for each
-        positional input. Inputs at the end that have their default, and keyword-only ones, may be missing.
+        """``setup_context(ctx, inputs, keyword_only_inputs, output)``; ``backward(ctx, *grads)`` gives a gradient per input.
+
+        That is: one for each positional input, of which ``spec`` is one. Inputs at the end that have their default, and
+        keyword-only ones, may be missing.
         """
-        overload, below = self.overload, _BELOW
+        overload, below, flattening = self.overload, _BELOW, self.flattening
 
         class Function(torch.autograd.Function):
             @staticmethod
             def forward(ctx, keys, keywords, *args):  # type: ignore[override]
                 out = overload.redispatch(keys & below, *args, **keywords)
-                setup_context(ctx, args, keywords, out)
+                setup_context(ctx, flattening.pack(args), keywords, out)
                 return out
 
             @staticmethod
             def backward(ctx, *grads):  # type: ignore[override]
                 found = backward(ctx, *grads)
-                return *[None] * FIRST_INPUT, *found
+                return *[None] * FIRST_INPUT, *flattening.gradients(found)
 
         Function.__name__ = f"moefx_{self.name}"
 
@@ -91,8 +98,19 @@ class Opaque:
         LIBRARY.impl(self.name, autograd, "Autograd", with_keyset=True)
 
 
+class OpaqueOfSpec(Opaque):
+    """Called with a spec in place of its fields."""
+
+    def __init__(self, name: str, function: Callable, once: bool):
+        super().__init__(name, function, once)
+        self.flatten: Any = self.flattening.flatten
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        return self.overload(*self.flatten(*args, **keywords))
+
+
 def opaque(name: str, *, once: bool = False) -> Callable[[Callable], Opaque]:
     """Makes the decorated function an operation ``moefx::<name>``, whose schema are its annotations. It changes no argument, no
     result shares memory with an argument or another result. ``once``: it belongs to a backward, and has none itself.
     """
-    return lambda function: Opaque(name, function, once)
+    return lambda function: (OpaqueOfSpec if spec_of(function) else Opaque)(name, function, once)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moefx.ops.grouped_mlp import grouped_mm
+from moefx.ops.grouped_mm import grouped_mm
 from moefx.ops.registry import op
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from moefx.ops.norm import rms_norm
+from moefx.ops.norm import NormSpec, rms_norm
 from moefx.ops.registry import op
+from moefx.ops.spec import schema, takes_spec
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
@@ -48,25 +51,20 @@ def rotary(
     return apply_rotary(q, cos, sin, layout), apply_rotary(k, cos, sin, layout)
 
 
-@op(
-    "norm_rotary(Tensor x, Tensor? weight, Tensor cos, Tensor sin, float eps, *, bool cast_first=True, float offset=0.0, "
-    "str layout='half') -> Tensor"
-)
-def norm_rotary(
-    x: Tensor,
-    weight: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    *,
-    cast_first: bool = True,
-    offset: float = 0.0,
-    layout: str = "half",
-) -> Tensor:
+@dataclass(frozen=True)
+class NormRotarySpec(NormSpec):
+    """The norm's options, and the layout of the rotation: one of :data:`ROTARY_LAYOUTS`."""
+
+    layout: str = "half"
+
+
+@op(f"norm_rotary(Tensor x, Tensor? weight, Tensor cos, Tensor sin, float eps, *, {schema(NormRotarySpec)}) -> Tensor")
+@takes_spec
+def norm_rotary(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float, *, spec: NormRotarySpec) -> Tensor:
     """The norm of each head and its rotation (QK-norm, arXiv 2302.05442): x [B, S, A, D] -> [B, A, S, D].
 
-    weight [D] or None, ``eps``, ``cast_first`` and ``offset`` as in :func:`rms_norm`; cos, sin [B or 1, S, D or D/2] and
-    ``layout`` as in :func:`rotary`. The tables have no gradient.
+    weight [D] or None and ``eps`` as in :func:`rms_norm`; cos, sin [B or 1, S, D or D/2] and ``layout`` as in :func:`rotary`.
+    The tables have no gradient. Options: :class:`NormRotarySpec`.
     """
-    heads = rms_norm(x, weight, eps, cast_first=cast_first, offset=offset).transpose(1, 2)
-    return apply_rotary(heads, cos.unsqueeze(1), sin.unsqueeze(1), layout)
+    heads = rms_norm(x, weight, eps, cast_first=spec.cast_first, offset=spec.offset).transpose(1, 2)
+    return apply_rotary(heads, cos.unsqueeze(1), sin.unsqueeze(1), spec.layout)

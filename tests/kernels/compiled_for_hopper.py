@@ -29,6 +29,7 @@ from moefx.kernels import (  # noqa: E402
     window_attention,
 )
 from moefx.kernels import rows as row_kernels  # noqa: E402
+from moefx.ops import ExpertsSpec, NormSpec, RouterSpec  # noqa: E402
 from moefx.transports import permute as rows  # noqa: E402
 
 
@@ -89,7 +90,7 @@ def launch_all(dtype: torch.dtype) -> None:
 
     offsets = torch.zeros(experts, dtype=torch.int32)
     for activation, biased in (("swiglu", False), ("oai_swiglu", True), ("relu2", False)):
-        gate = expert_activation.Gate(activation, 1.7, 7.0, interleaved=biased)
+        gate = ExpertsSpec(activation, 1.7, 7.0, interleaved=biased)
         h = many if not gate.gated else torch.cat((many, many), 1)
         bias = h[:experts] if biased else None
         expert_activation.forward(h, bias, offsets, gate, of_rows if biased else None)
@@ -111,8 +112,8 @@ def launch_all(dtype: torch.dtype) -> None:
     cross_entropy.cross_entropy_(x.clone(), index[:, 0].contiguous(), weights[:, 0].contiguous(), 0.5, 30.0)
 
     for residual in (x, None):
-        norm.forward(x, residual, x[0], 1e-6, True, 0.0)
-        norm.backward(x, residual, x, x[0], 1e-6, 0.0)
+        norm.forward(x, residual, x[0], 1e-6, NormSpec(), x.dtype, x.dtype)
+        norm.backward(x, residual, x, x[0], 1e-6, NormSpec())
 
     tables = torch.randn(1, tokens, 64), torch.randn(1, tokens, 64)
     each = x.view(1, tokens, 4, 64)
@@ -126,15 +127,13 @@ def launch_all(dtype: torch.dtype) -> None:
         heads.forward(each, x[0, :64], *tables, 1e-6, 0.0, layout)
         heads.backward(each, each, x[0, :64], *tables, 1e-6, 0.0, layout)
 
-    how = {"topk_first": False, "renormalize": True, "eps": 1e-20, "scale": 1.0}
     logits = x[:, :64].contiguous()
     for score, groups, first in (("sigmoid", 8, False), ("softmax", 1, True)):
-        how |= {"score": score, "topk_first": first}
+        limited = {"groups": groups, "topk_groups": min(4, groups), "zero_fill": True}
+        spec = RouterSpec(score, topk_first=first, renormalize=True, eps=1e-20, **limited)
         bias = logits[0].float() if score == "sigmoid" else None
-        router.forward(
-            logits, bias, k, dtype, groups=groups, topk_groups=min(4, groups), group_score="top2", zero_fill=True, **how
-        )
-        router.backward(x[:, :k], logits, index, **how)
+        router.forward(logits, bias, k, dtype, spec)
+        router.backward(x[:, :k], logits, index, spec)
 
 
 def row_kernels_with_moves(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, experts: int) -> None:

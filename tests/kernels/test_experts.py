@@ -16,6 +16,7 @@ from moefx.backends import triton as backend
 from moefx.errors import MoefxError
 from moefx.kernels import experts
 from moefx.ops import grouped_mlp as grouped
+from moefx.ops import grouped_mm
 from moefx.ops.activations import ACTIVATIONS
 from moefx.passes import RecomputeExperts, default
 from tests.support import grouped_checks
@@ -138,14 +139,14 @@ def looped(x, index, weights, up, _, down, __, activation, transposed=False):
 def test_choices_that_are_nobodys(fn, tokens, somebodys, transposed, dtype, monkeypatch):
     """Some of eight experts compute nothing: of 40 tokens about three in five choices, with one expert seven in eight. What
     products leave in rows that are nobody's, undefined on a device, is NaN here."""
-    plain = grouped._grouped_gemm
+    plain = grouped_mm.grouped_gemm
 
     def poisoned(x, weight, offsets):
         out = plain(x, weight, offsets)
         return torch.where((torch.arange(len(out), device=out.device) < offsets[-1]).unsqueeze(1), out, torch.nan)
 
-    for module in (grouped, experts.grouped_gemm):
-        monkeypatch.setattr(module, "_grouped_gemm", poisoned)
+    for module in (grouped_mm, experts.grouped_gemm):
+        monkeypatch.setattr(module, "grouped_gemm", poisoned)
     given = make(tokens, 8, 3, dtype=dtype, transposed=transposed, seed=somebodys)
     given[5] = given[5][:somebodys].contiguous()
     options = {"activation": "swiglu", "transposed": transposed}

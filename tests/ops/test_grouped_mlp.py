@@ -8,6 +8,7 @@ from moefx import transports
 from moefx.errors import MoefxError
 from moefx.ops import grouped_mlp as grouped
 from moefx.ops.activations import ACTIVATIONS
+from moefx.ops.grouped_mm import grouped_mm
 from tests.support import grouped_checks
 
 H, INNER = 8, 6
@@ -99,7 +100,7 @@ def test_grouped_mm(counts, stored):
     x, offsets = _random(sum(counts), H).requires_grad_(), _offsets(counts)
     weight = _random(4, H, INNER, seed=2) if stored == "as given" else _random(4, INNER, H, seed=2).transpose(1, 2)
     weight.requires_grad_()
-    y = grouped.grouped_mm(x, weight, offsets)
+    y = grouped_mm(x, weight, offsets)
     expected = torch.cat([part @ w for part, w in _per_expert(counts, x, weight)])
     torch.testing.assert_close(y, expected)
     for found, right in zip(_gradients(y, (x, weight)), _gradients(expected, (x, weight))):
@@ -109,16 +110,16 @@ def test_grouped_mm(counts, stored):
 def test_grouped_mm_keeps_the_memory_order_of_the_weights_gradient():
     """A parameter stored [E, b, a] gets its gradient in that order, without a copy."""
     weight = _random(4, INNER, H).requires_grad_()
-    grouped.grouped_mm(_random(4, H), weight.transpose(1, 2), _offsets([1, 1, 1, 1])).sum().backward()
+    grouped_mm(_random(4, H), weight.transpose(1, 2), _offsets([1, 1, 1, 1])).sum().backward()
     assert weight.grad.is_contiguous()
 
 
 def test_grouped_mm_passes_gradcheck_and_opcheck():
     x, weight = _random(6, 3).requires_grad_(), _random(3, 3, 2, seed=1).requires_grad_()
     offsets = _offsets([2, 0, 4])
-    assert torch.autograd.gradcheck(grouped.grouped_mm, (x, weight, offsets))
-    torch.library.opcheck(grouped.grouped_mm, (x, weight, offsets))
-    torch.library.opcheck(grouped.grouped_mm, (x, _random(3, 2, 3).transpose(1, 2).requires_grad_(), offsets))
+    assert torch.autograd.gradcheck(grouped_mm, (x, weight, offsets))
+    torch.library.opcheck(grouped_mm, (x, weight, offsets))
+    torch.library.opcheck(grouped_mm, (x, _random(3, 2, 3).transpose(1, 2).requires_grad_(), offsets))
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])

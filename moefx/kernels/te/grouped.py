@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from moefx.kernels.te import extension
-from moefx.ops.grouped_mlp import _activate, _activate_backward, _matrices, _sum_by_expert, _times
+from moefx.ops.custom_op import opaque
+from moefx.ops.grouped_mlp import GroupedMLPSpec, activate, activate_backward, matrices_of, scale_rows, sum_by_expert
 from moefx.transports import wide
 from moefx.transports.permute import Kept
 
@@ -78,7 +79,7 @@ def _project(x: Tensor, weight: Tensor, groups: Groups, transposed: bool) -> Ten
     return gemm(x.contiguous(), weight, groups, by_columns=transposed)
 
 
-@torch.library.custom_op("moefx::te_grouped_mlp", mutates_args=())
+@opaque("te_grouped_mlp")
 def te_grouped_mlp(
     rows: Tensor,
     counts: Tensor,
@@ -90,22 +91,17 @@ def te_grouped_mlp(
     tokens: Tensor | None,
     place: Tensor | None,
     host: Tensor | None,
-    activation: str,
-    alpha: float,
-    limit: float,
-    transposed: bool,
-    interleaved: bool,
-    grad_scale: float,
+    spec: GroupedMLPSpec,
 ) -> tuple[Tensor, Tensor]:
     """As ``moefx.grouped_mlp``; and the pre-activations [R, 2I or I] for the backward, which keeps tokens, place and host
     instead of the rows where they are given.
     """
     groups = Groups(counts)
-    h = _project(rows.to(up.dtype), up, groups, transposed)
+    h = _project(rows.to(up.dtype), up, groups, spec.transposed)
     h = h if up_bias is None else h + _of_rows(up_bias, counts, len(h))
-    out = _project(_activate(h, row_weights, activation, alpha, limit, interleaved), down, groups, transposed)
+    out = _project(activate(h, row_weights, spec), down, groups, spec.transposed)
     if down_bias is not None:
-        out = (out + _times(_of_rows(down_bias, counts, len(out)), row_weights)).to(out.dtype)
+        out = (out + scale_rows(_of_rows(down_bias, counts, len(out)), row_weights)).to(out.dtype)
     return out, h
 
 
@@ -125,18 +121,13 @@ def _(
     tokens,
     place,
     host,
-    activation,
-    alpha,
-    limit,
-    transposed,
-    interleaved,
-    grad_scale,
+    spec,
 ):
-    high, out = _matrices(up, transposed).shape[2], _matrices(down, transposed).shape[2]
+    high, out = matrices_of(up, spec.transposed).shape[2], matrices_of(down, spec.transposed).shape[2]
     return up.new_empty(rows.shape[0], out), up.new_empty(rows.shape[0], high)
 
 
-@torch.library.custom_op("moefx::te_grouped_mlp_backward", mutates_args=())
+@opaque("te_grouped_mlp_backward", once=True)
 def te_grouped_mlp_backward(
     grad: Tensor,
     h: Tensor,
@@ -150,31 +141,26 @@ def te_grouped_mlp_backward(
     down: Tensor,
     down_bias: Tensor | None,
     row_weights: Tensor | None,
-    activation: str,
-    alpha: float,
-    limit: float,
-    transposed: bool,
-    interleaved: bool,
-    grad_scale: float,
+    spec: GroupedMLPSpec,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of rows, up, up_bias, down, down_bias, row_weights (empty where there is none)."""
     groups, grad = Groups(counts), grad.contiguous()
-    to_a = gemm(grad, down, groups, by_columns=not transposed)
-    to_h, a, to_weights = _activate_backward(h, to_a, row_weights, activation, alpha, limit, interleaved)
+    to_a = gemm(grad, down, groups, by_columns=not spec.transposed)
+    to_h, a, to_weights = activate_backward(h, to_a, row_weights, spec)
     kept = Kept(rows, tokens, place, host)
-    x = kept.again(h.shape[0], _matrices(up, transposed).shape[1]).to(up.dtype).contiguous()
-    to_down = outer(a, grad, groups) if transposed else outer(grad, a, groups)
-    to_up = outer(x, to_h, groups) if transposed else outer(to_h, x, groups)
-    to_rows = gemm(to_h, up, groups, by_columns=not transposed).to(kept.dtype)
-    to_up_bias = _sum_by_expert(to_h, counts) if up_bias is not None else h.new_empty(0)
+    x = kept.again(h.shape[0], matrices_of(up, spec.transposed).shape[1]).to(up.dtype).contiguous()
+    to_down = outer(a, grad, groups) if spec.transposed else outer(grad, a, groups)
+    to_up = outer(x, to_h, groups) if spec.transposed else outer(to_h, x, groups)
+    to_rows = gemm(to_h, up, groups, by_columns=not spec.transposed).to(kept.dtype)
+    to_up_bias = sum_by_expert(to_h, counts) if up_bias is not None else h.new_empty(0)
     to_down_bias = h.new_empty(0)
     if down_bias is not None:
-        to_down_bias = _sum_by_expert(grad, counts, row_weights)
+        to_down_bias = sum_by_expert(grad, counts, row_weights)
         if row_weights is not None:
             to_weights += (grad.to(wide(grad.dtype)) * _of_rows(down_bias, counts, len(grad))).sum(1)
-    if grad_scale != 1.0:
+    if spec.grad_scale != 1.0:
         for g in (to_up, to_up_bias, to_down, to_down_bias):
-            g.mul_(grad_scale)
+            g.mul_(spec.grad_scale)
     return to_rows, to_up, to_up_bias, to_down, to_down_bias, to_weights
 
 
@@ -192,35 +178,29 @@ def _(
     down,
     down_bias,
     row_weights,
-    activation,
-    alpha,
-    limit,
-    transposed,
-    interleaved,
-    grad_scale,
+    spec,
 ):
     def like(t: Tensor | None) -> Tensor:
         return h.new_empty(0) if t is None else t.new_empty(t.shape)
 
-    to_rows = h.new_empty(h.shape[0], _matrices(up, transposed).shape[1], dtype=Kept(rows, tokens).dtype)
+    to_rows = h.new_empty(h.shape[0], matrices_of(up, spec.transposed).shape[1], dtype=Kept(rows, tokens).dtype)
     return to_rows, like(up), like(up_bias), like(down), like(down_bias), like(row_weights)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx, inputs, _, output) -> None:
     ctx.set_materialize_grads(False)
-    rows, counts, up, up_bias, down, down_bias, row_weights, *way = inputs
-    ctx.options = way[3:]
-    ctx.save_for_backward(output[1], *Kept.least(rows, *way[:3]), counts, up, up_bias, down, down_bias, row_weights)
+    rows, counts, up, up_bias, down, down_bias, row_weights, *arrived, ctx.spec = inputs
+    ctx.save_for_backward(output[1], *Kept.least(rows, *arrived), counts, up, up_bias, down, down_bias, row_weights)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, grad: Tensor | None, _: Tensor | None):
     saved = ctx.saved_tensors
     if grad is None:
-        return (None,) * (10 + len(ctx.options))
-    to_rows, *found = torch.ops.moefx.te_grouped_mlp_backward(grad, *saved, *ctx.options)
+        return (None,) * 11
+    to_rows, *found = te_grouped_mlp_backward(grad, *saved, ctx.spec)
     rest = (None if t is None else g for t, g in zip(saved[6:], found))
-    return to_rows, None, *rest, *[None] * (3 + len(ctx.options))
+    return to_rows, None, *rest, *[None] * 4
 
 
 te_grouped_mlp.register_autograd(_backward, setup_context=_save)
