@@ -70,7 +70,7 @@ def cases(name: str, tokens: int) -> Iterator[Case]:
     kernels = {
         "torch": triton.experts_by("torch"),
         "quack": quack.BACKEND.kernels[ops.experts].fn,
-        "fp8": quack.FP8[ops.experts].fn,
+        "fp8": quack.BACKEND.kernel(ops.experts, "fp8").fn,
     }
     rows = tokens * top_k // e
     yield Case(

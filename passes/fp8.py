@@ -1,5 +1,5 @@
-"""Opt-in: runs linear layers in FP8 by a recipe of Transformer Engine, experts in FP8 by QuACK. Numerics change; weights stay
-the model's parameters.
+"""Opt-in: linear layers and experts in FP8, by backends' variants "fp8_<recipe>" and "fp8". Numerics change; weights stay the
+model's parameters.
 
     pipeline = moefx.passes.default().before("lower", moefx.passes.FP8("current"))
     model = moefx.optimize(model, pipeline=pipeline)
@@ -7,29 +7,29 @@ the model's parameters.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import fx
 
-from moefx import ops
-from moefx.backends import quack
+from moefx import backends, ops
+from moefx.backends import Backend
 from moefx.errors import MoefxError
-from moefx.ir.graph import VIEWS, arguments, aten, dtype_of, is_call, op_name, origin, value
+from moefx.ir.graph import VIEWS, aten, is_call, op_name
 from moefx.ir.plan import Plan
 from moefx.ir.program import Function
-from moefx.kernels import te
-from moefx.kernels.te import linear
 from moefx.ops.grouped_mlp import grouped_mlp
 from moefx.rewriting.pipeline import Changes
 
 #: Who reads a router's logits, raised or as the model writes it.
 _ROUTERS = (ops.route, ops.route_at, aten.topk.default, aten.softmax.int, aten.sigmoid.default)
-_HALVES = (torch.bfloat16, torch.float16)
+_LINEAR = aten.linear.default
+_EXPERTS = (ops.experts, grouped_mlp)
 _NOT_ASKED = "not asked for"
-#: What FP8 means for experts.
-_OF_ROWS = "a scale a row and a column of a matrix, E4M3; the weights' gradients by products in bf16"
+
+
+def _recipes() -> list[str]:
+    return [v.removeprefix("fp8_") for v in backends.variants_of(_LINEAR) if v.startswith("fp8_")]
 
 
 @dataclass(frozen=True)
@@ -49,63 +49,58 @@ class FP8:
     name: ClassVar[str] = "fp8"
 
     def __post_init__(self) -> None:
-        if self.recipe not in linear.RECIPES:
-            raise MoefxError(f"there is no fp8 recipe {self.recipe!r}; there are: {', '.join(linear.RECIPES)}")
+        if self.recipe not in _recipes():
+            raise MoefxError(f"there is no fp8 recipe {self.recipe!r}; there are: {', '.join(_recipes())}")
 
-    def _problems(self) -> tuple[str | None, str | None]:
-        """Why linear layers stay as they are, and why experts do; raises MoefxError if all that were asked for do."""
-        linears = te.available() or linear.why_not(self.recipe) if self.linear else _NOT_ASKED
-        experts = quack.BACKEND.available() if self.experts else _NOT_ASKED
-        if linears and experts:
-            said = [why for why in dict.fromkeys((linears, experts)) if why != _NOT_ASKED]
-            why = "; ".join(said) or "linear and experts are False"
+    def _usable(self, plan: Plan | None) -> dict[Any, tuple[tuple[Backend, ...], str]]:
+        """By operation: the backends that can run it in FP8, or why none can; raises MoefxError if there are none at all."""
+        first = () if plan is None else plan.backends
+        asked = {_LINEAR: self.linear, **dict.fromkeys(_EXPERTS, self.experts)}
+        found = {}
+        for op, wanted in asked.items():
+            found[op] = backends.with_variant(op, self._variant(op), first) if wanted else ((), _NOT_ASKED)
+        if not any(usable for usable, _ in found.values()):
+            reasons = [why for why in dict.fromkeys(why for _, why in found.values()) if why != _NOT_ASKED]
+            why = "; ".join(reasons) or "linear and experts are False"
             raise MoefxError(f"the pass fp8 was asked for, and cannot run: {why}")
-        return linears, experts
+        return found
+
+    def _variant(self, op: Any) -> str:
+        return f"fp8_{self.recipe}" if op is _LINEAR else "fp8"
 
     def run(self, function: Function, plan: Plan | None = None) -> Changes:
-        changes = Changes()
-        no_linears, no_experts = self._problems()
+        """Gives the linear layers and experts of ``function`` the FP8 variants of their kernels.
+
+        Raises:
+            MoefxError: no backend has any of those that were asked for on this machine.
+        """
+        changes, found = Changes(), self._usable(plan)
         for node in function.graph.nodes:
-            if is_call(node, ops.experts, grouped_mlp):
-                why = no_experts or quack.FP8[node.target].refuses(node)
-                if why:
-                    changes.miss(node, f"{op_name(node.target)} keeps its precision: {why}")
-                else:
-                    self._of_experts(node, changes)
-            elif is_call(node, aten.linear.default):
-                why = no_linears or self._refuses(node, function.name)
-                if why:
-                    changes.miss(node, why)
-                else:
-                    self._of_linear(node, changes)
+            if not is_call(node, *found):
+                continue
+            usable, reason = found[node.target]
+            prefix = "" if node.target is _LINEAR else f"{op_name(node.target)} keeps its precision: "
+            why = reason or self._keeps_precision(node, function.name) or self._lower(node, usable, changes)
+            if why:
+                changes.miss(node, prefix + why)
         return changes
 
-    def _of_experts(self, node: fx.Node, changes: Changes) -> None:
+    def _lower(self, node: fx.Node, usable: tuple[Backend, ...], changes: Changes) -> str | None:
+        """Gives ``node`` the first kernel that accepts it; or says why none does."""
         op: Any = node.target
-        kernel, what = quack.FP8[op], op_name(op)
-        node.meta["moefx"] = replace(origin(node).touched(self.name), kernel="fp8", why=f"{kernel.why}: {_OF_ROWS}")
-        node.meta["semantic"] = node.target
-        node.target = kernel.fn
-        changes.did(node, f"{what} -> QuACK in FP8, numerics change: {_OF_ROWS}")
+        choices, refusals = backends.accepting(node, usable, self._variant(op))
+        if not choices:
+            return "; ".join(sentence for _, sentence in refusals)
+        choices[0].apply(node, self.name)
+        changes.did(node, f"{op_name(op)} -> {choices[0].backend.name} in FP8, numerics change: {choices[0].why}")
+        return None
 
-    def _of_linear(self, node: fx.Node, changes: Changes) -> None:
-        given, recipe = arguments(node), linear.RECIPES[self.recipe]
-        node.target = torch.ops.moefx.te_fp8_linear.default
-        node.args, node.kwargs = (given["input"], given["weight"], given["bias"], self.recipe), {}
-        node.meta["moefx"] = replace(origin(node).touched(self.name), kernel="te", why=f"{recipe.title}: {recipe.meaning}")
-        changes.did(node, f"aten.linear -> {recipe.title}, numerics change: {recipe.meaning}")
-
-    def _refuses(self, node: fx.Node, function: str) -> str | None:
-        given, recipe = arguments(node), linear.RECIPES[self.recipe]
+    @staticmethod
+    def _keeps_precision(node: fx.Node, function: str) -> str | None:
+        if node.target is not _LINEAR:
+            return None
         if function == "head":
             return "the head keeps its precision"
-        x, weight = dtype_of(given["input"]), dtype_of(given["weight"])
-        if x not in _HALVES or weight != x:
-            return f"an FP8 product wants input and weight in one 16-bit dtype, they are {x} and {weight}"
-        wide = [n for n in value(given["weight"]).shape if n % recipe.features]
-        if wide:
-            shape = tuple(value(given["weight"]).shape)
-            return f"{recipe.title} wants features in multiples of {recipe.features}, the weight is {shape}"
         if _reads(node, _ROUTERS):
             return "these are a router's logits: in FP8 tokens would go to other experts"
         return None

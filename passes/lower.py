@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from moefx import backends
 from moefx.backends import tuning
-from moefx.ir.graph import op_name, origin
+from moefx.ir.graph import op_name
 from moefx.ir.plan import Plan
 from moefx.ir.program import Function
 from moefx.rewriting.pipeline import Changes
@@ -33,8 +33,6 @@ class Lower:
             refusals = "; ".join(f"{name} refused: {sentence}" for name, sentence in choice.refusals)
             why = "; ".join(filter(None, (choice.why, refusals)))
             what = f"{op_name(node.target)} -> {choice.backend.name}"
-            node.meta["moefx"] = replace(origin(node).touched(self.name), kernel=choice.backend.name, why=why)
-            node.meta["semantic"] = node.target
-            node.target = choice.kernel.fn
+            choice.apply(node, self.name, why=why)
             changes.did(node, what + (f" ({why})" if why else ""))
         return changes

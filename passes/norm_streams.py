@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moefx import ops
-from moefx.backends import triton
+from moefx import backends, ops
 from moefx.ir.graph import insert, is_call, origin, replace, unpack, value
 from moefx.ir.plan import Plan
 from moefx.ir.program import Function
@@ -15,24 +14,31 @@ from moefx.rewriting.pipeline import Changes
 
 @dataclass(frozen=True)
 class NormStreams:
-    """A block's first norm reads the residual stream that a later addition reads too. Their gradients were added in a pass of
-    its own over memory; rounded once instead of twice. Runs after ``lower``: only the triton backend's norm can.
+    """A block's first norm reads the residual stream that a later addition reads too.
+
+    Their gradients were added by a kernel of its own; now they are rounded once instead of twice. Runs after ``lower``, where
+    the backend that runs the norm has the variant "stream" of it.
     """
 
     name: ClassVar[str] = "norm_streams"
 
     def run(self, function: Function, plan: Plan | None = None) -> Changes:
+        """Replaces the norms of ``function`` whose input has later readers."""
         changes = Changes()
         order = {node: i for i, node in enumerate(function.graph.nodes)}
         for norm in order:
-            if not is_call(norm, triton.rms_norm):
+            if not is_call(norm) or norm.meta.get("semantic") is not ops.rms_norm:
+                continue
+            found = backends.variant_of(norm, "stream")
+            if isinstance(found, str):
                 continue
             x, *rest = norm.args
             later = [user for user in x.users if is_call(user) and order[user] > order[norm]]
             if not later:
                 continue
-            new = insert(norm, triton.normed_stream, (x, *rest), norm.kwargs, val=(value(norm), value(x)))
-            new.meta |= {"semantic": ops.rms_norm, "moefx": origin(norm).touched(self.name)}
+            new = insert(norm, ops.rms_norm, (x, *rest), norm.kwargs, val=(value(norm), value(x)))
+            new.meta["moefx"] = origin(norm)
+            found.apply(new, self.name, why=origin(norm).why)
             y, stream = unpack(new)
             for user in later:
                 user.replace_input_with(x, stream)

@@ -212,5 +212,6 @@ class _Chunks:
     def _stands_for(new: fx.Node, old: fx.Node, many: int) -> fx.Node:
         """``new`` does one of ``many`` parts of what ``old`` does, by the same kernel."""
         new.meta["semantic"], new.meta["share"] = old.meta.get("semantic", old.target), Fraction(1, many)
+        new.meta |= {key: old.meta[key] for key in ("choice",) if key in old.meta}
         new.meta["moefx"] = dataclasses.replace(origin(new), kernel=origin(old).kernel, why=origin(old).why)
         return new

@@ -8,6 +8,7 @@ of 7.3 with 16,384.
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 from torch import fx
@@ -29,7 +30,7 @@ def _refuses(node: fx.Node, multiple: int = 8) -> str | None:
 
 
 def _refuses_fp8(node: fx.Node) -> str | None:
-    """Why the experts of ``node`` cannot run in FP8: :data:`FP8`."""
+    """Why the experts of ``node`` cannot run in FP8."""
     return _refuses(node, 16)
 
 
@@ -62,23 +63,30 @@ def _available() -> str | None:
     return problem
 
 
-#: Not the backend's own: numerics change, and only the pass ``fp8`` puts them in.
-FP8 = {
-    op: Kernel(by("fp8"), _refuses_fp8, "QuACK's grouped GEMM")
-    for op, by in ((ops.experts, triton.experts_by), (grouped.grouped_mlp, triton.grouped_mlp_by))
-}
+def _fp8_experts() -> dict[Any, Kernel]:
+    """The variants "fp8": numerics change, so that only the pass ``fp8`` asks for them."""
+    why = "QuACK's grouped GEMM: a scale a row and a column of a matrix, E4M3; the weights' gradients by products in bf16"
+    made: dict[Any, Kernel] = {}
+    for op, by in ((ops.experts, triton.experts_by), (grouped.grouped_mlp, triton.grouped_mlp_by)):
+        made[op, "fp8"] = Kernel(by("fp8"), _refuses_fp8, why)
+        made[op, "fp8", "recompute"] = Kernel(by("fp8", keep=False), _refuses_fp8, why)
+    return made
+
 
 BACKEND = Backend(
     "quack",
     {
-        ops.experts: Kernel(
-            triton.experts_by("quack"), _refuses, "QuACK's grouped GEMM; counting sort, fused activation, no atomics"
+        **triton.experts_with_variants(
+            "quack",
+            _refuses,
+            (
+                "QuACK's grouped GEMM; counting sort, fused activation, no atomics",
+                "QuACK's grouped GEMM; activation fused and recomputed",
+            ),
         ),
+        **_fp8_experts(),
         ops.linear_cross_entropy: Kernel(
             chunked.linear_cross_entropy_by("quack"), _refuses_head, "chunked: never all logits; QuACK's GEMM"
-        ),
-        grouped.grouped_mlp: Kernel(
-            triton.grouped_mlp_by("quack"), _refuses, "QuACK's grouped GEMM; activation fused and recomputed"
         ),
     },
     _available,

@@ -2,11 +2,13 @@
 
 Used where the caller names it, ``backends=["te", "triton", "torch"]``: nothing here has measured faster than the others yet.
 ``Linear`` and ``LayerNormLinear`` have no kernel: in bf16 they are the cuBLAS product that torch runs, with nothing fused to
-it. Their fp8 forms are the pass ``fp8``.
+it. Linear layers in FP8 are variants, for which the pass ``fp8`` asks.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,11 +16,13 @@ from torch import Tensor, fx
 
 from moefx import ops
 from moefx.backends import Backend, Kernel, triton
-from moefx.ir.graph import arguments, dtype_of, value
+from moefx.ir.graph import arguments, aten, dtype_of, value
+from moefx.kernels import te as kernels
 from moefx.kernels.te import attention as te_attention
 from moefx.kernels.te import aux_loss as te_aux_loss
-from moefx.kernels.te import available, norm, permute, router
 from moefx.kernels.te import grouped as te_grouped
+from moefx.kernels.te import linear as te_linear
+from moefx.kernels.te import norm, permute, router
 from moefx.ops import AttentionSpec, ExpertsSpec, NormSpec, RouterSpec, takes_spec
 from moefx.ops import grouped_mlp as grouped
 
@@ -266,6 +270,36 @@ def _refuses_grouped_mlp(node: fx.Node) -> str | None:
     return triton.refuses_experts(node)
 
 
+# --- linear layers in FP8 --------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def fp8_linear_by(recipe: str) -> Callable[..., Tensor]:
+    """The variant "fp8_<recipe>" of ``aten.linear``, by a recipe of :mod:`moefx.kernels.te.linear`."""
+
+    def fp8_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return te_linear.te_fp8_linear(input, weight, bias, recipe)
+
+    return fp8_linear
+
+
+def _fp8_linear(name: str) -> Kernel:
+    recipe = te_linear.RECIPES[name]
+
+    def refuses(node: fx.Node) -> str | None:
+        given = arguments(node)
+        x, weight = dtype_of(given["input"]), dtype_of(given["weight"])
+        if x not in _HALVES or weight != x:
+            return f"an FP8 product wants input and weight in one 16-bit dtype, they are {x} and {weight}"
+        shape = tuple(value(given["weight"]).shape)
+        if any(n % recipe.features for n in shape):
+            return f"{recipe.title} wants features in multiples of {recipe.features}, the weight is {shape}"
+        return None
+
+    why = f"{recipe.title}: {recipe.meaning}"
+    return Kernel(fp8_linear_by(name), refuses, why, functools.partial(te_linear.why_not, name))
+
+
 BACKEND = Backend(
     "te",
     {
@@ -276,7 +310,8 @@ BACKEND = Backend(
         ops.attention: Kernel(attention, _refuses_attention, "cuDNN's fused attention"),
         ops.experts: Kernel(experts, _refuses_experts, "its permutation, torch's grouped GEMM, fused activation"),
         grouped.grouped_mlp: Kernel(grouped_mlp, _refuses_grouped_mlp, "GroupedLinear's grouped GEMM, activation recomputed"),
+        **{(aten.linear.default, f"fp8_{name}"): _fp8_linear(name) for name in te_linear.RECIPES},
     },
-    available,
+    lambda: kernels.available(),
     by_name=True,
 )

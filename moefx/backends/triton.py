@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -19,7 +19,6 @@ from moefx.backends.torch import refuses_experts as _torch_refuses
 from moefx.ir.graph import arguments, dtype_of, value
 from moefx.kernels import rms_norm as norms
 from moefx.kernels.experts import KNOWN, fused_experts, fused_grouped_mlp
-from moefx.kernels.grouped_gemm import GEMMS
 from moefx.kernels.norm_rotary import fused_norm_rotary
 from moefx.kernels.route import fused_route
 from moefx.ops import ExpertsSpec, NormRotarySpec, NormSpec, RouterSpec, takes_spec
@@ -40,7 +39,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, spec: NormSpec) ->
 
 @takes_spec
 def normed_stream(x: Tensor, weight: Tensor | None, eps: float, *, spec: NormSpec) -> tuple[Tensor, Tensor]:
-    """:func:`rms_norm`, and x for its other readers (:class:`passes.NormStreams`)."""
+    """The variant "stream": :func:`rms_norm`, and x for its other readers."""
     return norms.normed_stream(x, weight, eps, spec)
 
 
@@ -106,12 +105,6 @@ def grouped_mlp_by(gemm: str, keep: bool = True) -> Callable[..., Tensor]:
         return fused_grouped_mlp(rows, counts, up, up_bias, down, down_bias, row_weights, *parts, spec, gemm, keep)[0]
 
     return grouped_mlp
-
-
-def recomputing(kernel: Callable) -> Callable[..., Tensor] | None:
-    """The kernel that does the same and keeps no pre-activations; None: there is none."""
-    makers = itertools.product((experts_by, grouped_mlp_by), GEMMS)
-    return next((by(gemm, keep=False) for by, gemm in makers if by(gemm) is kernel), None)
 
 
 @takes_spec
@@ -193,18 +186,30 @@ def available() -> str | None:
     return None
 
 
+def experts_with_variants(gemm: str, refuses: Callable[[fx.Node], str | None], why: tuple[str, str]) -> dict[Any, Kernel]:
+    """Entries of a table: ``experts`` and ``grouped_mlp`` around ``gemm``, each with its ``why``; and variants "recompute"."""
+    made: dict[Any, Kernel] = {}
+    for op, by, text in zip((ops.experts, grouped.grouped_mlp), (experts_by, grouped_mlp_by), why):
+        made[op] = Kernel(by(gemm), refuses, text)
+        made[op, "recompute"] = Kernel(by(gemm, keep=False), refuses, text)
+    return made
+
+
 BACKEND = Backend(
     "triton",
     {
         ops.rms_norm: Kernel(rms_norm, refuses_norm, "each row read once, each way; rounded where the model rounds"),
+        (ops.rms_norm, "stream"): Kernel(normed_stream, refuses_norm, "its backward adds the gradient of its input's readers"),
         ops.add_rms_norm: Kernel(add_rms_norm, refuses_norm, "a row is read once, and its backward adds the sum's gradient"),
         ops.norm_rotary: Kernel(norm_rotary, refuses_norm_rotary, "norm and rotation of a head in registers, rounded once"),
         ops.route: Kernel(route, refuses_route, "scores, groups, top-k and renormalization in registers"),
-        ops.experts: Kernel(
-            experts_by("torch"), refuses_experts, "torch's grouped GEMM; counting sort, fused activation, no atomics"
-        ),
-        grouped.grouped_mlp: Kernel(
-            grouped_mlp_by("torch"), refuses_experts, "torch's grouped GEMM; activation fused and recomputed"
+        **experts_with_variants(
+            "torch",
+            refuses_experts,
+            (
+                "torch's grouped GEMM; counting sort, fused activation, no atomics",
+                "torch's grouped GEMM; activation fused and recomputed",
+            ),
         ),
     },
     available,

@@ -22,7 +22,8 @@ from moefx.passes import RecomputeExperts, default
 from tests.support import grouped_checks
 from tests.support.families import batch, build
 
-EXPERTS, GROUPED_MLP = (backend.BACKEND.kernels[op].fn for op in (ops.experts, grouped.grouped_mlp))
+EXPERTS, GROUPED_MLP = (backend.BACKEND.kernel(op).fn for op in (ops.experts, grouped.grouped_mlp))
+RECOMPUTE, RECOMPUTE_MLP = (backend.BACKEND.kernel(op, "recompute").fn for op in (ops.experts, grouped.grouped_mlp))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: Of the largest value. bf16: the pre-activations, the activations and the rows are rounded once each, 8 bits apiece.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
@@ -132,7 +133,7 @@ def looped(x, index, weights, up, _, down, __, activation, transposed=False):
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(
-    "fn", [ops.BODIES[ops.experts], torch_backend.experts, EXPERTS, backend.recomputing(EXPERTS)],
+    "fn", [ops.BODIES[ops.experts], torch_backend.experts, EXPERTS, RECOMPUTE],
     ids=["body", "torch", "triton", "again"],
 )  # fmt: skip
 @pytest.mark.parametrize(("tokens", "somebodys", "transposed"), [(1, 3, False), (40, 3, True), (33, 5, False), (9, 1, False)])
@@ -390,18 +391,19 @@ def kept_for(fn):
 def test_pre_activations_made_again_are_the_same(tokens, options):
     layout = {"transposed": "transposed" in options, "biased": "transposed" in options}
     given, found = make(tokens, activation=options["activation"], **layout), []
-    for fn in (EXPERTS, backend.recomputing(EXPERTS)):
+    for fn in (EXPERTS, RECOMPUTE):
         found.append(run(fn, given, torch.float32, options, DEVICE))
     assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
 
 
 @pytest.mark.parametrize("case", grouped_checks.CASES, ids=str)
 def test_a_ranks_experts_make_pre_activations_again_of_what_arrived(case):
-    grouped_checks.check_rows_are_made_again(backend.recomputing(GROUPED_MLP), *case, torch.float32, DEVICE, GROUPED_MLP)
+    grouped_checks.check_rows_are_made_again(RECOMPUTE_MLP, *case, torch.float32, DEVICE, GROUPED_MLP)
 
 
 def test_the_pass_leaves_out_pre_activations_and_nothing_else():
-    kernels = {op: Kernel(backend.BACKEND.kernels[op].fn) for op in (ops.experts, grouped.grouped_mlp)}
+    of_experts = ops.experts, grouped.grouped_mlp, (ops.experts, "recompute"), (grouped.grouped_mlp, "recompute")
+    kernels = {key: Kernel(backend.BACKEND.kernels[key].fn) for key in of_experts}
     given, found = {k: v.to(DEVICE) for k, v in batch(2, 9).items()}, []
     for pipeline in (default(), default().after("lower", RecomputeExperts())):
         model = build("qwen3_moe").to(DEVICE)
@@ -421,7 +423,7 @@ def test_other_kernels_keep_what_they_keep():
         build("qwen3_moe"), pipeline=default().after("lower", RecomputeExperts()), compile=False, backends=["torch"]
     )
     missed = {c.what for c in moefx.report(model)["recompute_experts"].missed}
-    assert missed == {"moefx.experts by torch keeps what it keeps: kernels of triton and quack can do without"}
+    assert missed == {"moefx.experts by torch has no variant 'recompute': quack, triton have one"}
 
 
 def test_two_runs_are_bitwise_equal():

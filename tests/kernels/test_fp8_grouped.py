@@ -20,7 +20,7 @@ from tests.support.families import batch, build
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-EXPERTS, GROUPED_MLP = (quack.FP8[op].fn for op in (ops.experts, grouped.grouped_mlp))
+EXPERTS, GROUPED_MLP = (quack.BACKEND.kernel(op, "fp8").fn for op in (ops.experts, grouped.grouped_mlp))
 products = pytest.mark.skipif(
     CUDA and quack.BACKEND.available() is not None, reason=f"no QuACK here: {quack.BACKEND.available()}"
 )
@@ -160,7 +160,7 @@ def test_a_models_experts_train_in_fp8(usable):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     report = moefx.report(model)
     assert report["fp8"].made_count == model.config.num_hidden_layers
-    assert all("moefx.experts -> QuACK in FP8, numerics change" in c.what for c in report["fp8"].made)
+    assert all("moefx.experts -> quack in FP8, numerics change" in c.what for c in report["fp8"].made)
     assert ("experts", "fp8") in report.kernels() and {c.what for c in report["fp8"].missed} == {"not asked for"}
     assert 0 < abs(float(loss.detach()) - wanted) < 0.02 * wanted
 

@@ -147,8 +147,8 @@ def test_partial_sums(rows, width):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_pass_hands_streams_on(family, compiled):
     """A block's first norm adds the gradient of what reads its input after it; losses and gradients are the model's."""
-    both = ops.rms_norm, ops.add_rms_norm
-    mine = Backend("fused", {op: Kernel(backend.BACKEND.kernels[op].fn) for op in both})
+    norms = ops.rms_norm, ops.add_rms_norm, (ops.rms_norm, "stream")
+    mine = Backend("fused", {op: Kernel(backend.BACKEND.kernels[op].fn) for op in norms})
     plain, model = build(family).to(DEVICE), build(family).to(DEVICE)
     moefx.optimize(model, compile=compiled, backends=[mine, "torch"])
     report = moefx.report(model)["norm_streams"]
@@ -165,9 +165,8 @@ def test_the_pass_hands_streams_on(family, compiled):
 
 
 def test_a_stream_that_is_handed_on_is_not_written():
-    model = moefx.optimize(
-        build("qwen3_moe"), compile=False, backends=[Backend("fused", {ops.rms_norm: Kernel(backend.rms_norm)}), "torch"]
-    )
+    fused = {ops.rms_norm: Kernel(backend.rms_norm), (ops.rms_norm, "stream"): Kernel(backend.normed_stream)}
+    model = moefx.optimize(build("qwen3_moe"), compile=False, backends=[Backend("fused", fused), "torch"])
     function = next(f for f in moefx.report(model).program if f.module_class == "Qwen3MoeDecoderLayer")
     (stream,) = (n for n in function.graph.nodes if n.target is backend.normed_stream)
     cost, sizes = node_cost(stream, Sizes(function)), Sizes(function)
