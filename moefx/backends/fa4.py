@@ -6,10 +6,8 @@ heads of 128 numbers, 4 of keys), 1.20 and 3.14 instead of 1.33 and 3.80 (64 hea
 
 from __future__ import annotations
 
-import importlib.util
 from importlib.metadata import PackageNotFoundError, version
 
-import torch
 from packaging.version import Version
 from torch import Tensor, fx
 
@@ -18,6 +16,7 @@ from moefx.backends import Backend, Kernel
 from moefx.backends.torch import by_position, refuses_flash
 from moefx.ir.graph import arguments, value
 from moefx.kernels import attention as flash
+from moefx.kernels.requirements import requires
 from moefx.ops import AttentionSpec, takes_spec
 
 #: The first version whose results were compared with float32's.
@@ -58,22 +57,19 @@ def _refuses(node: fx.Node) -> str | None:
     return refuses_flash(q, q, given["dropout"])
 
 
+_INSTALL = "pip install 'moefx[fa4]'"
+_of_machine = requires("cutlass", package="nvidia-cutlass-dsl, which flash-attn-4 needs,", install=_INSTALL, measured=9)
+
+
 def _available() -> str | None:
     # by its metadata: looking for the module would import FlashAttention 2 where that is installed
     try:
         have = version("flash-attn-4")
     except PackageNotFoundError:
-        return "the package flash-attn-4 is not installed: pip install 'moefx[fa4]'"
+        return f"the package flash-attn-4 is not installed: {_INSTALL}"
     if Version(have) < Version(LEAST):
-        return f"flash-attn-4 {have} is installed, {LEAST} or newer is needed: pip install 'moefx[fa4]'"
-    if importlib.util.find_spec("cutlass") is None:
-        return "flash-attn-4 needs the package nvidia-cutlass-dsl, which is not installed: pip install 'moefx[fa4]'"
-    if not torch.cuda.is_available():
-        return "there is no CUDA device"
-    if torch.cuda.get_device_capability()[0] != 9:
-        capability = ".".join(map(str, torch.cuda.get_device_capability()))
-        return f"it was measured on compute capability 9.0, this device has {capability}"
-    return None
+        return f"flash-attn-4 {have} is installed, {LEAST} or newer is needed: {_INSTALL}"
+    return _of_machine()
 
 
 BACKEND = Backend("fa4", {ops.attention: Kernel(attention, _refuses, "FlashAttention 4")}, _available)

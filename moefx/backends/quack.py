@@ -7,7 +7,6 @@ of 7.3 with 16,384.
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from moefx import ops
 from moefx.backends import Backend, Kernel, triton
 from moefx.ir.graph import arguments, value
 from moefx.kernels import linear_cross_entropy as chunked
+from moefx.kernels.requirements import requires
 from moefx.ops import grouped_mlp as grouped
 
 
@@ -53,14 +53,15 @@ def _refuses_head(node: fx.Node) -> str | None:
     return None
 
 
-def _available() -> str | None:
-    if importlib.util.find_spec("quack") is None or importlib.util.find_spec("cutlass") is None:
-        return "the package quack-kernels (0.6 or newer) is not installed: pip install 'moefx[quack]'"
-    problem = triton.available()
-    if problem is None and torch.cuda.get_device_capability()[0] != 9:
-        have = ".".join(map(str, torch.cuda.get_device_capability()))
-        problem = f"its tiles were chosen for compute capability 9.0, this device has {have}"
-    return problem
+#: Its tiles (kernels/grouped_gemm.py, kernels/gemm.py) were chosen on Hopper.
+_available = requires(
+    "quack",
+    "cutlass",
+    "triton",
+    package="quack-kernels (0.6 or newer)",
+    install="pip install 'moefx[quack,gpu]'",
+    measured=9,
+)
 
 
 def _fp8_experts() -> dict[Any, Kernel]:

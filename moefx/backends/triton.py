@@ -6,7 +6,6 @@ Triton is imported when a kernel first runs, so that this table can be read anyw
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ from moefx.ir.graph import arguments, dtype_of, value
 from moefx.kernels import rms_norm as norms
 from moefx.kernels.experts import KNOWN, fused_experts, fused_grouped_mlp
 from moefx.kernels.norm_rotary import fused_norm_rotary
+from moefx.kernels.requirements import requires
 from moefx.kernels.route import fused_route
 from moefx.ops import ExpertsSpec, NormRotarySpec, NormSpec, RouterSpec, takes_spec
 from moefx.ops import grouped_mlp as grouped
@@ -177,13 +177,8 @@ def refuses_experts(node: fx.Node) -> str | None:
     return _torch_refuses(node)
 
 
-def available() -> str | None:
-    """Why Triton cannot be used here, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed: pip install 'moefx[gpu]'"
-    if not torch.cuda.is_available():
-        return "there is no CUDA device"
-    return None
+#: Why Triton cannot be used here, or None.
+available = requires("triton", install="pip install 'moefx[gpu]'")
 
 
 def experts_with_variants(gemm: str, refuses: Callable[[fx.Node], str | None], why: tuple[str, str]) -> dict[Any, Kernel]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import types
 from dataclasses import replace
@@ -150,6 +151,6 @@ def test_what_keeps_it_from_use_is_said(have, said, monkeypatch):
         return have
 
     monkeypatch.setattr(fa4, "version", version)
-    monkeypatch.setattr(fa4.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert said in fa4.BACKEND.available()

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import importlib.util
 from typing import Any
 
 import torch
+
+from moefx.kernels.requirements import requires
 
 INSTALL = "pip install --no-build-isolation 'moefx[te]', built for the CUDA that torch has"
 OLDEST = (2, 20)
@@ -33,16 +34,12 @@ def te_dtype(dtype: torch.dtype) -> Any:
     return TE_DType[dtype]
 
 
+_of_machine = requires("transformer_engine", package="transformer-engine", install=INSTALL, capability=(8, 0))
+
+
 def available() -> str | None:
     """Why Transformer Engine cannot be used here, and what to do; None if it can."""
-    if importlib.util.find_spec("transformer_engine") is None:
-        return f"the package transformer-engine is not installed: {INSTALL}"
-    if not torch.cuda.is_available():
-        return "Transformer Engine needs a CUDA device, and there is none"
-    capability = torch.cuda.get_device_capability()
-    if capability < (8, 0):
-        return f"Transformer Engine's kernels need compute capability 8.0, this device has {capability[0]}.{capability[1]}"
-    return _imports()
+    return _of_machine() or _imports()
 
 
 @functools.cache
