@@ -122,16 +122,16 @@ def resolve(backends: Sequence[str | Backend] | None) -> tuple[Backend, ...]:
         if problem:
             raise MoefxError(f"backend {backend.name!r} cannot be used here: {problem}")
         for key, kernel in backend.kernels.items():
-            op, *variants = key if isinstance(key, tuple) else (key,)
-            check_signature(backend.name, op, kernel, variants)
+            check_signature(backend.name, key, kernel)
         found.append(backend)
     if known["reference"] not in found:
         found.append(known["reference"])
     return tuple(found)
 
 
-def check_signature(backend: str, op: Any, kernel: Kernel, variants: Sequence[str] = ()) -> None:
-    """Raises MoefxError if ``kernel`` cannot be called as ``op`` is; one of ``variants`` may take more arguments at the end."""
+def check_signature(backend: str, key: Any, kernel: Kernel) -> None:
+    """Raises MoefxError if ``kernel`` cannot be called as its operation is; a variant may take more arguments at the end."""
+    op, *variants = key if isinstance(key, tuple) else (key,)
     if not isinstance(op, OpOverload):
         raise MoefxError(
             f"backend {backend!r} has a kernel for {op!r}, which is not an operation (torch.ops.moefx.<name>.default)"
