@@ -1,5 +1,6 @@
-"""Opt-in: linear layers and experts in FP8, by backends' variants "fp8_<recipe>" and "fp8". Numerics change; weights stay the
-model's parameters.
+"""Opt-in: linear layers and experts in FP8, by backends' variants "fp8_<recipe>" and "fp8". Numerics change.
+
+Weights stay the model's parameters.
 
     pipeline = moefx.passes.default().before("lower", moefx.passes.FP8("current"))
     model = moefx.optimize(model, pipeline=pipeline)
@@ -34,8 +35,10 @@ def _recipes() -> list[str]:
 
 @dataclass(frozen=True)
 class FP8:
-    """``recipe`` of linear layers: "current" (Float8CurrentScaling: a scale a tensor) or "block" (Float8BlockScaling: a scale a
-    block); ``linear`` and ``experts``: which products.
+    """Runs the products of linear layers and experts in 8 bits.
+
+    ``recipe`` of linear layers: "current" (Float8CurrentScaling: a scale per tensor) or "block" (Float8BlockScaling: a scale
+    per block); ``linear`` and ``experts``: which products.
 
     Inputs, weights and gradients of the products are rounded to 8 bits (a relative 2**-4 for E4M3, 2**-3 for E5M2); what is
     between the products stays as it is. Routers' logits and the head keep their precision. Experts have no recipe: theirs are

@@ -22,6 +22,7 @@ class Lower:
     name: ClassVar[str] = "lower"
 
     def run(self, function: Function, plan: Plan) -> Changes:
+        """Lowers every operation of ``function`` that a backend of the plan has a kernel for."""
         changes = Changes()
         for node in function.graph.nodes:
             if not isinstance(node.target, torch._ops.OpOverload) or not backends.known(node.target, plan.backends):

@@ -36,8 +36,10 @@ def revision() -> str:
 
 
 class _Key(CustomGraphPass):
-    """Changes nothing in the graph. Inductor's disk cache knows an operation by its name and arguments; but an exchange's
-    shapes depend on the size of the group that it names, and those of all operations on moefx's version.
+    """Changes nothing in the graph, but the key of Inductor's disk cache.
+
+    The cache identifies an operation by its name and arguments. But the shapes of an exchange depend on the size of the process
+    group that it names, and those of all operations on moefx's version.
     """
 
     def __init__(self, ep_size: int, then: Any) -> None:

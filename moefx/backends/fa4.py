@@ -28,6 +28,7 @@ SIZES = ((64, 64), (128, 128), (192, 128))
 
 @takes_spec
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, *, spec: AttentionSpec) -> Tensor:
+    """The kernel of ``moefx.attention`` by FlashAttention 4."""
     return flash.flash_attention(*map(by_position, (q, k, v)), sinks, spec.scale, spec.window, None, "fa4")[0]
 
 

@@ -46,11 +46,13 @@ def _refuses_device(*nodes: Any) -> str | None:
 
 @takes_spec
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, spec: NormSpec) -> Tensor:
+    """The kernel of ``moefx.rms_norm``."""
     return norm.te_rms_norm(x, weight, eps, spec.offset == 1.0)[0]
 
 
 @takes_spec
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, *, spec: NormSpec) -> tuple[Tensor, Tensor]:
+    """The kernel of ``moefx.add_rms_norm``."""
     return norm.te_add_rms_norm(x, residual, weight, eps, spec.offset == 1.0)[:2]
 
 
@@ -150,6 +152,7 @@ def _refuses_groups(given: dict[str, Any]) -> str | None:
 
 
 def load_balancing_loss(logits: Tensor, top_k: int) -> Tensor:
+    """The kernel of ``moefx.load_balancing_loss``."""
     return te_aux_loss.te_load_balancing_loss(logits.float(), top_k)[0]
 
 
@@ -162,6 +165,7 @@ def _refuses_loss(node: fx.Node) -> str | None:
 
 @takes_spec
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, *, spec: AttentionSpec) -> Tensor:
+    """The kernel of ``moefx.attention`` by cuDNN; q, k, v are copied to [B, S, A, D]."""
     q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
     return te_attention.te_attention(q, k, v, sinks, spec.scale, spec.is_causal, spec.window)[0]
 

@@ -25,6 +25,7 @@ from moefx.ops.grouped_mm import grouped_mm
 
 @takes_spec
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, spec: NormSpec) -> Tensor:
+    """The kernel of ``moefx.rms_norm``."""
     # .to: under CUDA autocast F.rms_norm returns fp32 whatever it got, the operation its input's dtype
     return F.rms_norm(x, (x.shape[-1],), weight, eps).to(x.dtype)
 
@@ -44,6 +45,7 @@ def _refuses_rms_norm(node: fx.Node) -> str | None:
 
 @takes_spec
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, *, spec: AttentionSpec) -> Tensor:
+    """The kernel of ``moefx.attention``: flash attention if causal with sinks, a window or packed sequences, else SDPA."""
     starts = mask if ops.is_packed(mask) else None
     asked = spec.is_causal and (mask is None or starts is not None)
     if asked and not (sinks is None and spec.window is None and starts is None):
@@ -77,9 +79,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tenso
 
 
 def by_position(t: Tensor) -> Tensor:
-    """[B, A, S, D] with the heads of a position side by side, as attention's output lies: else each gradient is copied, outside
-    of Inductor's reach.
-    """
+    """[B, A, S, D] that lies as [B, S, A, D], like the output of attention: else gradients are copied, outside of Inductor."""
     return t.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -165,8 +165,9 @@ class _Permute(torch.autograd.Function):
 
 
 class _BiasOfRows(torch.autograd.Function):
-    """``bias[expert]``: the backward is a product with the experts' one-hot rows, since an indexed sum would add all rows
-    of an expert to one place, atomically, in an order that changes.
+    """``bias[expert]``, with a backward in a fixed order of sums.
+
+    It is a product with the one-hot rows of the experts: an indexed sum would use atomic additions, whose order changes.
     """
 
     @staticmethod
@@ -194,6 +195,7 @@ def experts(
     *,
     spec: ExpertsSpec,
 ) -> Tensor:
+    """The kernel of ``moefx.experts``: tokens are sorted by expert, multiplied by grouped GEMMs and summed without atomics."""
     top_k, tokens = index.shape[1], index.shape[0]
     flat = index.reshape(-1)
     order = torch.argsort(flat, stable=True)
@@ -217,6 +219,7 @@ def experts(
 
 
 def refuses_experts(node: fx.Node) -> str | None:
+    """Why torch's grouped GEMM cannot run the experts of ``node``; None: it can."""
     for name in ("up", "down"):
         w = value(arguments(node)[name])
         grouped_gemm = w.device.type == "cuda" and w.dtype == torch.bfloat16

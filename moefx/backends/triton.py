@@ -34,6 +34,7 @@ ROTARY_LAYOUTS = ("half", "half_table", "interleaved")  #: those of moefx.rotary
 
 @takes_spec
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, spec: NormSpec) -> Tensor:
+    """The kernel of ``moefx.rms_norm``."""
     return norms.fused_rms_norm(x, None, weight, eps, spec)[0]
 
 
@@ -45,6 +46,7 @@ def normed_stream(x: Tensor, weight: Tensor | None, eps: float, *, spec: NormSpe
 
 @takes_spec
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, *, spec: NormSpec) -> tuple[Tensor, Tensor]:
+    """The kernel of ``moefx.add_rms_norm``."""
     return norms.fused_rms_norm(x, residual, weight, eps, spec)
 
 
@@ -63,8 +65,9 @@ def refuses_norm(node: fx.Node) -> str | None:
 
 @functools.cache
 def experts_by(gemm: str, keep: bool = True) -> Callable[..., Tensor]:
-    """The kernel of ``moefx.experts`` around a grouped GEMM of :mod:`moefx.kernels.grouped_gemm`. ``keep``: pre-activations are
-    kept for the backward, not made again there.
+    """The kernel of ``moefx.experts`` around a grouped GEMM of :mod:`moefx.kernels.grouped_gemm`.
+
+    ``keep``: pre-activations are saved for the backward, instead of recomputed there.
     """
 
     @takes_spec

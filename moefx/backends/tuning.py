@@ -199,6 +199,7 @@ def file() -> Path:
 
 
 def name_of(device: torch.device) -> str:
+    """What measurements are kept under: the GPU's name, or the machine's architecture."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
 
 

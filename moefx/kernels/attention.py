@@ -62,15 +62,17 @@ def is_short(window: int | None, size: int) -> bool:
 
 
 def _by_fa4(q: Tensor, v: Tensor, by: str) -> bool:
-    """Whether FlashAttention 4 runs these [B, A, S, D], which a graph gives to ``by``. Values of a size of their own it always
-    does.
+    """Whether FlashAttention 4 runs these [B, A, S, D], where a graph names ``by``.
+
+    If it does, always where values have another head size than keys.
     """
     return by == "fa4" and (_recorded or q.shape[0] * q.shape[2] >= MANY_TOKENS or q.shape[3] != v.shape[3])
 
 
 def _by_window(q: Tensor, k: Tensor, window: int | None, starts: Tensor | None) -> bool:
-    """Whether moefx's own kernels run these [B, A, S, D]: they are faster, or the only ones that know of packed sequences. All
-    kernels here keep the same logarithms, so a backward may run on one that did not make them.
+    """Whether moefx's own kernels run these [B, A, S, D]: they are faster, or the only ones that support packed sequences.
+
+    All kernels here save the same log-sum-exp, so that a backward may run on another one than its forward.
     """
     if starts is not None:
         return True
@@ -104,9 +106,10 @@ def flash_attention(
     starts: Tensor | None,
     by: str,
 ) -> tuple[Tensor, Tensor]:
-    """q [B, A, S, D], k and v [B, A/n, S, D] in 16 bits, sinks [A], starts [B, S] (int32): the first key that each query may
-    see -> out [B, S, A, D] and the logarithm [B, A, S] (fp32) of each query's sum of exponentials, the sink's included.
-    ``by`` "fa4": by FlashAttention 4 where that pays; it knows of no starts, and its v may be [B, A/n, S, Dv].
+    """Causal attention: the output [B, S, A, D], and the log-sum-exp [B, A, S] (fp32) of each query, the sink's logit included.
+
+    q [B, A, S, D], k and v [B, A/n, S, D] in 16 bits, sinks [A], starts [B, S] (int32): the first key that each query attends
+    to. ``by`` "fa4": by FlashAttention 4 where that is faster; it takes no starts, and its v may be [B, A/n, S, Dv].
     """
     if _by_fa4(q, v, by):
         from moefx.kernels import flash_attention_4

@@ -28,8 +28,9 @@ def _options(scale: float, window: int | None) -> dict[str, Any]:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
-    """q [B, S, A, D], k [B, S, A/n, D], v [B, S, A/n, Dv] in 16 bits -> out [B, S, A, Dv], and the logarithm of each query's
-    sum of exponentials [B, A, S] (fp32). ``window`` counts the query itself.
+    """The output [B, S, A, Dv], and the log-sum-exp [B, A, S] (fp32) of each query.
+
+    q [B, S, A, D], k [B, S, A/n, D], v [B, S, A/n, Dv] in 16 bits. ``window`` counts the query itself.
     """
     out, lse, *_ = _library()._flash_attn_fwd(q, k, v, return_lse=True, **_options(scale, window))
     return out, lse

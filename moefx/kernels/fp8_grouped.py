@@ -36,8 +36,9 @@ def rows(x: Tensor, weight: Tensor, bounds: Tensor) -> Tensor:
 
 
 def of_tokens(x: Tensor, inverse: Tensor, top_k: int, weight: Tensor, bounds: Tensor) -> Tensor:
-    """x [T, a], each token in its K rows (``inverse`` [T * K] says which), times weight [E, a, b] -> [T * K, b]. Tokens are
-    rounded once and written to their rows in 8 bits.
+    """x [T, a], each token in its K rows (``inverse`` [T * K] says which), times weight [E, a, b] -> [T * K, b].
+
+    Tokens are rounded once, and written to their rows in 8 bits.
     """
     if x.is_cuda:
         from moefx.kernels.fp8_quantize import rows as quantize

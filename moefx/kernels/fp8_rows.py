@@ -46,6 +46,7 @@ def quantize(x: Tensor, q: Tensor, scales: Tensor) -> None:
 
 
 def dequantize(q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """q times its scales, in ``dtype``: the inverse of :func:`quantize`, but for its rounding."""
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     if q.numel():
         with torch.cuda.device_of(q):

@@ -42,8 +42,9 @@ def _readable(t: Tensor) -> bool:
 
 
 def mm(gemm: str, a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-    """out [m, n] = a [m, k] @ b [k, n], or out += it with ``add``; 16 bits for QuACK, which leaves matrices that lie so that it
-    cannot read them to torch.
+    """out [m, n] = a [m, k] @ b [k, n]; with ``add``: out += a @ b.
+
+    QuACK takes 16 bits; matrices in a layout that it does not support go to torch.
     """
     if gemm == "torch" or not a.numel() or not b.numel() or not all(map(_readable, (a, b, out))):
         if add:

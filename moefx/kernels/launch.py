@@ -26,8 +26,10 @@ def cdiv(n: int, size: int) -> int:
 
 
 class Launch:
-    """``kernel`` with all arguments but the tensors, which come first: ``numbers``, then ``constants`` by name (and Triton's
-    options, such as ``num_warps``). Called with a grid, which data may decide, and the tensors; runs on the first one's device.
+    """``kernel`` with all arguments bound but the tensors, which come first.
+
+    ``numbers`` follow them, then ``constants`` by name (and Triton's options, such as ``num_warps``). Called with a grid, which
+    may depend on data, and the tensors; it runs on the device of the first one.
     """
 
     def __init__(self, kernel: Any, *numbers: int | float, **constants: Any):
@@ -36,6 +38,7 @@ class Launch:
         self.ready: dict[tuple, CompiledKernel] = {}
 
     def __call__(self, grid: tuple[int, int, int], *tensors: Tensor) -> None:
+        """Launches the kernel on the current stream."""
         device = tensors[0].get_device()
         if device >= 0 and device != torch.cuda.current_device():
             with torch.cuda.device(device):

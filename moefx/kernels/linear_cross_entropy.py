@@ -61,8 +61,9 @@ def _chunked(
     softcap: float = 0.0,
     gemm: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss (fp32 scalar) and, if ``grads``, its gradients by hidden [T, H], weight [V, H], bias [V]; else empty tensors.
-    ``gemm``: of :mod:`moefx.kernels.gemm`; with a bias torch's.
+    """The loss (fp32 scalar) and, if ``grads``, its gradients by hidden [T, H], weight [V, H], bias [V]; else empty tensors.
+
+    ``gemm``: one of :mod:`moefx.kernels.gemm`; with a bias torch's.
     """
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     chunks = max(1, -(-tokens * vocabulary // CHUNK))

@@ -1,9 +1,10 @@
-"""``x @ weight.T`` in float32 for bfloat16 x, on tensor cores: products of two bfloat16 numbers are exact in float32, and are
-added there.
+"""``x @ weight.T`` in float32 for bfloat16 x, on tensor cores.
 
-A float32 number is cut into bfloat16 parts, 8 bits each: three are all of it (a weight in float32, the gradient that a float32
-weight's gradient is made of), two are 16 bits (where the result is rounded to bfloat16, to 8). cuBLAS emulates float32 so on
-later GPUs (its BF16x9); here one side has one part, so that three products do.
+Products of two bfloat16 numbers are exact in float32, and are summed there.
+
+A float32 number is split into bfloat16 parts, 8 bits each: three are all of it (a weight in float32, the gradient that a
+float32 weight's gradient is made of), two are 16 bits (where the result is rounded to bfloat16, to 8). cuBLAS emulates float32
+so on later GPUs (its BF16x9); here one side has one part, so that three products do.
 """
 
 from __future__ import annotations

@@ -18,9 +18,7 @@ ROWS = 64
 
 @triton.jit
 def _places(length, heads, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's head, and of its positions: where their numbers are in [B, S, A, D], which there are, where they are in
-    [B, A, S], and which of these there are.
-    """
+    """This program's head, and for its positions: offsets in [B, S, A, D] and their mask, offsets in [B, A, S] and theirs."""
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     position = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -55,8 +53,9 @@ def _launch(kernel: Any, length: int, heads: int, size: int) -> Launch:
 
 
 def join_(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
-    """In place: out [B, S, A, D] becomes what attention with the sinks [A] gives, lse [B, A, S] (fp32) the logarithm of the
-    whole sum of exponentials. Both contiguous; rounded once.
+    """Adds sinks [A] to attention without them, in place: to out [B, S, A, D] and to lse [B, A, S] (fp32), the log-sum-exp.
+
+    Both are contiguous, and rounded once.
     """
     batch, length, heads, size = out.shape
     if out.numel():
@@ -92,8 +91,10 @@ def _launch_gradient(batch: int, length: int, heads: int) -> Launch:
 
 
 def gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """That of sinks [A]. A sink has no value, so what it takes it takes from ``delta``, sum(grad * out) of each query
-    [B, A, S]; lse is what :func:`join_` makes. One fixed order of sums.
+    """The gradient of sinks [A].
+
+    ``delta`` [B, A, S] is sum(grad * out) of each query, lse what :func:`join_` gives. A sink has no value: its gradient is
+    minus the sum of its probability times delta, in one fixed order.
     """
     to_sinks = torch.empty_like(sinks)
     batch, heads, length = lse.shape

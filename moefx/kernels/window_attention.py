@@ -1,10 +1,10 @@
-"""Causal attention where a query sees the last ``window`` keys, itself included, but none before its sequence begins: forward
-and backward for short windows and for packed sequences.
+"""Causal attention with short windows and packed sequences, forward and backward.
 
-Flash attention's recipe (arXiv 2205.14135, 2307.08691) with what a short window allows. A block of queries meets two or three
-blocks of keys. In the backward a program takes a block of keys and the few queries that see it, of all heads that share the
-keys: their gradients are summed in registers, in one order, where torch's kernel writes them for each head and adds them up
-later. A sink is where the softmax begins: a logit without a value.
+A query attends to the last ``window`` keys, its own included, but to none before its sequence begins. Flash attention's recipe
+(arXiv 2205.14135, 2307.08691) with what a short window allows. A block of queries meets two or three blocks of keys. In the
+backward a program takes a block of keys and the few queries that see it, of all heads that share the keys: their gradients are
+summed in registers, in one order, where torch's kernel writes them for each head and adds them up later. A sink is where the
+softmax begins: a logit without a value.
 
 All tensors are contiguous: q, out and their gradients [B, S, A, D], k, v and theirs [B, S, C, D] where A / C heads share one
 of keys, sinks [A], lse and delta [B, A, S] (fp32). Of packed sequences ``starts`` and ``ends`` [B, S] (int32), ascending in a
@@ -66,8 +66,9 @@ def _first_keys(rows, starts, batch, length, window, PACKED: tl.constexpr):
 
 @triton.jit
 def _meet(query, rows, seen, k, v, of_keys, start, length, row_size, size, scale2, D: tl.constexpr, KEYS: tl.constexpr):
-    """The block of keys from ``start`` on: keys and values [m, D], and the base-2 logits [n, m] that queries ``rows`` give
-    them, -inf before the first that each has ``seen`` and after itself.
+    """The block of keys from ``start`` on: keys and values [m, D], and the base-2 logits [n, m] of the queries ``rows``.
+
+    Logits are -inf before the first key that a query attends to (``seen``), and after its own.
     """
     columns = start + tl.arange(0, KEYS)
     key = _rows(k + of_keys, columns, length, row_size, size, D)

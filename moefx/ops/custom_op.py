@@ -2,8 +2,8 @@
 
 ``custom_op`` reads the schema back from C++ in each call that needs a gradient, looks for functorch's transforms, and goes
 through the dispatcher a second time. To a call with 16 arguments it adds 113 us with gradients and 18 without, these 24 and 5
-(torch 2.13, a core of an EPYC). What is left out is its check that no result is an input or shares memory with one: the caller
-promises it.
+(torch 2.13, a core of an EPYC). Its check that no result is an input or shares memory with one is left out: the caller
+guarantees it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from moefx.ops.spec import Flattening, spec_of
 _BELOW = torch._C._after_autograd_keyset  # type: ignore[attr-defined]
 #: In a backward, ``ctx.needs_input_grad[FIRST_INPUT:]`` says of which of the operator's arguments a gradient is wanted.
 FIRST_INPUT = 2
-#: Below autograd nothing but these: whom the dispatcher would call next is the function itself.
+#: With no keys below autograd but these, the dispatcher would call the function itself next.
 _DEVICES = (DispatchKey.CPU, DispatchKey.CUDA)
 
 
 def _on_a_device(keys: DispatchKeySet) -> bool:
-    """Are the tensors with these keys plain ones, outside of any mode that watches or replaces operations?"""
+    """Are the tensors with these keys plain ones, outside of any mode that intercepts operations?"""
     left = (keys & _BELOW).remove(DispatchKey.ADInplaceOrView).remove(DispatchKey.BackendSelect)
     return left.highestPriorityTypeId() in _DEVICES
 
@@ -49,9 +49,11 @@ class Opaque:
             self._register(self._refuse)
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
+        """Calls the operator."""
         return self.overload(*args, **keywords)
 
     def register_fake(self, function: Callable) -> Callable:
+        """Registers what gives the shapes of the results, as ``torch.library.register_fake`` does."""
         torch.library.register_fake(f"moefx::{self.name}", self.flattening.packed(function), lib=LIBRARY)
         return function
 
@@ -106,11 +108,14 @@ class OpaqueOfSpec(Opaque):
         self.flatten: Any = self.flattening.flatten
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
+        """Calls the operator with the fields of the spec."""
         return self.overload(*self.flatten(*args, **keywords))
 
 
 def opaque(name: str, *, once: bool = False) -> Callable[[Callable], Opaque]:
-    """Makes the decorated function an operation ``moefx::<name>``, whose schema are its annotations. It changes no argument, no
-    result shares memory with an argument or another result. ``once``: it belongs to a backward, and has none itself.
+    """Registers the decorated function as an operator ``moefx::<name>``, with the schema of its annotations.
+
+    The function mutates no argument, and no result shares memory with an argument or another result. ``once``: it is part of a
+    backward, and cannot be differentiated itself.
     """
     return lambda function: (OpaqueOfSpec if spec_of(function) else Opaque)(name, function, once)

@@ -16,8 +16,10 @@ from torch import Tensor
 
 
 class Recipe(NamedTuple):
-    """``title``: Transformer Engine's class; ``rows``, ``features``: what the sizes of a product must be multiples of;
-    ``columns_alone``: its kernels write the columnwise copy without the rowwise one.
+    """A recipe of Transformer Engine.
+
+    ``title``: its class; ``rows``, ``features``: what the sizes of a product must be multiples of; ``columns_alone``: its
+    kernels write the columnwise copy without the rowwise one.
     """
 
     title: str
