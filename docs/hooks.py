@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+#: Files of operations in the order in which a block runs them; others follow.
+_IN_A_BLOCK = ["norm", "rotary_embedding", "sdpa_attention", "router", "moe", "dispatch_combine", "grouped_mlp"]
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
@@ -28,7 +30,8 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 
 
 def on_page_content(html: str, **_: object) -> str:
-    """Sphinx's roles in docstrings (``:func:`moefx.optimize```) become links, where the reference has the name."""
+    """Translates Sphinx's notation in docstrings: roles (``:func:`moefx.optimize```) become links, ``::`` a colon."""
+    html = html.replace("::</p>", ":</p>")
     role = r":(?:func|class|meth|mod|data):<code>~?([\w.]+)</code>"
     return re.sub(role, r'<autoref identifier="\1" optional><code>\1</code></autoref>', html)
 
@@ -73,7 +76,8 @@ def passes() -> str:
 def operations() -> str:
     """Every operation of ``moefx::`` that is not private, file by file; a backward belongs to its operation."""
     written = []
-    for path in sorted((ROOT / "moefx/ops").glob("*.py"), key=lambda p: (p.name != "__init__.py", p.name)):
+    place = {name: i for i, name in enumerate(_IN_A_BLOCK)}
+    for path in sorted((ROOT / "moefx/ops").glob("*.py"), key=lambda p: (place.get(p.stem, len(place)), p.stem)):
         tree = ast.parse(path.read_text())
         module = "moefx.ops" if path.name == "__init__.py" else f"moefx.ops.{path.stem}"
         for name, function in _defined(tree).items():

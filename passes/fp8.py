@@ -40,10 +40,10 @@ class FP8:
     ``recipe`` of linear layers: "current" (Float8CurrentScaling: a scale per tensor) or "block" (Float8BlockScaling: a scale
     per block); ``linear`` and ``experts``: which products.
 
-    Inputs, weights and gradients of the products are rounded to 8 bits (a relative 2**-4 for E4M3, 2**-3 for E5M2); what is
-    between the products stays as it is. Routers' logits and the head keep their precision. Experts have no recipe: theirs are
-    rounded with a scale for each row and for each column of a matrix, and their weights' gradients are products in bf16, as
-    torchao's ``rowwise_with_gw_hp`` has it. Transformer Engine 2.20 runs grouped FP8 one cuBLAS call an expert.
+    Inputs, weights and gradients of the products are rounded to 8 bits (a relative ``2**-4`` for E4M3, ``2**-3`` for E5M2);
+    what is between the products stays as it is. Routers' logits and the head keep their precision. Experts have no recipe:
+    theirs are rounded with a scale for each row and for each column of a matrix, and their weights' gradients are products in
+    bf16, as torchao's ``rowwise_with_gw_hp`` has it. Transformer Engine 2.20 runs grouped FP8 one cuBLAS call an expert.
     """
 
     recipe: str = "current"
