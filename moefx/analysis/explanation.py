@@ -39,7 +39,7 @@ def explanation(report: Report, path: str) -> Explanation:
         steps += [f"{note.kernel}" + (f" ({note.why})" if note.why else "")] if note.kernel else []
         lines.append(f"  {node.name}: " + " -> ".join(steps))
     notes = [f"  not rewritten by {p.name}: {c}" for p in report.passes for c in p.missed if c.function == function.name]
-    notes += [f"  not captured: {x}" for x in report.left if x.path == path or path.startswith(f"{x.path}.")]
+    notes += [f"  not captured: {x}" for x in report.not_captured if x.path == path or path.startswith(f"{x.path}.")]
     notes += [f"  {n} calls ran the original forward: {r}" for (p, r), n in report.fallbacks.items() if p == instance]
     notes += [f"  in {n} calls {t}" for (p, t), n in report.notes.items() if p == instance]
     return Explanation(path, function.name, lines, notes)

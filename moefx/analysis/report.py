@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moefx.errors import MoefxError, PassError
 from moefx.ir.graph import op_name, origin
-from moefx.ir.program import Function, Left, Program
+from moefx.ir.program import Function, NotCaptured, Program
 from moefx.rewriting.pipeline import PassReport
 
 if TYPE_CHECKING:
@@ -47,9 +47,9 @@ class Report:
         raise MoefxError(f"no pass is named {name!r}; the pipeline had: {', '.join(p.name for p in self.passes)}")
 
     @property
-    def left(self) -> list[Left]:
+    def not_captured(self) -> list[NotCaptured]:
         """Modules that were not captured, with reasons."""
-        return self.program.left
+        return self.program.not_captured
 
     def fell_back(self, path: str, reason: str, warn: bool = False, detail: str = "", consequence: str = "") -> None:
         """Counts a call that ran the original forward.
@@ -146,10 +146,12 @@ class Report:
             for op, paths in self.expected.items():
                 outside = [p for p in paths if not any(p == i or p.startswith(f"{i}.") for i in served)]
                 if outside:
-                    reasons = {x.reason for x in self.left if any(p == x.path or p.startswith(f"{x.path}.") for p in outside)}
+                    reasons = {
+                        x.reason for x in self.not_captured if any(p == x.path or p.startswith(f"{x.path}.") for p in outside)
+                    }
                     why = "; ".join(sorted(reasons))
                     found.append(f"{op}: {len(outside)} of {len(paths)} are not captured, {outside[0]} first: {why}")
-            heads = [x for x in self.left if x.module == "head" and not x.by_design]
+            heads = [x for x in self.not_captured if x.module == "head" and not x.by_design]
             found += [f"head: {x.reason}; the logits of all tokens are stored" for x in heads]
         return found
 
@@ -228,9 +230,9 @@ class Report:
                 for p in self.passes
             ],
             "kernels": [{"op": op, "backend": b, "count": n, "why": why} for (op, b), (n, why) in self.kernels().items()],
-            "left": [
+            "not_captured": [
                 {"path": x.path, "module": x.module, "reason": x.reason, "by_design": x.by_design, "detail": x.detail}
-                for x in self.left
+                for x in self.not_captured
             ],
             "fallbacks": [
                 {"path": p, "reason": r, "calls": n, "detail": self.details.get((p, r), "")}

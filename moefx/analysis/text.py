@@ -45,7 +45,7 @@ def report_text(report: Report) -> str:
         else []
     )
     notes += [f"expected ops that were not matched: {s}" for s in report.shortfall()]
-    notes += [f"not captured: {x}" for x in report.left]
+    notes += [f"not captured: {x}" for x in report.not_captured]
     notes += [f"ran the original forward {n} times: {p}: {r}" for (p, r), n in report.fallbacks.items()]
     notes += [f"in {n} calls {p}: {t}" for (p, t), n in report.notes.items()]
     total = sum(report.seconds.values())

@@ -96,7 +96,7 @@ def _describe(report: Report, row: dict[str, Any]) -> None:
     row["captured"] = sum(len(f.instances) for f in report.program)
     # a shortfall quotes what is left, where that is its reason
     short = report.shortfall()
-    left = [f"{x.module}: {x.reason}" for x in report.left if not any(x.reason in s for s in short)]
+    left = [f"{x.module}: {x.reason}" for x in report.not_captured if not any(x.reason in s for s in short)]
     row["notes"] = list(dict.fromkeys([*short, *left]))
 
 

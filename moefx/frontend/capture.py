@@ -17,7 +17,7 @@ from moefx.frontend.record import Recording, above, record
 from moefx.integrations import peft as adapters
 from moefx.integrations import transformers as hf
 from moefx.internals import surroundings
-from moefx.ir.program import Function, Left, Program
+from moefx.ir.program import Function, NotCaptured, Program
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Site:
         return self.structure, self.call
 
 
-def sites(model: Any, recording: Recording, left: list[Left]) -> list[Site]:
+def sites(model: Any, recording: Recording, not_captured: list[NotCaptured]) -> list[Site]:
     """Modules that may get functions, in model order: blocks, and those with parameters outside of blocks (the final norm)."""
     blocks, routers = hf.blocks(model), hf.routers(model)
     found: list[Site] = []
@@ -47,16 +47,16 @@ def sites(model: Any, recording: Recording, left: list[Left]) -> list[Site]:
         own = any(True for _ in module.parameters(recurse=False)) and not type(module).__module__.startswith("torch.nn")
         alone = outside and path in recording.calls and id(module) not in heads and own
         if path in blocks and path not in recording.calls:
-            left.append(Left(path, type(module).__name__, "the example forward did not call it"))
+            not_captured.append(NotCaptured(path, type(module).__name__, "the example forward did not call it"))
         elif path in blocks or alone:
-            site = site_of(path, module, recording, routers, left)
+            site = site_of(path, module, recording, routers, not_captured)
             if site:
                 found.append(site)
     return found
 
 
-def site_of(path: str, module: nn.Module, recording: Recording, routers: dict, left: list[Left]) -> Site | None:
-    """The site of a module, or None with the reason in ``left``."""
+def site_of(path: str, module: nn.Module, recording: Recording, routers: dict, not_captured: list[NotCaptured]) -> Site | None:
+    """The site of a module, or None with the reason in ``not_captured``."""
     args, kwargs = recording.call(path) or ((), {})
     inner = {p: m for p, m in module.named_modules() if p and (at := f"{path}.{p}") in routers and recording.call(at)}
     try:
@@ -66,7 +66,7 @@ def site_of(path: str, module: nn.Module, recording: Recording, routers: dict, l
         call = replace(call, device=recording.device, adapters=adapters.switches(adapters.layers(module)))
         return Site(path, module, call, structure, inner)
     except CaptureError as error:
-        left.append(Left(path, type(module).__name__, str(error)))
+        not_captured.append(NotCaptured(path, type(module).__name__, str(error)))
         return None
 
 
@@ -86,16 +86,16 @@ def capture_sites(model: Any, recording: Recording, program: Program) -> None:
             result.instances.append(site.path)
             return
         kind = type(site.module).__name__
-        program.left.append(Left(site.path, kind, str(result), hf.is_recurrent(site.module), result.detail))
+        program.not_captured.append(NotCaptured(site.path, kind, str(result), hf.is_recurrent(site.module), result.detail))
         for name, child in site.module.named_children():
             path = f"{site.path}.{name}"
             worth = any(True for _ in child.parameters()) and not type(child).__module__.startswith("torch.nn")
             if worth and recording.call(path) and not hf.is_recurrent(child):
-                inner = site_of(path, child, recording, routers, program.left)
+                inner = site_of(path, child, recording, routers, program.not_captured)
                 if inner:
                     take(inner)
 
-    for site in sites(model, recording, program.left):
+    for site in sites(model, recording, program.not_captured):
         take(site)
 
 
@@ -115,7 +115,7 @@ def capture_head(model: Any, recording: Recording, program: Program) -> None:
     lm_head = lm_head_of(model)
     path = next((p for p, m in model.named_modules() if m is lm_head), "lm_head")
     if recording.head is None or lm_head is None:
-        program.left.append(Left(path, "head", recording.head_reason, by_design=not hf.is_language_model(model)))
+        program.not_captured.append(NotCaptured(path, "head", recording.head_reason, by_design=not hf.is_language_model(model)))
         return
     try:
         hidden, args, kwargs, steps = recording.head
@@ -123,7 +123,7 @@ def capture_head(model: Any, recording: Recording, program: Program) -> None:
         call = replace(Call.of(tensors, template, model.training), device=recording.device)
         function = capture_head_call(model.loss_function, lm_head, path, call)
     except CaptureError as error:
-        program.left.append(Left(path, "head", str(error), detail=error.detail))
+        program.not_captured.append(NotCaptured(path, "head", str(error), detail=error.detail))
         return
     function.instances.append(path)
     program.add(function)
@@ -155,7 +155,7 @@ def capture(model: Any, example: Mapping[str, Any] | None = None) -> Program:
         _fill(program, model, example)
     except hf.OwnAttention as error:
         path = next(p for p, m in model.named_modules() if m is error.module)
-        program.left.append(Left(path, type(error.module).__name__, str(error)))
+        program.not_captured.append(NotCaptured(path, type(error.module).__name__, str(error)))
         program.own_attention = True
         _fill(program, model, example)
     return program

@@ -14,14 +14,14 @@ from moefx.ir.code import Listing, code_of
 
 
 @dataclass(frozen=True)
-class Left:
-    """A module that stays as it was, and why."""
+class NotCaptured:
+    """A module that was not captured, so that its original forward runs, and why."""
 
     path: str
-    module: str
+    module: str  #: name of its class
     reason: str
-    by_design: bool = False  #: a recurrent mixer, say: no shortfall, only worth knowing
-    detail: str = ""  #: what PyTorch said, where it was PyTorch that refused
+    by_design: bool = False  #: a recurrent mixer, for instance: no shortfall
+    detail: str = ""  #: PyTorch's error message, if there was one
 
     def __str__(self) -> str:
         return f"{self.path} ({self.module}): {self.reason}"
@@ -147,7 +147,7 @@ class Program:
 
     model_class: str
     functions: dict[str, Function]
-    left: list[Left]
+    not_captured: list[NotCaptured]
     packs_beside_cache: bool | None = None  #: it separates packed sequences in calls that fill a cache; None: unknown
     own_attention: bool = False  #: it keeps an attention that moefx.attention cannot express
 
@@ -176,4 +176,4 @@ class Program:
     def __str__(self) -> str:
         code = code_of([f.listing for f in self], [f.title for f in self])
         head = f"# {self.model_class}: {len(self.functions)} functions"
-        return "\n".join([head, code, *(f"# not captured: {x}" for x in self.left)])
+        return "\n".join([head, code, *(f"# not captured: {x}" for x in self.not_captured)])

@@ -61,7 +61,7 @@ def test_raised_counts(family):
         assert sum(f.expects.get(op, 0) * len(f.instances) for f in captured) == EXPECTED[name][op]
     assert made["linear_cross_entropy"] == 1
     assert report.shortfall() == []
-    left = [x for x in report.left if not x.by_design]
+    left = [x for x in report.not_captured if not x.by_design]
     assert left == [], left
 
 

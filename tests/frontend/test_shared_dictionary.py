@@ -48,7 +48,7 @@ def test_layers_share_their_keys_and_values():
     assert {f"model.layers.{i}" for i in range(3)} <= served and not {"model.layers.3", "model.layers.4"} & served
     for i in (3, 4):  # what they have is captured in parts
         assert f"model.layers.{i}.experts" in served
-    assert any("it reads its argument shared_kv_states, a KVSharingDict" in x.reason for x in program.left)
+    assert any("it reads its argument shared_kv_states, a KVSharingDict" in x.reason for x in program.not_captured)
     for rows, length in ((1, 1), (2, 13)):
         assert moefx.verify(model, batch(rows, length)).ok
     kept = model.model(**batch(2, 13, labels=False), return_shared_kv_states=True).shared_kv_states

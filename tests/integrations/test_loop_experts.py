@@ -132,6 +132,6 @@ def test_an_activation_that_is_unknown_leaves_the_loop():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = moefx.optimize(copy.deepcopy(plain), compile=False)
-    reasons = " ".join(x.reason for x in moefx.report(model).left)
+    reasons = " ".join(x.reason for x in moefx.report(model).not_captured)
     assert "DbrxExperts: Gated._apply_gate is none of the activations" in reasons
     against(plain, model, batch(plain, 2, 7)).raise_if_wrong()
