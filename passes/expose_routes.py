@@ -42,13 +42,13 @@ class ExposeRoutes:
         for i, experts in enumerate([n for n in function.graph.nodes if is_call(n, ops.experts)]):
             given = arguments(experts)
             route = self._route(given["index"])
-            fixed = "" if route is not None else f"{describe(given['index'])} is not an output of a moefx.route"
+            not_replayable = "" if route is not None else f"{describe(given['index'])} is not an output of a moefx.route"
             if route is None:
-                changes.miss(experts, fixed)
-            elif function.given or plan.balanced_routing:
+                changes.miss(experts, not_replayable)
+            elif function.forced_inputs or plan.balanced_routing:
                 self._choose(function, route, plan, i)
-            found.append(self._return(function, experts, route, fixed, plan))
-            changes.did(experts, f"its topk_ids are output {found[-1].index}")
+            found.append(self._return(function, experts, route, not_replayable, plan))
+            changes.did(experts, f"its topk_ids are output {found[-1].topk_ids}")
         function.routes = tuple(found)
         return changes
 
@@ -67,14 +67,16 @@ class ExposeRoutes:
         after, index = chosen.next, chosen
         if plan.balanced_routing:
             index = emit(after, ops.balanced_index, given["logits"], given["top_k"])
-        if function.given:
+        if function.forced_inputs:
             known = {n.name: n for n in function.graph.nodes if n.op == "placeholder"}
-            index = emit(after, aten.where.self, known[function.given[-1]], known[function.given[at]], index)
+            index = emit(after, aten.where.self, known[function.forced_inputs[-1]], known[function.forced_inputs[at]], index)
         of_index = emit(after, ops.route_at, given["logits"], given["bias"], index, **{k: given[k] for k in _GIVEN})
         replace(weights, of_index)
         chosen.replace_all_uses_with(index, lambda reader: reader is not index)
 
-    def _return(self, function: Function, experts: fx.Node, route: fx.Node | None, fixed: str, plan: Plan) -> RouterOutputs:
+    def _return(
+        self, function: Function, experts: fx.Node, route: fx.Node | None, not_replayable: str, plan: Plan
+    ) -> RouterOutputs:
         graph, given = function.graph, arguments(experts)
         output = next(n for n in graph.nodes if n.op == "output")
         results = list(output.args[0])
@@ -97,7 +99,7 @@ class ExposeRoutes:
             up = up.args[0]
         path = (self._name(function, up) or experts.name).rpartition(".")[0]
         num_experts, top_k = value(given["up"]).shape[0], value(given["index"]).shape[1]
-        return RouterOutputs(path, index, num_experts, top_k, bias, logits, nonfinite, fixed)
+        return RouterOutputs(path, index, num_experts, top_k, bias, logits, nonfinite, not_replayable)
 
     @staticmethod
     def _name(function: Function, node: fx.Node | None) -> str | None:

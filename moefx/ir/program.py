@@ -32,13 +32,13 @@ class RouterOutputs:
     """Which outputs of a function are those of one of its routers; recorded by the pass ``expose_routes``."""
 
     experts: str  #: path of the experts module in the block
-    index: int  #: [T, K]: the experts chosen
+    topk_ids: int  #: [T, K]: the selected experts
     num_experts: int
     top_k: int
     bias: str | None = None  #: the parameter or buffer of the block that is added to scores to select experts only
     logits: int | None = None  #: [T, E]
     nonfinite: int | None = None  #: how many logits are NaN or infinite
-    fixed: str = ""  #: why its experts cannot be forced
+    not_replayable: str = ""  #: why its experts cannot be forced
 
     def path(self, block: str) -> str:
         """The path of the experts in the model, given that of the block (which may be the experts themselves)."""
@@ -67,7 +67,7 @@ class Function:
     placeholders: list[str] = field(default_factory=list)
     routes: tuple[RouterOutputs, ...] = ()
     captured: Function | None = None  #: a copy from before the passes, if it has experts
-    given: tuple[str, ...] = ()  #: of a replaying function: its inputs that force routes
+    forced_inputs: tuple[str, ...] = ()  #: of a replaying function: its inputs that force routes
     _routed: dict[tuple[int, ...], list[int]] = field(default_factory=dict, init=False)  #: by the inputs' sizes
 
     def __post_init__(self) -> None:
@@ -85,7 +85,7 @@ class Function:
             symbolic = [n for name in self.inputs for n in nodes[name].meta["val"].shape]
             known = {n.node.expr: size for n, size in zip(symbolic, sizes, strict=True) if isinstance(n, torch.SymInt)}
             (results,) = next(n for n in self.graph.nodes if n.op == "output").args
-            counts = [results[r.index].meta["val"].shape[0] for r in self.routes]
+            counts = [results[r.topk_ids].meta["val"].shape[0] for r in self.routes]
             if len(self._routed) > 4096:  # of a long run with a new length in every step
                 self._routed.clear()
             self._routed[sizes] = [n if isinstance(n, int) else int(n.node.expr.subs(known)) for n in counts]
@@ -114,7 +114,7 @@ class Function:
             with graph.inserting_after(last):
                 last = graph.placeholder(name)
             last.meta["val"] = val
-        return replace(made, name=f"{self.name}_replaying", given=tuple(wanted), inputs=[*self.inputs, *wanted])
+        return replace(made, name=f"{self.name}_replaying", forced_inputs=tuple(wanted), inputs=[*self.inputs, *wanted])
 
     @property
     def graph(self) -> fx.Graph:

@@ -59,7 +59,7 @@ class RouterState:
         index, dispatches, x = None, Dispatches(), tensors[0]
         if recomputing():
             kept = next((k for k in block.kept if k.where == where(x) and not k.storage.expired()), None)
-            fixed = next((r.fixed for r in function.routes if r.fixed), "")
+            fixed = next((r.not_replayable for r in function.routes if r.not_replayable), "")
             if kept is None or fixed:
                 why = fixed or "the input that it was checkpointed with is gone"
                 block.state.report.note(block.path, f"its routes are recomputed in the backward: {why}")
@@ -79,8 +79,8 @@ class RouterState:
 
     def _replayed(self, path: str, route: RouterOutputs, tokens: int, device: torch.device) -> Tensor:
         assert self.replayed_routes is not None
-        if route.fixed:
-            raise MoefxError(f"the routes of {path} cannot be replayed: {route.fixed}")
+        if route.not_replayable:
+            raise MoefxError(f"the routes of {path} cannot be replayed: {route.not_replayable}")
         index = self.replayed_routes.get(path)
         if index is None:
             raise MoefxError(
@@ -100,7 +100,7 @@ class RouterState:
         if recomputing():
             return
         if dispatches is not None and training:
-            index = [out[r.index].detach() for r in function.routes]
+            index = [out[r.topk_ids].detach() for r in function.routes]
             block.kept = [k for k in block.kept if not k.storage.expired() and k.where != where(x)]
             block.kept.append(Kept(StorageWeakRef(x.untyped_storage()), where(x), index, dispatches))
         elif block.kept:
@@ -108,9 +108,9 @@ class RouterState:
         for r in function.routes:
             path = r.path(block.path)
             if self.recorded_routes is not None:
-                self.recorded_routes[path] = out[r.index].detach().clone()
+                self.recorded_routes[path] = out[r.topk_ids].detach().clone()
             if self.tracks_load and training:
-                self._count(path, r, out[r.index])
+                self._count(path, r, out[r.topk_ids])
             if r.logits is not None and training:
                 if self.differentiates and not torch.is_grad_enabled():
                     raise MoefxError(
