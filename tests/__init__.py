@@ -1,1 +1,1 @@
-"""The tests: they mirror the package. A package, so that `tests` in site-packages is not found instead."""
+"""Tests, laid out like the package. This file makes them a package, so that a `tests` in site-packages is not found instead."""

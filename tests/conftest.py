@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread a process (the ranks' tests start several), quiet models."""
+"""Set-up of all tests: one thread per process (tests of ranks start several), quiet models, the order of files."""
 
 import gc
 import json

@@ -1,4 +1,4 @@
-"""The rules of the house, read from the source: layers, cycles, imports inside functions, and what public names document."""
+"""The rules of the tree, checked on the source: layers, import cycles, imports inside functions, docstrings of public names."""
 
 from __future__ import annotations
 

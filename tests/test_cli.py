@@ -1,4 +1,4 @@
-"""The command line in process: what it prints, its exit codes, its sentences."""
+"""The command line, called in this process: output, exit codes and error messages."""
 
 from __future__ import annotations
 

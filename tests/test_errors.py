@@ -1,4 +1,4 @@
-"""Bad input: one sentence that names the values and the way out, and the model as it was."""
+"""Bad input: a message of one sentence with the values and what to do, and an unchanged model."""
 
 from __future__ import annotations
 

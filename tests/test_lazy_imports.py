@@ -1,4 +1,4 @@
-"""What a fresh process has imported after ``import moefx``, and after the command line's quick answers: listed, not timed."""
+"""Which modules a fresh process has imported after ``import moefx``, and after the command line's quick answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `pip install .` installs: every module, under its name, and the command."""
+"""What `pip install .` installs: every module under its name, and the command."""
 
 from __future__ import annotations
 

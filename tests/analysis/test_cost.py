@@ -1,4 +1,4 @@
-"""Costs: formulas against counts that are made from the configurations."""
+"""Cost formulas against counts made from the configurations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flowcharts of functions: every operation has a box, every arrow two ends, and what cannot be drawn is said."""
+"""Flowcharts of functions: every operation has a box, every arrow two ends, and functions that cannot be drawn raise an error."""
 
 from __future__ import annotations
 

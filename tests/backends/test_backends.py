@@ -1,4 +1,4 @@
-"""Backends: which is chosen and why, what is refused, and every kernel of the torch backend against its operation."""
+"""Selection of backends, refusals, and every kernel of the torch backend against its operation."""
 
 import itertools
 

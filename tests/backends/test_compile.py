@@ -1,4 +1,4 @@
-"""Inductor's disk cache: code is found again, but never that of another version of moefx or another size of the group."""
+"""Inductor's disk cache: compiled code is reused, but not across versions of moefx or process group sizes."""
 
 import copy
 import operator

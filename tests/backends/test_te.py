@@ -1,4 +1,4 @@
-"""The te backend and the pass fp8 where Transformer Engine is absent: the table, every refusal, the rewriting."""
+"""The te backend and the pass fp8 without Transformer Engine: its table of kernels, every refusal, the rewriting."""
 
 from __future__ import annotations
 

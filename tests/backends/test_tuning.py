@@ -1,4 +1,4 @@
-"""The choice between kernels by their times: who wins, what is kept and said, what happens to a kernel that fails."""
+"""Tuning: which kernel is chosen by its time, what is cached and reported, and what happens when a kernel fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pure parts of the benchmarks: what is extrapolated, what a kernel is for, what load is asked for and reached."""
+"""The benchmarks' own logic: extrapolation, classification of kernels, expert load, checks and the files of results."""
 
 import argparse
 import json

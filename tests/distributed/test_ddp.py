@@ -1,4 +1,4 @@
-"""Plain data parallelism around expert parallelism: DDP on four ranks against one process on all their batches."""
+"""DDP around expert parallelism: four ranks against one process on all their batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which GPU a rank takes, on machines that have none: what CUDA and NCCL would say is made up."""
+"""Which GPU a rank uses, with CUDA and NCCL mocked."""
 
 from __future__ import annotations
 

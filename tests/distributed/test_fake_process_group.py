@@ -1,4 +1,4 @@
-"""64 ranks that only pretend to be there: what every rank of a large job would hold and run, on the meta device."""
+"""A fake process group of 64 ranks: what every rank of a large job would hold and run, on the meta device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rank that is killed, stuck or fails: the others end and say which; checkpoints survive; the run goes on as if nothing had been."""
+"""A rank is killed, hangs or fails: the others end and name it, checkpoints stay intact, training resumes with the same losses."""
 
 from __future__ import annotations
 

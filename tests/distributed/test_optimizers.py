@@ -1,4 +1,4 @@
-"""What people call on parameters and gradients, where these lie on several meshes: each as in one process."""
+"""Optimizers, clipping and other calls on parameters and gradients on several meshes: the results of one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What passes through parallelize to FSDP2, and models that are made on the meta device."""
+"""FSDP2 policies given to parallelize, and models built on the meta device."""
 
 from __future__ import annotations
 

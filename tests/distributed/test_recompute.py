@@ -1,4 +1,4 @@
-"""Activation checkpointing over ranks: routers that would choose others in the backward, and rows that would go elsewhere."""
+"""Activation checkpointing over ranks: recomputation must route tokens as the forward did."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people do first: a seeded generator of short trainings, each held to the same training without moefx.
+"""A seeded generator of short trainings as new users write them, each compared with the same training without moefx.
 
     python tests/flows/first_contact.py --cases 200                  # one process
     python tests/flows/first_contact.py --cases 60 --ranks 2         # expert parallelism with DDP, and parallelize

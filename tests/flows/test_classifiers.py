@@ -1,4 +1,4 @@
-"""Models without a language model's head: reward models, classifiers of tokens, bare models."""
+"""Models without a language modeling head: sequence and token classifiers, reward models, base models."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("inspect_graph", "moefx.route"),
+        ("inspect_graph", "ops.route("),
         ("custom_pass", "gated_linear: 2 made, 0 missed"),
         ("custom_backend", "four lines of my own"),
     ],

@@ -1,4 +1,4 @@
-"""Every family: what is raised, and that loss, logits and all gradients are those of the untouched model."""
+"""Every family: which operations are matched, and loss, logits and all gradients against the original model."""
 
 from __future__ import annotations
 

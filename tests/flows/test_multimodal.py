@@ -1,4 +1,4 @@
-"""Models with images: the same model with them, without them, and where one rank has images and another has none."""
+"""Multimodal models: with images, without, and over ranks of which one has images and another has none."""
 
 from __future__ import annotations
 

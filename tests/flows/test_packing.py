@@ -1,4 +1,4 @@
-"""Sequences packed into one row, told apart by position ids that begin anew: each sees itself only, as in Transformers."""
+"""Packed sequences, delimited by position ids that restart: each attends to itself only, as in Transformers."""
 
 from __future__ import annotations
 

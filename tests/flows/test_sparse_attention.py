@@ -1,5 +1,6 @@
-"""Attention to keys that an indexer chose (DeepSeek-V3.2, GLM-5 and others): held to models that nothing was done to, since these
-ask for the attention implementation by name."""
+"""Sparse attention to keys that an indexer chose (DeepSeek-V3.2, GLM-5 and others), against the original models.
+
+These ask for the attention implementation by name."""
 
 from __future__ import annotations
 

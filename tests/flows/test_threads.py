@@ -1,4 +1,4 @@
-"""Models that are captured and trained by several threads at once."""
+"""Models captured and trained by several threads at once."""
 
 from __future__ import annotations
 

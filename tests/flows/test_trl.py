@@ -1,4 +1,4 @@
-"""TRL's trainers of preferences, rewards and policies: the same losses with moefx and without."""
+"""TRL's trainers (DPO, reward, GRPO): the same losses with moefx and without."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logits that models scale or cap before the loss: the head is one operation all the same, and who reads logits gets them."""
+"""Logits that are scaled or capped before the loss: the head is still one operation, and logits can be read."""
 
 import pytest
 import torch

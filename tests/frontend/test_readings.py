@@ -1,4 +1,4 @@
-"""Sizes of 1, and sizes that are equal by accident: the same graphs serve them, loss and gradients are the untouched model's."""
+"""Sizes of 1, and sizes that happen to be equal: the same graphs serve them, with the original model's loss and gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dictionaries that a model hands from layer to layer: what a captured layer leaves in one, and what it may not do with it."""
+"""Dictionaries that a model passes from layer to layer: what a captured layer may write to one."""
 
 from __future__ import annotations
 

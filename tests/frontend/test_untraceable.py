@@ -1,4 +1,4 @@
-"""Why a module is not captured, in one sentence of its own arguments and lines; what PyTorch said is kept apart."""
+"""Why a module is not captured: one sentence with its own arguments and lines; PyTorch's message is kept as a detail."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Runs tests/gpu (every command of the README and generated trainings among them) and tests/kernels on the GPUs, over several
 processes, and writes benchmarks/results/first_contact-<gpu>x<n>.json: commit, versions, what passed. Exit code 1
-if anything failed. COMMIT names the commit where the folder is no git repository.
+if anything failed. Outside of a git repository, COMMIT names the commit.
 """
 
 from __future__ import annotations

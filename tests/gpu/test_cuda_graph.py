@@ -1,4 +1,4 @@
-"""Recorded and replayed steps are the steps that they were recorded from: in one process, and over ranks with their collectives."""
+"""Replayed CUDA graphs give the results of the recorded steps: in one process, and over ranks with their collectives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""With NCCL a lost rank breaks no collective: the others' kernels wait. They are ended, and say who was lost."""
+"""With NCCL a lost rank breaks no collective, the others' kernels wait: they are ended, and name the lost rank."""
 
 from __future__ import annotations
 

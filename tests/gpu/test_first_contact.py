@@ -1,4 +1,4 @@
-"""What people do first, on a GPU: generated trainings, and copies of nn.DataParallel."""
+"""Trainings as new users write them, on a GPU: generated ones, and replicas of nn.DataParallel."""
 
 from __future__ import annotations
 

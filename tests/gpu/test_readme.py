@@ -1,4 +1,4 @@
-"""README, docs and examples on a GPU machine, as a new user meets them: each command and code block as it is written.
+"""README, docs and examples on a GPU machine: each command and code block as it is written.
 
 Fresh environment variables, models loaded on the CPU and moved. Over ranks: one on each GPU, or two that share the only one
 (NCCL 2.30 and later).

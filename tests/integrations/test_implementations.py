@@ -1,4 +1,4 @@
-"""Attention implementations stay the user's: each part of a model has the one that it had, with the masks that it wants."""
+"""Attention implementations are kept: each part of a model has the one that it had, with the masks that it expects."""
 
 from __future__ import annotations
 

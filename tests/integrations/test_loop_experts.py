@@ -1,4 +1,4 @@
-"""Families whose experts run in loops of their own: captured as moefx.experts, and the same model."""
+"""Families whose experts are Python loops of their own: captured as moefx.experts, against the original models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention's window: a mask that says nothing but a causal sliding window becomes the operation's own argument."""
+"""Attention masks: a causal sliding window becomes an argument of the operation, other masks stay tensors."""
 
 from __future__ import annotations
 

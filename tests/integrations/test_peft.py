@@ -1,4 +1,4 @@
-"""PEFT's adapters in captured blocks: loss and gradients of the adapters as without moefx, however they are switched."""
+"""PEFT adapters in captured blocks: the same loss and gradients as without moefx, also when adapters are switched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Trainer's switch for replayed steps, on the CPU: its graph is replaced by a step that runs what would be recorded."""
+"""The Trainer's option for CUDA graphs, on the CPU: the graph is replaced by a step that runs what would be recorded."""
 
 from __future__ import annotations
 

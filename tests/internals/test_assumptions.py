@@ -1,4 +1,4 @@
-"""What moefx relies on is tried, holds here, and is missed where it does not hold."""
+"""Assumptions about PyTorch and Transformers: each is checked, holds here, and is reported where it does not hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Triton's compiler takes every kernel, and a kept launch hands it what Triton would; for a GPU that need not be there."""
+"""Triton's compiler accepts every kernel, and a kept launch passes the arguments that Triton would; needs no GPU."""
 
 import json
 import os

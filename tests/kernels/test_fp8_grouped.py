@@ -1,4 +1,4 @@
-"""Experts in FP8: products against their rounded numbers in float64, experts against unrounded ones, the pass that asks for it."""
+"""Experts in FP8: GEMMs against their rounded inputs in float64, experts against unrounded ones, and the pass."""
 
 from __future__ import annotations
 

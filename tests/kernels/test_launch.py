@@ -1,4 +1,4 @@
-"""What a launch finds again, and what it has to look for anew."""
+"""Kept launches: which arguments are reused, and which are bound anew."""
 
 from __future__ import annotations
 

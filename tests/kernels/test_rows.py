@@ -1,4 +1,4 @@
-"""The kernels that move rows, against the plain operations of the same name; and whole exchanges made of them."""
+"""The kernels that permute token rows against the plain operations of the same name, and whole exchanges."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The te backend around a stand-in for Transformer Engine: what is ours of its kernels, on a CPU."""
+"""The te backend's kernels around a stand-in for Transformer Engine, on a CPU."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Each activation against what Transformers computes (bitwise) and its derivative against autograd."""
+"""Each activation against Transformers (bitwise), and its derivative against autograd."""
 
 from types import SimpleNamespace
 

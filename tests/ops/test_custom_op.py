@@ -1,4 +1,4 @@
-"""Opaque operations keep what ``torch.library`` promises: opcheck of those that differentiate, and modes that watch."""
+"""Opaque operations keep the contract of ``torch.library``: opcheck of the differentiable ones, and dispatch modes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Grouped products and a rank's experts against one loop per expert in fp64: values and every gradient."""
+"""Grouped GEMMs and a rank's experts against a loop over experts in float64: values and every gradient."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Experts that Llama 4 runs on every token become experts that run on theirs: the same numbers, and what is not raised is said."""
+"""Llama 4 runs every expert on every token; matched, an expert runs on its own tokens: the same numbers, and reported misses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products with bfloat16 numbers in float32: the pass, and its kernel (on the CPU with a product that gives float32 there)."""
+"""GEMMs with bfloat16 inputs and float32 results: the pass, and its kernel (on the CPU around a GEMM with such a result)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pass 'overlap' and the timeline, within one process: what moves where, in how many chunks, and what is refused."""
+"""The pass 'overlap' and the timeline in one process: the order of nodes, the number of chunks, and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a recorded step does besides replaying, without a GPU: tests/gpu/test_cuda_graph.py has the graphs themselves."""
+"""A recorded step without a GPU: all but the replay, which tests/gpu/test_cuda_graph.py tests."""
 
 from __future__ import annotations
 

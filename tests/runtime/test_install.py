@@ -1,4 +1,4 @@
-"""An installed model among PyTorch's tools: compiled for any length, copied, wrapped."""
+"""An optimized model with PyTorch's tools: compiled for any length, copied, wrapped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An optimized model as a Python object: traced by other tools, constructed anew, copied, changed and moved."""
+"""An optimized model as a Python object: traced by other tools, constructed again, copied, changed and moved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is done with routers' choices: kept for recomputation, recorded and replayed, counted, balanced."""
+"""Routers' choices: kept for recomputation, recorded and replayed, counted, balanced."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Captured graphs of small models, kept for whoever would export the same again: he takes a copy.
+"""A cache of captured graphs of small models: an equal capture is a copy.
 
-Most of what tests do is to capture the same few models, again and again, and in ranks each of them does. The ranks' server
-(spawn.py) captures before it forks the ranks, what they lack they capture themselves; files of tests in one process ask for it
-by the fixture ``cached_captures``, those that are about capture itself do not.
+Most of the tests' time would go into capturing the same few models, and in every rank. The ranks' server (spawn.py) captures before
+it forks the ranks, which capture themselves what is missing; tests in one process use the fixture ``cached_captures``, unless
+they test capture itself.
 """
 
 from __future__ import annotations
@@ -16,52 +16,53 @@ from typing import Any
 
 import torch
 
-#: Entries of a configuration that no forward reads, and that a model from a checkpoint has.
-_ABOUT = {"architectures", "transformers_version", "_name_or_path", "dtype"}
-_made: dict[tuple, Any] = {}
-_prepared: dict[str, bool] = {}  #: with all calls?
-
-
+#: Entries of a configuration that no forward reads, and that only a model from a checkpoint has.
+_IGNORED = {"architectures", "transformers_version", "_name_or_path", "dtype"}
+_captured: dict[tuple, Any] = {}
+#: Family -> whether `prepare` had ``all_calls``.
+_prepared: dict[str, bool] = {}
 #: Modules of moefx that call capture_module.
 _CALLERS = [import_module(f"moefx.{name}") for name in ("frontend.capture", "frontend.head", "runtime.block")]
-_real = _CALLERS[0].capture_module
+_original = _CALLERS[0].capture_module
 
 
 def _cached(module: Any, call: Any, routers: dict[str, Any], name: str) -> Any:
     key = (_structure(module), call, tuple(routers))
-    if key not in _made:
-        _made[key] = _real(module, call, routers, name)
-    made = _made[key].copy()
-    return replace(made, name=name, module_class=type(module).__name__, captured=made.captured and made.copy())
+    if key not in _captured:
+        _captured[key] = _original(module, call, routers, name)
+    copy = _captured[key].copy()
+    return replace(copy, name=name, module_class=type(module).__name__, captured=copy.captured and copy.copy())
 
 
 def start() -> None:
-    """From now on, captures look here first."""
+    """Makes captures look in the cache first."""
     for place in _CALLERS:
         place.capture_module = _cached  # type: ignore[attr-defined]
 
 
 def stop() -> None:
+    """Undoes :func:`start`; what is cached stays."""
     for place in _CALLERS:
-        place.capture_module = _real  # type: ignore[attr-defined]
+        place.capture_module = _original  # type: ignore[attr-defined]
 
 
 def _structure(module: Any) -> tuple:
-    """As moefx knows equal blocks, between models too: by what their configurations say, not by which objects they are. FSDP gives
-    a module a class of its own with the same forward."""
+    """A key for equal blocks, also of different models: configurations are compared by value. FSDP subclasses a module's class."""
     from moefx.integrations import transformers as hf
 
     parts = [(path, name.removeprefix("FSDP"), *rest) for path, _, name, *rest, _ in hf.structure(module)]
     configs = {id(m.config): m.config.to_dict() for m in module.modules() if hasattr(m, "config")}
-    said = sorted(
-        json.dumps({k: v for k, v in c.items() if k not in _ABOUT}, sort_keys=True, default=str) for c in configs.values()
+    values = sorted(
+        json.dumps({k: v for k, v in c.items() if k not in _IGNORED}, sort_keys=True, default=str) for c in configs.values()
     )
-    return (repr(parts), *said)
+    return (repr(parts), *values)
 
 
 def prepare(names: set[str], *, all_calls: bool = False) -> None:
-    """Captures models of tests/support/families.py for a training step, and with ``all_calls`` for what else most tests call them with.
-    No backward: a torch built for CUDA starts threads for it, and who is forked after that may run none."""
+    """Captures models of tests/support/families.py for a training step, and with ``all_calls`` for the other calls that tests make.
+
+    No backward runs here: a torch built for CUDA starts threads for it, and a process forked after that cannot run one.
+    """
     import moefx
     from tests.support.families import KNOWN, batch
 
@@ -90,7 +91,7 @@ def _uncertified() -> Iterator[None]:
 
     places = (raise_ops, rotary)
     for place in places:
-        place.certify = lambda *_: (True, "not certified: nobody uses this model")  # type: ignore[attr-defined]
+        place.certify = lambda *_: (True, "not certified: this model is not used")  # type: ignore[attr-defined]
     try:
         yield
     finally:

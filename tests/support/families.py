@@ -1,4 +1,4 @@
-"""The families that the tests run, each with its real Transformers class, small."""
+"""Small models of each family that the tests use, of their real Transformers classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each kernel of ``moefx.grouped_mlp`` has to do, for tests with and without a GPU."""
+"""Checks that every kernel of ``moefx.grouped_mlp`` must pass, for tests with and without a GPU."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ def _random(*shape: int, seed: int, dtype: torch.dtype, device: str) -> torch.Te
 def check_rows_are_made_again(
     kernel: Callable, tokens: int, wire: str, spare: int, dtype: torch.dtype, device: str, plain: Callable | None = None
 ) -> None:
-    """With what arrived a backward keeps that instead of the rows, and finds the same, to the last bit. ``wire``: as tokens
-    travelled; "packed": beside others' numbers. ``spare``: rows of a capacity that nobody got. ``plain``: who finds what is
-    wanted, by default the kernel without what arrived."""
+    """Given what arrived, a kernel saves that for the backward instead of the rows, with bitwise equal results.
+
+    ``wire``: how tokens were sent; "packed": in one tensor with other values. ``spare``: unused rows of a capacity. ``plain``: the
+    kernel to compare with, by default the same one without what arrived.
+    """
     x = _random(tokens, HIDDEN, seed=0, dtype=dtype, device=device)
     experts = torch.rand(tokens, EXPERTS + 2, generator=torch.Generator().manual_seed(1)).topk(TOP_K).indices.to(device)
     counts, place = rows.by_expert(experts.int(), 1, EXPERTS)  # of the others' experts, 0 and 5, no row is here

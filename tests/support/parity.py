@@ -1,4 +1,4 @@
-"""Comparisons that several tests make: in 16 bits, and of a checkpoint over ranks with one process."""
+"""Comparisons that several tests make: one step of two models, gradients in 16 bits, a checkpoint over ranks with one process."""
 
 from __future__ import annotations
 

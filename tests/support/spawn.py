@@ -1,16 +1,16 @@
-"""Runs a function on several gloo ranks of this machine: ``run(fn, world_size, *args)``; for tests, loopback only, no GPU.
+"""Runs a function on several gloo ranks of this machine: ``run(fn, world_size, *args)``; loopback only, no GPU.
 
     from tests.support.spawn import run
 
     def cases(rank, world_size, seed):
-        ...                        # the default process group is there; returns anything torch.save takes
+        ...                        # the default process group is initialized; returns anything torch.save takes
 
     results = run(cases, 2, 0)     # [what rank 0 returned, what rank 1 returned]
 
-Ranks are forked from a server that has imported torch, Transformers and moefx and has optimized two models: a new rank would
-spend 15 seconds on that, a forked one none. Each job has processes of its own, so nothing of one reaches the next: no process
-group, no global, no hung rank. The server is started with the first job; the processes of one pytest share it (they find its
-socket by ``ADDRESS``, which tests/conftest.py sets), and it ends with the last of them.
+Ranks are forked from a server that has imported torch, Transformers and moefx and has captured a model, which takes a new process
+15 seconds. Each job has its own processes, so no state of one job is left in the next: no process group, no global, no hung rank.
+The first job starts the server; the processes of one pytest share it (they find its socket by ``ADDRESS``, which
+tests/conftest.py sets), and it ends when the last of them has ended.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
-#: Seconds for the server's imports, on a machine that does much else.
+#: Timeout in seconds of the server's imports, on a loaded machine.
 START = 300.0
-#: The environment's name for the path of the server's socket.
+#: The environment variable with the path of the server's socket.
 ADDRESS = "MOEFX_TESTS_RANKS"
 
 
 def run(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0, all_calls: bool = False) -> list[Any]:
-    """What ``fn(rank, world_size, *args)`` returned on each rank. ``fn`` is a module-level function of any file.
+    """Runs ``fn(rank, world_size, *args)``, a module-level function of any file, and returns the result of each rank.
 
-    Families that ``args`` name are captured once, for all ranks: see :func:`capture_cache.prepare` for ``all_calls``.
+    Families named in ``args`` are captured once, for all ranks: see :func:`capture_cache.prepare` for ``all_calls``.
 
     Raises:
-        RuntimeError: with the traceback of the rank that failed first (the others usually fail after it, and say less).
+        RuntimeError: with the traceback of the rank that failed first (the others usually fail as a consequence).
         TimeoutError: some rank did not return within ``timeout`` seconds; all were stopped.
     """
-    return _run(fn, world_size, args, timeout, group=True, known=set(_words(args)), all_calls=all_calls)
+    return _run(fn, world_size, args, timeout, group=True, known=set(_strings(args)), all_calls=all_calls)
 
 
 def run_script(path: Path, args: list[str], world_size: int = 1, *, folder: Path, timeout: float = 300.0) -> str:
-    """What a script prints, run as the main program in ``folder``: by one process, or by ranks as torchrun starts them."""
+    """Runs a script as the main program in ``folder``, in one process or in ranks as torchrun starts them; returns what it printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -76,13 +76,13 @@ def _script(rank: int, world_size: int, path: str, args: list[str], folder: str,
             raise RuntimeError(f"{path} ended with exit code {end.code}") from end
 
 
-def _words(args: Any) -> Iterator[str]:
-    """All strings in a test's arguments: among them the families that its ranks will build."""
+def _strings(args: Any) -> Iterator[str]:
+    """All strings in a test's arguments, among them the families that its ranks will build."""
     for arg in args.values() if isinstance(args, dict) else args:
         if isinstance(arg, str):
             yield arg
         elif isinstance(arg, (list, tuple, dict)):
-            yield from _words(arg)
+            yield from _strings(arg)
 
 
 def _run(
@@ -94,7 +94,7 @@ def _run(
         job = (fn.__code__.co_filename, fn.__qualname__, world_size, folder, args, group)
         ended = _Server.current().ask(job, timeout, known, all_calls)
         if ended not in ("", "late"):
-            raise RuntimeError(f"{ended} of {world_size} ended without a word")
+            raise RuntimeError(f"{ended} of {world_size} ended without an error message")
         failures = sorted(Path(folder).glob("error-*"), key=lambda p: float(p.read_text().split("\n", 1)[0]))
         if failures:
             rank, text = failures[0].name.removeprefix("error-"), failures[0].read_text().split("\n", 1)[1]
@@ -105,7 +105,7 @@ def _run(
 
 
 class _Server:
-    """The connection to this file as a process of its own, which it starts if nobody has."""
+    """The connection to the server, this file as a process of its own; starts it if it does not run."""
 
     _one: _Server | None = None
 
@@ -139,9 +139,9 @@ class _Server:
         raise RuntimeError(f"the ranks' server ended at once (exit code {process.returncode})")
 
     def ask(self, job: tuple, timeout: float, known: set[str], all_calls: bool) -> str:
-        """What became of them: nothing when all have ended, "late" when some had to be stopped, else which one ended without a word."""
+        """Empty when all ranks have ended, "late" when some had to be stopped, else the rank that ended without an error message."""
         self.connection.send((job, timeout, known, all_calls))
-        return self._read(START + timeout, "answer")  # it may have families to prepare first
+        return self._read(START + timeout, "answer")  # it may have to prepare families first
 
     def _read(self, seconds: float, what: str) -> Any:
         with contextlib.suppress(EOFError, ConnectionError):
@@ -157,17 +157,17 @@ class _Server:
 def _serve(path: str) -> None:
     from tests.support import capture_cache
 
-    os.dup2(2, 1)  # what ranks print belongs to the test's captured output
-    with socket.socket(socket.AF_UNIX) as door:
-        door.bind(path)
-        door.listen()
+    os.dup2(2, 1)  # what ranks print is captured with the test's output
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
         _warm_up()
-        gc.freeze()  # pages that the collector does not touch stay shared with the ranks
+        gc.freeze()  # memory that the collector does not touch stays shared with the ranks
         clients: list[Any] = []
         while True:
-            for ready in wait([door, *clients], timeout=1.0):
-                if ready is door:
-                    clients.append(Connection(door.accept()[0].detach()))
+            for ready in wait([listener, *clients], timeout=1.0):
+                if ready is listener:
+                    clients.append(Connection(listener.accept()[0].detach()))
                     clients[-1].send("ready")
                     continue
                 try:
@@ -179,14 +179,14 @@ def _serve(path: str) -> None:
                 else:
                     capture_cache.prepare(known, all_calls=all_calls)
                     gc.freeze()
-                    _in_a_process(lambda: ready.send(_run_ranks(job, timeout, [door, *clients])))  # noqa: B023
+                    _in_a_process(lambda: ready.send(_run_ranks(job, timeout, [listener, *clients])))  # noqa: B023
             with contextlib.suppress(ChildProcessError):
                 while os.waitpid(-1, os.WNOHANG)[0]:
                     pass
 
 
 def _in_a_process(do: Callable[[], None]) -> None:
-    """One that follows the ranks of a job, while the server hears of others."""
+    """Forks a process that waits for the ranks of a job, while the server takes other jobs."""
     if os.fork() == 0:
         try:
             do()
@@ -195,7 +195,7 @@ def _in_a_process(do: Callable[[], None]) -> None:
 
 
 def _warm_up() -> None:
-    """What every rank would import, and the patterns that every rank would trace."""
+    """Imports and traces what every rank would."""
     import torch
 
     import moefx.trainer  # noqa: F401 (with peft, datasets and more)
@@ -220,18 +220,18 @@ def _run_ranks(job: tuple, timeout: float, inherited: list[Any]) -> str:
             if pid:
                 rank = running.pop(pid)
                 codes[rank] = os.waitstatus_to_exitcode(status)
-                if codes[rank]:  # the others follow: give those that went first the time to be seen
+                if codes[rank]:  # the others will fail too: let the first error be written
                     deadline = min(deadline, time.monotonic() + 0.2)
             else:
                 time.sleep(0.005)
     finally:
-        for pid in ranks:  # a rank leads a group: what it has started ends with it
+        for pid in ranks:  # a rank leads a process group: its children end with it
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
         for pid in running:
             os.waitpid(pid, 0)
-    told = {int(p.name.removeprefix("error-")) for p in Path(job[3]).glob("error-*")}
-    silent = [f"rank {rank} (exit code {code})" for rank, code in codes.items() if code and rank not in told]
+    reported = {int(p.name.removeprefix("error-")) for p in Path(job[3]).glob("error-*")}
+    silent = [f"rank {rank} (exit code {code})" for rank, code in codes.items() if code and rank not in reported]
     return silent[0] if silent else "late" if running else ""
 
 
@@ -246,9 +246,9 @@ def _rank(
         import torch
         import torch.distributed as dist
 
-        # The first call after a fork replaces torch's thread pool, unguarded: let it not be two autograd threads that race for it.
+        # The first call after a fork replaces torch's thread pool without a lock: it must not come from two autograd threads.
         torch.set_num_threads(1)
-        # by file, not by module name: pytest's importlib mode gives test modules names that nobody can import
+        # by file, not by module name: in pytest's importlib mode test modules are not importable by name
         spec = importlib.util.spec_from_file_location("ranks_of_" + Path(file).stem, file)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
@@ -258,7 +258,7 @@ def _rank(
             dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=limit)
         torch.save(getattr(module, name)(rank, world_size, *args), Path(folder, f"result-{rank}"))
         if group:
-            dist.barrier()  # nobody closes a connection that a slower rank still reads
+            dist.barrier()  # no rank closes a connection that a slower rank still reads
             dist.destroy_process_group()
         code = 0
     except BaseException:
@@ -268,7 +268,7 @@ def _rank(
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # without the server's way out
+        os._exit(code)  # skips the server's exit handlers
 
 
 if __name__ == "__main__":

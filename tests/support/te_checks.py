@@ -1,4 +1,4 @@
-"""What each kernel of the te backend must give: values and all gradients of its operation's body, in float32 or float64."""
+"""Checks of the te backend's kernels: values and all gradients of each operation's body, in float32 or float64."""
 
 from __future__ import annotations
 

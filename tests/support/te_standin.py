@@ -1,7 +1,7 @@
 """A stand-in for Transformer Engine on a CPU: the functions that moefx calls, by their signatures in 2.20.2, in plain torch.
 
-It says nothing about NVIDIA's kernels (tests/gpu/test_te.py does). It tests what is ours around them: which arguments go
-where, what is saved, shapes of fakes, gradients, zero tokens, and that torch.compile keeps the operations in one graph.
+It does not test NVIDIA's kernels (tests/gpu/test_te.py does), but moefx's code around them: which arguments go where, what is
+saved for the backward, shapes of fakes, gradients, zero tokens, and that torch.compile keeps the operations in one graph.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The helper of the multi-process tests: the first failure with its traceback, a limit in time, a new start every time."""
+"""The helper of the multi-process tests: the first failure with its traceback, a timeout, new processes for every job."""
 
 import os
 import signal
@@ -51,7 +51,7 @@ def test_stops_ranks_that_do_not_return():
 
 
 def test_tells_of_a_rank_that_was_killed():
-    with pytest.raises(RuntimeError, match=r"rank 1 \(exit code -9\) of 2 ended without a word"):
+    with pytest.raises(RuntimeError, match=r"rank 1 \(exit code -9\) of 2 ended without an error message"):
         run(second_rank_is_killed, 2)
 
 

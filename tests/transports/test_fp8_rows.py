@@ -1,4 +1,4 @@
-"""Token rows in FP8: how far they are from the tokens, what an exchange makes of them, and what is asked of the caller."""
+"""Token rows in FP8: their rounding error, exchanges with them, and the errors for what is not supported."""
 
 import pytest
 import torch
