@@ -235,7 +235,7 @@ def simulated_ep(ep_size: int, device: torch.device | str, backends: Sequence[st
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ep_size)
     try:
         loop = Backend(
-            "loop_back", {dispatch_combine.dispatch: Kernel(dispatch_combine.dispatch_by("loop_back"), why="simulated")}
+            "loop_back", {dispatch_combine.dispatch: Kernel(dispatch_combine.dispatch_with("loop_back"), why="simulated")}
         )
         mesh = init_device_mesh(torch.device(device).type, (ep_size,), mesh_dim_names=("ep",))
         usable = [name for name, b in moefx.backends.builtin().items() if b.available() is None and name != "deepep"]

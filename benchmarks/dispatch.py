@@ -33,10 +33,11 @@ from common import machine, save, say, show, slug, synchronize, time_once, verdi
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from moefx import transports
 from moefx.backends import deepep
 from moefx.backends.experimental import deepep_elastic, te_ep
 from moefx.ops import dispatch_combine
-from moefx.transports import permute as rows
+from moefx.transports import permute
 
 #: Tokens a rank, H, experts, K.
 SHAPES: dict[str, tuple[int, int, int, int]] = {
@@ -99,7 +100,7 @@ def measure(
     weights, index = torch.rand(tokens, experts, device=device, generator=g).topk(k, dim=1)
     weights = (weights / weights.sum(1, keepdim=True)).requires_grad_()
     where = {"num_experts": experts, "group": group, "capacity": tokens if capacity else 0}
-    send = dispatch_combine.dispatch_by("" if transport.startswith("all") else transport)
+    send = dispatch_combine.dispatch_with("" if transport.startswith("all") else transport)
     made: dict[str, Any] = {}
 
     def forward_dispatch() -> None:
@@ -163,7 +164,7 @@ def floor(bytes_sent: float, device: torch.device) -> float:
 
 # --- the host's part -------------------------------------------------------------------------------------------------
 
-_KERNELS = {"places": 3, "spread": 1, "pack": 1, "sum_rows": 1}  #: function -> launches
+_KERNELS = {"build_row_id_map": 3, "permute": 1, "pack": 1, "unpermute": 1}  #: function -> launches
 _FREE = {
     "view", "slice", "select", "as_strided", "reshape", "expand", "t", "transpose", "unsqueeze", "detach", "alias", "unbind",
     "empty", "empty_strided", "empty_like", "new_empty", "item", "_local_scalar_dense", "narrow", "resolve_conj", "resolve_neg",
@@ -177,14 +178,14 @@ def counting(device: torch.device) -> Iterator[list[int]]:
     from moefx.kernels import rows as kernels  # needs Triton
 
     launched, plain = [0], {name: getattr(kernels, name) for name in _KERNELS}
-    fused = rows._fused
+    fused = permute._fused
 
     def stand_in(name: str) -> Callable:
         def call(*args: Any, **options: Any) -> Any:
             launched[0] += _KERNELS[name]
             if device.type == "cuda":
                 return plain[name](*args, **options)
-            if name == "places":
+            if name == "build_row_id_map":
                 index, _, _, buckets, totals, *_ = args
                 totals.fill_(index.numel() // buckets)
             return None
@@ -192,12 +193,12 @@ def counting(device: torch.device) -> Iterator[list[int]]:
         return call
 
     try:
-        rows._fused = lambda x: kernels
+        permute._fused = lambda x: kernels
         for name in _KERNELS:
             setattr(kernels, name, stand_in(name))
         yield launched
     finally:
-        rows._fused = fused
+        permute._fused = fused
         for name, function in plain.items():
             setattr(kernels, name, function)
 
@@ -232,7 +233,7 @@ def host(device: torch.device, sizes: tuple[int, int, int, int], ep: int = 8, st
     where = {"num_experts": experts, "group": dist.group.WORLD.group_name}
     x = torch.randn(tokens, h, device=device).bfloat16().requires_grad_()
     weights, index = torch.rand(tokens, experts, device=device).topk(k, dim=1)
-    weights, grad, send = weights.requires_grad_(), torch.randn_like(x), dispatch_combine.dispatch_by("loop_back")
+    weights, grad, send = weights.requires_grad_(), torch.randn_like(x), dispatch_combine.dispatch_with("loop_back")
 
     def combine(sent: tuple) -> Tensor:
         return dispatch_combine.combine(sent[0], index, *sent[3:7], **where)
@@ -320,7 +321,7 @@ if __name__ == "__main__":
             problems += results[-1].pop("problems")
             if dist.get_rank() == 0:
                 say(f"{shape} {results[-1]['transport']}: {results[-1]['ms']}")
-        dispatch_combine.release(dist.group.WORLD.group_name)
+        transports.release(dist.group.WORLD.group_name)
         taken = floor(results[-1]["bytes"], device)
         results.append(
             {

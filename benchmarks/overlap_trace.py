@@ -35,7 +35,7 @@ Interval = tuple[float, float]
 #: In the names of what moves rows.
 _MOVES = ("nccl", "gloo:", "deep_ep", "intranode::", "internode::")
 #: Operations of moefx in which the host waits for rows, and those that start a move.
-_WAITS = ("dispatch_wait", "combine_wait", "return_wait", "resend_wait", "dispatch_start")
+_WAITS = ("dispatch_wait", "combine_wait", "return_wait", "redispatch_wait", "dispatch_start")
 _COLORS = {"communication": "#4477aa", "waiting": "#ee6677", "experts": "#228833", "rows": "#ccbb44", "other": "#bbbbbb"}
 
 

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
 from moefx import backends as backends_
-from moefx import passes
+from moefx import passes, transports
 from moefx.analysis.explanation import Explanation, explanation
 from moefx.analysis.report import Report
 from moefx.distributed import dtensor_ops, expert_sharding, rank_monitor, state_dict
@@ -32,7 +32,6 @@ from moefx.internals import surroundings
 from moefx.ir.graph import value
 from moefx.ir.plan import Plan
 from moefx.ir.program import Function, Program
-from moefx.ops import dispatch_combine
 from moefx.options import Options
 from moefx.rewriting.pipeline import Pipeline
 from moefx.runtime.install import install, uninstall
@@ -285,7 +284,7 @@ def restore(model: Model) -> Model:
     if state.shards_experts:
         expert_sharding.gather_experts(inner)
     if state.plan.ep_group:
-        dispatch_combine.release(state.plan.ep_group)
+        transports.release(state.plan.ep_group)
     uninstall(inner)
     adapters.unwrap_classes(model)
     return model

@@ -1,4 +1,4 @@
-"""Cuts ``experts`` for expert parallelism: dispatch tokens to the ranks that own them, run the local experts, combine."""
+"""Shards ``experts`` across ranks: dispatch tokens to the ranks that own them, run the local experts, combine."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _WEIGHTS = ("up", "up_bias", "down", "down_bias")
 class ExpertParallel:
     """``experts(x, index, weights, ...)`` becomes
 
-        rows, row_weights, counts, ... = dispatch(x, index, weights)  # each token once to each rank that has an expert of it
-        rows = grouped_mlp(rows, counts, local weights, row_weights)  # E / ep experts; their rows weighted, and not kept
-        y = combine(rows, ...)                                        # sum per token and rank, back, sum over ranks
+        rows, probs, tokens_per_expert, ... = dispatch(x, index, weights)  # a token once to each rank with one of its experts
+        rows = grouped_mlp(rows, tokens_per_expert, local weights, probs)  # E / ep experts; rows weighted, not saved
+        y = combine(rows, ...)                                             # sum per token and rank, return, sum over ranks
 
-    Numerics: a row's weight multiplies its activation instead of its result (see ``grouped_mlp``), without a rounding more; in
+    Numerics: a row's weight multiplies its activation instead of its result (see ``grouped_mlp``), without another rounding; in
     16 bits a token's sum is rounded once per rank before it is sent (see ``combine``). Sums over tokens in a weight's gradient
     are taken per rank. ``grad_scale`` = 1/ep makes experts' gradients the average over the ranks' losses, as DDP and FSDP
-    average the dense ones. Weights with LoRA updates (PEFT's ``target_parameters``) are updated locally, each rank those of its
-    own experts. With ``plan.dispatch_dtype`` "fp8" (opt-in) tokens are quantized to be sent: within 2**-4 of each number, see
-    :mod:`moefx.transports.fp8_rows`.
+    average the dense ones. LoRA updates of the weights (PEFT's ``target_parameters``) are added locally, on each rank those of
+    its own experts. With ``plan.dispatch_dtype`` "fp8" (opt-in) tokens are quantized to be sent: a relative error of up to
+    2**-4, see :mod:`moefx.transports.fp8_rows`.
     """
 
     name: ClassVar[str] = "expert_parallel"
@@ -58,9 +58,9 @@ class ExpertParallel:
         given = arguments(node)
         num_experts = value(given["up"]).shape[0]
         if ops.has_nobody(value(given["up"]), value(given["down"])):
-            return f"{value(given['down']).shape[0]} of {num_experts} experts compute something: ranks would hold unlike parts"
+            return f"{value(given['down']).shape[0]} of {num_experts} experts compute: ranks would hold unequal parts"
         if num_experts % plan.ep_size:
-            return f"{num_experts} experts cannot be cut over ep_size={plan.ep_size} ranks"
+            return f"{num_experts} experts cannot be sharded across ep_size={plan.ep_size} ranks"
         owners = {w: given[w] for w in _WEIGHTS if given[w] is not None}
         strange = [w for w in owners.values() if not (w.op == "placeholder" or self._is_adapted(w))]
         if strange:
@@ -69,15 +69,16 @@ class ExpertParallel:
         where = {"num_experts": num_experts, "group": plan.ep_group}
         limited = {**where, "capacity": plan.dispatch_capacity} if plan.dispatch_capacity else dict(where)
         if plan.dispatch_dtype:
-            limited["wire"] = plan.dispatch_dtype
+            limited["dispatch_dtype"] = plan.dispatch_dtype
         sent = emit(node, dispatch_combine.dispatch, given["x"], given["index"], given["weights"], **limited)
-        rows, row_weights, counts, *way, tokens = unpack(sent)
-        place, _, host, _ = way
+        rows, probs, tokens_per_expert, *route, received = unpack(sent)
+        row_id_map, _, cpu_metadata, _ = route
         options = {k: given[k] for k in ("activation", "alpha", "limit", "transposed", "interleaved")}
         weights = tuple(local.get(w) for w in _WEIGHTS)
-        options |= {"grad_scale": plan.experts_gradient_scale, "row_weights": row_weights, "arrived": [tokens, place, host]}
-        done = emit(node, grouped.grouped_mlp, rows, counts, *weights, **options)
-        back = emit(node, dispatch_combine.combine, done, given["index"], *way, **where)
+        options |= {"grad_scale": plan.experts_gradient_scale, "row_weights": probs}
+        options["arrived"] = [received, row_id_map, cpu_metadata]
+        done = emit(node, grouped.grouped_mlp, rows, tokens_per_expert, *weights, **options)
+        back = emit(node, dispatch_combine.combine, done, given["index"], *route, **where)
         if value(back).dtype != value(node).dtype:
             back = emit(node, aten._to_copy.default, back, dtype=value(node).dtype)
         replace(node, back)

@@ -1,4 +1,4 @@
-"""Lets the exchange of experts' rows run while something else computes: other nodes, and other chunks of the same tokens."""
+"""Overlaps the exchange of tokens with computation: with other nodes, and with other chunks of the same tokens."""
 
 from __future__ import annotations
 
@@ -24,13 +24,16 @@ from moefx.rewriting.pipeline import Changes
 
 @dataclass(frozen=True)
 class Overlap:
-    """``dispatch`` becomes ``dispatch_start`` and ``dispatch_wait``, ``combine`` likewise. Nodes that need neither the rows nor
-    the result (a shared expert, mostly) move in between, as many as the exchange lasts. With ``chunks`` = 2 the tokens are cut
+    """Splits ``dispatch`` into ``dispatch_start`` and ``dispatch_wait``, ``combine`` likewise, with other nodes in between.
+
+    Those are nodes that need neither the rows nor the result (mostly a shared expert), as many as the exchange takes time. With
+    ``chunks`` = 2 the tokens are split too:
 
         start 1, start 2, wait 1, experts 1, combine-start 1, wait 2, experts 2, combine-start 2, combine-wait 1, combine-wait 2
 
-    so that one chunk travels while the other computes; the backward runs the mirror image. 0: as many as the cost model finds
-    best at ``tokens`` tokens a rank. Numerics: the forward's are unchanged; the experts' gradients are sums over the chunks.
+    so that one chunk is exchanged while the other computes; the backward runs in the mirrored order. 0: as many chunks as the
+    cost model finds best at ``tokens`` tokens a rank. Numerics: the forward is unchanged; the experts' gradients are sums over
+    the chunks.
     """
 
     name: ClassVar[str] = "overlap"
@@ -52,10 +55,10 @@ class Overlap:
         items = getitems(dispatch)
         experts = next((u for u in items[0].users), None) if 0 in items else None
         if experts is None or experts.meta.get("semantic", experts.target) is not grouped.grouped_mlp:
-            return f"{items[0].name if items else 'nothing'} of its rows goes to something else than grouped_mlp"
+            return f"{items[0].name if items else 'nothing'} of its rows is used by another operation than grouped_mlp"
         weights = arguments(experts)["row_weights"]
         if weights is not None and weights is not items.get(1):
-            return f"its experts' rows are weighted by {describe(weights)}, not by the weights that it brings"
+            return f"its experts' rows are weighted by {describe(weights)}, not by the weights that it dispatches"
         combine = next(iter(experts.users))
         if combine.meta.get("semantic", combine.target) is not dispatch_combine.combine:
             return f"its experts' rows go to {combine.name}, not to a combine"
@@ -68,18 +71,18 @@ class Overlap:
         for window, at in ((first, waits[0]), (second, ends[0])):
             for node in window:
                 at.prepend(node)
-        work, way = sum(clock.compute(n) for n in between), clock.exchange(starts[0])
+        work, seconds = sum(clock.compute(n) for n in between), clock.exchange(starts[0])
         there, back = (sum(n.target not in VIEWS for n in window) for window in (first, second))
         changes.did(
             starts[0],
-            f"tokens in {many}; {there} nodes run while rows are dispatched, {back} while they come back (about "
-            f"{work * 1e6:.0f} us of work; {'each' if many > 1 else 'all'} about {way * 1e6:.0f} us on each way)",
+            f"chunks={many}: {there} nodes run during dispatch, {back} during combine (about {work * 1e6:.0f} us of work; each "
+            f"exchange takes about {seconds * 1e6:.0f} us)",
         )
         return None
 
     @staticmethod
     def _independent(graph: fx.Graph, starts: list[fx.Node], rest: list[fx.Node]) -> list[fx.Node]:
-        """The calls that the exchange does not need and that do not need it."""
+        """The calls that the exchange does not depend on and that do not depend on it."""
         before, after = _reach(starts, lambda n: n.all_input_nodes), _reach(starts + rest, lambda n: n.users)
         return [n for n in graph.nodes if n.op == "call_function" and n not in before and n not in after]
 
@@ -87,7 +90,7 @@ class Overlap:
     def _divide(
         nodes: list[fx.Node], clock: _Clock, seconds: float, needed: set[fx.Node]
     ) -> tuple[list[fx.Node], list[fx.Node]]:
-        """Into what runs during dispatch, until its ``seconds`` are filled, and what runs during combine."""
+        """Nodes that run during dispatch, until its ``seconds`` are filled, and nodes that run during combine."""
         first, second, spent = [], [], 0.0
         wanted = _reach(needed, lambda n: n.all_input_nodes)
         for node in nodes:
@@ -100,7 +103,7 @@ class Overlap:
 
 
 def _reach(nodes: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
-    """``nodes`` and all that ``step`` leads to."""
+    """``nodes`` and all nodes that ``step`` reaches from them."""
     found, todo = set[fx.Node](), list(nodes)
     while todo:
         node = todo.pop()
@@ -127,9 +130,9 @@ class _Clock:
         return self._seconds(node)[1]
 
     def best_chunks(self, dispatch: fx.Node, experts: fx.Node, combine: fx.Node, most: int = 4) -> int:
-        """The number of chunks that ends first. Each chunk reads all of the rank's weights and waits for two exchanges."""
+        """The fastest number of chunks. Each chunk reads all of the rank's weights and waits for two exchanges."""
         if value(dispatch.args[0]).device.type != "cuda":
-            return 1  # the CPU that would compute also moves the rows
+            return 1  # the CPU that would compute also copies the rows
         there, back, latency = self.exchange(dispatch), self.exchange(combine), self.rates.latency
         flops, read, written, _ = node_cost(experts, self.sizes).evaluate(self.numbers)
         weights = sum(value(w).nbytes for w in experts.args[2:] if w is not None)
@@ -143,7 +146,7 @@ class _Clock:
 
 
 class _Chunks:
-    """Writes a dispatch, its experts and its combine anew, chunk by chunk."""
+    """Rewrites a dispatch, its experts and its combine chunk by chunk."""
 
     def __init__(self, dispatch: fx.Node, experts: fx.Node, combine: fx.Node):
         self.dispatch, self.experts, self.combine = dispatch, experts, combine
@@ -174,34 +177,31 @@ class _Chunks:
         where: dict[str, Any] = dict(self.dispatch.kwargs)
         if where.get("capacity"):  # the most tokens that a part of a rank's has
             where["capacity"] = -(-where["capacity"] // many)
-        arrives, back_where = {n: w for n, w in where.items() if n != "wire"}, {"group": where["group"]}
-        x, index, weights = self._cut(self.dispatch.args, many)  # type: ignore[arg-type]
+        wait_where, group = {n: w for n, w in where.items() if n != "dispatch_dtype"}, {"group": where["group"]}
+        x, topk_ids, topk_weights = self._cut(self.dispatch.args, many)  # type: ignore[arg-type]
         transport = getattr(self.dispatch.target, "transport", "")
         starts, waits, ends, sent = [], [], [], []
         for i in range(many):
-            start = self._call(
-                dispatch_combine.dispatch_start, (x[i], index[i], weights[i]), {**where, "transport": transport}, self.dispatch
-            )
+            args, how = (x[i], topk_ids[i], topk_weights[i]), {**where, "transport": transport}
+            start = self._call(dispatch_combine.dispatch_start, args, how, self.dispatch)
             starts.append(self._stands_for(start, self.dispatch, many))
             sent.append(unpack(start))
-        back = []
+        returned = []
         for i in range(many):
-            waits.append(self._call(dispatch_combine.dispatch_wait, (x[i], *sent[i]), arrives, self.dispatch))
+            waits.append(self._call(dispatch_combine.dispatch_wait, (x[i], *sent[i]), wait_where, self.dispatch))
             waits[-1].meta["share"] = Fraction(1, many)
-            rows, row_weights, counts, place, room = unpack(waits[-1])
-            handle, host = sent[i][3:5]
-            own = {"row_weights": row_weights, "arrived": [sent[i][0], place, host]}
+            rows, probs, tokens_per_expert, row_id_map, placeholder = unpack(waits[-1])
+            handle, cpu_metadata = sent[i][3:5]
+            own = {"row_weights": probs, "arrived": [sent[i][0], row_id_map, cpu_metadata]}
             options = {k: own[k] if k in own and v is not None else v for k, v in self.experts.kwargs.items()}
-            done = self._call(self.experts.target, (rows, counts, *self.experts.args[2:]), options, self.experts)
+            done = self._call(self.experts.target, (rows, tokens_per_expert, *self.experts.args[2:]), options, self.experts)
             self._stands_for(done, self.experts, many)
-            start = self._call(
-                dispatch_combine.combine_start, (done, index[i], place, handle, host, room), back_where, self.combine
-            )
-            back.append(unpack(self._stands_for(start, self.combine, many)))
+            args = (done, topk_ids[i], row_id_map, handle, cpu_metadata, placeholder)
+            start = self._call(dispatch_combine.combine_start, args, group, self.combine)
+            returned.append(unpack(self._stands_for(start, self.combine, many)))
         for i in range(many):
-            ends.append(
-                self._call(dispatch_combine.combine_wait, (*back[i], index[i], *sent[i][3:5]), back_where, self.combine)
-            )
+            args = (*returned[i], topk_ids[i], *sent[i][3:5])
+            ends.append(self._call(dispatch_combine.combine_wait, args, group, self.combine))
         y = ends[0] if many == 1 else self._call(aten.cat.default, (ends,), {}, self.combine)
         replace(self.combine, y)
         for old in (self.experts, *getitems(self.dispatch).values(), self.dispatch):

@@ -87,7 +87,7 @@ def _roles(function: Function) -> dict[str, int]:
             define(H=x.shape[-1], I=down.shape[1 if given["transposed"] else 2])
             define(E=down.shape[0]) if op is ops.experts else None
         elif op is dispatch_combine.dispatch:
-            define(E=arguments(node)["num_experts"], K=value(arguments(node)["index"]).shape[1])
+            define(E=arguments(node)["num_experts"], K=value(arguments(node)["topk_ids"]).shape[1])
         elif op is ops.route:
             define(E=value(arguments(node)["logits"]).shape[-1], K=arguments(node)["top_k"])
         elif op is ops.attention:
@@ -236,14 +236,14 @@ def _encoded(width: sympy.Expr, number: Any, plain: bool) -> sympy.Expr:
 def _transport(node: fx.Node) -> tuple[str, int]:
     """The transport of this dispatch (or of its start), and the ranks per node, if these matter.
 
-    By default: what ``transports.usual`` takes; if the graph's process group no longer exists, all-to-all.
+    By default ``transports.default_transport``; if the graph's process group no longer exists, all-to-all.
     """
     name, given = node.kwargs.get("transport") or getattr(node.target, "transport", ""), arguments(node)
     try:
-        group = dispatch_combine._group(given["group"])
+        group = transports.process_group(given["group"])
     except (RuntimeError, ValueError):
         return str(name) or "all_to_all", 1
-    name = name or transports.usual(transports.Call(group, given["num_experts"], given["capacity"]))
+    name = name or transports.default_transport(transports.Call(group, given["num_experts"], given["capacity"]))
     return str(name), len(transports.nodes(group)[0])
 
 
@@ -253,7 +253,7 @@ def _pairs(given: dict[str, Any], sizes: Sizes, transport: tuple[str, int]) -> s
     Hierarchically, with m ranks per node: one per token and other node; then, for the tokens received from the ``ep / m``
     nodes, one per token and other rank of the node.
     """
-    tokens, e, k = sizes.size(value(given["index"]).shape[0]), sizes.role("E"), sizes.role("K")
+    tokens, e, k = sizes.size(value(given["topk_ids"]).shape[0]), sizes.role("E"), sizes.role("K")
 
     def wanted(parts: sympy.Expr) -> sympy.Expr:
         """The probability that a token has an expert on one of so many equal parts."""
@@ -268,26 +268,26 @@ def _pairs(given: dict[str, Any], sizes: Sizes, transport: tuple[str, int]) -> s
 
 
 def _dispatch(given: dict[str, Any], sizes: Sizes) -> tuple[Any, Any, Any]:
-    x, top_k, k = value(given["x"]), value(given["index"]).shape[1], sizes.role("K")
-    if given["wire"] == "fp8":
+    x, top_k, k = value(given["x"]), value(given["topk_ids"]).shape[1], sizes.role("K")
+    if given["dispatch_dtype"] == "fp8":
         row = _encoded(sizes.size(x.shape[-1]), x.shape[-1], given["kernel"] == "deepep")
     else:
         row = _part(sizes.size(x.shape[-1]), x.shape[-1], x.dtype)
     transport = _transport(given["node"])
     if given["kernel"] == "deepep":  # int64 experts, float32 weights, where the token came from
         return sympy.Integer(0), _pairs(given, sizes, transport) * (row + 12 * k + 4), None
-    row += _part(k, top_k, transports.wide(value(given["weights"]).dtype)) + _part(k, top_k, torch.int32)
+    row += _part(k, top_k, transports.accumulation_dtype(value(given["topk_weights"]).dtype)) + _part(k, top_k, torch.int32)
     others = EP / transport[1] + transport[1] - 2 if transport[0] == "hierarchical" else EP - 1
-    agreed = 0 if given["capacity"] else 16 * others  # tokens and rows for each other rank, int64
-    return sympy.Integer(0), _pairs(given, sizes, transport) * row + agreed, None
+    counts = 0 if given["capacity"] else 16 * others  # tokens and rows for each other rank, int64
+    return sympy.Integer(0), _pairs(given, sizes, transport) * row + counts, None
 
 
 def _combine(given: dict[str, Any], sizes: Sizes) -> tuple[Any, Any, Any]:
-    rows = value(given["rows"])
-    sent = given["place"].args[0]  # a dispatch, or the wait of one, which gets what its start gave
+    rows = value(given["permuted_tokens"])
+    sent = given["row_id_map"].args[0]  # a dispatch, or the wait of one, which gets what its start gave
     capacity = sent.kwargs.get("capacity")
     start = sent.args[1].args[0] if sent.target is dispatch_combine.dispatch_wait else sent
-    pairs = _pairs({"capacity": capacity, "index": given["index"]}, sizes, _transport(start))
+    pairs = _pairs({"capacity": capacity, "topk_ids": given["topk_ids"]}, sizes, _transport(start))
     return sympy.Integer(0), pairs * sizes.size(rows.shape[-1]) * rows.element_size(), None
 
 

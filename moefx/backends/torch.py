@@ -239,7 +239,7 @@ BACKEND = Backend(
         ops.experts: Kernel(experts, refuses_experts, "grouped GEMM, one sort, no atomics"),
         ops.linear_cross_entropy: Kernel(linear_cross_entropy, why="chunked: never all logits"),
         dispatch_combine.dispatch: Kernel(dispatch_combine.dispatch, why="all-to-all"),
-        dispatch_combine.combine: Kernel(dispatch_combine.combine, why="the way that its dispatch took"),
+        dispatch_combine.combine: Kernel(dispatch_combine.combine, why="the transport of its dispatch"),
         grouped.grouped_mlp: Kernel(grouped.grouped_mlp, why="grouped GEMM, activation recomputed"),
     },
 )

@@ -23,7 +23,7 @@ from moefx.kernels import grouped_gemm
 from moefx.ops import ExpertsSpec, has_nobody
 from moefx.ops.custom_op import FIRST_INPUT, opaque
 from moefx.ops.grouped_mlp import GroupedMLPSpec, matrices_of
-from moefx.transports.permute import Kept
+from moefx.transports.permute import SavedRows
 
 #: The activations that :mod:`moefx.kernels.expert_activation` has kernels for.
 KNOWN = frozenset(
@@ -325,14 +325,14 @@ def fused_grouped_mlp_backward(
     from moefx.kernels import expert_activation as act
 
     bounds = _bounds(counts)
-    kept, hidden = Kept(rows, tokens, place, host), matrices_of(up, spec.transposed).shape[1]
+    kept, hidden = SavedRows(rows, tokens, place, host), matrices_of(up, spec.transposed).shape[1]
     if not keep:
-        kept = Kept(kept.again(grad.shape[0], hidden))
-        h = grouped_gemm.rows(gemm, kept.again(grad.shape[0], hidden).to(up.dtype), matrices_of(up, spec.transposed), bounds)
+        kept = SavedRows(kept.restore(grad.shape[0], hidden))
+        h = grouped_gemm.rows(gemm, kept.restore(grad.shape[0], hidden).to(up.dtype), matrices_of(up, spec.transposed), bounds)
     to_rows, found, to_weights = _gradients(
         grad,
         h,
-        lambda: kept.again(grad.shape[0], hidden),
+        lambda: kept.restore(grad.shape[0], hidden),
         bounds,
         (up, up_bias, down, down_bias),
         spec,
@@ -371,7 +371,7 @@ def _(
     keep,
     needs,
 ):
-    to_rows = h.new_empty(grad.shape[0], matrices_of(up, spec.transposed).shape[1], dtype=Kept(rows, tokens).dtype)
+    to_rows = h.new_empty(grad.shape[0], matrices_of(up, spec.transposed).shape[1], dtype=SavedRows(rows, tokens).dtype)
     given = zip((to_rows, up, up_bias, down, down_bias, row_weights), needs)
     return tuple(torch.empty_like(t) if need else h.new_empty(0) for t, need in given)
 
@@ -379,7 +379,7 @@ def _(
 def _save_mlp(ctx, inputs, keyword_only_inputs, output) -> None:
     ctx.set_materialize_grads(False)
     rows, counts, up, up_bias, down, down_bias, row_weights, tokens, place, host, *ctx.options = inputs
-    ctx.save_for_backward(output[1], *Kept.least(rows, tokens, place, host), counts, up, up_bias, down, down_bias, row_weights)
+    ctx.save_for_backward(output[1], *SavedRows.smallest(rows, tokens, place, host), counts, up, up_bias, down, down_bias, row_weights)
     ctx.mark_non_differentiable(output[1])
 
 

@@ -1,4 +1,4 @@
-"""The moves of :mod:`moefx.transports.permute` on a CUDA device: a row is read once, sums are in float32, nothing is atomic."""
+"""The Triton kernels of :mod:`moefx.transports.permute`: a row is read once, sums are in float32, without atomics."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moefx.transports import wide
+from moefx.transports import accumulation_dtype
 
-#: Numbers of a block's table of (token, bucket): it has to stay in registers.
+#: Elements of a block's table of (token, bucket): it has to stay in registers.
 TABLE = 1 << 13
 
 
-# --- tables of places: a stable counting sort into buckets -------------------------------------------------------------
+# --- maps: a stable counting sort into buckets -----------------------------------------------------------------------
 
 
 @triton.jit
 def _count(
-    index,
+    topk_ids,
     counts,
     entries,
     tokens,
@@ -41,7 +41,7 @@ def _count(
     wanted = tl.zeros((BLOCK, BUCKETS), tl.int32)
     many = tl.zeros((BUCKETS,), tl.int32)
     for k in tl.static_range(TOP_K):
-        e = tl.load(index + token * stride + k, mask=token < tokens, other=-1).to(tl.int32) - first
+        e = tl.load(topk_ids + token * stride + k, mask=token < tokens, other=-1).to(tl.int32) - first
         here = ((e >= 0)[:, None] & ((e // each)[:, None] == buckets[None, :]) & (buckets < there)[None, :]).to(tl.int32)
         if ONCE:
             many += tl.sum(here, axis=0)
@@ -74,12 +74,12 @@ def _scan(counts, entries, totals, blocks, ONCE: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
-def _place(
-    index,
+def _map_rows(
+    topk_ids,
     counts,
     totals,
-    place,
-    once,
+    row_id_map,
+    send_map,
     tokens,
     blocks,
     stride,
@@ -99,50 +99,52 @@ def _place(
     start = tl.cumsum(total, 0) - total + tl.load(counts + buckets * blocks + block)
     wanted = tl.zeros((BLOCK, BUCKETS), tl.int32)
     for k in tl.static_range(TOP_K):
-        e = tl.load(index + token * stride + k, mask=token < tokens, other=-1).to(tl.int32) - first
+        e = tl.load(topk_ids + token * stride + k, mask=token < tokens, other=-1).to(tl.int32) - first
         here = ((e >= 0)[:, None] & ((e // each)[:, None] == buckets[None, :]) & (buckets < there)[None, :]).to(tl.int32)
         wanted = tl.maximum(wanted, here) if ONCE else wanted + here
     row = start[None, :] + tl.cumsum(wanted, axis=0) - wanted
     seen = tl.zeros((BLOCK, BUCKETS), tl.int32)
     for k in tl.static_range(TOP_K):
-        e = tl.load(index + token * stride + k, mask=token < tokens, other=-1).to(tl.int32) - first
+        e = tl.load(topk_ids + token * stride + k, mask=token < tokens, other=-1).to(tl.int32) - first
         here = ((e >= 0)[:, None] & ((e // each)[:, None] == buckets[None, :]) & (buckets < there)[None, :]).to(tl.int32)
         known = tl.sum(here, axis=1) > 0  # among these buckets
         at = tl.sum(here * (row if ONCE else row + seen), axis=1)
-        tl.store(place + token * TOP_K + k, tl.where(known, at, -1), mask=token < tokens)
+        tl.store(row_id_map + token * TOP_K + k, tl.where(known, at, -1), mask=token < tokens)
         if ONCE:
             again = tl.sum(here * seen, axis=1) > 0
-            tl.store(once + token * TOP_K + k, tl.where(known & (again == 0), at, -1), mask=token < tokens)
+            tl.store(send_map + token * TOP_K + k, tl.where(known & (again == 0), at, -1), mask=token < tokens)
         seen += here
 
 
-def places(index: Tensor, first: int, each: int, buckets: int, totals: Tensor, place: Tensor, once: Tensor | None) -> None:
-    """Expert e goes into the bucket ``(e - first) // each``, if it is one of ``buckets``. Writes ``place`` and ``totals``.
+def build_row_id_map(
+    topk_ids: Tensor, first: int, each: int, buckets: int, totals: Tensor, row_id_map: Tensor, send_map: Tensor | None
+) -> None:
+    """Expert e goes into the bucket ``(e - first) // each``, if it is one of ``buckets``. Writes ``row_id_map`` and ``totals``.
 
-    With ``once`` a token has one row in a bucket, however many of its experts are there: ``once`` has the first of them, and
-    totals [buckets, 2] are rows and (token, k). Without, each (token, k) has a row: totals [buckets].
+    With ``send_map`` a token has one row in a bucket, however many of its experts are there, and ``send_map`` names it at the
+    first of them only; totals [buckets, 2] are rows and (token, k). Without, each (token, k) has a row: totals [buckets].
     """
-    tokens, top_k = index.shape
-    if not index.numel():
+    tokens, top_k = topk_ids.shape
+    if not topk_ids.numel():
         totals.zero_()
         return
-    width, alone = max(2, triton.next_power_of_2(buckets)), once is not None
+    width, alone = max(2, triton.next_power_of_2(buckets)), send_map is not None
     block = max(16, min(128, TABLE // width))
     blocks = triton.cdiv(tokens, block)
-    counts = torch.empty(2, width, blocks, dtype=torch.int32, device=index.device)
+    counts = torch.empty(2, width, blocks, dtype=torch.int32, device=topk_ids.device)
     shape = {"TOP_K": top_k, "BUCKETS": width, "ONCE": alone, "BLOCK": block, "num_warps": 8}
-    with torch.cuda.device_of(index):
-        _count[(blocks,)](index, counts[0], counts[1], tokens, blocks, index.stride(0), first, each, buckets, **shape)
+    with torch.cuda.device_of(topk_ids):
+        _count[(blocks,)](topk_ids, counts[0], counts[1], tokens, blocks, topk_ids.stride(0), first, each, buckets, **shape)
         _scan[(buckets,)](counts[0], counts[1], totals, blocks, alone, min(1024, triton.next_power_of_2(blocks)))
-        _place[(blocks,)](
-            index,
+        _map_rows[(blocks,)](
+            topk_ids,
             counts[0],
             totals,
-            place,
-            place if once is None else once,
+            row_id_map,
+            row_id_map if send_map is None else send_map,
             tokens,
             blocks,
-            index.stride(0),
+            topk_ids.stride(0),
             first,
             each,
             buckets,
@@ -154,9 +156,9 @@ def places(index: Tensor, first: int, each: int, buckets: int, totals: Tensor, p
 
 
 @triton.jit
-def _spread(
+def _permute(
     x,
-    place,
+    row_id_map,
     out,
     values,
     row_values,
@@ -165,7 +167,7 @@ def _spread(
     out_stride,
     values_stride,
     TOP_K: tl.constexpr,
-    WIDE_K: tl.constexpr,
+    PADDED_K: tl.constexpr,
     VALUED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -175,13 +177,13 @@ def _spread(
     inside = column < width
     value = tl.load(x + token * x_stride + column, mask=inside)
     for k in tl.static_range(TOP_K):
-        row = tl.load(place + token * TOP_K + k).to(tl.int64)
+        row = tl.load(row_id_map + token * TOP_K + k).to(tl.int64)
         if row >= 0:
             tl.store(out + row * out_stride + column, value, mask=inside)
     if VALUED:
         if tl.program_id(1) == 0:
-            ks = tl.arange(0, WIDE_K)
-            rows = tl.load(place + token * TOP_K + ks, mask=ks < TOP_K, other=-1)
+            ks = tl.arange(0, PADDED_K)
+            rows = tl.load(row_id_map + token * TOP_K + ks, mask=ks < TOP_K, other=-1)
             each = tl.load(values + token * values_stride + ks, mask=ks < TOP_K)
             tl.store(row_values + rows, each, mask=rows >= 0)
 
@@ -189,56 +191,56 @@ def _spread(
 @triton.jit
 def _pack(
     x,
-    index,
-    weights,
-    once,
+    topk_ids,
+    topk_weights,
+    send_map,
     hidden,
-    row_weights,
-    experts,
+    sent_weights,
+    sent_ids,
     width,
     hidden_stride,
     weights_stride,
-    experts_stride,
+    ids_stride,
     local,
     TOP_K: tl.constexpr,
-    WIDE_K: tl.constexpr,
+    PADDED_K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One token to the rows that travel, with its weights and, numbered as the receiver numbers them, its experts."""
+    """One token to the rows that are sent, with its weights and its experts as the receiver numbers them."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     value = tl.load(x + token * width + column, mask=inside)
     for k in tl.static_range(TOP_K):
-        row = tl.load(once + token * TOP_K + k).to(tl.int64)
+        row = tl.load(send_map + token * TOP_K + k).to(tl.int64)
         if row >= 0:
             tl.store(hidden + row * hidden_stride + column, value, mask=inside)
     if tl.program_id(1) == 0:
-        ks = tl.arange(0, WIDE_K)
-        e = tl.load(index + token * TOP_K + ks, mask=ks < TOP_K, other=-1).to(tl.int32)
-        w = tl.load(weights + token * TOP_K + ks, mask=ks < TOP_K, other=0.0).to(tl.float32)
+        ks = tl.arange(0, PADDED_K)
+        e = tl.load(topk_ids + token * TOP_K + ks, mask=ks < TOP_K, other=-1).to(tl.int32)
+        w = tl.load(topk_weights + token * TOP_K + ks, mask=ks < TOP_K, other=0.0).to(tl.float32)
         for k in tl.static_range(TOP_K):
-            row = tl.load(once + token * TOP_K + k).to(tl.int64)
+            row = tl.load(send_map + token * TOP_K + k).to(tl.int64)
             if row >= 0:
-                rank = tl.load(index + token * TOP_K + k).to(tl.int32) // local
+                rank = tl.load(topk_ids + token * TOP_K + k).to(tl.int32) // local
                 there = tl.where((e >= 0) & (e // local == rank), e - rank * local, -1)
-                tl.store(experts + row * experts_stride + ks, there, mask=ks < TOP_K)
-                tl.store(row_weights + row * weights_stride + ks, w, mask=ks < TOP_K)
+                tl.store(sent_ids + row * ids_stride + ks, there, mask=ks < TOP_K)
+                tl.store(sent_weights + row * weights_stride + ks, w, mask=ks < TOP_K)
 
 
 def _inner(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def spread(x: Tensor, place: Tensor, out: Tensor, values: Tensor | None, row_values: Tensor) -> None:
-    """See :func:`moefx.transports.permute.spread`."""
-    (tokens, top_k), width, x = place.shape, x.shape[1], _inner(x)
-    if place.numel():
+def permute(x: Tensor, row_id_map: Tensor, out: Tensor, values: Tensor | None, row_values: Tensor) -> None:
+    """See :func:`moefx.transports.permute.permute`."""
+    (tokens, top_k), width, x = row_id_map.shape, x.shape[1], _inner(x)
+    if row_id_map.numel():
         block = min(2048, max(128, triton.next_power_of_2(width)))
         with torch.cuda.device_of(x):
-            _spread[(tokens, triton.cdiv(width, block))](
+            _permute[(tokens, triton.cdiv(width, block))](
                 x,
-                place,
+                row_id_map,
                 out,
                 x if values is None else values,
                 row_values,
@@ -247,32 +249,32 @@ def spread(x: Tensor, place: Tensor, out: Tensor, values: Tensor | None, row_val
                 out.stride(0),
                 0 if values is None else values.stride(0),
                 TOP_K=top_k,
-                WIDE_K=triton.next_power_of_2(top_k),
+                PADDED_K=triton.next_power_of_2(top_k),
                 VALUED=values is not None,
                 BLOCK=block,
                 num_warps=4,
             )
 
 
-def pack(x: Tensor, index: Tensor, weights: Tensor, once: Tensor, local: int, out: Any) -> None:
+def pack(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, send_map: Tensor, local: int, out: Any) -> None:
     """See :func:`moefx.transports.permute.pack`."""
-    (tokens, top_k), width = index.shape, x.shape[1]
-    if index.numel():
+    (tokens, top_k), width = topk_ids.shape, x.shape[1]
+    if topk_ids.numel():
         block = min(2048, max(128, triton.next_power_of_2(width)))
         with torch.cuda.device_of(x):
             _pack[(tokens, triton.cdiv(width, block))](
                 x,
-                index,
-                weights,
-                once,
+                topk_ids,
+                topk_weights,
+                send_map,
                 *out,
                 width,
                 out.hidden.stride(0),
-                out.weights.stride(0),
-                out.experts.stride(0),
+                out.topk_weights.stride(0),
+                out.topk_ids.stride(0),
                 local,
                 TOP_K=top_k,
-                WIDE_K=triton.next_power_of_2(top_k),
+                PADDED_K=triton.next_power_of_2(top_k),
                 BLOCK=block,
                 num_warps=4,
             )
@@ -282,22 +284,22 @@ def pack(x: Tensor, index: Tensor, weights: Tensor, once: Tensor, local: int, ou
 
 
 @triton.jit
-def _sum(
+def _unpermute(
     rows,
-    place,
+    row_id_map,
     out,
     width,
     row_stride,
     out_stride,
     values,
-    value_place,
-    picked,
+    value_map,
+    gathered,
     value_stride,
     value_column,
-    picked_stride,
+    gathered_stride,
     TOP_K: tl.constexpr,
-    WIDE_K: tl.constexpr,
-    PICKED: tl.constexpr,
+    PADDED_K: tl.constexpr,
+    GATHERED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program for BLOCK numbers of one result."""
@@ -306,48 +308,48 @@ def _sum(
     inside = column < width
     total = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(TOP_K):
-        at = tl.load(place + token * TOP_K + k)
+        at = tl.load(row_id_map + token * TOP_K + k)
         there = column < tl.where(at >= 0, width, 0)
         total += tl.load(rows + at.to(tl.int64) * row_stride + column, mask=there, other=0.0).to(tl.float32)
     tl.store(out + token * out_stride + column, total.to(out.dtype.element_ty), mask=inside)
-    if PICKED:
+    if GATHERED:
         if tl.program_id(1) == 0:
-            ks = tl.arange(0, WIDE_K)
-            wanted = tl.load(value_place + token * TOP_K + ks, mask=ks < TOP_K, other=-1).to(tl.int64)
+            ks = tl.arange(0, PADDED_K)
+            wanted = tl.load(value_map + token * TOP_K + ks, mask=ks < TOP_K, other=-1).to(tl.int64)
             value = tl.load(values + wanted * value_stride + ks * value_column, mask=wanted >= 0, other=0.0)
-            tl.store(picked + token * picked_stride + ks, value, mask=ks < TOP_K)
+            tl.store(gathered + token * gathered_stride + ks, value, mask=ks < TOP_K)
 
 
 def _check(rows: Tensor) -> None:
-    if wide(rows.dtype) is torch.float64:
-        raise ValueError("these kernels add in float32, float64 rows would lose: train on CUDA in float32 or bfloat16")
+    if accumulation_dtype(rows.dtype) is torch.float64:
+        raise ValueError("these kernels accumulate in float32, the rows are float64: train on CUDA in float32 or bfloat16")
 
 
-def sum_rows(rows: Tensor, place: Tensor, out: Tensor, picked: Any) -> None:
-    """See :func:`moefx.transports.permute.sum_rows`."""
+def unpermute(rows: Tensor, row_id_map: Tensor, out: Tensor, gather: Any) -> None:
+    """See :func:`moefx.transports.permute.unpermute`."""
     _check(rows)
-    (tokens, top_k), width, rows = place.shape, rows.shape[1], _inner(rows)
+    (tokens, top_k), width, rows = row_id_map.shape, rows.shape[1], _inner(rows)
     if not tokens:
         return
     block = min(1024, max(128, triton.next_power_of_2(width)))
-    if picked is None:
-        extra = (rows, place, out, 0, 0, 0)
+    if gather is None:
+        extra = (rows, row_id_map, out, 0, 0, 0)
     else:
-        values = picked.values
+        values = gather.values
         steps = (values.stride(0), values.stride(1) if values.dim() == 2 else 0)
-        extra = (values, picked.place, picked.out, *steps, picked.out.stride(0))
+        extra = (values, gather.row_id_map, gather.out, *steps, gather.out.stride(0))
     with torch.cuda.device_of(rows):
-        _sum[(tokens, triton.cdiv(width, block))](
+        _unpermute[(tokens, triton.cdiv(width, block))](
             rows,
-            place,
+            row_id_map,
             out,
             width,
             rows.stride(0),
             out.stride(0),
             *extra,
             TOP_K=top_k,
-            WIDE_K=triton.next_power_of_2(top_k),
-            PICKED=picked is not None,
+            PADDED_K=triton.next_power_of_2(top_k),
+            GATHERED=gather is not None,
             BLOCK=block,
             num_warps=4,
         )

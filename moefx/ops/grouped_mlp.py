@@ -14,8 +14,8 @@ from moefx.ops.grouped_mm import grouped_gemm, grouped_outer
 from moefx.ops.moe import ExpertsSpec
 from moefx.ops.registry import LIBRARY
 from moefx.ops.spec import schema, takes_spec
-from moefx.transports import wide
-from moefx.transports.permute import Kept
+from moefx.transports import accumulation_dtype
+from moefx.transports.permute import SavedRows
 
 
 @torch.library.custom_op("moefx::scale_gradient", mutates_args=())
@@ -66,7 +66,7 @@ def activate(h: Tensor, row_weights: Tensor | None, spec: ExpertsSpec) -> Tensor
     Computed in float32 (float64 for float64) and rounded once: the weight costs no rounding.
     """
     forward = ACTIVATIONS[spec.activation].forward
-    a = forward(h.to(wide(h.dtype)), spec.alpha, spec.limit, spec.interleaved)
+    a = forward(h.to(accumulation_dtype(h.dtype)), spec.alpha, spec.limit, spec.interleaved)
     return scale_rows(a, row_weights).to(h.dtype).contiguous()
 
 
@@ -75,7 +75,7 @@ def activate_backward(h: Tensor, to_a: Tensor, row_weights: Tensor | None, spec:
 
     to_a [R, I]: the gradient of what it gave.
     """
-    act, high, to_a = ACTIVATIONS[spec.activation], h.to(wide(h.dtype)), to_a.to(wide(h.dtype))
+    act, high, to_a = ACTIVATIONS[spec.activation], h.to(accumulation_dtype(h.dtype)), to_a.to(accumulation_dtype(h.dtype))
     a = act.forward(high, spec.alpha, spec.limit, spec.interleaved)
     to_weights = h.new_empty(0) if row_weights is None else (to_a * a).sum(1).to(row_weights.dtype)
     to_h = act.backward(high, scale_rows(to_a, row_weights), spec.alpha, spec.limit, spec.interleaved)
@@ -143,8 +143,8 @@ def grouped_mlp_backward(
     to_a = grouped_gemm(grad, matrices_of(down, spec.transposed).transpose(1, 2), offsets)
     to_h, a, to_weights = activate_backward(h, to_a, row_weights, spec)
     to_down = grouped_outer(a, grad, offsets) if spec.transposed else grouped_outer(grad, a, offsets)
-    kept, matrices = Kept(rows, tokens, place, host), matrices_of(up, spec.transposed)
-    x = kept.again(h.shape[0], matrices.shape[1]).to(up.dtype)
+    kept, matrices = SavedRows(rows, tokens, place, host), matrices_of(up, spec.transposed)
+    x = kept.restore(h.shape[0], matrices.shape[1]).to(up.dtype)
     to_up = grouped_outer(x, to_h, offsets) if spec.transposed else grouped_outer(to_h, x, offsets)
     to_rows = grouped_gemm(to_h, matrices.transpose(1, 2), offsets).to(kept.dtype)
     to_up_bias = sum_by_expert(to_h, counts) if up_bias is not None else h.new_empty(0)
@@ -152,7 +152,7 @@ def grouped_mlp_backward(
     if down_bias is not None:
         to_down_bias = sum_by_expert(grad, counts, row_weights)
         if row_weights is not None:
-            to_weights += (grad.to(wide(grad.dtype)) * down_bias[experts_of_rows(counts, h.shape[0])]).sum(1)
+            to_weights += (grad.to(accumulation_dtype(grad.dtype)) * down_bias[experts_of_rows(counts, h.shape[0])]).sum(1)
     if spec.grad_scale != 1.0:
         for g in (to_up, to_up_bias, to_down, to_down_bias):
             g.mul_(spec.grad_scale)
@@ -161,7 +161,7 @@ def grouped_mlp_backward(
 
 def sum_by_expert(grad: Tensor, counts: Tensor, row_weights: Tensor | None = None) -> Tensor:
     """[R, n] -> [E, n]: (weighted) sums of each expert's rows, in fp32 (fp64 for fp64), in one fixed order."""
-    high = grad.to(wide(grad.dtype))
+    high = grad.to(accumulation_dtype(grad.dtype))
     return torch.segment_reduce(scale_rows(high, row_weights), "sum", lengths=counts, unsafe=True).to(grad.dtype)
 
 
@@ -170,14 +170,14 @@ def _(grad, h, rows, tokens, place, host, counts, up, up_bias, down, down_bias, 
     def like(t: Tensor | None) -> Tensor:
         return h.new_empty(0) if t is None else torch.empty_like(t)
 
-    to_rows = h.new_empty(h.shape[0], matrices_of(up, spec.transposed).shape[1], dtype=Kept(rows, tokens).dtype)
+    to_rows = h.new_empty(h.shape[0], matrices_of(up, spec.transposed).shape[1], dtype=SavedRows(rows, tokens).dtype)
     return to_rows, like(up), like(up_bias), like(down), like(down_bias), like(row_weights)
 
 
 def _save(ctx, inputs, _, output) -> None:
     ctx.set_materialize_grads(False)  # else autograd would write zeros for h's
     rows, counts, up, up_bias, down, down_bias, row_weights, *arrived, ctx.spec = inputs
-    ctx.save_for_backward(output[1], *Kept.least(rows, *arrived), counts, up, up_bias, down, down_bias, row_weights)
+    ctx.save_for_backward(output[1], *SavedRows.smallest(rows, *arrived), counts, up, up_bias, down, down_bias, row_weights)
     ctx.mark_non_differentiable(output[1])
 
 

@@ -22,7 +22,7 @@ from moefx.integrations import peft as adapters
 from moefx.integrations import transformers as hf
 from moefx.internals import surroundings
 from moefx.ir.program import Function
-from moefx.ops import dispatch_combine
+from moefx.ops import exchange
 from moefx.runtime.guards import ModuleGuard
 from moefx.runtime.router_state import RouterState
 from moefx.runtime.state import Optimized, unseen
@@ -92,7 +92,7 @@ class BlockForward:
 
     def run(self, module: nn.Module, function: Function, tensors: list[Tensor]) -> Any:
         """The flat outputs of ``function``."""
-        with dispatch_combine.layer(self.path) if self.state.plan.ep_size > 1 else contextlib.nullcontext():
+        with exchange.layer(self.path) if self.state.plan.ep_size > 1 else contextlib.nullcontext():
             return self._run(module, function, tensors)
 
     def _run(self, module: nn.Module, function: Function, tensors: list[Tensor]) -> Any:
@@ -112,7 +112,7 @@ class BlockForward:
             out = self.run(module, function, tensors)
         else:
             given, dispatches = forced
-            with dispatch_combine.sharing(dispatches):
+            with exchange.reuse_dispatches(dispatches):
                 out = self.run(module, self.state.replay_function(function), [*tensors, *given])
         self.router_state.record(self, function, x, module.training, out, dispatches)
         return out

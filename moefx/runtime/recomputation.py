@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from moefx.internals.assumptions import assumed
-from moefx.ops.dispatch_combine import Dispatches
+from moefx.ops.exchange import RecordedDispatches
 
 
 @dataclass(eq=False)
@@ -20,7 +20,7 @@ class Kept:
     storage: StorageWeakRef
     where: tuple
     index: list[Tensor]
-    dispatches: Dispatches  #: where its tokens were dispatched
+    dispatches: RecordedDispatches  #: where its tokens were dispatched
 
 
 def recomputing() -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moefx.errors import MoefxError
-from moefx.ops.dispatch_combine import Dispatches
+from moefx.ops.exchange import RecordedDispatches
 from moefx.runtime.recomputation import Kept, checkpointed, recomputing, where
 from moefx.runtime.state import Optimized
 
@@ -51,12 +51,12 @@ class RouterState:
 
     def forced_routes(
         self, block: BlockForward, function: Function, tensors: list[Tensor], training: bool
-    ) -> tuple[list[Tensor], Dispatches] | None:
+    ) -> tuple[list[Tensor], RecordedDispatches] | None:
         """The inputs of the replay function that force the routes of this call, and the dispatches that belong to them.
 
         None if the call can run the function in which the routers choose.
         """
-        index, dispatches, x = None, Dispatches(), tensors[0]
+        index, dispatches, x = None, RecordedDispatches(), tensors[0]
         if recomputing():
             kept = next((k for k in block.kept if k.where == where(x) and not k.storage.expired()), None)
             fixed = next((r.not_replayable for r in function.routes if r.not_replayable), "")
@@ -94,7 +94,7 @@ class RouterState:
         return index.to(device=device, dtype=torch.int64)
 
     def record(
-        self, block: BlockForward, function: Function, x: Tensor, training: bool, out: tuple, dispatches: Dispatches | None
+        self, block: BlockForward, function: Function, x: Tensor, training: bool, out: tuple, dispatches: RecordedDispatches | None
     ) -> None:
         """Keeps what a call's routers returned for whoever asked for it: recomputation, recording, load tracking, losses."""
         if recomputing():

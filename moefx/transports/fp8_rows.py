@@ -1,11 +1,11 @@
-"""Token rows in 8 bits, to be sent: e4m3 numbers with one float32 scale for each 128 of a row.
+"""Tokens in 8 bits for the dispatch: float8_e4m3fn with one float32 scale for each block of 128 elements of a row.
 
 The format of DeepSeek-V3's dispatch (arXiv 2412.19437, section 3.3.3) and of DeepEP's tests: ``scale = max|x| / 448`` over a
-block, ``q = x / scale`` rounded to float8_e4m3fn; the receiver takes ``q * scale``, rounded to the dtype that x had.
+block, ``q = x / scale`` rounded to float8_e4m3fn; the receiver computes ``q * scale`` and rounds it to the dtype of x.
 
-How far that is from x. e4m3 has 3 bits after the leading one, so that rounding moves a number by 2**-4 of itself at most; below
-2**-6 its numbers lie 2**-9 apart, so by 2**-10. Nothing overflows, since ``|x / scale| <= 448``. Rounding to 16 bits and the
-float32 arithmetic add u = 2**-8 (bfloat16; float32: 2**-22) of the result:
+Error bound. e4m3 has 3 mantissa bits, so rounding changes a number by at most 2**-4 of itself; its subnormals, below 2**-6, are
+2**-9 apart, so there by at most 2**-10. Nothing overflows, since ``|x / scale| <= 448``. Rounding to 16 bits and the float32
+arithmetic add u = 2**-8 (bfloat16; float32: 2**-22) of the result:
 
     |received - x| <= (1 + u) * max(2**-4 * |x|, 2**-10 * max|x of the block| / 448) + u * |x|
 """
@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moefx.transports import empty_rows, row_bytes, unpack
+from moefx.transports.row_layout import empty_rows, row_bytes, unpack
 
 BLOCK = 128
-LARGEST = 448.0  #: of float8_e4m3fn
-TINY = 1e-30  #: keeps the scale of a block of zeros finite and its inverse too
+LARGEST = 448.0  #: finite value of float8_e4m3fn
+TINY = 1e-30  #: keeps the scale of a block of zeros and its inverse finite
 
 
 def blocks(hidden: int) -> int:
@@ -33,7 +33,7 @@ def _parts(hidden: int) -> tuple[tuple[int, torch.dtype], tuple[int, torch.dtype
 
 
 def width(hidden: int, dtype: torch.dtype) -> int:
-    """How many numbers of ``dtype`` take the bytes of an encoded row: quantized numbers, then scales."""
+    """Elements of ``dtype`` that an encoded row takes: quantized elements, then scales."""
     return row_bytes(*_parts(hidden)) // dtype.itemsize
 
 
@@ -58,7 +58,7 @@ def _quantize(x: Tensor, q: Tensor, scales: Tensor) -> None:
 
 
 def dequantize(q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The reverse, in ``dtype``; both may have strided rows."""
+    """q [T, H] and scales [T, H / 128] -> [T, H] in ``dtype``. Rows of both may be strided."""
     if q.is_cuda:
         from moefx.kernels.fp8_rows import dequantize
 
@@ -67,7 +67,7 @@ def dequantize(q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def encode(x: Tensor) -> Tensor:
-    """x [T, H] -> rows [T, width] in x's dtype, which hold quantized numbers and scales: what transports move."""
+    """x [T, H] -> rows [T, width] in the dtype of x, which hold quantized elements and scales: what transports send."""
     parts = _parts(x.shape[1])
     rows = empty_rows(x, x.shape[0], *parts)
     _quantize(x, *unpack(rows, *parts))
@@ -75,6 +75,6 @@ def encode(x: Tensor) -> Tensor:
 
 
 def decode(rows: Tensor, hidden: int) -> Tensor:
-    """The reverse: [N, H]. Rows may be strided."""
+    """Encoded rows [N, width] -> [N, H] in their dtype. Rows may be strided."""
     q, scales = unpack(rows, *_parts(hidden))
     return dequantize(q, scales, rows.dtype)

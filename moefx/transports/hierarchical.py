@@ -1,8 +1,8 @@
-"""Hierarchical all-to-all: a token crosses to another node once, however many ranks it wants there, and is passed on within.
+"""Hierarchical all-to-all: a token is sent to another node once, however many ranks it needs there, and forwarded there.
 
-First over the rail (the ranks of the same place on each node), as if each node were one rank with all its experts; then within
-the node. What comes back takes the same ways, added up on the node before it crosses: in 16 bits one rounding more than
-all-to-all. The host waits for counts twice.
+First over the rail (the ranks with the same index on each node), as if each node were one rank with all its experts; then
+within the node. Results return on the same route and are summed on the node before they leave it: in 16 bits one rounding more
+than all-to-all. The host waits for counts twice.
 """
 
 from __future__ import annotations
@@ -16,29 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moefx.transports import (
-    CAPACITY,
-    FP8,
-    KIND,
-    LAYER,
-    NAMES,
-    PAIRS,
-    RECEIVED,
-    ROWS,
-    TOKENS,
-    TOP_K,
-    Call,
-    Dispatched,
-    Host,
-    Shapes,
-    Wait,
-    host_size,
-    make_host,
-    nodes,
-    room,
-    row_bytes,
-)
 from moefx.transports.all_to_all import AllToAll
+from moefx.transports.base import Call, Dispatched, Shapes, Wait, allocate_buffers
+from moefx.transports.header import Header, header_size, make_header
+from moefx.transports.registry import nodes
+from moefx.transports.row_layout import row_bytes
 
 
 @functools.cache
@@ -54,6 +36,8 @@ def _groups(group: dist.ProcessGroup) -> tuple[dist.ProcessGroup, dist.ProcessGr
 
 
 class Hierarchical:
+    """Two stages of all-to-all: over the rail, then within the node."""
+
     stage = AllToAll()
     packed = True
 
@@ -61,79 +45,85 @@ class Hierarchical:
     def _calls(call: Call) -> tuple[Call, Call]:
         """Over the rail a node owns its experts; within the node a rank owns its own."""
         rail, node = _groups(call.group)
-        inner = replace(call, group=node, num_experts=call.num_experts // rail.size(), wire="")  # as they came
+        # encoded tokens are forwarded as received
+        inner = replace(call, group=node, num_experts=call.num_experts // rail.size(), dispatch_dtype="")
         return replace(call, group=rail), inner
 
     @staticmethod
     def _own(call: Call) -> int:
         parts = nodes(call.group)
-        return 2 + host_size(len(parts), 0) + host_size(len(parts[0]), 0)
+        return 2 + header_size(len(parts), 0) + header_size(len(parts[0]), 0)
 
-    def shapes(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
-        found = self.stage.shapes(x, index, weights, call, size)
+    def shapes(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
+        found = self.stage.shapes(x, topk_ids, topk_weights, call, size)
         return found._replace(handle=(size("handle"),), own=self._own(call))
 
     @staticmethod
-    def _read(handle: Tensor, host: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """(handle, host) of the rail's stage and of the node's."""
-        own = host[-len(Host.read(host).own) :]
+    def _stages(handle: Tensor, cpu_metadata: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """(handle, cpu_metadata) of the rail's stage and of the node's."""
+        own = cpu_metadata[-len(Header.read(cpu_metadata).own) :]
         first, bytes_ = own[:2].tolist()
         return (handle[:bytes_], own[2 : 2 + first]), (handle[bytes_:], own[2 + first :])
 
-    def send(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, kept: Dispatched | None) -> tuple[Dispatched, Wait]:
+    def dispatch(
+        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, call: Call, kept: Dispatched | None
+    ) -> tuple[Dispatched, Wait]:
         rail, node = self._calls(call)
-        before = (
-            [None, None] if kept is None else [kept._replace(handle=h, host=o) for h, o in self._read(kept.handle, kept.host)]
+        before: list[Dispatched | None] = [None, None]
+        if kept is not None:
+            stages = self._stages(kept.handle, kept.cpu_metadata)
+            before = [kept._replace(handle=h, cpu_metadata=m) for h, m in stages]
+        crossed, wait = self.stage.dispatch(x, topk_ids, topk_weights, rail, before[0])
+        wait()
+        tokens, experts, weights = self.stage.unpacked(crossed, x, call.dispatch_dtype)
+        received, wait = self.stage.dispatch(tokens, experts.long(), weights, node, before[1])
+        outer, inner = Header.read(crossed.cpu_metadata), Header.read(received.cpu_metadata)
+        own = [len(crossed.cpu_metadata), len(crossed.handle), *crossed.cpu_metadata.tolist(), *received.cpu_metadata.tolist()]
+        header = Header(
+            "hierarchical",
+            call.layer,
+            tokens=x.shape[0],
+            top_k=topk_ids.shape[1],
+            received=inner.received,
+            permuted=inner.permuted,
+            sent=outer.sent,
+            fp8=outer.fp8,
+            own=own,
         )
-        crossed, wait = self.stage.send(x, index, weights, rail, before[0])
-        wait()
-        tokens, experts, w = self.stage.opened(crossed, x, call.wire)
-        arrived, wait = self.stage.send(tokens, experts.long(), w, node, before[1])
-        inner, outer = Host.read(arrived.host).facts, Host.read(crossed.host).facts
-        facts = {
-            KIND: NAMES.index("hierarchical"),
-            LAYER: call.layer,
-            CAPACITY: 0,
-            TOKENS: x.shape[0],
-            TOP_K: index.shape[1],
-            RECEIVED: inner[RECEIVED],
-            ROWS: inner[ROWS],
-            PAIRS: outer[PAIRS],
-            FP8: outer[FP8],
-        }
-        own = [len(crossed.host), len(crossed.handle), *crossed.host.tolist(), *arrived.host.tolist()]
-        handle = torch.cat((crossed.handle, arrived.handle))
-        return arrived._replace(handle=handle, host=make_host(facts, call.ep, own=own)), wait
+        handle = torch.cat((crossed.handle, received.handle))
+        return received._replace(handle=handle, cpu_metadata=make_header(header, call.ep, own_size=0)), wait
 
-    def resend(self, x: Tensor, handle: Tensor, host: Tensor, call: Call) -> tuple[Tensor, Wait]:
-        (rail, node), (first, second) = self._calls(call), self._read(handle, host)
-        crossed, wait = self.stage.resend(x, *first, rail)
+    def redispatch(self, x: Tensor, handle: Tensor, cpu_metadata: Tensor, call: Call) -> tuple[Tensor, Wait]:
+        (rail, node), (first, second) = self._calls(call), self._stages(handle, cpu_metadata)
+        crossed, wait = self.stage.redispatch(x, *first, rail)
         wait()
-        return self.stage.resend(crossed, *second, node)
+        return self.stage.redispatch(crossed, *second, node)
 
-    def bring_back(
-        self, tokens: Tensor, weights: Tensor | None, handle: Tensor, host: Tensor, call: Call
+    def return_rows(
+        self, tokens: Tensor, weights: Tensor | None, handle: Tensor, cpu_metadata: Tensor, call: Call
     ) -> tuple[Tensor, Tensor | None, Wait]:
-        (rail, node), (first, second) = self._calls(call), self._read(handle, host)
-        back, back_weights, wait = self.stage.bring_back(tokens, weights, *second, node)
+        (rail, node), (first, second) = self._calls(call), self._stages(handle, cpu_metadata)
+        returned, returned_weights, wait = self.stage.return_rows(tokens, weights, *second, node)
         wait()
-        if back_weights is None:
-            return self.stage.bring_back(self.stage.collect(back, None, *second, node, tokens.shape[1])[0], None, *first, rail)
-        top_k = back_weights.shape[1]
-        # with the hidden state's padding, if it has any: it travels on as it came
-        hidden = tokens.shape[1] - row_bytes((top_k, back_weights.dtype)) // tokens.dtype.itemsize
-        gathered, gathered_weights = self.stage.collect(back, back_weights, *second, node, hidden)
-        assert gathered_weights is not None
-        rows, to_tokens, to_weights = room(self.stage, gathered, gathered.shape[0], top_k, gathered_weights.dtype)
-        to_tokens.copy_(gathered)
-        to_weights.copy_(gathered_weights)
-        return self.stage.bring_back(rows, to_weights, *first, rail)
+        if returned_weights is None:
+            summed, _ = self.stage.reduce(returned, None, *second, node, tokens.shape[1])
+            return self.stage.return_rows(summed, None, *first, rail)
+        top_k = returned_weights.shape[1]
+        # with the padding of the hidden state, if it has any: it is forwarded as received
+        hidden = tokens.shape[1] - row_bytes((top_k, returned_weights.dtype)) // tokens.dtype.itemsize
+        summed, summed_weights = self.stage.reduce(returned, returned_weights, *second, node, hidden)
+        assert summed_weights is not None
+        buffers = allocate_buffers(self.stage, summed, summed.shape[0], top_k, summed_weights.dtype)
+        rows, to_tokens, to_weights = buffers
+        to_tokens.copy_(summed)
+        to_weights.copy_(summed_weights)
+        return self.stage.return_rows(rows, to_weights, *first, rail)
 
-    def collect(
-        self, back: Tensor, back_weights: Tensor | None, handle: Tensor, host: Tensor, call: Call, hidden: int
+    def reduce(
+        self, returned: Tensor, returned_weights: Tensor | None, handle: Tensor, cpu_metadata: Tensor, call: Call, hidden: int
     ) -> tuple[Tensor, Tensor | None]:
-        (first, _), (rail, _) = self._read(handle, host), self._calls(call)
-        return self.stage.collect(back, back_weights, *first, rail, hidden)
+        (first, _), (rail, _) = self._stages(handle, cpu_metadata), self._calls(call)
+        return self.stage.reduce(returned, returned_weights, *first, rail, hidden)
 
 
 TRANSPORT = Hierarchical()

@@ -1,8 +1,8 @@
-"""The moves of rows within a rank: where each token goes, from tokens to rows, and from rows to sums per token.
+"""Permutation of rows within a rank: from tokens to rows in the order of their destinations, and from rows to sums per token.
 
-A table of places [T, K] (int32) says which row each (token, k) is, -1 for none; all moves read such a table, made once.
-Sums are taken in float32 (float64 for float64) in a fixed order and rounded once. On CUDA each move is one Triton kernel, a
-table three; nothing waits for the device.
+A ``row_id_map`` [T, K] (int32) holds the row of each (token, k), -1 for none; it is built once by a counting sort and read by
+all moves. Sums are taken in float32 (float64 for float64) in a fixed order and rounded once. On CUDA each move is one Triton
+kernel, a map takes three; nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moefx.transports import FP8, fp8_rows, unpack, wide
+from moefx.transports import fp8_rows
+from moefx.transports.base import accumulation_dtype
+from moefx.transports.header import Header
+from moefx.transports.row_layout import unpack
 
 
 def _fused(x: Tensor) -> Any:
@@ -28,57 +31,60 @@ def _kernels() -> Any:
     return rows
 
 
-# --- tables of places ------------------------------------------------------------------------------------------------
+# --- maps ------------------------------------------------------------------------------------------------------------
 
 
-def ways(index: Tensor, ep: int, local: int) -> tuple[Tensor, Tensor]:
-    """Where tokens go that want the experts index [T, K] (int64; -1: none), ``local`` of which live on each of ``ep`` ranks.
+def build_send_map(topk_ids: Tensor, ep: int, local: int) -> tuple[Tensor, Tensor]:
+    """Which rows are sent to which rank, for topk_ids [T, K] (int64; -1: none) and ``local`` experts on each of ``ep`` ranks.
 
-    -> sizes [2, ep, 2] int64: of the first, the tokens and the (token, k) for each rank; the second is left for what the other
-    ranks say. And tables [2, T, K]: the row, rank by rank, then by token, that (token, k) is sent in; the same with
-    -1 where an earlier k of the token is sent in that row.
+    Returns:
+        sizes [2, ep, 2] int64: ``sizes[0, r]`` is how many tokens and how many (token, k) go to rank r; ``sizes[1]`` is left
+        uninitialized, for what the other ranks report. And maps [2, T, K] int32: the row, by rank, then by token, that
+        (token, k) is sent in; the same with -1 where the token is sent in that row for an earlier k already.
     """
-    sizes = torch.empty(2, ep, 2, dtype=torch.int64, device=index.device)
-    tables = torch.empty(2, *index.shape, dtype=torch.int32, device=index.device)
-    kernels = _fused(index)
+    sizes = torch.empty(2, ep, 2, dtype=torch.int64, device=topk_ids.device)
+    maps = torch.empty(2, *topk_ids.shape, dtype=torch.int32, device=topk_ids.device)
+    kernels = _fused(topk_ids)
     if kernels:
-        kernels.places(index.contiguous(), 0, local, ep, sizes[0], tables[0], tables[1])
-        return sizes, tables
-    tokens = index.shape[0]
-    rank = torch.where(index < 0, ep, index // local)
-    here = torch.zeros(tokens, ep + 1, dtype=torch.int64, device=index.device).scatter_(1, rank, 1)[:, :ep]
+        kernels.build_row_id_map(topk_ids.contiguous(), 0, local, ep, sizes[0], maps[0], maps[1])
+        return sizes, maps
+    tokens = topk_ids.shape[0]
+    rank = torch.where(topk_ids < 0, ep, topk_ids // local)
+    here = torch.zeros(tokens, ep + 1, dtype=torch.int64, device=topk_ids.device).scatter_(1, rank, 1)[:, :ep]
     torch.sum(here, 0, out=sizes[0, :, 0])
     sizes[0, :, 1] = torch.bincount(rank.view(-1), minlength=ep + 1)[:ep]
     row = here.t().reshape(-1).cumsum(0).sub_(1).view(ep, tokens)
-    tables[0] = row.t().gather(1, rank.clamp_max(ep - 1)).masked_fill_(index < 0, -1)
+    maps[0] = row.t().gather(1, rank.clamp_max(ep - 1)).masked_fill_(topk_ids < 0, -1)
     again = (rank.unsqueeze(2) == rank.unsqueeze(1)).tril_(-1).any(dim=2)
-    tables[1] = tables[0].masked_fill(again, -1)
-    return sizes, tables
+    maps[1] = maps[0].masked_fill(again, -1)
+    return sizes, maps
 
 
-def by_expert(experts: Tensor, first: int, local: int) -> tuple[Tensor, Tensor]:
-    """experts [N, K] int32 (rows may be strided), of which those from ``first`` to ``first + local - 1`` are meant.
+def sort_by_expert(topk_ids: Tensor, first: int, local: int) -> tuple[Tensor, Tensor]:
+    """A stable sort of topk_ids [N, K] int32 (rows may be strided) by expert, for experts ``first`` to ``first + local - 1``.
 
-    -> counts [local] int64, and the table of places in the order of the experts, within one in the order of the tokens.
+    Returns:
+        tokens_per_expert [local] int64; row_id_map [N, K]: rows in the order of the experts, within one in the order of the
+        tokens.
     """
-    counts = torch.empty(local, dtype=torch.int64, device=experts.device)
-    place = torch.empty(experts.shape, dtype=torch.int32, device=experts.device)
-    kernels = _fused(experts)
+    tokens_per_expert = torch.empty(local, dtype=torch.int64, device=topk_ids.device)
+    row_id_map = torch.empty(topk_ids.shape, dtype=torch.int32, device=topk_ids.device)
+    kernels = _fused(topk_ids)
     if kernels:
-        kernels.places(experts, first, 1, local, counts, place, None)
-        return counts, place
-    flat = experts.reshape(-1).long() - first
+        kernels.build_row_id_map(topk_ids, first, 1, local, tokens_per_expert, row_id_map, None)
+        return tokens_per_expert, row_id_map
+    flat = topk_ids.reshape(-1).long() - first
     flat = torch.where((flat < 0) | (flat >= local), local, flat)
-    counts.copy_(torch.bincount(flat, minlength=local + 1)[:local])
+    tokens_per_expert.copy_(torch.bincount(flat, minlength=local + 1)[:local])
     order = torch.argsort(flat, stable=True)
-    place.view(-1).scatter_(0, order, torch.arange(flat.shape[0], dtype=torch.int32, device=flat.device))
-    return counts, place.masked_fill_((flat == local).view(place.shape), -1)
+    row_id_map.view(-1).scatter_(0, order, torch.arange(flat.shape[0], dtype=torch.int32, device=flat.device))
+    return tokens_per_expert, row_id_map.masked_fill_((flat == local).view(row_id_map.shape), -1)
 
 
-def _entries(place: Tensor, rows: int) -> Tensor:
-    """The inverse of a table: which flattened (token, k) each of ``rows`` rows is, -1 for none."""
-    found = torch.full((rows + 1,), -1, dtype=torch.int64, device=place.device)
-    flat = place.reshape(-1).long()
+def _inverse(row_id_map: Tensor, rows: int) -> Tensor:
+    """Which flattened (token, k) each of ``rows`` rows is, -1 for none."""
+    found = torch.full((rows + 1,), -1, dtype=torch.int64, device=row_id_map.device)
+    flat = row_id_map.reshape(-1).long()
     found.scatter_(0, torch.where(flat < 0, rows, flat), torch.arange(flat.shape[0], device=flat.device))
     return found[:rows]
 
@@ -86,114 +92,116 @@ def _entries(place: Tensor, rows: int) -> Tensor:
 # --- from tokens to rows ---------------------------------------------------------------------------------------------
 
 
-def spread(x: Tensor, place: Tensor, rows: int, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x [T, H] and values [T, K] (both may be strided) -> each token in its rows [rows, H], each value in its row [rows].
+def permute(x: Tensor, row_id_map: Tensor, rows: int, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Copies each token of x [T, H] to its rows [rows, H], and each of values [T, K] to its row [rows]. Both may be strided.
 
-    Rows that the table does not name (a dispatch with a capacity has such, at the end) hold anything.
+    Rows that the map does not name (a dispatch with a capacity leaves such at the end) are undefined.
     """
     kernels = _fused(x)
     if kernels:
         out = torch.empty(rows, x.shape[1], dtype=x.dtype, device=x.device)
         row_values = torch.empty(rows if values is not None else 0, dtype=torch.float32, device=x.device)
-        kernels.spread(x, place, out, values, row_values)
+        kernels.permute(x, row_id_map, out, values, row_values)
         return out, row_values
-    if not place.numel():
-        return x.new_zeros(rows, x.shape[1]), x.new_zeros(0 if values is None else rows, dtype=wide(x.dtype))
-    at = _entries(place, rows).clamp_min(0)
-    return x[at // place.shape[1]], x.new_empty(0, dtype=wide(x.dtype)) if values is None else values.reshape(-1)[at]
+    dtype = accumulation_dtype(x.dtype)
+    if not row_id_map.numel():
+        return x.new_zeros(rows, x.shape[1]), x.new_zeros(0 if values is None else rows, dtype=dtype)
+    at = _inverse(row_id_map, rows).clamp_min(0)
+    return x[at // row_id_map.shape[1]], x.new_empty(0, dtype=dtype) if values is None else values.reshape(-1)[at]
 
 
-def arrived(tokens: Tensor, hidden: int, host: Tensor) -> Tensor:
-    """The tokens [N, H] of H = ``hidden`` numbers in what a transport brought, as :class:`moefx.transports.Dispatched` says."""
+class PackedRows(NamedTuple):
+    """Views of the parts of rows that are sent."""
+
+    hidden: Tensor  #: [S, W]
+    topk_weights: Tensor  #: [S, K] float32 (float64)
+    topk_ids: Tensor  #: [S, K] int32: experts of the destination rank, numbered from 0; -1: on another rank
+
+
+def pack(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, send_map: Tensor, local: int, out: PackedRows) -> None:
+    """Writes each token's x [T, W], topk_ids [T, K] and topk_weights [T, K] to its rows by ``send_map`` [T, K]."""
+    kernels = _fused(x)
+    if kernels:
+        kernels.pack(x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous(), send_map, local, out)
+        return
+    top_k = topk_ids.shape[1]
+    at = _inverse(send_map, out.hidden.shape[0])
+    token = at // top_k
+    out.hidden.copy_(x[token])
+    out.topk_weights.copy_(topk_weights[token])
+    ids, rank = topk_ids[token], topk_ids.view(-1)[at].unsqueeze(1) // local
+    out.topk_ids.copy_(torch.where((ids >= 0) & (ids // local == rank), ids - rank * local, -1))
+
+
+def received_tokens(tokens: Tensor, hidden: int, cpu_metadata: Tensor) -> Tensor:
+    """The tokens [N, H] of H = ``hidden`` in the received rows, see :class:`moefx.transports.Dispatched`; FP8 is decoded."""
     if not tokens.shape[0]:
         return tokens.new_empty(0, hidden)
-    if int(host[FP8]):
+    if Header.read(cpu_metadata).fp8:
         return fp8_rows.decode(unpack(tokens, (fp8_rows.width(hidden, tokens.dtype), tokens.dtype))[0], hidden)
     return tokens if tokens.shape[1] == hidden else unpack(tokens, (hidden, tokens.dtype))[0]
 
 
-class Kept(NamedTuple):
-    """What a backward keeps to have rows [R, H] again: the rows, or what they were spread from, which is less."""
+class SavedRows(NamedTuple):
+    """What a backward saves of permuted rows [R, H]: the rows, or what they were permuted from, which is less."""
 
     rows: Tensor | None
-    tokens: Tensor | None = None  #: as they arrived
-    place: Tensor | None = None
-    host: Tensor | None = None
+    tokens: Tensor | None = None  #: as received
+    row_id_map: Tensor | None = None
+    cpu_metadata: Tensor | None = None
 
     @staticmethod
-    def least(rows: Tensor, tokens: Tensor | None, place: Tensor | None, host: Tensor | None) -> Kept:
-        return Kept(rows) if tokens is None else Kept(None, tokens, place, host)
+    def smallest(rows: Tensor, tokens: Tensor | None, row_id_map: Tensor | None, cpu_metadata: Tensor | None) -> SavedRows:
+        """The received tokens, where they are given, else the rows."""
+        return SavedRows(rows) if tokens is None else SavedRows(None, tokens, row_id_map, cpu_metadata)
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the rows."""
         return self.tokens.dtype if self.rows is None else self.rows.dtype  # type: ignore[union-attr]
 
-    def again(self, many: int, hidden: int) -> Tensor:
-        """[R, H] of R = ``many`` and H = ``hidden``."""
+    def restore(self, rows: int, hidden: int) -> Tensor:
+        """The permuted rows [R, H] of R = ``rows`` and H = ``hidden``."""
         if self.rows is not None:
             return self.rows
-        assert self.tokens is not None and self.place is not None and self.host is not None
-        return spread(arrived(self.tokens, hidden, self.host), self.place, many)[0]
-
-
-class Row(NamedTuple):
-    """Views of the parts of rows that travel."""
-
-    hidden: Tensor  #: [S, W]
-    weights: Tensor  #: [S, K] float32 (float64)
-    experts: Tensor  #: [S, K] int32: numbered from 0 on the rank that the row goes to, -1: not there
-
-
-def pack(x: Tensor, index: Tensor, weights: Tensor, once: Tensor, local: int, out: Row) -> None:
-    """Writes each token's x [T, W], weights [T, K] and experts index [T, K] to its rows by the table ``once``."""
-    kernels = _fused(x)
-    if kernels:
-        kernels.pack(x.contiguous(), index.contiguous(), weights.contiguous(), once, local, out)
-        return
-    top_k = index.shape[1]
-    at = _entries(once, out.hidden.shape[0])
-    token = at // top_k
-    out.hidden.copy_(x[token])
-    out.weights.copy_(weights[token])
-    there, rank = index[token], index.view(-1)[at].unsqueeze(1) // local
-    out.experts.copy_(torch.where((there >= 0) & (there // local == rank), there - rank * local, -1))
+        assert self.tokens is not None and self.row_id_map is not None and self.cpu_metadata is not None
+        return permute(received_tokens(self.tokens, hidden, self.cpu_metadata), self.row_id_map, rows)[0]
 
 
 # --- from rows to tokens ---------------------------------------------------------------------------------------------
 
 
-class Picked(NamedTuple):
-    """``out[n, k] = values[place[n, k]]``, or ``values[place[n, k], k]`` where they have a column for each k; 0 for none."""
+class Gather(NamedTuple):
+    """``out[n, k] = values[row_id_map[n, k]]``, or ``values[row_id_map[n, k], k]`` of values [R, K]; 0 where the map has -1."""
 
     values: Tensor  #: [R] or [R, K]
-    place: Tensor  #: [N, K]
+    row_id_map: Tensor  #: [N, K]
     out: Tensor  #: [N, K]
 
 
-def sum_rows(rows: Tensor, place: Tensor, *, out: Tensor | None = None, picked: Picked | None = None) -> Tensor:
-    """rows [R, H], place [N, K]: which rows make up each result, -1 for none. -> [N, H]:
+def unpermute(rows: Tensor, row_id_map: Tensor, *, out: Tensor | None = None, gather: Gather | None = None) -> Tensor:
+    """``out[n] = sum_k rows[row_id_map[n, k]]`` of rows [R, H]: [N, H] in their dtype.
 
-    ``out[n] = sum_k rows[place[n, k]]``, in the rows' dtype. rows and ``out`` may have strided rows.
-    ``picked``: single values are picked besides.
+    rows and ``out`` may have strided rows. ``gather``: single values are gathered in the same kernel.
     """
     if out is None:
-        out = rows.new_empty(place.shape[0], rows.shape[1])
+        out = rows.new_empty(row_id_map.shape[0], rows.shape[1])
     kernels = _fused(rows)
     if kernels:
-        kernels.sum_rows(rows, place, out, picked)
+        kernels.unpermute(rows, row_id_map, out, gather)
         return out
-    if picked is not None:
-        picked.out.copy_(_pick(picked.values, picked.place))
-    token, _ = torch.nonzero(place >= 0, as_tuple=True)
-    at = place[place >= 0].long()
-    terms = rows[at].to(wide(rows.dtype))
-    total = terms.new_zeros(place.shape[0], rows.shape[1])
+    if gather is not None:
+        gather.out.copy_(_gathered(gather.values, gather.row_id_map))
+    token, _ = torch.nonzero(row_id_map >= 0, as_tuple=True)
+    at = row_id_map[row_id_map >= 0].long()
+    terms = rows[at].to(accumulation_dtype(rows.dtype))
+    total = terms.new_zeros(row_id_map.shape[0], rows.shape[1])
     return out.copy_(total.index_add_(0, token, terms))
 
 
-def _pick(values: Tensor, place: Tensor) -> Tensor:
+def _gathered(values: Tensor, row_id_map: Tensor) -> Tensor:
     if not values.shape[0]:
-        return values.new_zeros(place.shape)
-    at = place.clamp_min(0).long()
-    found = values[at] if values.dim() == 1 else values[at, torch.arange(place.shape[1], device=at.device)]
-    return found.masked_fill_(place < 0, 0)
+        return values.new_zeros(row_id_map.shape)
+    at = row_id_map.clamp_min(0).long()
+    found = values[at] if values.dim() == 1 else values[at, torch.arange(row_id_map.shape[1], device=at.device)]
+    return found.masked_fill_(row_id_map < 0, 0)

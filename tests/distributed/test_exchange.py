@@ -1,4 +1,4 @@
-"""Experts cut over 2 and 4 gloo ranks: the identity, and values and all gradients against one process with all experts.
+"""Experts sharded across 2 and 4 gloo ranks: the identity, and values and all gradients against one process with all experts.
 
 Every input comes from a seed, so that this process can compute what the ranks should have found.
 """
@@ -14,7 +14,7 @@ import torch.distributed as dist
 import moefx
 from moefx import ops, transports
 from moefx.backends.experimental import te_ep
-from moefx.ops import dispatch_combine
+from moefx.ops import dispatch_combine, exchange
 from moefx.ops import grouped_mlp as grouped
 from moefx.transports import fp8_rows, hierarchical
 from tests.support.spawn import run
@@ -53,13 +53,16 @@ def _experts(dtype=torch.float64):
     return [_random(*shape, seed=50 + i, dtype=dtype) / 2 for i, shape in enumerate(shapes)]
 
 
-def _over_ranks(x, index, weights, up, up_bias, down, down_bias, *, group, grad_scale=1.0, capacity=0, by="", wire=""):
-    send = dispatch_combine.dispatch_by(by)
-    rows, row_weights, counts, *way, tokens = send(x, index, weights, num_experts=E, group=group, capacity=capacity, wire=wire)
+def _over_ranks(
+    x, index, weights, up, up_bias, down, down_bias, *, group, grad_scale=1.0, capacity=0, by="", dispatch_dtype=""
+):
+    send = dispatch_combine.dispatch_with(by)
+    where = {"num_experts": E, "group": group}
+    rows, row_weights, counts, *way, tokens = send(x, index, weights, **where, capacity=capacity, dispatch_dtype=dispatch_dtype)
     options = {"activation": "swiglu", "grad_scale": grad_scale, "row_weights": row_weights}
     options["arrived"] = [tokens, way[0], way[2]]
     rows = grouped.grouped_mlp(rows, counts, up, up_bias, down, down_bias, **options)
-    return dispatch_combine.combine(rows, index, *way, num_experts=E, group=group)
+    return dispatch_combine.combine(rows, index, *way, **where)
 
 
 def _forward_backward(function, case, rank, ep_rank, ep, group, dtype=torch.float64, **options):
@@ -126,7 +129,7 @@ def _hangs(rank):
         group = dist.new_group([0, 1], timeout=timedelta(seconds=2)).group_name
         x, index, weights = _tokens("even", rank)
         try:
-            with dispatch_combine.layer("model.layers.7"):
+            with exchange.layer("model.layers.7"):
                 if rank == 0 or late == "combine":
                     rows, _, _, *way, _ = dispatch_combine.dispatch(x, index, weights, num_experts=E, group=group)
                 if rank == 0:
@@ -158,17 +161,17 @@ def on_rank(rank, world_size):
             how = {"capacity": 9, "by": "te_ep"}
             found[case, "te_ep"] = _forward_backward(_over_ranks, case, rank, rank, 2, group, torch.float32, **how)
     if world_size == 4:
-        os.environ["LOCAL_WORLD_SIZE"] = "2"  # two nodes, as if
+        os.environ["LOCAL_WORLD_SIZE"] = "2"  # as on two nodes
         rails = _count_rows(hierarchical.Hierarchical.stage)
         for case in CASES:
             found[case, "nodes"] = _forward_backward(_over_ranks, case, rank, rank, 4, group, by="hierarchical")
             found[case, "rows that cross"] = rails[0]
             rails.clear()
-        how = {"by": "hierarchical", "wire": "fp8"}
+        how = {"by": "hierarchical", "dispatch_dtype": "fp8"}
         found["nodes, FP8"] = _forward_backward(_over_ranks, "even", rank, rank, 4, group, torch.float32, **how)
-        found["usual"] = transports.usual(transports.Call(dist.group.WORLD, E))
+        found["default"] = transports.default_transport(transports.Call(dist.group.WORLD, E))
         del os.environ["LOCAL_WORLD_SIZE"]
-        found["usual"] = found["usual"], transports.usual(transports.Call(dist.group.WORLD, E))
+        found["default"] = found["default"], transports.default_transport(transports.Call(dist.group.WORLD, E))
     uneven = "uneven, a rank without tokens"
     found["bf16"] = _forward_backward(_over_ranks, uneven, rank, rank, world_size, group, torch.bfloat16)
     found["grad_scale"] = _forward_backward(_over_ranks, uneven, rank, rank, world_size, group, grad_scale=1 / world_size)
@@ -178,8 +181,8 @@ def on_rank(rank, world_size):
         for case in COMPILED:
             found[case, "compiled"] = _forward_backward(compiled, case, rank, rank, world_size, group)
 
-    for name, how in {"FP8": {}, "FP8, capacity": {"capacity": 9}}.items():
-        found[name] = _forward_backward(_over_ranks, "even", rank, rank, world_size, group, torch.float32, wire="fp8", **how)
+    for name, how in {"FP8": {"dispatch_dtype": "fp8"}, "FP8, capacity": {"dispatch_dtype": "fp8", "capacity": 9}}.items():
+        found[name] = _forward_backward(_over_ranks, "even", rank, rank, world_size, group, torch.float32, **how)
     found["bytes"] = _bytes_of_a_forward(world_size)
     found["bytes in FP8"] = _bytes_of_a_forward(world_size, dispatch_dtype="fp8")
     if world_size == 4:
@@ -261,7 +264,7 @@ def test_over_nodes_a_token_crosses_once(ranks, case):
             _, index, _ = _tokens(case, rank)
             other = (index // (E // 2) != rank // 2).any(dim=1)
             assert found[case, "rows that cross"] == int(other.sum())
-            assert found["usual"] == ("hierarchical", "all_to_all")
+            assert found["default"] == ("hierarchical", "all_to_all")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -292,7 +295,9 @@ def test_bytes_on_the_wire_are_those_of_the_cost_model(ranks):
 def test_a_rank_that_does_not_come_is_an_error_that_names_layer_rank_and_counts(ranks):
     if len(ranks) == 2:
         first, second = ranks[0]["hangs"]
-        assert first.startswith("dispatch of model.layers.7 did not end on rank 0 of 2, which has 6 tokens and has not heard")
+        assert first.startswith(
+            "dispatch of model.layers.7 did not end on rank 0 of 2, which has 6 tokens and has not received"
+        )
         assert second.startswith(
             "combine of model.layers.7 did not end on rank 0 of 2, which has 6 tokens and sends/receives: rank 0 "
         )

@@ -9,7 +9,7 @@ def cases(rank: int, world: int) -> list[str]:
     import torch
 
     import moefx
-    from moefx.ops import dispatch_combine
+    from moefx.ops import exchange
     from moefx.passes import Overlap, default
     from tests.support.families import batch, build
 
@@ -35,8 +35,8 @@ def cases(rank: int, world: int) -> list[str]:
             wrong.append(f"{what}, recomputed: {result.worst}")
         moefx.restore(model)
         torch._dynamo.reset()
-    if dispatch_combine._under_way:
-        wrong.append(f"rank {rank}: {len(dispatch_combine._under_way)} moves were never waited for")
+    if exchange.num_in_flight():
+        wrong.append(f"rank {rank}: {exchange.num_in_flight()} exchanges were never waited for")
     return wrong
 
 

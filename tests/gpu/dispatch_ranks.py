@@ -34,8 +34,8 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 import moefx
-from moefx import ops
-from moefx.ops import dispatch_combine
+from moefx import ops, transports
+from moefx.ops import dispatch_combine, exchange
 from moefx.ops import grouped_mlp as grouped
 
 U = 2.0**-8
@@ -100,16 +100,20 @@ def check(what: str, ok: bool, text: str) -> None:
         print(f"rank {RANK} FAILED {what}: {text}", flush=True)
 
 
-def transports() -> dict[str, dict[str, Any]]:
+def available_transports() -> dict[str, dict[str, Any]]:
     from moefx.backends import deepep
     from moefx.backends.experimental import deepep_elastic, te_ep
 
-    found: dict[str, dict[str, Any]] = {"all_to_all": {}, "all_gather": {"capacity": True}, "all_to_all, FP8": {"wire": "fp8"}}
+    found: dict[str, dict[str, Any]] = {
+        "all_to_all": {},
+        "all_gather": {"capacity": True},
+        "all_to_all, FP8": {"dispatch_dtype": "fp8"},
+    }
     if not CPU:
         problem = deepep.available() or deepep.refuses_group(dist.group.WORLD.group_name)
         say(f"DeepEP: {problem or deepep.version()}")
         if problem is None:
-            found |= {"deepep": {}, "deepep, no host sync": {"capacity": True}, "deepep, FP8": {"wire": "fp8"}}
+            found |= {"deepep": {}, "deepep, no host sync": {"capacity": True}, "deepep, FP8": {"dispatch_dtype": "fp8"}}
         problem = deepep_elastic.available()
         say(f"ElasticBuffer: {problem or 'usable'}")
         if problem is None:
@@ -122,7 +126,7 @@ def transports() -> dict[str, dict[str, Any]]:
 
 
 def spread(transport: str, how: dict, options: dict, x: Tensor, index: Tensor, weights: Tensor, *parameters: Tensor) -> Tensor:
-    rows, row_weights, counts, *way, tokens = dispatch_combine.dispatch_by(transport)(x, index, weights, **how)
+    rows, row_weights, counts, *way, tokens = dispatch_combine.dispatch_with(transport)(x, index, weights, **how)
     arrived = [tokens, way[0], way[2]]
     rows = grouped.grouped_mlp(rows, counts, *parameters, **options, row_weights=row_weights, arrived=arrived)
     return dispatch_combine.combine(rows, index, *way, num_experts=how["num_experts"], group=how["group"])
@@ -133,7 +137,7 @@ def spread(transport: str, how: dict, options: dict, x: Tensor, index: Tensor, w
 
 def blocks(names: list[str], routings: list[str], tokens: int) -> None:
     group = dist.group.WORLD.group_name
-    movers = transports()
+    movers = available_transports()
     for family in names:
         b = dict(BLOCKS[family])
         if CPU:
@@ -172,7 +176,7 @@ def blocks(names: list[str], routings: list[str], tokens: int) -> None:
             for mover, options in movers.items():
                 name = mover.split(",")[0]
                 how = {"num_experts": e, "group": group, "capacity": (tokens + 8) if options.get("capacity") else 0}
-                how["wire"] = options.get("wire", "")
+                how["dispatch_dtype"] = options.get("dispatch_dtype", "")
                 over_ranks = functools.partial(spread, "" if name.startswith("all") else name, how, b)
                 found, found_p = run(over_ranks, local, torch.bfloat16)
                 results[mover] = [*found, *found_p]
@@ -180,7 +184,7 @@ def blocks(names: list[str], routings: list[str], tokens: int) -> None:
                 worst = (0.0, "", 0.0, 0.0)
                 for n, f, o, r in zip(names_of, results[mover], [*one, *one_p], [*exact, *exact_p], strict=True):
                     alone_at, distance = far(o, r), far(f, r)
-                    limit = alone_at + 2 * U + (FP8 if how["wire"] else 0)
+                    limit = alone_at + 2 * U + (FP8 if how["dispatch_dtype"] else 0)
                     # a reference that is itself far off would let anything pass
                     check(f"{family}, {routing}, one process, {n}", alone_at < 0.05, f"{alone_at:.2e} from exact")
                     worst = max(worst, (distance / limit, n, distance, limit))
@@ -189,19 +193,17 @@ def blocks(names: list[str], routings: list[str], tokens: int) -> None:
                         distance <= limit,
                         f"{distance:.2e} from exact, may be {limit:.2e}",
                     )
-                    same = "all_to_all, FP8" if how["wire"] else "all_to_all"
+                    same = "all_to_all, FP8" if how["dispatch_dtype"] else "all_to_all"
                     apart = far(f, results[same][names_of.index(n)])
                     check(f"{family}, {routing}, {mover}, {n}", apart <= 2 * U, f"{apart:.2e} from {same}")
                 say(f"{family:12s} {routing:14s} {mover:22s} {worst[1]} is {worst[2]:.1e} from exact, may be {worst[3]:.1e}")
             del exact, exact_p, one, one_p, results
-        dispatch_combine.release(group)
+        transports.release(group)
         del up, down, biases
         gc.collect()
         if not CPU:
             torch.cuda.empty_cache()
-    check(
-        "after all blocks", not dispatch_combine._under_way, f"{len(dispatch_combine._under_way)} moves were never waited for"
-    )
+    check("after all blocks", not exchange.num_in_flight(), f"{exchange.num_in_flight()} exchanges were never waited for")
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -296,8 +298,8 @@ def train(family: str, backends: tuple[str, ...], steps: int, compile: bool, chu
     found.late, found.seconds = held(), (time.perf_counter() - started) / steps
     check(
         f"{family} {backends}",
-        not dispatch_combine._under_way,
-        f"{len(dispatch_combine._under_way)} moves were never waited for",
+        not exchange.num_in_flight(),
+        f"{exchange.num_in_flight()} exchanges were never waited for",
     )
     if not alone:
         used = moefx.report(model).kernels()
@@ -327,7 +329,7 @@ def training(names: list[str], steps: int, compiled: bool, kinds_wanted: list[st
             "all_to_all, FP8": (plain, False, {"dispatch_dtype": "fp8"}),
             "all_gather": (plain, False, {"dispatch_capacity": 1024}),
         }
-        if not CPU and "deepep" in transports():
+        if not CPU and "deepep" in available_transports():
             kinds |= {
                 "deepep": (("deepep", *plain), False, {}),
                 "deepep, no host sync": (("deepep", *plain), False, {"dispatch_capacity": 1024}),

@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from moefx import transports
 from moefx.kernels import rows as kernels
 from moefx.ops import dispatch_combine
-from moefx.transports import permute as rows
+from moefx.transports import permute
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: tokens, experts, K, ranks
@@ -24,8 +24,8 @@ def both(monkeypatch):
     def call(name, *args, **options):
         found = []
         for module in (None, kernels):
-            monkeypatch.setattr(rows, "_fused", lambda x, module=module: module)
-            found.append(getattr(rows, name)(*args, **options))
+            monkeypatch.setattr(permute, "_fused", lambda x, module=module: module)
+            found.append(getattr(permute, name)(*args, **options))
         return found
 
     return call
@@ -45,22 +45,22 @@ def random(*shape, seed=0, dtype=torch.float32):
 
 
 @pytest.mark.parametrize(("tokens", "experts", "k", "ep"), SIZES)
-def test_tables_of_places(both, tokens, experts, k, ep):
+def test_maps(both, tokens, experts, k, ep):
     index = choose(tokens, experts, k)
-    (sizes, tables), (found_sizes, found_tables) = both("ways", index, ep, experts // ep)
-    assert torch.equal(sizes[0], found_sizes[0]) and torch.equal(tables, found_tables)
+    (sizes, maps), (found_sizes, found_maps) = both("build_send_map", index, ep, experts // ep)
+    assert torch.equal(sizes[0], found_sizes[0]) and torch.equal(maps, found_maps)
     strided = torch.empty(tokens, k + 3, dtype=torch.int32, device=DEVICE)[:, :k].copy_(index)
     for first, local in ((0, experts), (experts // ep, experts // ep)):
-        for a, b in zip(*both("by_expert", strided, first, local)):
+        for a, b in zip(*both("sort_by_expert", strided, first, local)):
             assert torch.equal(a, b)
 
 
 def test_the_same_expert_twice_has_two_rows_and_is_sent_once(both):
     index = torch.tensor([[3, 3], [0, 3]], device=DEVICE)
-    for _, tables in both("ways", index, 2, 2):
-        assert tables.tolist() == [[[1, 1], [0, 2]], [[1, -1], [0, 2]]]
-    for counts, place in both("by_expert", index.int(), 2, 2):
-        assert counts.tolist() == [0, 3] and place.tolist() == [[0, 1], [-1, 2]]
+    for _, maps in both("build_send_map", index, 2, 2):
+        assert maps.tolist() == [[[1, 1], [0, 2]], [[1, -1], [0, 2]]]
+    for counts, row_id_map in both("sort_by_expert", index.int(), 2, 2):
+        assert counts.tolist() == [0, 3] and row_id_map.tolist() == [[0, 1], [-1, 2]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -68,36 +68,36 @@ def test_the_same_expert_twice_has_two_rows_and_is_sent_once(both):
 def test_moves(both, tokens, experts, k, ep, dtype):
     index, weights = choose(tokens, experts, k), random(tokens, k).abs()
     x = random(tokens, 24, seed=1, dtype=dtype)
-    counts, place = rows.by_expert(index.int(), 0, experts)
+    counts, row_id_map = permute.sort_by_expert(index.int(), 0, experts)
     many = int(counts.sum())
-    (a, b), (c, d) = both("spread", random(tokens, 40, dtype=dtype)[:, 8:32], place, many, weights)
+    (a, b), (c, d) = both("permute", random(tokens, 40, dtype=dtype)[:, 8:32], row_id_map, many, weights)
     assert torch.equal(a, c) and torch.equal(b, d)
     each, scores = random(many, 24, seed=2, dtype=dtype), random(many, seed=3)
     # Triton's interpreter cuts where a GPU rounds: a bfloat16 ulp
     close = {"rtol": 2**-7, "atol": 1e-5} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(*both("sum_rows", each, place), **close)
-    for spread, values in both("spread", x, place, many + 1, weights):  # one row that the table does not name
-        assert spread.shape[0] == values.shape[0] == many + 1
-        assert torch.equal(spread[:many], both("spread", x, place, many)[0][0])
-    # what goes back: sums and picked values in one row
+    torch.testing.assert_close(*both("unpermute", each, row_id_map), **close)
+    for permuted, values in both("permute", x, row_id_map, many + 1, weights):  # one row that the map does not name
+        assert permuted.shape[0] == values.shape[0] == many + 1
+        assert torch.equal(permuted[:many], both("permute", x, row_id_map, many)[0][0])
+    # what is returned: sums and gathered values in one row
     for values in (scores, random(many, k, seed=5)):
         made = []
         for module in (None, kernels):
-            rows._fused = lambda x, module=module: module  # `both` puts it back
+            permute._fused = lambda x, module=module: module  # `both` puts it back
             whole = transports.empty_rows(x, tokens, (24, dtype), (k, torch.float32))
-            out, picked = transports.unpack(whole, (24, dtype), (k, torch.float32))
-            rows.sum_rows(each, place, out=out, picked=rows.Picked(values, place, picked))
-            made.append((out, picked))
+            out, gathered = transports.unpack(whole, (24, dtype), (k, torch.float32))
+            permute.unpermute(each, row_id_map, out=out, gather=permute.Gather(values, row_id_map, gathered))
+            made.append((out, gathered))
         torch.testing.assert_close(*(m[0] for m in made), **close)
         assert torch.equal(made[0][1], made[1][1])
-    # what goes there
-    _, tables = rows.ways(index, ep, experts // ep)
-    sent, made = int((tables[1] >= 0).sum()), []
+    # what is sent
+    _, maps = permute.build_send_map(index, ep, experts // ep)
+    sent, made = int((maps[1] >= 0).sum()), []
     for module in (None, kernels):
-        rows._fused = lambda x, module=module: module
+        permute._fused = lambda x, module=module: module
         parts = (24, dtype), (k, torch.float32), (k, torch.int32)
-        made.append(rows.Row(*transports.unpack(transports.empty_rows(x, sent, *parts), *parts)))
-        rows.pack(x, index, weights.to(dtype), tables[1], experts // ep, made[-1])
+        made.append(permute.PackedRows(*transports.unpack(transports.empty_rows(x, sent, *parts), *parts)))
+        permute.pack(x, index, weights.to(dtype), maps[1], experts // ep, made[-1])
     for a, b in zip(*made):
         assert torch.equal(a, b)
 
@@ -107,8 +107,8 @@ def test_whole_exchanges_and_how_many_kernels_they_launch(monkeypatch, capacity)
     """One rank of 4, what it sends comes back: values and gradients of both forms; every launch on the way is counted."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
     launched, results = [], []
-    for name in ("places", "spread", "pack", "sum_rows"):
-        plain, many = getattr(kernels, name), 3 if name == "places" else 1
+    for name in ("build_row_id_map", "permute", "pack", "unpermute"):
+        plain, many = getattr(kernels, name), 3 if name == "build_row_id_map" else 1
 
         def counted(*args, plain=plain, many=many, **options):
             launched.append(many)
@@ -117,10 +117,10 @@ def test_whole_exchanges_and_how_many_kernels_they_launch(monkeypatch, capacity)
         monkeypatch.setattr(kernels, name, counted)
     try:
         for module in (None, kernels):
-            monkeypatch.setattr(rows, "_fused", lambda x, module=module: module)
+            monkeypatch.setattr(permute, "_fused", lambda x, module=module: module)
             x, weights = random(33, 24).requires_grad_(), random(33, 3, seed=1).abs().requires_grad_()
             index, group = choose(33, 8, 3, missing=False), dist.group.WORLD.group_name
-            send = dispatch_combine.dispatch_by("loop_back")
+            send = dispatch_combine.dispatch_with("loop_back")
             each, scores, counts, *way, _ = send(x, index, weights, num_experts=8, group=group, capacity=capacity)
             y = dispatch_combine.combine(each * scores.unsqueeze(1), index, *way, num_experts=8, group=group)
             forward = sum(launched)

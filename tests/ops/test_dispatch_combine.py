@@ -81,7 +81,9 @@ def test_an_exchange_is_differentiated_once(group):
     index, x, weights = _index(5), _random(5, 3).requires_grad_(), _random(5, K, seed=1).requires_grad_()
     rows, row_weights, _, *way, _ = dispatch_combine.dispatch(x, index, weights, **group)
     y = dispatch_combine.combine(rows.square() * row_weights.unsqueeze(1), index, *way, **group)
-    with pytest.raises(moefx.MoefxError, match="moefx::resend_start belongs to a backward, and cannot be differentiated again"):
+    with pytest.raises(
+        moefx.MoefxError, match="moefx::redispatch_start belongs to a backward, and cannot be differentiated again"
+    ):
         torch.autograd.grad(y.square().sum(), x, create_graph=True)
 
 
@@ -145,9 +147,9 @@ def test_compiled_experts_over_the_group_are_the_experts_operation(group, backen
     torch._dynamo.reset()
 
 
-def test_more_tokens_than_there_is_room_for_are_refused(group):
+def test_more_tokens_than_the_capacity_are_refused(group):
     x, index, weights = _random(21, H), _index(21), _random(21, K)
-    with pytest.raises(MoefxError, match="21 tokens .* room for 20: .* as dispatch_capacity"):
+    with pytest.raises(MoefxError, match="21 tokens .* dispatch_capacity=20: .* as dispatch_capacity"):
         dispatch_combine.dispatch(x, index, weights, **group, capacity=20)
 
 

@@ -228,7 +228,11 @@ def test_grouped_mlp_passes_gradcheck_and_opcheck():
     for weights in (None, row_weights):
         for arrived in (
             [None] * 3,
-            [rows.detach(), torch.arange(5, dtype=torch.int32).view(5, 1), transports.make_host({}, 1)],
+            [
+                rows.detach(),
+                torch.arange(5, dtype=torch.int32).view(5, 1),
+                transports.make_header(transports.Header("all_to_all"), 1),
+            ],
         ):
             plain = (rows, counts, up, None, down, None, weights, *arrived, "swiglu", 0.0, 0.0, False, False, 1.0)
             torch.library.opcheck(torch.ops.moefx.grouped_mlp_forward.default, plain)

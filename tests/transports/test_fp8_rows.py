@@ -84,17 +84,17 @@ def test_an_exchange_rounds_tokens_and_neither_results_nor_gradients(capacity):
                 numbers("normal", 9, hidden),
                 torch.rand(9, 4, generator=torch.Generator().manual_seed(1)).topk(2).indices,
             )
-            for send, wire in ((fp8_rows.decode(fp8_rows.encode(x), hidden), ""), (x, "fp8")):
+            for send, dtype in ((fp8_rows.decode(fp8_rows.encode(x), hidden), ""), (x, "fp8")):
                 send, weights = send.clone().requires_grad_(), torch.full((9, 2), 0.75).requires_grad_()
                 rows, scores, _, *way, _ = dispatch_combine.dispatch(
-                    send, index, weights, **where, capacity=capacity, wire=wire
+                    send, index, weights, **where, capacity=capacity, dispatch_dtype=dtype
                 )
                 y = dispatch_combine.combine((rows * scores.unsqueeze(1)).to(rows.dtype), index, *way, **where)
                 found.append((rows, y, *torch.autograd.grad(y, (send, weights), numbers("outliers", 9, hidden))))
             for a, b in zip(*found):
                 assert torch.equal(a, b)
-        with pytest.raises(moefx.MoefxError, match="rows cannot be sent as 'fp4': wire is one of '', 'fp8'"):
-            dispatch_combine.dispatch(x, index, weights, **where, wire="fp4")
+        with pytest.raises(moefx.MoefxError, match="dispatch_dtype='fp4' is not one of '', 'fp8'"):
+            dispatch_combine.dispatch(x, index, weights, **where, dispatch_dtype="fp4")
     finally:
         dist.destroy_process_group()
 

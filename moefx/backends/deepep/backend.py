@@ -11,23 +11,24 @@ from moefx.backends.deepep.topology import RANKS_OF_NODE, refuses_group
 from moefx.ir.graph import arguments, value
 from moefx.ops import dispatch_combine
 from moefx.ops import grouped_mlp as grouped
+from moefx.transports import process_group
 
 
 def refuses_tensors(node: fx.Node) -> str | None:
-    """What both buffers cannot send."""
+    """Why DeepEP cannot send the tensors of this dispatch, or None; for both of its buffers."""
     given = arguments(node)
-    x, index = value(given["x"]), value(given["index"])
+    x, topk_ids = value(given["x"]), value(given["topk_ids"])
     if x.device.type != "cuda":
         return f"DeepEP needs cuda, the tokens are on {x.device}"
     if x.dtype != torch.bfloat16:
         return f"DeepEP sends bfloat16, the tokens are {x.dtype}"
     if isinstance(x.shape[1], int) and x.shape[1] % 8:
         return f"DeepEP sends rows of whole 16 bytes, the hidden size is {x.shape[1]}"
-    if index.shape[1] > 32:
-        return f"DeepEP sends a token to up to 32 experts, here {index.shape[1]}"
+    if topk_ids.shape[1] > 32:
+        return f"DeepEP sends a token to up to 32 experts, here {topk_ids.shape[1]}"
     dtype = _dtype_of_results(node)
     if dtype is not None and dtype != torch.bfloat16:
-        return f"DeepEP brings back bfloat16, the experts compute {dtype}"
+        return f"DeepEP returns bfloat16, the experts compute {dtype}"
     return None
 
 
@@ -37,8 +38,8 @@ def _refuses_dispatch(node: fx.Node) -> str | None:
         return problem
     group = given["group"]
     problem = refuses_group(group)
-    if problem is None and given["capacity"] and dispatch_combine._group(group).size() > RANKS_OF_NODE:
-        return f"DeepEP's Buffer has no dispatch with a capacity between nodes ({dispatch_combine._group(group).size()} ranks)"
+    if problem is None and given["capacity"] and process_group(group).size() > RANKS_OF_NODE:
+        return f"DeepEP's Buffer has no dispatch with a capacity between nodes ({process_group(group).size()} ranks)"
     return problem
 
 
@@ -55,7 +56,7 @@ BACKEND = Backend(
     "deepep",
     {
         dispatch_combine.dispatch: Kernel(
-            dispatch_combine.dispatch_by("deepep"), _refuses_dispatch, "DeepEP's kernels, on their own stream"
+            dispatch_combine.dispatch_with("deepep"), _refuses_dispatch, "DeepEP's kernels, on their own stream"
         ),
     },
     available,

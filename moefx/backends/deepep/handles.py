@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ _DTYPES = (torch.int32, torch.bool, torch.uint8, torch.int64)
 
 
 def pack_tensors(tensors: Sequence[Tensor | None]) -> tuple[Tensor, list[int]]:
-    """Tensors of up to three dimensions as one of bytes, and (dtype, dimensions, sizes) of each to read it by."""
+    """Tensors of up to three dimensions as one of bytes, and (dtype, dimensions, sizes) of each, to read it back."""
     parts, own = [], [len(tensors)]
     for t in tensors:
         if t is None:
@@ -24,7 +25,8 @@ def pack_tensors(tensors: Sequence[Tensor | None]) -> tuple[Tensor, list[int]]:
     return torch.cat(parts), own
 
 
-def unpack_tensors(handle: Tensor, own: list[int]) -> list[Any]:
+def unpack_tensors(handle: Tensor, own: Sequence[int]) -> list[Any]:
+    """Views of the tensors that :func:`pack_tensors` packed; ``own`` is what it returned."""
     found: list[Tensor | None] = []
     at = 0
     for i in range(own[0]):
@@ -33,9 +35,7 @@ def unpack_tensors(handle: Tensor, own: list[int]) -> list[Any]:
             found.append(None)
             continue
         shape = size[:dims]
-        many = _DTYPES[dtype].itemsize
-        for n in shape:
-            many *= n
-        found.append(handle[at : at + many].view(_DTYPES[dtype]).view(shape))
-        at += (many + 15) // 16 * 16
+        size_bytes = _DTYPES[dtype].itemsize * math.prod(shape)
+        found.append(handle[at : at + size_bytes].view(_DTYPES[dtype]).view(shape))
+        at += (size_bytes + 15) // 16 * 16
     return found

@@ -15,11 +15,12 @@ INSTALL = (
     "--no-build-isolation .` (NVSHMEM >= 3.3 adds RDMA, 2.x also needs NCCL >= 2.30.4; 1.2.1 without NVSHMEM serves one node, "
     "if '-rdc=true' is taken out of its setup.py)"
 )
-CUDA = (12, 3)  #: the first with what DeepEP's kernels for Hopper use
+CUDA = (12, 3)  #: the first version with what DeepEP's kernels for Hopper use
 
 
 @functools.cache
 def load() -> Any:
+    """The module ``deep_ep``, imported when it is first needed."""
     import deep_ep
 
     return deep_ep
@@ -45,7 +46,7 @@ def available() -> str | None:
 
 
 def import_problem(error: Exception) -> str:
-    """What is the matter with a deep_ep that does not import."""
+    """Why the import of deep_ep failed with ``error``, and what to do."""
     text = str(error).splitlines()[0]
     if "cudaRegisterLinkedBinary" in text:
         return (
@@ -58,7 +59,7 @@ def import_problem(error: Exception) -> str:
 
 
 def too_old(library: Any) -> str | None:
-    """What this backend calls that the package has not."""
+    """What this backend calls and this version of the package lacks, or None."""
     buffer = getattr(library, "Buffer", None)
     if buffer is None:
         return f"deep_ep {version()} has no Buffer: {INSTALL}"
@@ -68,6 +69,7 @@ def too_old(library: Any) -> str | None:
 
 
 def version() -> str:
+    """The installed version of deep_ep."""
     try:
         return importlib.metadata.version("deep_ep")
     except importlib.metadata.PackageNotFoundError:

@@ -9,40 +9,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefx import transports
 from moefx.backends.deepep.buffers import buffer_of, wait_for
 from moefx.backends.deepep.handles import pack_tensors, unpack_tensors
-from moefx.backends.deepep.payload import WHOLE, at_least_one, off_wire, on_wire, padded, sent_copy
-from moefx.transports import Call, Dispatched, Host, Shapes, Wait, make_host
+from moefx.backends.deepep.payload import ROW_MULTIPLE, at_least_one, decode, encode, padded, sent_copy
+from moefx.transports import Call, Dispatched, Header, Shapes, Wait, make_header
 
 
 class DeepEP:
-    """Along ``Buffer``."""
+    """See :class:`moefx.transports.Transport`."""
 
     packed = False
 
-    def shapes(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
-        (tokens, hidden), top_k = x.shape, index.shape[1]
+    def shapes(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
+        (tokens, hidden), top_k = x.shape, topk_ids.shape[1]
         n = call.ep * call.capacity if call.capacity else size("received")
         return Shapes((n, hidden), (n, top_k), (size("handle"),), (tokens, hidden), (tokens, top_k))
 
-    def send(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, kept: Dispatched | None) -> tuple[Dispatched, Wait]:
+    def dispatch(
+        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, call: Call, kept: Dispatched | None
+    ) -> tuple[Dispatched, Wait]:
         if kept is not None:
-            tokens, wait = self._again(x, kept.handle, kept.host, call)
+            tokens, wait = self._dispatch_again(x, kept.handle, kept.cpu_metadata, call)
             return Dispatched(tokens, *(t.clone() for t in kept[1:])), wait
-        many = x.shape[0]
-        x, index, weights = at_least_one(x, index, weights)
+        num_tokens = x.shape[0]
+        x, topk_ids, topk_weights = at_least_one(x, topk_ids, topk_weights)
         rows = padded(x)
-        buffer, payload = buffer_of(call, rows), on_wire(rows, call)
+        buffer, payload = buffer_of(call, rows), encode(rows, call)
         *layout, event = buffer.get_dispatch_layout(
-            index, call.num_experts, previous_event=buffer.capture(), async_finish=True, allocate_on_comm_stream=True
+            topk_ids, call.num_experts, previous_event=buffer.capture(), async_finish=True, allocate_on_comm_stream=True
         )
         per_rank, per_node, per_expert, in_rank = layout
-        worst, top_k = call.ep * call.capacity, index.shape[1]
-        got, experts, got_weights, counts, handle, _ = buffer.dispatch(
+        worst, top_k = call.ep * call.capacity, topk_ids.shape[1]
+        received, experts, weights, counts, handle, _ = buffer.dispatch(
             payload,
-            topk_idx=index,
-            topk_weights=weights,
+            topk_idx=topk_ids,
+            topk_weights=topk_weights,
             num_tokens_per_rank=per_rank,
             num_tokens_per_rdma_rank=per_node,
             is_token_in_rank=in_rank,
@@ -52,55 +53,56 @@ class DeepEP:
             async_finish=True,
             allocate_on_comm_stream=True,
         )
-        here, theirs = torch.cuda.current_stream(), buffer.get_comm_stream()
-        with torch.cuda.stream(theirs):
+        current, comm = torch.cuda.current_stream(), buffer.get_comm_stream()
+        with torch.cuda.stream(comm):
             packed, own = pack_tensors(list(handle))
-            experts, got = experts.int(), off_wire(got, x)
-            done = theirs.record_event()
-        for t in (packed, experts, got):
-            t.record_stream(here)
-        facts = {
-            transports.KIND: transports.NAMES.index("deepep"),
-            transports.LAYER: call.layer,
-            transports.CAPACITY: call.capacity,
-            transports.TOKENS: many,
-            transports.TOP_K: top_k,
-            transports.RECEIVED: got.shape[0],
-            transports.ROWS: worst * min(top_k, call.local) if worst else sum(counts),
-            transports.PAIRS: many,
-        }
-        sent = Dispatched(got, experts, got_weights, packed, make_host(facts, call.ep, own=own))
-        return sent, wait_for(done, x, payload, index, weights, handle)
+            experts, received = experts.int(), decode(received, x)
+            done = comm.record_event()
+        for t in (packed, experts, received):
+            t.record_stream(current)
+        header = Header(
+            "deepep",
+            call.layer,
+            call.capacity,
+            tokens=num_tokens,
+            top_k=top_k,
+            received=received.shape[0],
+            permuted=worst * min(top_k, call.local) if worst else sum(counts),
+            sent=num_tokens,
+            own=own,
+        )
+        sent = Dispatched(received, experts, weights, packed, make_header(header, call.ep))
+        return sent, wait_for(done, x, payload, topk_ids, topk_weights, handle)
 
-    def resend(self, x: Tensor, handle: Tensor, host: Tensor, call: Call) -> tuple[Tensor, Wait]:
-        return self._again(x, handle, host, replace(call, wire=""))
+    def redispatch(self, x: Tensor, handle: Tensor, cpu_metadata: Tensor, call: Call) -> tuple[Tensor, Wait]:
+        return self._dispatch_again(x, handle, cpu_metadata, replace(call, dispatch_dtype=""))
 
     @staticmethod
-    def _again(x: Tensor, handle: Tensor, host: Tensor, call: Call) -> tuple[Tensor, Wait]:
-        rows = padded(x) if x.shape[0] and x.shape[1] % WHOLE else padded(sent_copy(x))  # padding makes a copy too
+    def _dispatch_again(x: Tensor, handle: Tensor, cpu_metadata: Tensor, call: Call) -> tuple[Tensor, Wait]:
+        rows = padded(x) if x.shape[0] and x.shape[1] % ROW_MULTIPLE else padded(sent_copy(x))  # padding makes a copy too
         buffer = buffer_of(call, rows)
-        payload, tensors = on_wire(rows, call), unpack_tensors(handle, Host.read(host).own)
-        got, *_, event = buffer.dispatch(
+        payload, tensors = encode(rows, call), unpack_tensors(handle, Header.read(cpu_metadata).own)
+        received, *_, event = buffer.dispatch(
             payload, handle=tuple(tensors), previous_event=buffer.capture(), async_finish=True, allocate_on_comm_stream=True
         )
-        if not call.wire and rows.shape[1] == x.shape[1]:
-            return got, wait_for(event, rows, handle, got)
-        here, theirs = torch.cuda.current_stream(), buffer.get_comm_stream()
-        with torch.cuda.stream(theirs):
-            got = off_wire(got, x)
-            done = theirs.record_event()
-        got.record_stream(here)
-        return got, wait_for(done, rows, payload, handle)
+        if not call.dispatch_dtype and rows.shape[1] == x.shape[1]:
+            return received, wait_for(event, rows, handle, received)
+        current, comm = torch.cuda.current_stream(), buffer.get_comm_stream()
+        with torch.cuda.stream(comm):
+            received = decode(received, x)
+            done = comm.record_event()
+        received.record_stream(current)
+        return received, wait_for(done, rows, payload, handle)
 
-    def bring_back(
-        self, tokens: Tensor, weights: Tensor | None, handle: Tensor, host: Tensor, call: Call
+    def return_rows(
+        self, tokens: Tensor, weights: Tensor | None, handle: Tensor, cpu_metadata: Tensor, call: Call
     ) -> tuple[Tensor, Tensor | None, Wait]:
-        rows, sizes = padded(tokens).contiguous(), Host.read(host)
+        rows, header = padded(tokens).contiguous(), Header.read(cpu_metadata)
         buffer = buffer_of(call, rows)
         weights = None if weights is None else weights.contiguous()
-        back, back_weights, event = buffer.combine(
+        returned, returned_weights, event = buffer.combine(
             rows,
-            tuple(unpack_tensors(handle, sizes.own)),
+            tuple(unpack_tensors(handle, header.own)),
             topk_weights=weights,
             previous_event=buffer.capture(),
             async_finish=True,
@@ -110,18 +112,20 @@ class DeepEP:
             done = event
         else:
             with torch.cuda.stream(buffer.get_comm_stream()):
-                back = off_wire(back, tokens)
+                returned = decode(returned, tokens)
                 done = buffer.get_comm_stream().record_event()
-            back.record_stream(torch.cuda.current_stream())
-        wait = wait_for(done, rows, weights, handle, back)
-        if not sizes.facts[transports.TOKENS]:
-            back, back_weights = back[:0].clone(), None if back_weights is None else back_weights[:0].clone()
-        return back, back_weights, wait
+            returned.record_stream(torch.cuda.current_stream())
+        wait = wait_for(done, rows, weights, handle, returned)
+        if not header.tokens:
+            returned = returned[:0].clone()
+            returned_weights = None if returned_weights is None else returned_weights[:0].clone()
+        return returned, returned_weights, wait
 
-    def collect(
-        self, back: Tensor, back_weights: Tensor | None, handle: Tensor, host: Tensor, call: Call, hidden: int
+    def reduce(
+        self, returned: Tensor, returned_weights: Tensor | None, handle: Tensor, cpu_metadata: Tensor, call: Call, hidden: int
     ) -> tuple[Tensor, Tensor | None]:
-        return back.clone(), None if back_weights is None else back_weights.clone()
+        # combine has summed them; an operation's result may not be its input
+        return returned.clone(), None if returned_weights is None else returned_weights.clone()
 
 
 TRANSPORT = DeepEP()

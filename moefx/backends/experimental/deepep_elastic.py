@@ -2,8 +2,8 @@
 
 Experimental: it has not run on GPUs.
 
-It needs the most tokens of a rank (``dispatch_capacity``), which all ranks must agree on. It serves what ``Buffer``
-refuses, too: other numbers of ranks, a capacity between nodes. It compiles its kernels when they are first used.
+It needs the most tokens of a rank (``dispatch_capacity``), the same on all ranks. It also serves what ``Buffer`` refuses: other
+numbers of ranks, a capacity between nodes. Its kernels are compiled when they are first used.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from moefx import transports
 from moefx.backends import Backend, Kernel
 from moefx.backends.deepep import library
 from moefx.backends.deepep.backend import refuses_tensors
 from moefx.backends.deepep.buffers import wait_for
 from moefx.backends.deepep.handles import pack_tensors, unpack_tensors
-from moefx.backends.deepep.payload import at_least_one, off_wire, on_wire, sent_copy
+from moefx.backends.deepep.payload import at_least_one, decode, encode, sent_copy
 from moefx.internals import nccl
 from moefx.ir.graph import arguments, value
 from moefx.ops import dispatch_combine
-from moefx.transports import Call, Dispatched, Host, Shapes, Wait, fp8_rows, make_host
+from moefx.transports import Call, Dispatched, Header, Shapes, Wait, fp8_rows, make_header
 
-#: Fields of DeepEP's EPHandle that are tensors (or None), and those that are numbers.
+#: Fields of DeepEP's EPHandle that are tensors (or None), and those that are integers.
 _TENSORS = (
     "topk_idx", "psum_num_recv_tokens_per_scaleup_rank", "psum_num_recv_tokens_per_expert",
     "num_unaligned_recv_tokens_per_expert", "recv_src_metadata", "dst_buffer_slot_idx", "token_metadata_at_forward",
@@ -58,7 +57,7 @@ class _Buffer:
 _buffers: dict[str, _Buffer] = {}
 
 
-def _elastic(call: Call, hidden: int, top_k: int) -> Any:
+def _buffer_of(call: Call, hidden: int, top_k: int) -> Any:
     mine = _buffers.get(call.group.group_name)
     wanted = call.capacity, hidden, top_k
     if mine is None or any(a > b for a, b in zip(wanted, mine.fits)):
@@ -90,29 +89,31 @@ class Elastic:
 
     packed = False
 
-    def shapes(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
-        (tokens, hidden), top_k, n = x.shape, index.shape[1], call.ep * call.capacity
+    def shapes(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
+        (tokens, hidden), top_k, n = x.shape, topk_ids.shape[1], call.ep * call.capacity
         return Shapes((n, hidden), (n, top_k), (size("handle"),), (tokens, hidden), (tokens, top_k))
 
     @staticmethod
-    def _handle(handle: Tensor, host: Tensor) -> Any:
-        own = Host.read(host).own
+    def _handle(handle: Tensor, cpu_metadata: Tensor) -> Any:
+        own = Header.read(cpu_metadata).own
         numbers, tensors = own[: len(_NUMBERS)], unpack_tensors(handle, own[len(_NUMBERS) :])
         given = dict(zip(_NUMBERS, numbers)) | dict(zip(_TENSORS, tensors))
         return library.load().EPHandle(do_expand=False, num_recv_tokens_per_expert_list=[], **given)
 
-    def send(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, kept: Dispatched | None) -> tuple[Dispatched, Wait]:
+    def dispatch(
+        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, call: Call, kept: Dispatched | None
+    ) -> tuple[Dispatched, Wait]:
         if kept is not None:
-            tokens, wait = self._again(x, kept.handle, kept.host, call)
+            tokens, wait = self._dispatch_again(x, kept.handle, kept.cpu_metadata, call)
             return Dispatched(tokens, *(t.clone() for t in kept[1:])), wait
-        buffer = _elastic(call, x.shape[1], index.shape[1])
-        many, top_k = index.shape
-        x, index, weights = at_least_one(x, index, weights)
-        payload = on_wire(x, call)
-        got, experts, got_weights, handle, _ = buffer.dispatch(
+        num_tokens, top_k = topk_ids.shape
+        buffer = _buffer_of(call, x.shape[1], top_k)
+        x, topk_ids, topk_weights = at_least_one(x, topk_ids, topk_weights)
+        payload = encode(x, call)
+        received, experts, weights, handle, _ = buffer.dispatch(
             payload,
-            topk_idx=index,
-            topk_weights=weights,
+            topk_idx=topk_ids,
+            topk_weights=topk_weights,
             num_experts=call.num_experts,
             num_max_tokens_per_rank=call.capacity,
             expert_alignment=1,
@@ -121,80 +122,78 @@ class Elastic:
             allocate_on_comm_stream=True,
             do_cpu_sync=False,
         )
-        here, theirs = torch.cuda.current_stream(), buffer.get_comm_stream()
-        with torch.cuda.stream(theirs):
-            got = off_wire(got, x)
+        current, comm = torch.cuda.current_stream(), buffer.get_comm_stream()
+        with torch.cuda.stream(comm):
+            received = decode(received, x)
             # rows after the last were not written
-            there = torch.arange(got.shape[0], device=got.device) < handle.psum_num_recv_tokens_per_scaleup_rank[-1]
-            experts = torch.where(there.unsqueeze(1), experts, -1).int()
-            got_weights = torch.where(there.unsqueeze(1), got_weights, 0)
+            written = torch.arange(received.shape[0], device=x.device) < handle.psum_num_recv_tokens_per_scaleup_rank[-1]
+            experts = torch.where(written.unsqueeze(1), experts, -1).int()
+            weights = torch.where(written.unsqueeze(1), weights, 0)
             packed, own = pack_tensors([getattr(handle, n) for n in _TENSORS])
-            done = theirs.record_event()
-        for t in (got, experts, got_weights, packed):
-            t.record_stream(here)
-        facts = {
-            transports.KIND: transports.NAMES.index("deepep_elastic"),
-            transports.LAYER: call.layer,
-            transports.CAPACITY: call.capacity,
-            transports.TOKENS: many,
-            transports.TOP_K: top_k,
-            transports.RECEIVED: got.shape[0],
-            transports.ROWS: got.shape[0] * min(top_k, call.local),
-            transports.PAIRS: many,
-        }
-        own = [*(int(getattr(handle, n)) for n in _NUMBERS), *own]
-        sent = Dispatched(got, experts, got_weights, packed, make_host(facts, call.ep, own=own))
-        return sent, wait_for(done, x, payload, index, weights, handle)
+            done = comm.record_event()
+        for t in (received, experts, weights, packed):
+            t.record_stream(current)
+        header = Header(
+            "deepep_elastic",
+            call.layer,
+            call.capacity,
+            tokens=num_tokens,
+            top_k=top_k,
+            received=received.shape[0],
+            permuted=received.shape[0] * min(top_k, call.local),
+            sent=num_tokens,
+            own=[*(int(getattr(handle, n)) for n in _NUMBERS), *own],
+        )
+        sent = Dispatched(received, experts, weights, packed, make_header(header, call.ep))
+        return sent, wait_for(done, x, payload, topk_ids, topk_weights, handle)
 
-    def resend(self, x: Tensor, handle: Tensor, host: Tensor, call: Call) -> tuple[Tensor, Wait]:
-        return self._again(x, handle, host, replace(call, wire=""))
+    def redispatch(self, x: Tensor, handle: Tensor, cpu_metadata: Tensor, call: Call) -> tuple[Tensor, Wait]:
+        return self._dispatch_again(x, handle, cpu_metadata, replace(call, dispatch_dtype=""))
 
-    def _again(self, x: Tensor, handle: Tensor, host: Tensor, call: Call) -> tuple[Tensor, Wait]:
-        buffer, x = _elastic(self._sized(call, host), x.shape[1], Host.read(host).facts[transports.TOP_K]), sent_copy(x)
-        payload = on_wire(x, call)
-        got, *_, event = buffer.dispatch(
+    def _dispatch_again(self, x: Tensor, handle: Tensor, cpu_metadata: Tensor, call: Call) -> tuple[Tensor, Wait]:
+        header, x = Header.read(cpu_metadata), sent_copy(x)
+        buffer, payload = _buffer_of(replace(call, capacity=header.capacity), x.shape[1], header.top_k), encode(x, call)
+        received, *_, event = buffer.dispatch(
             payload,
-            handle=self._handle(handle, host),
+            handle=self._handle(handle, cpu_metadata),
             previous_event=buffer.capture(),
             async_with_compute_stream=True,
             allocate_on_comm_stream=True,
         )
-        if not call.wire:
-            return got, wait_for(event, x, handle, got)
-        here, theirs = torch.cuda.current_stream(), buffer.get_comm_stream()
-        with torch.cuda.stream(theirs):
-            got = off_wire(got, x)
-            done = theirs.record_event()
-        got.record_stream(here)
-        return got, wait_for(done, x, payload, handle)
+        if not call.dispatch_dtype:
+            return received, wait_for(event, x, handle, received)
+        current, comm = torch.cuda.current_stream(), buffer.get_comm_stream()
+        with torch.cuda.stream(comm):
+            received = decode(received, x)
+            done = comm.record_event()
+        received.record_stream(current)
+        return received, wait_for(done, x, payload, handle)
 
-    @staticmethod
-    def _sized(call: Call, host: Tensor) -> Call:
-        return Call(call.group, call.num_experts, Host.read(host).facts[transports.CAPACITY], call.layer)
-
-    def bring_back(
-        self, tokens: Tensor, weights: Tensor | None, handle: Tensor, host: Tensor, call: Call
+    def return_rows(
+        self, tokens: Tensor, weights: Tensor | None, handle: Tensor, cpu_metadata: Tensor, call: Call
     ) -> tuple[Tensor, Tensor | None, Wait]:
-        sizes = Host.read(host)
-        buffer = _elastic(self._sized(call, host), tokens.shape[1], sizes.facts[transports.TOP_K])
+        header = Header.read(cpu_metadata)
+        buffer = _buffer_of(replace(call, capacity=header.capacity), tokens.shape[1], header.top_k)
         weights = None if weights is None else weights.contiguous()
-        back, back_weights, event = buffer.combine(
+        returned, returned_weights, event = buffer.combine(
             tokens.contiguous(),
-            self._handle(handle, host),
+            self._handle(handle, cpu_metadata),
             topk_weights=weights,
             previous_event=buffer.capture(),
             async_with_compute_stream=True,
             allocate_on_comm_stream=True,
         )
-        wait = wait_for(event, tokens, weights, handle, back)
-        if not sizes.facts[transports.TOKENS]:
-            back, back_weights = back[:0].clone(), None if back_weights is None else back_weights[:0].clone()
-        return back, back_weights, wait
+        wait = wait_for(event, tokens, weights, handle, returned)
+        if not header.tokens:
+            returned = returned[:0].clone()
+            returned_weights = None if returned_weights is None else returned_weights[:0].clone()
+        return returned, returned_weights, wait
 
-    def collect(
-        self, back: Tensor, back_weights: Tensor | None, handle: Tensor, host: Tensor, call: Call, hidden: int
+    def reduce(
+        self, returned: Tensor, returned_weights: Tensor | None, handle: Tensor, cpu_metadata: Tensor, call: Call, hidden: int
     ) -> tuple[Tensor, Tensor | None]:
-        return back.clone(), None if back_weights is None else back_weights.clone()
+        # combine has summed them; an operation's result may not be its input
+        return returned.clone(), None if returned_weights is None else returned_weights.clone()
 
 
 TRANSPORT = Elastic()
@@ -203,10 +202,10 @@ TRANSPORT = Elastic()
 def _refuses(node: fx.Node) -> str | None:
     problem, given = refuses_tensors(node), arguments(node)
     if problem is None and not given["capacity"]:
-        return "ElasticBuffer must know the most tokens of a rank: pass dispatch_capacity to optimize"
+        return "ElasticBuffer needs the most tokens of a rank: pass dispatch_capacity to optimize"
     hidden = value(given["x"]).shape[1]
-    if problem is None and given["wire"] and isinstance(hidden, int) and hidden % fp8_rows.BLOCK:
-        return f"ElasticBuffer sends FP8 rows of whole {fp8_rows.BLOCK} numbers, the hidden size is {hidden}"
+    if problem is None and given["dispatch_dtype"] and isinstance(hidden, int) and hidden % fp8_rows.BLOCK:
+        return f"ElasticBuffer sends FP8 rows of multiples of {fp8_rows.BLOCK} elements, the hidden size is {hidden}"
     return problem
 
 
@@ -214,7 +213,7 @@ BACKEND = Backend(
     "deepep_elastic",
     {
         dispatch_combine.dispatch: Kernel(
-            dispatch_combine.dispatch_by("deepep_elastic"), _refuses, "DeepEP's ElasticBuffer, no host sync"
+            dispatch_combine.dispatch_with("deepep_elastic"), _refuses, "DeepEP's ElasticBuffer, no host sync"
         )
     },
     available,

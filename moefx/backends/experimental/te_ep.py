@@ -3,8 +3,8 @@
 Experimental: it has not run on GPUs, only against a stand-in (tests/ranks/nccl_ep_standin.py).
 
 Its functions are called directly, within moefx's own opaque operations: as torch operations they fail on torch 2.11 (IndexError
-in increment_version), where this backend refuses until tests/gpu/dispatch_ranks.py has shown that called so they do not. NCCL
-EP has one configuration a process; it needs the most tokens of a rank (``dispatch_capacity``).
+in increment_version), where this backend refuses until tests/gpu/dispatch_ranks.py has shown that direct calls work. There is
+one configuration per process; it needs the most tokens of a rank (``dispatch_capacity``).
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 
-from moefx import transports
 from moefx.backends import Backend, Kernel
 from moefx.backends.deepep import refuses_tensors
 from moefx.errors import MoefxError
 from moefx.internals import nccl
 from moefx.ir.graph import arguments
 from moefx.ops import dispatch_combine
-from moefx.transports import Call, Dispatched, Host, Shapes, Wait, make_host
+from moefx.transports import Call, Dispatched, Header, Shapes, Wait, make_header, process_group
 
 
 @functools.cache
 def _library() -> Any:
-    importlib.import_module("transformer_engine.pytorch")  # loads what the other links to
+    importlib.import_module("transformer_engine.pytorch")  # loads the libraries that the other links to
     return importlib.import_module("transformer_engine_torch")
 
 
@@ -46,13 +45,13 @@ def available() -> str | None:
         version = importlib.metadata.version("transformer-engine")
         return (
             f"transformer-engine {version}'s EP operations raise IndexError (increment_version) on torch {torch.__version__}: "
-            "install torch 2.12 or later, or use backend deepep, or none by name"
+            "install torch 2.12 or later, or use the backend deepep, or name none"
         )
     return problem
 
 
 def missing() -> str | None:
-    """What NCCL EP needs and is not there, and what to do; None if all is."""
+    """What NCCL EP needs and is missing here, and what to do; None if nothing is."""
     try:
         version = importlib.metadata.version("transformer-engine")
     except importlib.metadata.PackageNotFoundError:
@@ -86,8 +85,8 @@ def _configure(call: Call, hidden: int) -> Any:
     if _configured != wanted:
         if _configured is not None:
             raise MoefxError(
-                f"NCCL EP is set up for (group, experts, capacity, hidden) = {_configured} in this process, which has one such "
-                f"setting, and a layer wants {wanted}: use another backend for this model"
+                f"NCCL EP is configured for (group, experts, capacity, hidden) = {_configured} in this process, which can have "
+                f"one configuration, and a layer needs {wanted}: use another backend for this model"
             )
         dist.barrier(group=call.group)  # makes NCCL's communicator, which is borrowed
         communicator = call.group._get_backend(torch.device("cuda"))._comm_ptr()  # type: ignore[attr-defined]
@@ -115,8 +114,8 @@ def release(group: str | None = None) -> None:
 # --- the transport ---------------------------------------------------------------------------------------------------
 
 
-def _nothing() -> None:
-    """It runs on the current stream."""
+def _done() -> None:
+    """Nothing to wait for: the library runs on the current stream."""
 
 
 class NCCLEP:
@@ -124,65 +123,71 @@ class NCCLEP:
 
     packed = False
 
-    def shapes(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
-        (tokens, hidden), top_k = x.shape, index.shape[1]
+    def shapes(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
+        (tokens, hidden), top_k = x.shape, topk_ids.shape[1]
         rows = call.ep * call.capacity * min(top_k, call.local)
         return Shapes((rows, hidden), (rows, 1), (size("handle"),), (tokens, hidden), (tokens, top_k))
 
     @staticmethod
-    def _at_least_one(x: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _at_least_one(x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A rank without tokens sends a row of zeros, with weights of zero, to the first experts."""
         if x.shape[0]:
-            return x.contiguous(), index.contiguous(), weights.float().contiguous()
-        some = torch.arange(index.shape[1], device=index.device).unsqueeze(0)
-        return x.new_zeros(1, x.shape[1]), some, weights.new_zeros(1, index.shape[1]).float()
+            return x.contiguous(), topk_ids.contiguous(), topk_weights.float().contiguous()
+        first = torch.arange(topk_ids.shape[1], device=topk_ids.device).unsqueeze(0)
+        return x.new_zeros(1, x.shape[1]), first, topk_weights.new_zeros(1, topk_ids.shape[1]).float()
 
-    def send(self, x: Tensor, index: Tensor, weights: Tensor, call: Call, kept: Dispatched | None) -> tuple[Dispatched, Wait]:
+    def dispatch(
+        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, call: Call, kept: Dispatched | None
+    ) -> tuple[Dispatched, Wait]:
         library = _configure(call, x.shape[1])
-        (many, top_k), rows = index.shape, call.ep * call.capacity * min(index.shape[1], call.local)
-        x, index, weights = self._at_least_one(x, index, weights)
+        num_tokens, top_k = topk_ids.shape
+        rows = call.ep * call.capacity * min(top_k, call.local)
+        x, topk_ids, topk_weights = self._at_least_one(x, topk_ids, topk_weights)
         counts = torch.empty(call.local, dtype=torch.int32, device=x.device)
         handle = torch.empty(library.ep_handle_mem_size(top_k, 0), dtype=torch.uint8, device=x.device)
-        library.ep_prepare(handle, index, counts, top_k, 0)
-        got, got_weights = x.new_empty(rows, x.shape[1]), weights.new_empty(rows)
-        library.ep_dispatch(handle, index, x, weights, got, got_weights)
+        library.ep_prepare(handle, topk_ids, counts, top_k, 0)
+        received, weights = x.new_empty(rows, x.shape[1]), topk_weights.new_empty(rows)
+        library.ep_dispatch(handle, topk_ids, x, topk_weights, received, weights)
         expert = torch.bucketize(torch.arange(rows, device=x.device), counts.cumsum(0), right=True)
         experts = torch.where(expert < call.local, expert, -1).int().unsqueeze(1)
-        facts = {
-            transports.KIND: transports.NAMES.index("te_ep"),
-            transports.LAYER: call.layer,
-            transports.CAPACITY: call.capacity,
-            transports.TOKENS: many,
-            transports.TOP_K: top_k,
-            transports.RECEIVED: rows,
-            transports.ROWS: rows,
-            transports.PAIRS: many,
-        }
-        return Dispatched(got, experts, got_weights.unsqueeze(1), handle, make_host(facts, call.ep)), _nothing
+        header = Header(
+            "te_ep",
+            call.layer,
+            call.capacity,
+            tokens=num_tokens,
+            top_k=top_k,
+            received=rows,
+            permuted=rows,
+            sent=num_tokens,
+        )
+        return Dispatched(received, experts, weights.unsqueeze(1), handle, make_header(header, call.ep)), _done
 
-    def resend(self, x: Tensor, handle: Tensor, host: Tensor, call: Call) -> tuple[Tensor, Wait]:
+    def redispatch(self, x: Tensor, handle: Tensor, cpu_metadata: Tensor, call: Call) -> tuple[Tensor, Wait]:
         x = x.contiguous() if x.shape[0] else x.new_zeros(1, x.shape[1])
-        got = x.new_empty(Host.read(host).facts[transports.ROWS], x.shape[1])
-        _library().ep_combine_bwd(handle, x, got)
-        return got, _nothing
+        received = x.new_empty(Header.read(cpu_metadata).permuted, x.shape[1])
+        _library().ep_combine_bwd(handle, x, received)
+        return received, _done
 
-    def bring_back(
-        self, tokens: Tensor, weights: Tensor | None, handle: Tensor, host: Tensor, call: Call
+    def return_rows(
+        self, tokens: Tensor, weights: Tensor | None, handle: Tensor, cpu_metadata: Tensor, call: Call
     ) -> tuple[Tensor, Tensor | None, Wait]:
-        sizes = Host.read(host)
-        many, top_k = sizes.facts[transports.TOKENS], sizes.facts[transports.TOP_K]
-        back = tokens.new_empty(max(many, 1), tokens.shape[1])
+        header = Header.read(cpu_metadata)
+        num_tokens = header.tokens
+        returned = tokens.new_empty(max(num_tokens, 1), tokens.shape[1])
         if weights is None:
-            _library().ep_combine(handle, tokens.contiguous(), back)
-            return back[:many].clone() if not many else back, None, _nothing
-        back_weights = weights.new_empty(max(many, 1), top_k)
-        _library().ep_dispatch_bwd(handle, tokens.contiguous(), weights.reshape(-1), back, back_weights)
-        return (back, back_weights, _nothing) if many else (back[:0].clone(), back_weights[:0].clone(), _nothing)
+            _library().ep_combine(handle, tokens.contiguous(), returned)
+            return returned if num_tokens else returned[:0].clone(), None, _done
+        returned_weights = weights.new_empty(max(num_tokens, 1), header.top_k)
+        _library().ep_dispatch_bwd(handle, tokens.contiguous(), weights.reshape(-1), returned, returned_weights)
+        if num_tokens:
+            return returned, returned_weights, _done
+        return returned[:0].clone(), returned_weights[:0].clone(), _done
 
-    def collect(
-        self, back: Tensor, back_weights: Tensor | None, handle: Tensor, host: Tensor, call: Call, hidden: int
+    def reduce(
+        self, returned: Tensor, returned_weights: Tensor | None, handle: Tensor, cpu_metadata: Tensor, call: Call, hidden: int
     ) -> tuple[Tensor, Tensor | None]:
-        return back.clone(), None if back_weights is None else back_weights.clone()
+        # combine has summed them; an operation's result may not be its input
+        return returned.clone(), None if returned_weights is None else returned_weights.clone()
 
 
 TRANSPORT = NCCLEP()
@@ -192,18 +197,18 @@ def _refuses(node: fx.Node) -> str | None:
     problem, given = refuses_tensors(node), arguments(node)
     if problem:
         return problem.replace("DeepEP", "NCCL EP")
-    if given["wire"]:
-        return "NCCL EP is set up here to send bfloat16, dispatch_dtype asks for FP8"
+    if given["dispatch_dtype"]:
+        return "NCCL EP sends bfloat16 here, dispatch_dtype asks for FP8"
     if not given["capacity"]:
-        return "NCCL EP must know the most tokens of a rank: pass dispatch_capacity to optimize"
-    if dispatch_combine._group(given["group"]).size() < 2:
-        return "NCCL EP wants 2 ranks or more"
+        return "NCCL EP needs the most tokens of a rank: pass dispatch_capacity to optimize"
+    if process_group(given["group"]).size() < 2:
+        return "NCCL EP needs 2 ranks or more"
     return None
 
 
 BACKEND = Backend(
     "te_ep",
-    {dispatch_combine.dispatch: Kernel(dispatch_combine.dispatch_by("te_ep"), _refuses, "NCCL EP, no host sync")},
+    {dispatch_combine.dispatch: Kernel(dispatch_combine.dispatch_with("te_ep"), _refuses, "NCCL EP, no host sync")},
     available,
     by_name=True,
 )

@@ -1,4 +1,4 @@
-"""Experts that are spread over ranks, in a call that no captured graph covers (generation, say)."""
+"""Experts that are sharded across ranks, in a call that no captured graph covers (generation, for example)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def experts_over_ranks(x: Tensor, index: Tensor, weights: Tensor, module: nn.Mod
     up: Any = getattr(module, layout.up)
     where = {"num_experts": up.shape[0], "group": up.device_mesh.get_group().group_name}
     local = [p.to_local() if isinstance(p, DTensor) else p for p in layout.weights(module)]
-    rows, row_weights, counts, *way, tokens = dispatch_combine.dispatch(x, index, weights, **where)
-    place, _, host, _ = way
-    options = {**layout.options, "grad_scale": 1.0 / up.device_mesh.size(), "row_weights": row_weights}
-    options["arrived"] = [tokens, place, host]
-    rows = grouped_mlp.grouped_mlp(rows, counts, *local, **options)
-    return dispatch_combine.combine(rows, index, *way, **where).to(x.dtype)
+    rows, probs, tokens_per_expert, *route, received = dispatch_combine.dispatch(x, index, weights, **where)
+    row_id_map, _, cpu_metadata, _ = route
+    options = {**layout.options, "grad_scale": 1.0 / up.device_mesh.size(), "row_weights": probs}
+    options["arrived"] = [received, row_id_map, cpu_metadata]
+    rows = grouped_mlp.grouped_mlp(rows, tokens_per_expert, *local, **options)
+    return dispatch_combine.combine(rows, index, *route, **where).to(x.dtype)

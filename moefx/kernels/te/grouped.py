@@ -10,8 +10,8 @@ from torch import Tensor
 from moefx.kernels.te import extension
 from moefx.ops.custom_op import opaque
 from moefx.ops.grouped_mlp import GroupedMLPSpec, activate, activate_backward, matrices_of, scale_rows, sum_by_expert
-from moefx.transports import wide
-from moefx.transports.permute import Kept
+from moefx.transports import accumulation_dtype
+from moefx.transports.permute import SavedRows
 
 #: Below, GroupedLinear is one cuBLAS call an expert, and reads the counts back: 17.5 ms where torch takes 4.45 (H200).
 CUBLASLT = 130_400
@@ -147,8 +147,8 @@ def te_grouped_mlp_backward(
     groups, grad = Groups(counts), grad.contiguous()
     to_a = gemm(grad, down, groups, by_columns=not spec.transposed)
     to_h, a, to_weights = activate_backward(h, to_a, row_weights, spec)
-    kept = Kept(rows, tokens, place, host)
-    x = kept.again(h.shape[0], matrices_of(up, spec.transposed).shape[1]).to(up.dtype).contiguous()
+    kept = SavedRows(rows, tokens, place, host)
+    x = kept.restore(h.shape[0], matrices_of(up, spec.transposed).shape[1]).to(up.dtype).contiguous()
     to_down = outer(a, grad, groups) if spec.transposed else outer(grad, a, groups)
     to_up = outer(x, to_h, groups) if spec.transposed else outer(to_h, x, groups)
     to_rows = gemm(to_h, up, groups, by_columns=not spec.transposed).to(kept.dtype)
@@ -157,7 +157,7 @@ def te_grouped_mlp_backward(
     if down_bias is not None:
         to_down_bias = sum_by_expert(grad, counts, row_weights)
         if row_weights is not None:
-            to_weights += (grad.to(wide(grad.dtype)) * _of_rows(down_bias, counts, len(grad))).sum(1)
+            to_weights += (grad.to(accumulation_dtype(grad.dtype)) * _of_rows(down_bias, counts, len(grad))).sum(1)
     if spec.grad_scale != 1.0:
         for g in (to_up, to_up_bias, to_down, to_down_bias):
             g.mul_(spec.grad_scale)
@@ -183,14 +183,14 @@ def _(
     def like(t: Tensor | None) -> Tensor:
         return h.new_empty(0) if t is None else t.new_empty(t.shape)
 
-    to_rows = h.new_empty(h.shape[0], matrices_of(up, spec.transposed).shape[1], dtype=Kept(rows, tokens).dtype)
+    to_rows = h.new_empty(h.shape[0], matrices_of(up, spec.transposed).shape[1], dtype=SavedRows(rows, tokens).dtype)
     return to_rows, like(up), like(up_bias), like(down), like(down_bias), like(row_weights)
 
 
 def _save(ctx, inputs, _, output) -> None:
     ctx.set_materialize_grads(False)
     rows, counts, up, up_bias, down, down_bias, row_weights, *arrived, ctx.spec = inputs
-    ctx.save_for_backward(output[1], *Kept.least(rows, *arrived), counts, up, up_bias, down, down_bias, row_weights)
+    ctx.save_for_backward(output[1], *SavedRows.smallest(rows, *arrived), counts, up, up_bias, down, down_bias, row_weights)
     ctx.mark_non_differentiable(output[1])
 
 
