@@ -31,7 +31,7 @@ from transformers.utils.logging import set_verbosity_error as quiet
 import moefx
 from moefx import passes
 from moefx.backends import builtin, deepep
-from moefx.distributed.parallelize import initialize
+from moefx.distributed.initialize import initialize
 
 #: Contenders in the order in which they run: what the headline needs comes first.
 CONTENDERS = {

@@ -14,7 +14,6 @@ expert parallelism they are those without it: what its exchange keeps besides is
 from __future__ import annotations
 
 import argparse
-import importlib
 import math
 import sys
 import warnings
@@ -28,7 +27,7 @@ import models
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
@@ -36,6 +35,8 @@ from transformers.distributed import DistributedConfig
 from transformers.utils.logging import set_verbosity_error
 
 import moefx
+from moefx.distributed import fsdp_sharding
+from moefx.distributed.layout import make_layout, make_meshes
 from moefx.integrations import fsdp as sharded
 from moefx.integrations import transformers as hf
 
@@ -53,12 +54,11 @@ def pretended(ranks: int) -> Iterator[None]:
 
 
 def spread(who: str, name: str, layers: int, ranks: int, dtype: torch.dtype) -> Any:
-    """The contender's model on meta, cut for ``ranks`` ranks as it cuts it."""
+    """The contender's model on meta, sharded across ``ranks`` ranks as it shards it."""
     model: Any = models.build(name, layers, dtype, "meta").train()
     if who == "moefx":
-        cutting = importlib.import_module("moefx.distributed.parallelize")
-        layout = cutting.layout(ranks, 1, MixedPrecisionPolicy(), True, None)
-        return cutting._distribute(model, layout, cutting._meshes(layout))
+        layout = make_layout(ranks, 1)
+        return fsdp_sharding.shard(model, layout, make_meshes(layout))
     config, _, meshes = model.prepare_distribute_model(
         DistributedConfig(fsdp_size=ranks, ep_size=ranks if who == "hf_ep" else 1)
     )

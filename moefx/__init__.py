@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from moefx.analysis.report import Report, ShortfallWarning
     from moefx.api import explain, optimize, parallelize, report, restore, rewrite
     from moefx.backends import Backend, Kernel, resolve
-    from moefx.distributed.checkpoint import load_checkpoint, save_checkpoint
+    from moefx.distributed.checkpoint_dcp import load_checkpoint, save_checkpoint
     from moefx.distributed.clip_grad import clip_grad_norm_
     from moefx.distributed.rank_monitor import watch as watch_ranks
     from moefx.errors import CaptureError, ExchangeError, MoefxError, PassError, RankLostError, VerifyError
@@ -61,7 +61,7 @@ else:  # a type checker that saw __getattr__ would accept any name
         "moefx.analysis.report": ("Report", "ShortfallWarning"),
         "moefx.api": ("explain", "optimize", "parallelize", "report", "restore", "rewrite"),
         "moefx.backends": ("Backend", "Kernel", "resolve"),
-        "moefx.distributed.checkpoint": ("load_checkpoint", "save_checkpoint"),
+        "moefx.distributed.checkpoint_dcp": ("load_checkpoint", "save_checkpoint"),
         "moefx.distributed.clip_grad": ("clip_grad_norm_",),
         "moefx.distributed.rank_monitor": ("watch as watch_ranks",),
         "moefx.errors": ("CaptureError", "ExchangeError", "MoefxError", "PassError", "RankLostError", "VerifyError"),

@@ -21,6 +21,7 @@ from moefx.analysis.explanation import Explanation, explanation
 from moefx.analysis.report import Report
 from moefx.distributed import dtensor_ops, expert_sharding, rank_monitor, state_dict
 from moefx.distributed import parallelize as parallelize_
+from moefx.distributed.layout import make_layout
 from moefx.errors import MoefxError
 from moefx.frontend.capture import capture
 from moefx.frontend.export import CAPTURING
@@ -267,14 +268,14 @@ def parallelize(
         if name in options:
             raise MoefxError(f"parallelize does not take {name}: it makes its own meshes; call moefx.verify on a small model")
     chosen = Options(**options)
-    layout = parallelize_.layout(ep_size, dp_replicate, mp_policy, reshard_after_forward, offload_policy, model)
-    several = layout.dp_replicate * layout.fsdp > 1
+    layout = make_layout(ep_size, dp_replicate, mp_policy, reshard_after_forward, offload_policy, model)
+    several = layout.world_size > 1
     if lost_after and several:
         rank_monitor.watch(lost_after)
-    spread = parallelize_.spread(model, layout, dtype)
-    _optimize(spread.train(), chosen)
-    adapters.unwrap_peft(spread)._moefx.global_aux_loss = global_aux_loss and several
-    return spread
+    sharded = parallelize_.shard(model, layout, dtype)
+    _optimize(sharded.train(), chosen)
+    adapters.unwrap_peft(sharded)._moefx.global_aux_loss = global_aux_loss and several
+    return sharded
 
 
 def restore(model: Model) -> Model:

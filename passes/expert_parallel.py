@@ -39,6 +39,7 @@ class ExpertParallel:
     name: ClassVar[str] = "expert_parallel"
 
     def run(self, function: Function, plan: Plan) -> Changes:
+        """Rewrites every ``experts`` of a function."""
         changes = Changes()
         if plan.ep_size == 1:
             return changes
@@ -89,14 +90,16 @@ class ExpertParallel:
 
     @staticmethod
     def _is_adapted(w: fx.Node) -> bool:
-        """A parameter plus products of LoRA factors, as moefx.adapters writes it."""
+        """Is it a parameter plus products of LoRA factors, as moefx.integrations.peft adds them?"""
         while is_call(w, aten.baddbmm.default):
             w = w.args[0]  # type: ignore[assignment]
         return w.op == "placeholder"
 
     def _local(self, function: Function, at: fx.Node, w: fx.Node, plan: Plan) -> fx.Node:
-        """This rank's part of a weight. LoRA factors are whole on every rank, like dense parameters: each rank's gradient of
-        them is that of its own experts, and the mean over ranks must not divide it twice.
+        """This rank's part of a weight.
+
+        LoRA factors are replicated on every rank, like dense parameters: each rank's gradient of them is that of its own
+        experts, and the mean over ranks must not divide it twice.
         """
         many = value(w).shape[0] // plan.ep_size
         if w.op == "placeholder":

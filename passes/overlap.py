@@ -41,6 +41,7 @@ class Overlap:
     tokens: int = 4096
 
     def run(self, function: Function, plan: Plan) -> Changes:
+        """Rewrites every dispatch of a function, with its experts and its combine."""
         changes = Changes()
         if plan.ep_size == 1:
             return changes

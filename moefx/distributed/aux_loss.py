@@ -1,7 +1,7 @@
 """Transformers' auxiliary load-balancing loss over the batch of all ranks, or by a backend's kernel.
 
-It is a product of means (arXiv 2101.03961, equations 4 to 6), so the mean of the ranks' losses is not the loss of their batch,
-and it makes each rank's few sequences balanced rather than the batch (arXiv 2501.11873).
+The loss is a product of means (arXiv 2101.03961, equations 4 to 6), so the mean of the ranks' losses is not the loss of their
+batch: it balances the few sequences of each rank instead of the batch (arXiv 2501.11873).
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from moefx.internals import transformers_patches
 
 
 class SumOverRanks(torch.autograd.Function):
-    """The sum of all ranks' values; each rank's gradient is that of its own part, times ``scale``."""
+    """All-reduce (sum); the gradient of each rank's input is the output's gradient times ``scale``, without communication."""
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: float) -> Tensor:  # type: ignore[override]
+        """The sum over all ranks of x."""
         ctx.scale = scale
         total = x.clone()
         dist.all_reduce(total)
@@ -32,14 +33,15 @@ class SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
+        """The gradient of x, and None for ``scale``."""
         return grad * ctx.scale, None
 
 
 def gradient_scale(mean_of_ranks: bool) -> float:
-    """For losses of all ranks' tokens, so that their gradients become those of one process.
+    """The scale of a gradient of :class:`SumOverRanks`, with which the averaged gradients are those of one process.
 
-    ``mean_of_ranks``: the ranks' gradients will be averaged, and that is all; else the caller multiplies the loss by the number
-    of ranks, as the Trainer does when it divides by ``num_items_in_batch``.
+    ``mean_of_ranks``: gradients are averaged over ranks, and nothing else; if False, the caller also multiplies the loss by the
+    number of ranks, as the Trainer does when it divides by ``num_items_in_batch``.
     """
     return float(dist.get_world_size()) if mean_of_ranks else 1.0
 
@@ -52,9 +54,9 @@ def load_balancing_loss(
     *,
     total: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Any:
-    """Transformers' function of this signature, with its sums over tokens, [2 E + 1] fp32, passed through ``total``.
+    """Transformers' function of the same signature, with its sums over tokens, [2 E + 1] fp32, passed through ``total``.
 
-    ``gate_logits``: a tuple of [tokens, E], one a layer. Returns ``E * sum_e(share of rows of e * mean probability of e)``.
+    ``gate_logits``: a tuple of [tokens, E], one per layer. Returns ``E * sum_e(share of rows of e * mean probability of e)``.
     """
     if not isinstance(gate_logits, tuple):
         return 0
@@ -71,8 +73,8 @@ def load_balancing_loss(
 
 
 @cache
-def _same(theirs: Callable) -> bool:
-    """Does ``theirs`` compute what ``load_balancing_loss`` does? Found on numbers, with and without padding."""
+def _is_equivalent(theirs: Callable) -> bool:
+    """Does ``theirs`` compute what ``load_balancing_loss`` does? Compared on random logits, with and without padding."""
     generator = torch.Generator().manual_seed(0)
     logits = tuple(torch.randn(12, 6, generator=generator) for _ in range(2))
     mask = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]])
@@ -86,7 +88,7 @@ def _same(theirs: Callable) -> bool:
 def over_all_ranks(model: Any, mean_of_ranks: bool) -> Iterator[None]:
     """Within: the model's forward computes its auxiliary loss over the tokens of all ranks.
 
-    ``mean_of_ranks``: see :func:`gradient_scale`. A family with another loss keeps it, computed by each rank on its own tokens.
+    ``mean_of_ranks``: see :func:`gradient_scale`. A family with another loss keeps it, on each rank's own tokens.
     """
     scale = gradient_scale(mean_of_ranks)
 
@@ -103,7 +105,7 @@ def over_all_ranks(model: Any, mean_of_ranks: bool) -> Iterator[None]:
 def by_kernel(model: Any, kernel: Callable[[Tensor, int], Tensor]) -> Iterator[None]:
     """Within: the model's forward computes its auxiliary loss by a kernel of ``moefx.load_balancing_loss``.
 
-    With padding, and elsewhere than on a CUDA device, it is the model's own function as before.
+    With padding, or on another device than CUDA, the model's own function is called.
     """
 
     def instead_of(theirs: Callable) -> Callable:
@@ -124,11 +126,11 @@ def _served(logits: Tensor) -> bool:
 
 @contextmanager
 def _replaced(model: Any, instead_of: Callable[[Callable], Callable]) -> Iterator[None]:
-    """Within: the model's family calls ``instead_of(its function)``, if that function is the one of this file."""
+    """Within: the model's family calls ``instead_of(its function)``, if that function is equivalent to this file's."""
     name = transformers_patches.LOAD_BALANCING_LOSS
     modules = [sys.modules[c.__module__] for c in type(model).__mro__]  # FSDP's and moefx's classes come first
     module = next((m for m in modules if hasattr(m, name)), None)
-    if module is None or not _same(inspect.unwrap(getattr(module, name))):
+    if module is None or not _is_equivalent(inspect.unwrap(getattr(module, name))):
         yield
         return
     patch = transformers_patches.load_balancing_loss(module)

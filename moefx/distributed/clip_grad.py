@@ -1,4 +1,4 @@
-"""The norm of all gradients, whatever meshes they are spread over, and clipping by it."""
+"""Gradient clipping by the global norm, for gradients on several device meshes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,20 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    """``torch.nn.utils.clip_grad_norm_`` for gradients on several meshes: dense ones, and experts' ones under EP.
+    """``torch.nn.utils.clip_grad_norm_`` for gradients on several meshes: dense ones, and those of experts under EP.
 
-    Returns the norm that one process holding all parameters would see, the same on every rank; gradients are scaled in place
-    by ``min(1, max_norm / norm)``. ``parameters``: a model, or parameters. All ranks call it.
+    Gradients are scaled in place by ``min(1, max_norm / norm)``. All ranks call it.
+
+    Args:
+        parameters: a model, or parameters.
+        max_norm, norm_type, error_if_nonfinite, foreach: as in ``torch.nn.utils.clip_grad_norm_``.
+
+    Returns:
+        The norm that one process with all parameters would compute, a tensor that is the same on every rank.
+
+    Raises:
+        RuntimeError: the norm is not finite and ``error_if_nonfinite``.
+        RankLostError: a rank is lost.
     """
     if isinstance(parameters, nn.Module):
         fsdp.reshard(parameters)

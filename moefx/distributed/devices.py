@@ -1,4 +1,4 @@
-"""Which device a rank trains on: its own GPU under NCCL, whoever forgot to say so; two ranks on one GPU are named."""
+"""The device of a rank: under NCCL its own GPU, even if none was set; two ranks on one GPU are an error."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def _may_share() -> bool:
 
 
 def _refuse_sharing(device: torch.device) -> None:
-    """Raises MoefxError if another rank uses this rank's GPU too. Asked in the process group's store: no collective could."""
+    """Raises MoefxError if another rank uses this rank's GPU too. By the process group's store: a collective would fail."""
     store, rank, world = _get_default_store(), dist.get_rank(), dist.get_world_size()
     key = f"moefx/devices/{next(_rounds)}"
     store.set(f"{key}/{rank}", f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}")
-    used = [store.get(f"{key}/{r}") for r in range(world)]  # waits for the others
+    used = [store.get(f"{key}/{r}") for r in range(world)]  # waits for the other ranks
     others = [r for r in range(world) if r != rank and used[r] == used[rank]]
     if others:
         first, second = sorted((rank, others[0]))

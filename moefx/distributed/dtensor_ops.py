@@ -1,12 +1,11 @@
 """Operations on parameters of several meshes that ``torch.optim``, gradient clipping and ``GradScaler`` call and DTensor lacks.
 
 Under expert parallelism a model's parameters are plain tensors and DTensors, or DTensors of several meshes. DTensor refuses
-operations on lists of both, has no rule for some that optimizers call, and reads a number that is still to be summed over ranks
-(``float(norm)``) as this rank's summand. :func:`install` registers handlers for these where DTensor has a place for them. What
-DTensor can do it does: a list of DTensors of one mesh goes its own way.
+operations on lists of both, has no rule for some that optimizers call, and converts a partial scalar (``float(norm)``) to this
+rank's summand. :func:`install` registers custom handlers of DTensor for these. What DTensor supports is left to it: a list of
+DTensors of one mesh, for example.
 
-All this hangs on how DTensor dispatches, so :func:`install` tries the handlers on known cases before they are relied on. Seen
-in torch 2.11 and 2.13.
+This depends on how DTensor dispatches, so :func:`install` tries the handlers on known cases first. Seen in torch 2.11 and 2.13.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from moefx.internals.torch_patches import Handler, dtensors_own_handlers, extend
 
 aten = torch.ops.aten
 
-#: Operations on lists that take each number by itself: what is true of whole tensors is true of each rank's parts of them.
+#: Elementwise operations on lists: applied to each rank's parts of tensors they give the parts of the results.
 ELEMENTWISE = (
     "abs", "add", "addcdiv", "addcmul", "clamp_max", "clamp_min", "copy", "div", "exp", "lerp", "log", "maximum", "minimum",
     "mul", "neg", "pow", "reciprocal", "rsqrt", "sign", "sqrt", "sub", "zero",
@@ -39,8 +38,9 @@ _works: bool | None = None  #: None: not tried yet
 
 
 def install(mesh: DeviceMesh) -> None:
-    """Registers the handlers, once a process, and tries them; all ranks of ``mesh`` call it. If they do not do what is said
-    here (another torch), they are taken back with a warning that says what to call instead.
+    """Registers the handlers, once per process, and tries them; all ranks of ``mesh`` call it.
+
+    If they do not work (another version of torch), they are removed again, with a warning that names alternatives.
     """
     global _works
     if _works is not None:
@@ -57,8 +57,8 @@ def install(mesh: DeviceMesh) -> None:
         if undo is not None:
             undo()
         warnings.warn(
-            f"torch {torch.__version__} treats DTensors otherwise than moefx knows ({type(error).__name__}: {error}): make "
-            "optimizers with foreach=False and fused=False, clip by moefx.clip_grad_norm_, do without GradScaler, and without "
+            f"torch {torch.__version__} does not dispatch DTensors as moefx expects ({type(error).__name__}: {error}): "
+            "create optimizers with foreach=False and fused=False, clip by moefx.clip_grad_norm_, and do not use GradScaler or "
             "optimizers that read norms, such as Adafactor",
             stacklevel=2,
         )
@@ -94,7 +94,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _of_one_mesh(lists: Sequence[Sequence[Any]]) -> bool:
-    """Lists that DTensor takes: of DTensors of one mesh, or of plain single numbers (a step count for each parameter)."""
+    """Lists that DTensor supports: of DTensors of one mesh, or of plain scalars (a step count for each parameter)."""
     meshes = {t.device_mesh for ts in lists for t in ts if isinstance(t, DTensor)}
     spread = [any(isinstance(t, DTensor) for t in ts) for ts in lists]
     return len(meshes) == 1 and all(
@@ -104,19 +104,19 @@ def _of_one_mesh(lists: Sequence[Sequence[Any]]) -> bool:
 
 
 def _elementwise(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """All ranks' parts of all tensors in one call: the same numbers as on whole tensors, since nothing looks at a neighbour."""
+    """One call with this rank's parts of all tensors; results are the parts of those of whole tensors."""
     lists = [a for a in args if _is_list(a)]
     if _of_one_mesh(lists):
         try:
             return _by_dtensor(op, args, kwargs)
-        except NotImplementedError:  # it has no rule
+        except NotImplementedError:  # DTensor has no rule
             pass
-        except RuntimeError:  # none that writes to what is still to be summed
+        except RuntimeError:  # no rule that writes to a partial tensor
             if not any(_is_partial(t) for ts in lists for t in ts):
                 raise
     many = len(lists[0])
     if any(len(ts) != many for ts in lists):
-        raise MoefxError(f"{op} got lists of {' and '.join(str(len(ts)) for ts in lists)} tensors: pass as many of each")
+        raise MoefxError(f"{op} got lists of {' and '.join(str(len(ts)) for ts in lists)} tensors: pass lists of equal length")
     written = [a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments]
     changes = [w for a, w in zip(args, written, strict=False) if _is_list(a)]
     local, like = [[*ts] for ts in lists], []
@@ -132,37 +132,37 @@ def _elementwise(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 def _to_local(tensors: list[Any], changes: list[bool], op: Any, local: list[list[Any]], i: int) -> DTensor | None:
-    """Puts this rank's parts of the ``i``-th tensors of all lists into ``local``; returns what a result is spread like."""
-    order = sorted(range(len(tensors)), key=lambda k: not changes[k])  # what is written stays where it is, others follow
+    """Puts this rank's parts of the ``i``-th tensors into ``local``; returns the tensor whose placements a result has."""
+    order = sorted(range(len(tensors)), key=lambda k: not changes[k])  # what is written is not redistributed, the others are
     like = next((tensors[k] for k in order if isinstance(tensors[k], DTensor)), None)
     if like is None:
         return None
-    _settle(like)
+    _reduce_partial(like)
     for k, t in enumerate(tensors):
         if isinstance(t, DTensor):
             placements = _placements_beside(t, like)
             if placements is None:
                 raise MoefxError(
-                    f"{op} got DTensors that do not belong together: {tuple(t.shape)} on {t.device_mesh} and "
+                    f"{op} got DTensors of different shapes or meshes: {tuple(t.shape)} on {t.device_mesh} and "
                     f"{tuple(like.shape)} on {like.device_mesh}; pass gradients and states of the same parameters"
                 )
             if t.placements != placements:
                 if changes[k]:
                     raise MoefxError(
-                        f"{op} writes to a tensor spread as {t.placements} and to one as {like.placements}: spread both alike"
+                        f"{op} writes to tensors with placements {t.placements} and {like.placements}: use the same for both"
                     )
                 t = t.redistribute(placements=placements)
             local[k][i] = t._local_tensor
         elif t.dim() > 0 or (k == 0 and changes[k]):
             raise MoefxError(
-                f"{op} got a plain tensor of shape {tuple(t.shape)} for a DTensor of shape {tuple(like.shape)}: ranks may hold "
-                "other values of a plain one; make a DTensor of it (torch.distributed.tensor.distribute_tensor)"
+                f"{op} got a plain tensor of shape {tuple(t.shape)} for a DTensor of shape {tuple(like.shape)}: a plain "
+                "tensor may differ between ranks; make it a DTensor (torch.distributed.tensor.distribute_tensor)"
             )
     return like
 
 
 def _placements_beside(t: DTensor, like: DTensor) -> tuple[Placement, ...] | None:
-    """How ``t`` must be spread to meet its numbers of ``like``, of the same shape or one that is broadcast to it."""
+    """Placements of ``t`` that match those of ``like``, to whose shape it may be broadcast; None if there are none."""
     if t.device_mesh != like.device_mesh:
         return None
     if t.shape == like.shape:
@@ -178,8 +178,8 @@ def _spread_as(local: Tensor, like: DTensor) -> DTensor:
     return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
-def _settle(tensor: DTensor) -> None:
-    """Sums over ranks, in place, what is still to be summed: only sums may be squared, or compared with a bound."""
+def _reduce_partial(tensor: DTensor) -> None:
+    """All-reduces a partial tensor in place: only sums may be squared, or compared with a bound."""
     if _is_partial(tensor):
         done = tensor.redistribute(placements=[Replicate() if p.is_partial() else p for p in tensor.placements])
         tensor._local_tensor, tensor._spec = done._local_tensor, done._spec
@@ -204,7 +204,7 @@ def _by_mesh(tensors: Sequence[Tensor]) -> dict[DeviceMesh | None, list[int]]:
 
 
 def _norms(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The norms of whole tensors, plain: one reduction for each mesh."""
+    """The norms of whole tensors, as plain tensors: one reduction per mesh."""
     tensors, groups = args[0], _by_mesh(args[0])
     if len(groups) == 1:
         return _by_dtensor(op, args, kwargs)
@@ -217,21 +217,20 @@ def _norms(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 def _wholes(numbers: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Single numbers of one mesh, or plain ones, as plain ones."""
+    """Scalars of one mesh, or plain ones, as plain scalars."""
     if not isinstance(numbers[0], DTensor) or len({t.dtype for t in numbers}) > 1:
         return [_whole(t) for t in numbers]
     return torch.stack(list(numbers)).full_tensor().unbind()  # type: ignore[attr-defined]
 
 
 def _join(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """stack, cat: of tensors of several meshes, whole and plain on each rank."""
+    """stack, cat: tensors of several meshes are gathered and joined as plain tensors."""
     tensors, groups = args[0], _by_mesh(args[0])
     if len(groups) == 1:
         return _by_dtensor(op, args, kwargs)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise MoefxError(
-            f"{op} joins parameters of several meshes into whole ones, which no gradient goes through: call it within "
-            "torch.no_grad()"
+            f"{op} gathers parameters of several meshes and is not differentiable there: call it within torch.no_grad()"
         )
     whole: list[Any] = [None] * len(tensors)
     for places in groups.values():
@@ -242,13 +241,13 @@ def _join(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 def _unscale(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """GradScaler's: what one rank finds infinite all ranks must skip, or they would go on with other parameters."""
+    """GradScaler's check: if a gradient is infinite on one rank, all must skip the step, or their parameters would differ."""
     gradients, found_inf, scale = args
     groups = _by_mesh(gradients)
     if len(groups) == 1:
         return _by_dtensor(op, args, kwargs)
     if any(map(_is_partial, gradients)):
-        raise MoefxError(f"{op} got gradients that are still to be summed over ranks: sum them before (redistribute)")
+        raise MoefxError(f"{op} got partial gradients: redistribute them first")
     op([t._local_tensor if isinstance(t, DTensor) else t for t in gradients], found_inf, scale)
     for mesh in groups:
         for dim in range(mesh.ndim if mesh is not None else 0):
@@ -257,7 +256,7 @@ def _unscale(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 def _number(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """A tensor as a Python number (``.item()``, ``float()``): of the whole one, which DTensor does not wait for."""
+    """``.item()`` and ``float()`` of the whole tensor; DTensor itself would not reduce a partial one."""
     with torch.no_grad():
         return op(args[0].full_tensor())
 
@@ -266,21 +265,21 @@ def _no_lbfgs(optimizer: Any, args: Any, kwargs: Any) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if isinstance(optimizer, torch.optim.LBFGS) and any(isinstance(p, DTensor) for p in parameters):
         raise MoefxError(
-            "LBFGS lays all parameters end to end and looks at this rank's loss alone, so that ranks which share parameters "
-            "would stop at different points: take another optimizer, or train in one process"
+            "LBFGS decides by the loss of this rank alone, so ranks that share parameters would stop at different points: use "
+            "another optimizer, or train in one process"
         )
 
 
-# --- single tensors, as Adafactor and Rprop have them ----------------------------------------------------------------
+# --- single tensors, in Adafactor and Rprop ----------------------------------------------------------------
 
 
 def _power(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    _settle(args[0])
+    _reduce_partial(args[0])
     return _by_dtensor(op, args, kwargs)
 
 
 def _masked(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """``x[mask] = number``, mask and x spread alike: each rank does its part."""
+    """``x[mask] = number`` for a mask with the placements of x: each rank assigns to its part."""
     x, indices, number, *rest = args
     (mask, *more) = indices
     fits = isinstance(x, DTensor) and isinstance(mask, DTensor) and mask.dtype == torch.bool and not more
@@ -293,13 +292,14 @@ def _masked(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 def _set_data(tensor: DTensor, value: Any) -> None:
-    """``p.data = value``, as averages of weights and ``vector_to_parameters`` do, which DTensor takes and forgets: the value
-    is written where the parameter lies, since FSDP reads it there.
+    """``p.data = value``, as weight averaging and ``vector_to_parameters`` do, which DTensor accepts and ignores.
+
+    The value is written into the memory of the parameter, which FSDP reads.
     """
     if not isinstance(value, Tensor) or value.shape != tensor.shape or value.dtype != tensor.dtype or _is_partial(tensor):
         raise MoefxError(
-            f".data of a parameter of shape {tuple(tensor.shape)} and {tensor.dtype}, spread over ranks as "
-            f"{tensor.placements}, cannot become {_described(value)}: convert the model before it is spread"
+            f".data of a parameter of shape {tuple(tensor.shape)} and {tensor.dtype}, sharded as {tensor.placements}, cannot "
+            f"become {_described(value)}: convert the model before it is sharded"
         )
     with torch.no_grad():
         if isinstance(value, DTensor) and value.device_mesh == tensor.device_mesh:
@@ -312,11 +312,11 @@ def _described(value: Any) -> str:
     return f"a tensor of shape {tuple(value.shape)} and {value.dtype}" if isinstance(value, Tensor) else repr(value)
 
 
-# --- does it hold? ---------------------------------------------------------------------------------------------------
+# --- do the handlers work? ---------------------------------------------------------------------------------------------------
 
 
 def _try(mesh: DeviceMesh) -> None:
-    """One case of each handler, on this rank but for one number that all ranks of ``mesh`` sum."""
+    """One case of each handler, on this rank, but for one scalar that all ranks of ``mesh`` sum."""
     device, everywhere = mesh.device_type, [Replicate()] * mesh.ndim
 
     def plain(value: Any) -> Tensor:
@@ -331,7 +331,7 @@ def _try(mesh: DeviceMesh) -> None:
     local = [t.to_local() if isinstance(t, DTensor) else t for t in mixed]
     _expect("a list of a plain tensor and a DTensor", torch.cat(local), plain([2.0, 2 * 2**0.5, 2 * 5**0.5]))
     if not isinstance(mixed[1], DTensor) or mixed[1].placements[0] != Shard(0):
-        raise AssertionError("the result of a list is not spread as the list is")
+        raise AssertionError("the results of a list do not have its placements")
     summed = spread(1.0, Partial())
     _expect("a sum over ranks as a number", plain(float(summed)), summed.full_tensor())
     x = spread([-1.0, 3.0])

@@ -1,4 +1,4 @@
-"""Expert parallelism: which ranks share the experts, and experts' parameters as DTensors ``Shard(0)`` over them."""
+"""Expert parallelism: the mesh of ranks that share the experts, and experts' parameters as DTensors ``Shard(0)`` on it."""
 
 from __future__ import annotations
 
@@ -28,16 +28,14 @@ if TYPE_CHECKING:
 def make_mesh(model: nn.Module, ep_size: int, mesh: DeviceMesh | None) -> tuple[int, DeviceMesh | None]:
     """Checks ``ep_size`` against the experts, the ranks and ``mesh``; returns (ep_size, mesh with a dimension "ep" or None).
 
-    Without ``mesh`` the ranks are cut into groups of ``ep_size`` neighbours: dimensions ("dp_replicate", "ep").
+    Without ``mesh`` each ``ep_size`` neighbouring ranks are a group: dimensions ("dp_replicate", "ep").
     """
-    spread = experts_mesh(model)
-    if spread is not None:
-        size = spread["ep"].size()
+    existing = experts_mesh(model)
+    if existing is not None:
+        size = existing["ep"].size()
         if mesh is not None or ep_size not in (1, size):
-            raise MoefxError(
-                f"the experts are spread over {size} ranks already: leave mesh out, and ep_size={ep_size} too or make it {size}"
-            )
-        return size, spread
+            raise MoefxError(f"the experts are sharded across {size} ranks already: leave mesh and ep_size out")
+        return size, existing
     if mesh is not None:
         names = mesh.mesh_dim_names or ()
         if "ep" not in names:
@@ -75,12 +73,12 @@ def move_to_mesh(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def check_experts(model: nn.Module, ep_size: int) -> None:
-    """Raises MoefxError, with both numbers, if the experts cannot be cut over ``ep_size`` ranks."""
+    """Raises MoefxError, with both numbers, if the experts cannot be sharded across ``ep_size`` ranks."""
     found = hf.experts_modules(model)
     if not found:
         raise MoefxError(
             f"ep_size={ep_size}, but {type(model).__name__} does not use Transformers' experts interface, so its experts "
-            "cannot be cut over ranks: use ep_size=1"
+            "cannot be sharded across ranks: use ep_size=1"
         )
     for path, module in found.items():
         experts = getattr(module, hf.experts_layout(module).up).shape[0]
@@ -94,9 +92,9 @@ def check_experts(model: nn.Module, ep_size: int) -> None:
 def plan(
     model: nn.Module, options: Options, backends: tuple[Backend, ...], ep_size: int = 1, mesh: DeviceMesh | None = None
 ) -> Plan:
-    """The plan of a model whose experts are, or will be, spread over ``mesh["ep"]``."""
+    """The plan of a model whose experts are, or will be, sharded across ``mesh["ep"]``."""
     if options.dispatch_dtype and ep_size == 1:
-        raise MoefxError(f"dispatch_dtype={options.dispatch_dtype!r}, but ep_size=1: no token is sent anywhere; leave it out")
+        raise MoefxError(f"dispatch_dtype={options.dispatch_dtype!r}, but ep_size=1: no token is dispatched; leave it out")
     made = Plan(
         backends,
         compile=options.compile,
@@ -118,9 +116,9 @@ def plan(
 def shard_experts(model: nn.Module, plan: Plan) -> list[str]:
     """Replaces experts' parameters by DTensors ``Shard(0)`` on ``plan.mesh["ep"]``; returns their names.
 
-    The values are those of the group's first rank, so that ranks built from different seeds agree. Build optimizers
-    afterwards: the parameters are new objects. Where the experts are replicated ("dp_replicate"), their gradients are
-    averaged over the replicas as they accumulate; DDP is told to leave them alone.
+    The values are those of the group's first rank, so that ranks with different seeds agree. Create optimizers afterwards: the
+    parameters are new objects. Where the experts are replicated ("dp_replicate"), their gradients are averaged over the
+    replicas as they are accumulated; DDP ignores them.
     """
     assert plan.mesh is not None
     names = shard_parameters(model, plan.mesh["ep"], replicas_of(plan.mesh))
@@ -129,36 +127,38 @@ def shard_experts(model: nn.Module, plan: Plan) -> list[str]:
 
 
 def replicas_of(mesh: DeviceMesh) -> DeviceMesh | None:
+    """The mesh of the ranks that hold the same experts, if there are several."""
     return mesh["dp_replicate"] if "dp_replicate" in (mesh.mesh_dim_names or ()) else None
 
 
 def tell_ddp(model: nn.Module) -> None:
-    """Writes, where torch.nn.parallel.DistributedDataParallel reads it, that experts' parameters are none of its business."""
-    spread = [n for n, p in model.named_parameters() if isinstance(p, DTensor)]
+    """Marks experts' parameters as ignored by torch.nn.parallel.DistributedDataParallel."""
+    sharded_names = [n for n, p in model.named_parameters() if isinstance(p, DTensor)]
     before = vars(model).get("_ddp_params_and_buffers_to_ignore", ())
-    model._ddp_params_and_buffers_to_ignore = list(dict.fromkeys([*before, *spread]))  # type: ignore[assignment]
+    model._ddp_params_and_buffers_to_ignore = list(dict.fromkeys([*before, *sharded_names]))  # type: ignore[assignment]
 
 
 def shard_parameters(model: nn.Module, ep: DeviceMesh, replicas: DeviceMesh | None = None) -> list[str]:
-    """Experts' parameters as DTensors ``Shard(0)`` on ``ep``; ``replicas``: their gradients are averaged over these ranks."""
+    """Makes experts' parameters DTensors ``Shard(0)`` on ``ep``, with gradients averaged over ``replicas``; their names."""
     names = []
     for path, module in hf.experts_modules(model).items():
         for name in hf.experts_layout(module).parameters:
             full = getattr(module, name)
             new = nn.Parameter(_shard(full.detach(), ep, replicas), requires_grad=full.requires_grad)
-            for key, kept in vars(full).items():  # what Transformers notes on parameters
+            for key, kept in vars(full).items():  # attributes that Transformers sets on parameters
                 setattr(new, key, kept)
             setattr(module, name, new)
             names.append(f"{path}.{name}")
         if hf.is_dense_experts(module):
-            module.forward = functools.partial(_dense_over_ranks, module)
+            module.forward = functools.partial(_dense_experts_forward, module)
     average_over_replicas(model, replicas)
     return names
 
 
 def average_over_replicas(model: nn.Module, replicas: DeviceMesh | None) -> None:
-    """Experts' gradients are averaged as they accumulate, over the ranks that hold the same experts. Called again in each
-    forward: parameters of a copied model have lost the hook.
+    """Averages experts' gradients over the ranks that hold the same experts, as they are accumulated.
+
+    Called again in each forward: parameters of a copied model have lost the hook.
     """
     if replicas is None or replicas.size() == 1:
         return
@@ -170,9 +170,11 @@ def average_over_replicas(model: nn.Module, replicas: DeviceMesh | None) -> None
                 p.register_post_accumulate_grad_hook(average)
 
 
-def _dense_over_ranks(module: nn.Module, hidden_states: Tensor) -> Tensor:
-    """Experts that run on every token (``hf.is_dense_experts``), in a call that no captured graph covers: hidden_states
-    [E * T, H], expert by expert, zeros but for each token's own. By the exchange that graphs make: another rank may run one.
+def _dense_experts_forward(module: nn.Module, hidden_states: Tensor) -> Tensor:
+    """The forward of experts that run on every token (``hf.is_dense_experts``), in a call that no captured graph covers.
+
+    hidden_states [E * T, H], by expert, zeros but for each token's own experts. It dispatches and combines as graphs do, since
+    another rank may run a graph.
     """
     layout = hf.experts_layout(module)
     rows = hidden_states.view(getattr(module, layout.up).shape[0], -1, hidden_states.shape[-1])
@@ -209,7 +211,7 @@ def _average_over(replicas: DeviceMesh) -> Any:
 
 
 def gather_experts(model: nn.Module) -> None:
-    """The reverse of ``shard_experts``: every rank holds all experts again, as plain parameters."""
+    """The inverse of ``shard_experts``: every rank holds all experts again, as plain parameters."""
     for module in hf.experts_modules(model).values():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if isinstance(parameter, DTensor):
@@ -220,16 +222,17 @@ def gather_experts(model: nn.Module) -> None:
 
 
 def _whole(parameter: DTensor) -> Tensor:
-    if parameter.is_meta:  # full_tensor would ask a process group that has no meta device
+    if parameter.is_meta:  # full_tensor needs a process group for the device
         return torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
     return parameter.full_tensor().detach()
 
 
 def experts_mesh(model: nn.Module) -> DeviceMesh | None:
-    """The mesh, with a dimension "ep", over which the experts are spread already; None if they are whole.
+    """The mesh, with a dimension "ep", across which the experts are sharded already; None if they are not sharded.
 
-    Raises MoefxError for a layout that moefx cannot serve: experts cut along another dimension, or ranks of the group that
-    share a batch (tensor parallelism).
+    Raises:
+        MoefxError: moefx does not support the layout: experts sharded along another dimension, or ranks of the group that share
+            a batch (tensor parallelism).
     """
     found: dict[str, Any] = {}
     for path, module in hf.experts_modules(model).items():
@@ -242,20 +245,20 @@ def experts_mesh(model: nn.Module) -> DeviceMesh | None:
     name, p = next(iter(found.items()))
     placement = p.placements[(p.device_mesh.mesh_dim_names or ()).index("ep")]
     if not placement.is_shard(0):
-        raise MoefxError(f'{name} is {placement} on the mesh dimension "ep": moefx wants the experts cut by expert, Shard(0)')
+        raise MoefxError(f'{name} is {placement} on the mesh dimension "ep": moefx needs experts sharded by expert, Shard(0)')
     config: Any = getattr(model.config, "distributed_config", None)
     if getattr(config, "tp_size", 1) > 1:
         raise MoefxError(
-            f"the model was loaded with tp_size={config.tp_size}: its ranks share batches, moefx gives each rank its own; use "
+            f"the model was loaded with tp_size={config.tp_size}: its ranks share batches, with moefx each has its own; use "
             "DistributedConfig(fsdp_size=..., ep_size=...)"
         )
     return p.device_mesh
 
 
 def experts_gradient_scale(model: nn.Module, ep_size: int) -> float:
-    """What the experts' local gradients are multiplied with, so that after FSDP's reduction they are the mean over all ranks.
+    """The factor of the experts' local gradients with which they are the mean over all ranks after FSDP's reduction.
 
-    Where FSDP has been given a divisor for the experts (as Transformers does: the number of all ranks) that is all.
+    1 where FSDP has a divisor for the experts (Transformers sets one: the number of all ranks).
     """
     for module in hf.experts_modules(model).values():
         if isinstance(module, FSDPModule) and any(g.gradient_divide_factor is not None for g in sharded.groups(module)):

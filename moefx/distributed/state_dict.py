@@ -1,6 +1,6 @@
-"""``model.load_state_dict`` of whole tensors, as a checkpoint in one file has them, into a model that is spread over ranks.
+"""``load_state_dict`` of whole tensors, as a checkpoint file holds them, into a model that is sharded across ranks.
 
-Each rank cuts its parts out of the tensors that it is given, and talks to no other.
+Each rank takes its parts of the tensors that it is given, without communication.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from moefx.integrations import fsdp
 
 
 def take_whole_tensors(model: nn.Module) -> list[RemovableHandle]:
-    """From here on ``load_state_dict`` of ``model``, of what is around it and of its modules takes whole tensors too."""
-    cuts = {p: _Cut.of(p) for p in model.parameters() if isinstance(p, DTensor)}
+    """Lets ``load_state_dict`` of ``model``, of modules around it and within it, take whole tensors too."""
+    shardings = {p: _Sharding.of(p) for p in model.parameters() if isinstance(p, DTensor)}
     handles = []
     for module in model.modules():
-        # of what is below it too, so that what is refused is refused before anything is loaded
-        inside = {n: cuts[p] for n, p in module.named_parameters(remove_duplicate=False) if p in cuts}  # type: ignore[index]
+        # with those of its submodules, so that an error is raised before anything is loaded
+        inside = {n: shardings[p] for n, p in module.named_parameters(remove_duplicate=False) if p in shardings}  # type: ignore[index]
         if inside:
             handles.append(module.register_load_state_dict_pre_hook(_Hook(inside)))
     return handles
 
 
 @dataclass(frozen=True)
-class _Cut:
-    """How a parameter is spread. (Not the parameter: FSDP shows whole ones for a while, and the hooks hold no memory.)"""
+class _Sharding:
+    """How a parameter is sharded. (Not the parameter: FSDP replaces it by the gathered one, and the hooks hold no memory.)"""
 
     mesh: DeviceMesh
     placements: tuple[Placement, ...]
@@ -40,7 +40,7 @@ class _Cut:
     part: tuple[slice, ...]
 
     @classmethod
-    def of(cls, p: DTensor) -> _Cut:
+    def of(cls, p: DTensor) -> _Sharding:
         return cls(p.device_mesh, p.placements, p.shape, p.stride(), fsdp.local_slices(p))
 
     def __call__(self, whole: Tensor) -> DTensor:
@@ -50,19 +50,19 @@ class _Cut:
 
 @dataclass(frozen=True)
 class _Hook:
-    cuts: dict[str, _Cut]
+    shardings: dict[str, _Sharding]
 
     def __deepcopy__(self, memo: dict) -> _Hook:
-        return self  # a copied model is spread over the same ranks
+        return self  # a copied model is sharded across the same ranks
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any) -> None:
-        for name, cut in self.cuts.items():
+        for name, sharding in self.shardings.items():
             whole = state_dict.get(prefix + name)
-            if not isinstance(whole, Tensor) or isinstance(whole, DTensor) or whole.shape != cut.shape:
-                continue  # torch says what is missing or of another shape
+            if not isinstance(whole, Tensor) or isinstance(whole, DTensor) or whole.shape != sharding.shape:
+                continue  # PyTorch raises for what is missing or of another shape
             if metadata.get("assign_to_params_buffers"):
                 raise MoefxError(
-                    f"load_state_dict(assign=True) would put another parameter in the place of {prefix + name}, whose "
-                    "gradients are averaged over ranks and which an optimizer may hold: leave assign out"
+                    f"load_state_dict(assign=True) would replace {prefix + name}, whose gradients are averaged over ranks and "
+                    "which an optimizer may hold: leave assign out"
                 )
-            state_dict[prefix + name] = cut(whole)
+            state_dict[prefix + name] = sharding(whole)

@@ -15,7 +15,7 @@ import transformers
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from moefx.distributed import checkpoint, rank_monitor
+from moefx.distributed import checkpoint_dcp, rank_monitor
 from moefx.distributed.clip_grad import clip_grad_norm_
 from moefx.errors import MoefxError
 from moefx.integrations import fsdp
@@ -148,7 +148,7 @@ class TrainerMixin:
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         scheduler = self.lr_scheduler.state_dict()
-        checkpoint.save_checkpoint(Path(output_dir, FOLDER), self._held(), _plain(self.optimizer), scheduler=scheduler)
+        checkpoint_dcp.save_checkpoint(Path(output_dir, FOLDER), self._held(), _plain(self.optimizer), scheduler=scheduler)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         here = Path(resume_from_checkpoint, FOLDER).is_dir()
@@ -164,13 +164,13 @@ class TrainerMixin:
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
         if checkpoint_folder is None or not Path(checkpoint_folder, FOLDER).is_dir():
             return super()._load_optimizer_and_scheduler(checkpoint_folder)  # type: ignore[misc]
-        extra = checkpoint.load_checkpoint(Path(checkpoint_folder, FOLDER), self._held(), _plain(self.optimizer))
+        extra = checkpoint_dcp.load_checkpoint(Path(checkpoint_folder, FOLDER), self._held(), _plain(self.optimizer))
         self.lr_scheduler.load_state_dict(_for_groups(extra["scheduler"], len(_plain(self.optimizer).param_groups)))
 
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint or "")
         if (best / FOLDER).is_dir():
-            return checkpoint.load_state(best / FOLDER, self._held())
+            return checkpoint_dcp.load_state(best / FOLDER, self._held())
         if self._spread:
             raise MoefxError(f"{best} has no folder {FOLDER!r} to load the best model from: leave save_only_model off")
         super()._load_best_model()  # type: ignore[misc]

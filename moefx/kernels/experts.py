@@ -379,7 +379,8 @@ def _(
 def _save_mlp(ctx, inputs, keyword_only_inputs, output) -> None:
     ctx.set_materialize_grads(False)
     rows, counts, up, up_bias, down, down_bias, row_weights, tokens, place, host, *ctx.options = inputs
-    ctx.save_for_backward(output[1], *SavedRows.smallest(rows, tokens, place, host), counts, up, up_bias, down, down_bias, row_weights)
+    saved = SavedRows.smallest(rows, tokens, place, host)
+    ctx.save_for_backward(output[1], *saved, counts, up, up_bias, down, down_bias, row_weights)
     ctx.mark_non_differentiable(output[1])
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moefx import ops
-from moefx.distributed import aux_loss, checkpoint, expert_sharding, rank_monitor
+from moefx.distributed import aux_loss, checkpoint_hf, expert_sharding, rank_monitor
 from moefx.errors import MoefxError
 from moefx.frontend.lazy_logits import LazyLogits
 from moefx.integrations import fsdp
@@ -131,7 +131,7 @@ def sharded_save_pretrained(base: type) -> Callable:
                 f"save_pretrained of a sharded model does not take {sorted(unknown)[0]}: save without it, then load the folder "
                 "in one process"
             )
-        return checkpoint.save_pretrained(self, save_directory, **kwargs)
+        return checkpoint_hf.save_pretrained(self, save_directory, **kwargs)
 
     return save_pretrained
 

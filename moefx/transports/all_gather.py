@@ -26,6 +26,7 @@ class AllGather:
     packed = True
 
     def shapes(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
+        """See :meth:`moefx.transports.Transport.shapes`."""
         n, top_k = call.ep * call.capacity, topk_ids.shape[1]
         sent = row_bytes(*parts(x, top_k, topk_weights.dtype, call.dispatch_dtype)) // x.dtype.itemsize
         returned = row_bytes(*parts(x, top_k, topk_weights.dtype)[:2]) // x.dtype.itemsize
@@ -34,6 +35,7 @@ class AllGather:
     def dispatch(
         self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, call: Call, kept: Dispatched | None
     ) -> tuple[Dispatched, Wait]:
+        """See :meth:`moefx.transports.Transport.dispatch`."""
         (tokens, top_k), n = topk_ids.shape, call.ep * call.capacity
         layout = parts(x, top_k, topk_weights.dtype, call.dispatch_dtype)
         payload = empty_rows(x, call.capacity, *layout)
@@ -73,6 +75,7 @@ class AllGather:
         return out, (lambda: None) if work is None else work.wait
 
     def redispatch(self, x: Tensor, handle: Tensor, cpu_metadata: Tensor, call: Call) -> tuple[Tensor, Wait]:
+        """See :meth:`moefx.transports.Transport.redispatch`."""
         mine = x.new_empty(Header.read(cpu_metadata).capacity, x.shape[1])
         mine[: x.shape[0]] = x
         return self._gather(mine, call)
@@ -80,6 +83,7 @@ class AllGather:
     def return_rows(
         self, tokens: Tensor, weights: Tensor | None, handle: Tensor, cpu_metadata: Tensor, call: Call
     ) -> tuple[Tensor, Tensor | None, Wait]:
+        """See :meth:`moefx.transports.Transport.return_rows`."""
         header = Header.read(cpu_metadata)
         returned, wait = all_to_all(tokens.contiguous(), header.receives, header.sends, call)
         return returned, None if weights is None else weights.new_empty(0, header.top_k), wait
@@ -87,6 +91,7 @@ class AllGather:
     def reduce(
         self, returned: Tensor, returned_weights: Tensor | None, handle: Tensor, cpu_metadata: Tensor, call: Call, hidden: int
     ) -> tuple[Tensor, Tensor | None]:
+        """See :meth:`moefx.transports.Transport.reduce`."""
         header = Header.read(cpu_metadata)
 
         def total(x: Tensor) -> Tensor:

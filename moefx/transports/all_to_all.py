@@ -62,6 +62,7 @@ class AllToAll:
         return all_to_all(rows, sends, receives, call)
 
     def shapes(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
+        """See :meth:`moefx.transports.Transport.shapes`."""
         (tokens, top_k), item = topk_ids.shape, x.dtype.itemsize
         sent = row_bytes(*parts(x, top_k, topk_weights.dtype, call.dispatch_dtype)) // item
         returned = row_bytes(*parts(x, top_k, topk_weights.dtype)[:2]) // item
@@ -70,6 +71,7 @@ class AllToAll:
     def dispatch(
         self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, call: Call, kept: Dispatched | None
     ) -> tuple[Dispatched, Wait]:
+        """See :meth:`moefx.transports.Transport.dispatch`."""
         top_k, payload = topk_ids.shape[1], None
         x = fp8_rows.encode(x) if call.dispatch_dtype else x
         if kept is None:
@@ -127,6 +129,7 @@ class AllToAll:
         return hidden, experts, weights
 
     def redispatch(self, x: Tensor, handle: Tensor, cpu_metadata: Tensor, call: Call) -> tuple[Tensor, Wait]:
+        """See :meth:`moefx.transports.Transport.redispatch`."""
         header = Header.read(cpu_metadata)
         rows, _ = permute.permute(x, self._send_maps(handle, header)[1], header.sent)
         return self.exchange(rows, header.sends, header.receives, call)
@@ -134,6 +137,7 @@ class AllToAll:
     def return_rows(
         self, tokens: Tensor, weights: Tensor | None, handle: Tensor, cpu_metadata: Tensor, call: Call
     ) -> tuple[Tensor, Tensor | None, Wait]:
+        """See :meth:`moefx.transports.Transport.return_rows`."""
         header = Header.read(cpu_metadata)
         returned, wait = self.exchange(tokens.contiguous(), header.receives, header.sends, call)
         return returned, None if weights is None else weights.new_empty(0, header.top_k), wait
@@ -141,6 +145,7 @@ class AllToAll:
     def reduce(
         self, returned: Tensor, returned_weights: Tensor | None, handle: Tensor, cpu_metadata: Tensor, call: Call, hidden: int
     ) -> tuple[Tensor, Tensor | None]:
+        """See :meth:`moefx.transports.Transport.reduce`."""
         row_id_map, send_map = self._send_maps(handle, Header.read(cpu_metadata))
         if returned_weights is None:
             return permute.unpermute(returned, send_map), None

@@ -22,7 +22,9 @@ LIMIT = 0.8
 class Event(Protocol):
     """A torch.cuda.Event."""
 
-    def query(self) -> bool: ...
+    def query(self) -> bool:
+        """Has it happened?"""
+        ...
 
 
 def _to_stderr(text: str) -> None:

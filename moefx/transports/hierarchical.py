@@ -55,6 +55,7 @@ class Hierarchical:
         return 2 + header_size(len(parts), 0) + header_size(len(parts[0]), 0)
 
     def shapes(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
+        """See :meth:`moefx.transports.Transport.shapes`."""
         found = self.stage.shapes(x, topk_ids, topk_weights, call, size)
         return found._replace(handle=(size("handle"),), own=self._own(call))
 
@@ -68,6 +69,7 @@ class Hierarchical:
     def dispatch(
         self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, call: Call, kept: Dispatched | None
     ) -> tuple[Dispatched, Wait]:
+        """See :meth:`moefx.transports.Transport.dispatch`."""
         rail, node = self._calls(call)
         before: list[Dispatched | None] = [None, None]
         if kept is not None:
@@ -94,6 +96,7 @@ class Hierarchical:
         return received._replace(handle=handle, cpu_metadata=make_header(header, call.ep, own_size=0)), wait
 
     def redispatch(self, x: Tensor, handle: Tensor, cpu_metadata: Tensor, call: Call) -> tuple[Tensor, Wait]:
+        """See :meth:`moefx.transports.Transport.redispatch`."""
         (rail, node), (first, second) = self._calls(call), self._stages(handle, cpu_metadata)
         crossed, wait = self.stage.redispatch(x, *first, rail)
         wait()
@@ -102,6 +105,7 @@ class Hierarchical:
     def return_rows(
         self, tokens: Tensor, weights: Tensor | None, handle: Tensor, cpu_metadata: Tensor, call: Call
     ) -> tuple[Tensor, Tensor | None, Wait]:
+        """See :meth:`moefx.transports.Transport.return_rows`."""
         (rail, node), (first, second) = self._calls(call), self._stages(handle, cpu_metadata)
         returned, returned_weights, wait = self.stage.return_rows(tokens, weights, *second, node)
         wait()
@@ -122,6 +126,7 @@ class Hierarchical:
     def reduce(
         self, returned: Tensor, returned_weights: Tensor | None, handle: Tensor, cpu_metadata: Tensor, call: Call, hidden: int
     ) -> tuple[Tensor, Tensor | None]:
+        """See :meth:`moefx.transports.Transport.reduce`."""
         (first, _), (rail, _) = self._stages(handle, cpu_metadata), self._calls(call)
         return self.stage.reduce(returned, returned_weights, *first, rail, hidden)
 

@@ -21,9 +21,11 @@ class LoopBack(AllToAll):
     name = "loop_back"
 
     def exchange_sizes(self, sizes: Tensor, call: Call) -> None:
+        """The other ranks report what this rank sent."""
         sizes[1].copy_(sizes[0])
 
     def exchange(self, rows: Tensor, sends: Sequence[int], receives: Sequence[int], call: Call) -> tuple[Tensor, Wait]:
+        """A copy of the rows."""
         return rows.clone(memory_format=torch.contiguous_format), lambda: None
 
 

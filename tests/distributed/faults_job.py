@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 import moefx
-from moefx.distributed import rank_monitor
+from moefx.distributed import checkpoint_dcp, checkpoint_hf, rank_monitor
 from tests.support.families import batch, build
 
 WORLD = 2
@@ -83,14 +83,14 @@ def killed_in_a_checkpoint(rank: int, folder: Path) -> None:
     torch.manual_seed(99)  # the checkpoint brings back the other run's random state
     model, optimizer = run(rank, folder, 3, 4, resume=True)
     if rank == 1:
-        moefx.distributed.checkpoint._random_state = die
+        checkpoint_dcp._random_state = die
     moefx.save_checkpoint(folder / "resume", model, optimizer, step=4)
 
 
 def killed_in_save_pretrained(rank: int, folder: Path) -> None:
     model, _ = run(rank, folder, 3, 4, resume=True)
     if rank == 1:
-        moefx.distributed.checkpoint.save_file = lambda tensors, path, metadata: (Path(path).write_bytes(b"half"), die())
+        checkpoint_hf.save_file = lambda tensors, path, metadata: (Path(path).write_bytes(b"half"), die())
     model.save_pretrained(folder / "hf", max_shard_size="60KB")
 
 

@@ -120,7 +120,7 @@ def test_they_are_not_cut_over_ranks(family):
     _, plain, _ = family
     from moefx.distributed.expert_sharding import check_experts
 
-    with pytest.raises(moefx.MoefxError, match="ep_size=2, but .* cannot be cut over ranks: use ep_size=1"):
+    with pytest.raises(moefx.MoefxError, match="ep_size=2, but .* cannot be sharded across ranks: use ep_size=1"):
         check_experts(plain, 2)
 
 

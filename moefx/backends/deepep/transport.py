@@ -21,6 +21,7 @@ class DeepEP:
     packed = False
 
     def shapes(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
+        """See :meth:`moefx.transports.Transport.shapes`."""
         (tokens, hidden), top_k = x.shape, topk_ids.shape[1]
         n = call.ep * call.capacity if call.capacity else size("received")
         return Shapes((n, hidden), (n, top_k), (size("handle"),), (tokens, hidden), (tokens, top_k))
@@ -28,6 +29,7 @@ class DeepEP:
     def dispatch(
         self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, call: Call, kept: Dispatched | None
     ) -> tuple[Dispatched, Wait]:
+        """See :meth:`moefx.transports.Transport.dispatch`."""
         if kept is not None:
             tokens, wait = self._dispatch_again(x, kept.handle, kept.cpu_metadata, call)
             return Dispatched(tokens, *(t.clone() for t in kept[1:])), wait
@@ -75,6 +77,7 @@ class DeepEP:
         return sent, wait_for(done, x, payload, topk_ids, topk_weights, handle)
 
     def redispatch(self, x: Tensor, handle: Tensor, cpu_metadata: Tensor, call: Call) -> tuple[Tensor, Wait]:
+        """See :meth:`moefx.transports.Transport.redispatch`."""
         return self._dispatch_again(x, handle, cpu_metadata, replace(call, dispatch_dtype=""))
 
     @staticmethod
@@ -97,6 +100,7 @@ class DeepEP:
     def return_rows(
         self, tokens: Tensor, weights: Tensor | None, handle: Tensor, cpu_metadata: Tensor, call: Call
     ) -> tuple[Tensor, Tensor | None, Wait]:
+        """See :meth:`moefx.transports.Transport.return_rows`."""
         rows, header = padded(tokens).contiguous(), Header.read(cpu_metadata)
         buffer = buffer_of(call, rows)
         weights = None if weights is None else weights.contiguous()
@@ -124,6 +128,7 @@ class DeepEP:
     def reduce(
         self, returned: Tensor, returned_weights: Tensor | None, handle: Tensor, cpu_metadata: Tensor, call: Call, hidden: int
     ) -> tuple[Tensor, Tensor | None]:
+        """See :meth:`moefx.transports.Transport.reduce`."""
         # combine has summed them; an operation's result may not be its input
         return returned.clone(), None if returned_weights is None else returned_weights.clone()
 

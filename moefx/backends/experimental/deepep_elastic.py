@@ -90,6 +90,7 @@ class Elastic:
     packed = False
 
     def shapes(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
+        """See :meth:`moefx.transports.Transport.shapes`."""
         (tokens, hidden), top_k, n = x.shape, topk_ids.shape[1], call.ep * call.capacity
         return Shapes((n, hidden), (n, top_k), (size("handle"),), (tokens, hidden), (tokens, top_k))
 
@@ -103,6 +104,7 @@ class Elastic:
     def dispatch(
         self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, call: Call, kept: Dispatched | None
     ) -> tuple[Dispatched, Wait]:
+        """See :meth:`moefx.transports.Transport.dispatch`."""
         if kept is not None:
             tokens, wait = self._dispatch_again(x, kept.handle, kept.cpu_metadata, call)
             return Dispatched(tokens, *(t.clone() for t in kept[1:])), wait
@@ -148,6 +150,7 @@ class Elastic:
         return sent, wait_for(done, x, payload, topk_ids, topk_weights, handle)
 
     def redispatch(self, x: Tensor, handle: Tensor, cpu_metadata: Tensor, call: Call) -> tuple[Tensor, Wait]:
+        """See :meth:`moefx.transports.Transport.redispatch`."""
         return self._dispatch_again(x, handle, cpu_metadata, replace(call, dispatch_dtype=""))
 
     def _dispatch_again(self, x: Tensor, handle: Tensor, cpu_metadata: Tensor, call: Call) -> tuple[Tensor, Wait]:
@@ -172,6 +175,7 @@ class Elastic:
     def return_rows(
         self, tokens: Tensor, weights: Tensor | None, handle: Tensor, cpu_metadata: Tensor, call: Call
     ) -> tuple[Tensor, Tensor | None, Wait]:
+        """See :meth:`moefx.transports.Transport.return_rows`."""
         header = Header.read(cpu_metadata)
         buffer = _buffer_of(replace(call, capacity=header.capacity), tokens.shape[1], header.top_k)
         weights = None if weights is None else weights.contiguous()
@@ -192,6 +196,7 @@ class Elastic:
     def reduce(
         self, returned: Tensor, returned_weights: Tensor | None, handle: Tensor, cpu_metadata: Tensor, call: Call, hidden: int
     ) -> tuple[Tensor, Tensor | None]:
+        """See :meth:`moefx.transports.Transport.reduce`."""
         # combine has summed them; an operation's result may not be its input
         return returned.clone(), None if returned_weights is None else returned_weights.clone()
 

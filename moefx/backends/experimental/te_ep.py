@@ -124,6 +124,7 @@ class NCCLEP:
     packed = False
 
     def shapes(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
+        """See :meth:`moefx.transports.Transport.shapes`."""
         (tokens, hidden), top_k = x.shape, topk_ids.shape[1]
         rows = call.ep * call.capacity * min(top_k, call.local)
         return Shapes((rows, hidden), (rows, 1), (size("handle"),), (tokens, hidden), (tokens, top_k))
@@ -139,6 +140,7 @@ class NCCLEP:
     def dispatch(
         self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, call: Call, kept: Dispatched | None
     ) -> tuple[Dispatched, Wait]:
+        """See :meth:`moefx.transports.Transport.dispatch`."""
         library = _configure(call, x.shape[1])
         num_tokens, top_k = topk_ids.shape
         rows = call.ep * call.capacity * min(top_k, call.local)
@@ -163,6 +165,7 @@ class NCCLEP:
         return Dispatched(received, experts, weights.unsqueeze(1), handle, make_header(header, call.ep)), _done
 
     def redispatch(self, x: Tensor, handle: Tensor, cpu_metadata: Tensor, call: Call) -> tuple[Tensor, Wait]:
+        """See :meth:`moefx.transports.Transport.redispatch`."""
         x = x.contiguous() if x.shape[0] else x.new_zeros(1, x.shape[1])
         received = x.new_empty(Header.read(cpu_metadata).permuted, x.shape[1])
         _library().ep_combine_bwd(handle, x, received)
@@ -171,6 +174,7 @@ class NCCLEP:
     def return_rows(
         self, tokens: Tensor, weights: Tensor | None, handle: Tensor, cpu_metadata: Tensor, call: Call
     ) -> tuple[Tensor, Tensor | None, Wait]:
+        """See :meth:`moefx.transports.Transport.return_rows`."""
         header = Header.read(cpu_metadata)
         num_tokens = header.tokens
         returned = tokens.new_empty(max(num_tokens, 1), tokens.shape[1])
@@ -186,6 +190,7 @@ class NCCLEP:
     def reduce(
         self, returned: Tensor, returned_weights: Tensor | None, handle: Tensor, cpu_metadata: Tensor, call: Call, hidden: int
     ) -> tuple[Tensor, Tensor | None]:
+        """See :meth:`moefx.transports.Transport.reduce`."""
         # combine has summed them; an operation's result may not be its input
         return returned.clone(), None if returned_weights is None else returned_weights.clone()
 

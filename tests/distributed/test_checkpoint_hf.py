@@ -1,4 +1,4 @@
-"""Checkpoints of spread models: the files of plain Transformers, and resuming at another ep_size and number of ranks."""
+"""Hugging Face checkpoints of sharded models: the files of plain Transformers."""
 
 from __future__ import annotations
 
@@ -14,79 +14,27 @@ from safetensors.torch import load_file
 from tests.support.spawn import run
 
 
-def save_and_load(rank, world, folder):
-    """Runs in each rank: loads a folder of plain Transformers over the ranks, saves it, and saves DCP checkpoints."""
+def load_and_save(rank, world, folder):
+    """Runs in each rank: loads a folder of plain Transformers, sharded across the ranks, and saves it again."""
     import moefx
-    from tests.support.families import batch
 
     found = {}
     for name, ep, dtype in (("qwen3_moe", 2, torch.float32), ("gpt_oss", world, torch.bfloat16)):
-        source = Path(folder, name)
-        model = moefx.parallelize(source, ep_size=ep, dtype=dtype, compile=False)
+        model = moefx.parallelize(Path(folder, name), ep_size=ep, dtype=dtype, compile=False)
         model.save_pretrained(Path(folder, f"{name}-again"), max_shard_size="60KB")
         found[name] = {n: tuple(p.to_local().shape) for n, p in model.named_parameters() if "experts" in n}
-        if name != "qwen3_moe":
-            continue
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
-        for step in range(4):
-            loss = model(**batch(2, 8, seed=50 + step)).loss  # the same batch on every rank: any number of ranks agrees
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if step == 1:
-                moefx.save_checkpoint(Path(folder, "resume"), model, optimizer, step=step)
-        found["loss"] = float(loss.detach())
     return found
-
-
-def resume(rank, world, folder, ep):
-    import moefx
-    from tests.support.families import batch, build
-
-    model = moefx.parallelize(build("qwen3_moe", seed=5), ep_size=ep, compile=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
-    extra = moefx.load_checkpoint(Path(folder, "resume"), model, optimizer)
-    for step in range(extra["step"] + 1, 4):
-        loss = model(**batch(2, 8, seed=50 + step)).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    sentences = []
-    for change in ({"vocab_size": 128}, {"num_hidden_layers": 3}, {"num_hidden_layers": 1}):
-        other = moefx.parallelize(build("qwen3_moe", **change), ep_size=ep, compile=False)
-        try:
-            moefx.load_checkpoint(Path(folder, "resume"), other)
-        except moefx.MoefxError as error:
-            sentences.append(str(error))
-    if world == 4:  # more ranks than experts: each holds a part of the hidden width, from and to the same files
-        for name, ep_size in FEW.items():
-            few = moefx.parallelize(Path(folder, f"few-{name}"), ep_size=ep_size, compile=False)
-            few.save_pretrained(Path(folder, f"few-{name}-{ep_size}"))
-            optimizer = torch.optim.AdamW(few.parameters())
-            few(**batch(1, 8)).loss.backward()
-            optimizer.step()
-            moefx.save_checkpoint(Path(folder, "few"), few, optimizer)
-            other = moefx.parallelize(Path(folder, f"few-{name}"), ep_size=3 - ep_size, compile=False)
-            moefx.load_checkpoint(Path(folder, "few"), other, torch.optim.AdamW(other.parameters()))
-            a, b = few.state_dict(), other.state_dict()
-            if not all(torch.equal(t.full_tensor(), b[n].full_tensor()) for n, t in a.items() if hasattr(t, "full_tensor")):
-                sentences.append(f"{name} resumed with other weights")
-    return float(loss.detach()), sentences
-
-
-#: Two experts over four ranks, and ep_size.
-FEW = {"qwen3_moe": 2, "gpt_oss": 1}
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Folders made by plain Transformers, and what two ranks made of them."""
+    """Folders of plain Transformers, and what two ranks made of them."""
     from tests.support.families import build
 
     folder = tmp_path_factory.mktemp("checkpoints")
     build("qwen3_moe").save_pretrained(folder / "qwen3_moe", max_shard_size="60KB")
     build("gpt_oss").bfloat16().save_pretrained(folder / "gpt_oss", max_shard_size="60KB")
-    return folder, run(save_and_load, 2, str(folder), timeout=300)
+    return folder, run(load_and_save, 2, str(folder), timeout=300)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
@@ -111,25 +59,6 @@ def test_saved_as_plain_transformers_saves(saved, name):
         first |= load_file(file)
     assert first.keys() == whole.keys() and all(torch.equal(first[k], whole[k]) for k in first)
     assert all(shape[0] == 4 for shape in results[0][name].values())  # of 8 experts, on each of two ranks
-
-
-@pytest.mark.parametrize(("world", "ep"), [(1, 1), (4, 4)])
-def test_resumed_on_another_mesh(saved, world, ep):
-    folder, results = saved
-    from tests.support.families import build
-
-    for name in FEW if world == 4 else ():
-        experts = "num_experts" if name == "qwen3_moe" else "num_local_experts"
-        build(name, **{experts: 2}).save_pretrained(folder / f"few-{name}")
-    for loss, sentences in run(resume, world, str(folder), ep, timeout=300):
-        assert loss == pytest.approx(results[0]["loss"], rel=1e-5)
-        assert len(sentences) == 3
-        assert "has model.embed_tokens.weight of shape (256, 64), the model of (128, 64)" in sentences[0]
-        assert "lacks model.layers.2" in sentences[1]
-        assert "has model.layers.1" in sentences[2] and "which the model has not" in sentences[2]
-    for name, ep in FEW.items() if world == 4 else ():
-        before, after = (load_file(folder / f / "model.safetensors") for f in (f"few-{name}", f"few-{name}-{ep}"))
-        assert before.keys() == after.keys() and all(torch.equal(t, after[n]) for n, t in before.items())
 
 
 def bad_folders(rank, world, folder):
@@ -210,7 +139,7 @@ def test_bad_folders_are_errors(saved):
         assert "lacks model.layers.2" in lacks
         assert "model.layers.1" in extra
         assert "has lm_head.weight of shape (256, 64), the model of (128, 64)" in shape
-        assert "has, and the model has not, model.layers.0.mlp.experts.4." in many
+        assert "has model.layers.0.mlp.experts.4." in many and "which the model lacks" in many
         assert "of shape (8, 64), the model of (16, 64)" in few or "lacks model.layers.0.mlp.experts.10." in few
         assert "there is no" in nowhere and "ep_size=3 does not divide the 2 ranks" in ep
 
@@ -235,7 +164,7 @@ def test_a_save_that_dies_between_two_renames(tmp_path, monkeypatch):
 
     from transformers import AutoModelForCausalLM
 
-    from moefx.distributed import checkpoint
+    from moefx.distributed import checkpoint_hf
     from tests.support.families import build
 
     old, new = build("qwen3_moe"), build("qwen3_moe", seed=1)
@@ -249,7 +178,7 @@ def test_a_save_that_dies_between_two_renames(tmp_path, monkeypatch):
     for sizes in (("60KB", "60KB"), ("1GB", "60KB"), ("60KB", "1GB")):
         for death in range(100):
             folder = tmp_path / f"{sizes}-{death}"
-            checkpoint.save_pretrained(old, folder, max_shard_size=sizes[0])
+            checkpoint_hf.save_pretrained(old, folder, max_shard_size=sizes[0])
             (folder / "model-00001-of-00077.safetensors.incomplete").write_bytes(
                 b"half"
             )  # of another one, that died while writing
@@ -267,7 +196,7 @@ def test_a_save_that_dies_between_two_renames(tmp_path, monkeypatch):
             monkeypatch.setattr(os, "replace", counted(steps["replace"]))
             monkeypatch.setattr(Path, "unlink", counted(steps["unlink"]))
             try:
-                checkpoint.save_pretrained(new, folder, max_shard_size=sizes[1])
+                checkpoint_hf.save_pretrained(new, folder, max_shard_size=sizes[1])
                 died = False
             except Killed:
                 died = True
@@ -279,12 +208,12 @@ def test_a_save_that_dies_between_two_renames(tmp_path, monkeypatch):
                 if died:
                     with pytest.raises(ValueError, match="config.json"):
                         AutoModelForCausalLM.from_pretrained(folder)
-                    checkpoint.finish_save(folder)
+                    checkpoint_hf.finish_save(folder)
                     outcomes.add("finished")
                 assert is_there(new, folder)
             if not died:
                 break
-            checkpoint.save_pretrained(old, folder, max_shard_size=sizes[0])  # and nothing of it is in the way of the next
+            checkpoint_hf.save_pretrained(old, folder, max_shard_size=sizes[0])  # and nothing of it is in the way of the next
             assert is_there(old, folder) and not list(folder.glob("*.incomplete"))
         names = {p.name for p in folder.iterdir()}
         assert names == {p.name for p in _plain_files(new, tmp_path, sizes[1])} | {"tokenizer.json"}
@@ -295,80 +224,6 @@ def _plain_files(model, tmp_path, size):
     folder = tmp_path / f"plain-{size}"
     model.save_pretrained(folder, max_shard_size=size)
     return folder.iterdir()
-
-
-def test_a_checkpoint_that_dies_between_its_renames(tmp_path, monkeypatch):
-    """Twice, one time after the other: the last one that was whole is loaded."""
-    import os
-
-    import moefx
-    from moefx.distributed import checkpoint
-    from tests.support.families import build
-
-    model, folder, replace = build("qwen3_moe"), tmp_path / "resume", os.replace
-    moefx.save_checkpoint(folder, model, step=1)
-
-    def dies(source, target):
-        if Path(target) == folder:
-            raise Killed
-        replace(source, target)
-
-    for step in (2, 3):
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(os, "replace", dies)
-            moefx.save_checkpoint(folder, model, step=step)
-        assert moefx.load_checkpoint(folder, model)["step"] == 1
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(checkpoint, "_random_state", lambda: (_ for _ in ()).throw(Killed))
-        moefx.save_checkpoint(folder, model, step=4)
-    assert moefx.load_checkpoint(folder, model)["step"] == 1
-    moefx.save_checkpoint(folder, model, step=5)
-    assert moefx.load_checkpoint(folder, model)["step"] == 5 and [p.name for p in tmp_path.iterdir()] == ["resume"]
-
-
-def test_random_states_and_optimizer_tensors(tmp_path):
-    """All generators go on as they would have; of the optimizer, what is missing or too many is named."""
-    import random
-
-    import numpy as np
-
-    import moefx
-    from tests.support.families import batch, build
-
-    def made(optimizer=torch.optim.AdamW, frozen="", **options):
-        model = build("qwen3_moe")
-        for name, p in model.named_parameters():
-            p.requires_grad_(not frozen or frozen not in name)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = optimizer([{"params": trained}, {"params": []}], lr=1e-2, **options)  # the Trainer makes empty groups too
-        model(**batch(1, 9)).loss.backward()
-        optimizer.step()
-        return model, optimizer
-
-    def draw():
-        return random.random(), np.random.rand(), float(torch.rand(()))
-
-    moefx.save_checkpoint(tmp_path / "all", *made())
-    wanted = draw()
-    model, optimizer = made()
-    moefx.load_checkpoint(tmp_path / "all", model, optimizer)
-    assert draw() == wanted and [len(g["params"]) for g in optimizer.param_groups] == [len(list(model.parameters())), 0]
-    moefx.save_checkpoint(tmp_path / "frozen", *made(frozen="experts"))
-    for folder, (model, optimizer), text in (
-        (
-            "frozen",
-            made(),
-            "lacks the optimizer's state.model.layers.0.mlp.experts.down_proj.exp_avg, which this optimizer has",
-        ),
-        (
-            "all",
-            made(frozen="experts"),
-            "has the optimizer's state.model.layers.0.mlp.experts.down_proj.exp_avg, which this optimizer l",
-        ),
-        ("all", made(torch.optim.SGD), "has the optimizer's state.lm_head.weight.exp_avg, which this optimizer lacks"),
-    ):
-        with pytest.raises(moefx.MoefxError, match=text):
-            moefx.load_checkpoint(tmp_path / folder, model, optimizer)
 
 
 #: How the experts lie on disk, by family: one matrix an expert and projection, or all experts' in one tensor, also transposed.
@@ -385,12 +240,13 @@ LAYOUTS = {
 
 def through_ranks(rank, world, folder):
     """Loads as parallelize does, without rewriting, and saves."""
-    from moefx.distributed import checkpoint
-    from moefx.distributed.parallelize import _load, layout
+    from moefx.distributed import checkpoint_hf
+    from moefx.distributed.layout import make_layout
+    from moefx.distributed.load_sharded import load
 
     for name, (_, _, size) in LAYOUTS.items():
-        model = _load(Path(folder, name), layout(world, 1, None, True, None), None)
-        checkpoint.save_pretrained(model, Path(folder, f"{name}-again"), max_shard_size=size)
+        model = load(Path(folder, name), make_layout(world, 1))
+        checkpoint_hf.save_pretrained(model, Path(folder, f"{name}-again"), max_shard_size=size)
 
 
 def test_every_layout_comes_back_file_by_file(tmp_path):
@@ -447,18 +303,19 @@ class Peak(threading.Thread):
 def held(rank, world, folder):
     threshold = -3  # M_MMAP_THRESHOLD: what is freed goes back to the system at once, or old tensors are counted as held
     ctypes.CDLL(None).mallopt(threshold, 1 << 20)
-    from moefx.distributed import checkpoint
-    from moefx.distributed.parallelize import _load, layout
+    from moefx.distributed import checkpoint_hf
+    from moefx.distributed.layout import make_layout
+    from moefx.distributed.load_sharded import load
 
-    with Peak() as load:
-        model = _load(Path(folder), layout(world, 1, None, True, None), None)
-    with Peak() as save:
-        checkpoint.save_pretrained(model, Path(folder, "again"), max_shard_size="50MB")
+    with Peak() as loading:
+        model = load(Path(folder), make_layout(world, 1))
+    with Peak() as saving:
+        checkpoint_hf.save_pretrained(model, Path(folder, "again"), max_shard_size="50MB")
     share = sum(p.to_local().nbytes for p in model.parameters())
     largest = max(p.numel() * p.element_size() for p in model.parameters())
     block = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
-    return {"share": share, "largest": largest, "block": block, "whole": whole, "load": load.most, "save": save.most}
+    return {"share": share, "largest": largest, "block": block, "whole": whole, "load": loading.most, "save": saving.most}
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts allocated memory as Linux tells it")
