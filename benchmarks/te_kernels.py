@@ -145,7 +145,8 @@ def fp8_case(name: str, x: Tensor, weight: Tensor) -> Case:
 
 
 def expert_cases(tokens: int) -> Iterator[Case]:
-    from moefx.kernels.permute import expand, reduce, sort_by_expert
+    from moefx.kernels.counting_sort import sort_by_expert
+    from moefx.kernels.permute import expand, reduce
 
     index = torch.rand(tokens, E, device=DEVICE).topk(K).indices
     weights = torch.rand(tokens, K, device=DEVICE, dtype=torch.float32)

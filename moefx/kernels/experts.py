@@ -125,7 +125,8 @@ def fused_experts(
     ``keep`` h is empty, and the backward makes it again.
     """
     from moefx.kernels import expert_activation as act
-    from moefx.kernels.permute import reduce, sort_by_expert
+    from moefx.kernels.counting_sort import sort_by_expert
+    from moefx.kernels.permute import reduce
 
     top_k, experts = index.shape[1], down.shape[0] if has_nobody(up, down) else 0
     order, inverse, bounds = sort_by_expert(index, up.shape[0])

@@ -75,7 +75,7 @@ def _launch_rows(width: int, top_k: int, spread: bool) -> Launch:
 def rows(x: Tensor, inverse: Tensor | None = None, top_k: int = 1) -> tuple[Tensor, Tensor]:
     """x [R, n] -> e4m3 [R, n], scales [R] fp32.
 
-    With inverse [R * K] (:func:`permute.sort_by_expert`): each row is written to the K rows that it names.
+    With inverse [R * K] (:func:`counting_sort.sort_by_expert`): each row is written to the K rows that it names.
     """
     many, width = x.shape
     q = torch.empty(many * top_k, width, dtype=torch.float8_e4m3fn, device=x.device)

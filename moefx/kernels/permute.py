@@ -1,7 +1,4 @@
-"""Rows of tokens in the order of their experts, and back: one stable counting sort, one write, one read; no atomics.
-
-"Flat" positions are those of (token, k) in the router's index [T, K]; "rows" are the same things expert by expert.
-"""
+"""Tokens to rows in the order of :func:`moefx.kernels.counting_sort.sort_by_expert`, and weighted sums of rows per token."""
 
 from __future__ import annotations
 
@@ -13,102 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from moefx.kernels.launch import KEPT, Launch, cdiv
-
-#: Elements of the one-hot table of a block of the counting sort: it has to stay in registers.
-TABLE = 1 << 14
-
-
-@triton.jit
-def _count(index, counts, flats, blocks, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
-    """How many of a block's flat positions go to each expert; counts [EXPERTS, blocks]."""
-    block = tl.program_id(0)
-    flat = block * BLOCK + tl.arange(0, BLOCK)
-    experts = tl.arange(0, EXPERTS)
-    chosen = tl.load(index + flat, mask=flat < flats, other=EXPERTS)
-    here = (chosen[:, None] == experts[None, :]).to(tl.int32)
-    tl.store(counts + experts * blocks + block, tl.sum(here, axis=0))
-
-
-@triton.jit
-def _scan(counts, totals, blocks, BLOCK: tl.constexpr):
-    """Of one expert: its positions in the blocks before each block, in place of the counts, and its total."""
-    expert = tl.program_id(0)
-    before = 0
-    for first in range(0, blocks, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        n = tl.load(counts + expert * blocks + at, mask=at < blocks, other=0)
-        tl.store(counts + expert * blocks + at, before + tl.cumsum(n, 0) - n, mask=at < blocks)
-        before += tl.sum(n, 0)
-    tl.store(totals + expert, before)
-
-
-@triton.jit
-def _place(
-    index,
-    counts,
-    totals,
-    bounds,
-    order,
-    inverse,
-    flats,
-    blocks,
-    experts_there,
-    EXPERTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Where each flat position goes: the expert's first row, plus its positions in earlier blocks and earlier in this one."""
-    block = tl.program_id(0)
-    experts = tl.arange(0, EXPERTS)
-    total = tl.load(totals + experts)
-    ends = tl.cumsum(total, 0)
-    if block == 0:
-        tl.store(bounds, 0)
-        tl.store(bounds + 1 + experts, ends, mask=experts < experts_there)
-    first = ends - total + tl.load(counts + experts * blocks + block)
-    flat = block * BLOCK + tl.arange(0, BLOCK)
-    chosen = tl.load(index + flat, mask=flat < flats, other=EXPERTS)
-    here = (chosen[:, None] == experts[None, :]).to(tl.int32)
-    rows = tl.sum(here * (first[None, :] + tl.cumsum(here, axis=0) - 1), axis=1)
-    tl.store(inverse + flat, rows, mask=flat < flats)
-    tl.store(order + rows, flat, mask=flat < flats)
-
-
-@functools.lru_cache(KEPT)
-def _sort(flats: int, experts: int) -> tuple[int, int, Launch, Launch, Launch]:
-    """Blocks, experts up to a power of two, and the three launches."""
-    width = triton.next_power_of_2(experts)
-    block = max(16, min(256, TABLE // width))
-    blocks = triton.cdiv(flats, block)
-    shape = {"EXPERTS": width, "BLOCK": block, "num_warps": 8}
-    return (
-        blocks,
-        width,
-        Launch(_count, flats, blocks, **shape),
-        Launch(_scan, blocks, BLOCK=min(1024, triton.next_power_of_2(blocks))),
-        Launch(_place, flats, blocks, experts, **shape),
-    )
-
-
-def sort_by_expert(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``order`` [T*K]: the flat position of each row; ``inverse`` [T*K]: the row of each flat position; ``bounds``
-    [E + 1]: expert e has the rows from bounds[e] to bounds[e + 1]. All int32; index [T, K] int64. A stable sort: within an
-    expert, rows stand by token.
-    """
-    flats = index.numel()
-
-    def integers(*shape: int) -> Tensor:
-        return index.new_empty(shape, dtype=torch.int32)
-
-    order, inverse = integers(flats), integers(flats)
-    if not flats:
-        return order, inverse, torch.zeros(experts + 1, dtype=torch.int32, device=index.device)
-    blocks, width, count, scan, place = _sort(flats, experts)
-    counts, totals, bounds = integers(width, blocks), integers(width), integers(experts + 1)
-    index = index.contiguous()
-    count((blocks, 1, 1), index, counts)
-    scan((width, 1, 1), counts, totals)
-    place((blocks, 1, 1), index, counts, totals, bounds, order, inverse)
-    return order, inverse, bounds
 
 
 @triton.jit
@@ -196,7 +97,7 @@ def reduce(
     """``y[t] = sum_k weights[t, k] * (rows[row(t, k)] + bias[index[t, k]])`` [T, H] in ``dtype``, added in fp32 in order.
 
     rows [T*K, H]; weights [T, K] or None (ones); bias [E, H] or None; ``experts``, unless 0: rows of others than these first
-    are nobody's and are not read. For these two index [T, K] is needed.
+    belong to zero-computation experts and are not read. For these two index [T, K] is needed.
     """
     flats, width = rows.shape
     out = rows.new_empty(flats // top_k, width, dtype=dtype)

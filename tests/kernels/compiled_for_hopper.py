@@ -17,6 +17,7 @@ warnings.filterwarnings("ignore")
 
 import moefx.kernels  # noqa: E402
 from moefx.kernels import (  # noqa: E402
+    counting_sort,
     cross_entropy,
     expert_activation,
     fp8_quantize,
@@ -83,7 +84,7 @@ def launch_all(dtype: torch.dtype) -> None:
     flat = torch.zeros(tokens * k, dtype=torch.int32)
     many, of_rows = x.repeat(k, 1), weights.reshape(-1).contiguous()
 
-    permute.sort_by_expert(index, experts)
+    counting_sort.sort_by_expert(index, experts)
     permute.expand(x, flat, k)
     permute.reduce(many, flat, k, dtype, weights=weights, index=index, bias=many[:experts])
     permute.reduce(many, flat, k, dtype, index=index, experts=experts - 1)

@@ -165,10 +165,10 @@ def test_sizes_that_divide_no_block():
 
 def test_many_blocks_of_the_counting_sort():
     """More flat positions than one block has, more blocks than one step of the scan."""
-    from moefx.kernels import permute
+    from moefx.kernels import counting_sort
 
     index = torch.rand(700, 300, generator=torch.Generator().manual_seed(3)).topk(3).indices.to(DEVICE)
-    order, inverse, bounds = (t.cpu().long() for t in permute.sort_by_expert(index, 300))
+    order, inverse, bounds = (t.cpu().long() for t in counting_sort.sort_by_expert(index, 300))
     flat = index.reshape(-1).cpu()
     wanted = torch.argsort(flat, stable=True)
     assert torch.equal(order, wanted) and torch.equal(inverse[wanted], torch.arange(len(flat)))

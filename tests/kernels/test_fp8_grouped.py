@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import moefx
 from moefx import ops
 from moefx.backends import quack, triton
-from moefx.kernels import fp8_grouped, fp8_quantize, permute
+from moefx.kernels import counting_sort, fp8_grouped, fp8_quantize
 from moefx.ops import grouped_mlp as grouped
 from moefx.passes import FP8, default
 from tests.kernels.test_experts import make, run
@@ -58,7 +58,7 @@ def test_rows_are_rounded_with_a_scale_each(rows, width):
 
 def test_tokens_are_rounded_once_for_all_their_rows():
     x, index = numbers(6, 48), torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1], [2, 0], [1, 2]])
-    order, inverse, _ = permute.sort_by_expert(index.to(DEVICE), 3)
+    order, inverse, _ = counting_sort.sort_by_expert(index.to(DEVICE), 3)
     q, scales = fp8_quantize.rows(x.to(DEVICE), inverse, 2)
     wanted, of_rows = fp8_grouped._rounded(x)
     token = order.cpu().long() // 2
@@ -120,7 +120,7 @@ def test_experts_and_all_gradients_are_as_far_as_e4m3_rounds(tokens, experts, to
 @products
 def test_a_ranks_experts_are_those_of_a_process_and_two_runs_are_bitwise_equal():
     x, index, weights, up, _, down, _ = make(40, 4, 2, 48, 80, dtype=BF16)
-    order, _inverse, bounds = permute.sort_by_expert(index.to(DEVICE), 4)
+    order, _inverse, bounds = counting_sort.sort_by_expert(index.to(DEVICE), 4)
     token, counts = order.cpu().long() // 2, bounds.cpu().diff().long()
     found = []
     for _ in range(2):
