@@ -46,7 +46,7 @@ def rows(gemm: str, x: Tensor, weight: Tensor, bounds: Tensor) -> Tensor:
 
 
 def of_tokens(gemm: str, x: Tensor, order: Tensor, inverse: Tensor, top_k: int, weight: Tensor, bounds: Tensor) -> Tensor:
-    """x [T, a], each token in the K rows that ``order`` and ``inverse`` (:func:`counting_sort.sort_by_expert`) give it, times weight
+    """x [T, a], each token in the K rows that ``order`` and ``inverse`` of ``sort_by_expert`` give it, times weight
     [E, a, b] -> [T * K, b]. QuACK gathers the tokens as it reads them, which writes no rows.
     """
     from moefx.kernels.permute import expand
