@@ -183,8 +183,8 @@ class _Chunks:
         transport = getattr(self.dispatch.target, "transport", "")
         starts, waits, ends, sent = [], [], [], []
         for i in range(many):
-            args, how = (x[i], topk_ids[i], topk_weights[i]), {**where, "transport": transport}
-            start = self._call(dispatch_combine.dispatch_start, args, how, self.dispatch)
+            given, how = (x[i], topk_ids[i], topk_weights[i]), {**where, "transport": transport}
+            start = self._call(dispatch_combine.dispatch_start, given, how, self.dispatch)
             starts.append(self._stands_for(start, self.dispatch, many))
             sent.append(unpack(start))
         returned = []
@@ -197,12 +197,12 @@ class _Chunks:
             options = {k: own[k] if k in own and v is not None else v for k, v in self.experts.kwargs.items()}
             done = self._call(self.experts.target, (rows, tokens_per_expert, *self.experts.args[2:]), options, self.experts)
             self._stands_for(done, self.experts, many)
-            args = (done, topk_ids[i], row_id_map, handle, cpu_metadata, placeholder)
-            start = self._call(dispatch_combine.combine_start, args, group, self.combine)
+            rows_and_route = (done, topk_ids[i], row_id_map, handle, cpu_metadata, placeholder)
+            start = self._call(dispatch_combine.combine_start, rows_and_route, group, self.combine)
             returned.append(unpack(self._stands_for(start, self.combine, many)))
         for i in range(many):
-            args = (*returned[i], topk_ids[i], *sent[i][3:5])
-            ends.append(self._call(dispatch_combine.combine_wait, args, group, self.combine))
+            started = (*returned[i], topk_ids[i], *sent[i][3:5])
+            ends.append(self._call(dispatch_combine.combine_wait, started, group, self.combine))
         y = ends[0] if many == 1 else self._call(aten.cat.default, (ends,), {}, self.combine)
         replace(self.combine, y)
         for old in (self.experts, *getitems(self.dispatch).values(), self.dispatch):
