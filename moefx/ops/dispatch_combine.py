@@ -10,7 +10,7 @@ tokens'. The moves are those of a transport (:mod:`moefx.transports`).
 
 Each operation is two (:mod:`moefx.ops.dispatch_steps`, :mod:`moefx.ops.combine_steps`), so that others can run while rows are
 in flight: one starts the move, the other waits for it. The first passes the second the tensor that is being written, and a
-gradient placeholder: a tensor with the shape of what travels in the backward, without elements of its own. Its gradient is the
+gradient placeholder: a tensor with the shape of what is sent in the backward, without elements of its own. Its gradient is the
 tensor that the backward of the second operation starts to move and that of the first waits for. So what runs in between in the
 forward has its backward in between in the backward. All these are opaque, since how many rows arrive depends on the data.
 """

@@ -167,5 +167,5 @@ def counts_awaited(x: Tensor, call: Call) -> Iterator[None]:
 
 
 def grad_placeholder(shape: tuple, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of this shape with one element in memory, which stands for what travels in the backward: for its gradient."""
+    """A tensor of this shape with one element in memory, with the shape of what is sent in the backward: for its gradient."""
     return torch.empty_strided(shape, (0,) * len(shape), dtype=dtype or like.dtype, device=like.device)

@@ -39,7 +39,7 @@ class Dispatched(NamedTuple):
 
 
 class Shapes(NamedTuple):
-    """The shapes of ``Dispatched``, and of what ``return_rows`` returns when weights travel with the rows."""
+    """The shapes of ``Dispatched``, and of what ``return_rows`` returns when weights are sent with the rows."""
 
     tokens: tuple
     topk_ids: tuple
@@ -127,5 +127,5 @@ def allocate_buffers(
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of weights that travel and of sums: float32, or float64 for float64."""
+    """The dtype of weights that are sent and of sums: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32

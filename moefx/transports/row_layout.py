@@ -1,4 +1,4 @@
-"""Rows of several parts, of different dtypes, in one tensor: what travels in one piece."""
+"""Rows of several parts, of different dtypes, in one tensor, which is sent in one piece."""
 
 from __future__ import annotations
 

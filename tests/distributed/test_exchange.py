@@ -58,11 +58,13 @@ def _over_ranks(
 ):
     send = dispatch_combine.dispatch_with(by)
     where = {"num_experts": E, "group": group}
-    rows, row_weights, counts, *way, tokens = send(x, index, weights, **where, capacity=capacity, dispatch_dtype=dispatch_dtype)
+    rows, row_weights, counts, *route, tokens = send(
+        x, index, weights, **where, capacity=capacity, dispatch_dtype=dispatch_dtype
+    )
     options = {"activation": "swiglu", "grad_scale": grad_scale, "row_weights": row_weights}
-    options["arrived"] = [tokens, way[0], way[2]]
+    options["arrived"] = [tokens, route[0], route[2]]
     rows = grouped.grouped_mlp(rows, counts, up, up_bias, down, down_bias, **options)
-    return dispatch_combine.combine(rows, index, *way, **where)
+    return dispatch_combine.combine(rows, index, *route, **where)
 
 
 def _forward_backward(function, case, rank, ep_rank, ep, group, dtype=torch.float64, **options):
@@ -131,9 +133,9 @@ def _hangs(rank):
         try:
             with exchange.layer("model.layers.7"):
                 if rank == 0 or late == "combine":
-                    rows, _, _, *way, _ = dispatch_combine.dispatch(x, index, weights, num_experts=E, group=group)
+                    rows, _, _, *route, _ = dispatch_combine.dispatch(x, index, weights, num_experts=E, group=group)
                 if rank == 0:
-                    dispatch_combine.combine(rows, index, *way, num_experts=E, group=group)
+                    dispatch_combine.combine(rows, index, *route, num_experts=E, group=group)
         except moefx.ExchangeError as error:
             told.append(str(error))
         dist.barrier()
@@ -147,8 +149,8 @@ def on_rank(rank, world_size):
     for case in CASES:
         x, index, _ = _tokens(case, rank)
         share = torch.full(index.shape, 1 / index.shape[1], dtype=x.dtype)
-        rows, row_weights, counts, *way, _ = dispatch_combine.dispatch(x, index, share, num_experts=E, group=group)
-        back = dispatch_combine.combine(rows * row_weights.unsqueeze(1), index, *way, num_experts=E, group=group)
+        rows, row_weights, counts, *route, _ = dispatch_combine.dispatch(x, index, share, num_experts=E, group=group)
+        back = dispatch_combine.combine(rows * row_weights.unsqueeze(1), index, *route, num_experts=E, group=group)
         found[case, "sent"] = rows, counts, back
         found[case, "capacity"] = _forward_backward(_over_ranks, case, rank, rank, world_size, group, capacity=9)
         found[case, "trained"] = _forward_backward(_over_ranks, case, rank, rank, world_size, group)
@@ -205,7 +207,10 @@ def ranks(request):
 
 
 def _one_process(case, ranks, dtype=torch.float64, sent=lambda x: x, computed=None):
-    """``sent``: what becomes of tokens on their way; ``computed``: the dtype to compute in, if it is not theirs. What one process finds: y, gradients of x and weights for each of ``ranks``, then gradients of all experts."""
+    """What one process computes: y, gradients of x and weights for each of ``ranks``, then gradients of all experts.
+
+    ``sent``: what the dispatch does to tokens; ``computed``: the dtype to compute in, if it is not theirs.
+    """
     parameters = [w.to(computed or dtype).requires_grad_() for w in _experts(dtype)]
     up, up_bias, down, down_bias = parameters
     per_rank = []
@@ -278,17 +283,17 @@ def test_in_fp8_experts_read_rounded_tokens_and_nothing_else_is_rounded(ranks):
     def sent(x):
         return fp8_rows.decode(fp8_rows.encode(x), H)
 
-    for way in ("FP8", "FP8, capacity", "nodes, FP8"):
-        if way in ranks[0]:
-            found = [r[way] for r in ranks]
+    for name in ("FP8", "FP8, capacity", "nodes, FP8"):
+        if name in ranks[0]:
+            found = [r[name] for r in ranks]
             _check(found, "even", range(len(ranks)), dtype=torch.float32, rtol=1e-5, atol=1e-5, sent=sent)
 
 
 def test_bytes_on_the_wire_are_those_of_the_cost_model(ranks):
     for found in ranks:
-        for way in [name for name in found if str(name).startswith("bytes")]:
-            sent, formula = found[way]
-            assert sent == formula > 0, way
+        for what in [name for name in found if str(name).startswith("bytes")]:
+            sent, formula = found[what]
+            assert sent == formula > 0, what
         assert found["bytes in FP8"][0] < found["bytes"][0]
 
 

@@ -126,10 +126,10 @@ def available_transports() -> dict[str, dict[str, Any]]:
 
 
 def spread(transport: str, how: dict, options: dict, x: Tensor, index: Tensor, weights: Tensor, *parameters: Tensor) -> Tensor:
-    rows, row_weights, counts, *way, tokens = dispatch_combine.dispatch_with(transport)(x, index, weights, **how)
-    arrived = [tokens, way[0], way[2]]
+    rows, row_weights, counts, *route, tokens = dispatch_combine.dispatch_with(transport)(x, index, weights, **how)
+    arrived = [tokens, route[0], route[2]]
     rows = grouped.grouped_mlp(rows, counts, *parameters, **options, row_weights=row_weights, arrived=arrived)
-    return dispatch_combine.combine(rows, index, *way, num_experts=how["num_experts"], group=how["group"])
+    return dispatch_combine.combine(rows, index, *route, num_experts=how["num_experts"], group=how["group"])
 
 
 # --- the experts of each family --------------------------------------------------------------------------------------

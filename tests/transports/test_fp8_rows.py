@@ -86,10 +86,10 @@ def test_an_exchange_rounds_tokens_and_neither_results_nor_gradients(capacity):
             )
             for send, dtype in ((fp8_rows.decode(fp8_rows.encode(x), hidden), ""), (x, "fp8")):
                 send, weights = send.clone().requires_grad_(), torch.full((9, 2), 0.75).requires_grad_()
-                rows, scores, _, *way, _ = dispatch_combine.dispatch(
+                rows, scores, _, *route, _ = dispatch_combine.dispatch(
                     send, index, weights, **where, capacity=capacity, dispatch_dtype=dtype
                 )
-                y = dispatch_combine.combine((rows * scores.unsqueeze(1)).to(rows.dtype), index, *way, **where)
+                y = dispatch_combine.combine((rows * scores.unsqueeze(1)).to(rows.dtype), index, *route, **where)
                 found.append((rows, y, *torch.autograd.grad(y, (send, weights), numbers("outliers", 9, hidden))))
             for a, b in zip(*found):
                 assert torch.equal(a, b)
