@@ -101,7 +101,7 @@ def test_an_exchange_rounds_tokens_and_neither_results_nor_gradients(capacity):
 
 def test_it_is_asked_for_and_the_report_says_so():
     model = build("qwen3_moe")
-    with pytest.raises(moefx.MoefxError, match="dispatch_dtype='int8' is not known"):
+    with pytest.raises(moefx.MoefxError, match="dispatch_dtype='int8' is not supported"):
         moefx.optimize(model, dispatch_dtype="int8")
     with pytest.raises(moefx.MoefxError, match="dispatch_dtype='fp8', but ep_size=1"):
         moefx.optimize(model, dispatch_dtype="fp8")
