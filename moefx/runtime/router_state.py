@@ -94,7 +94,13 @@ class RouterState:
         return index.to(device=device, dtype=torch.int64)
 
     def record(
-        self, block: BlockForward, function: Function, x: Tensor, training: bool, out: tuple, dispatches: RecordedDispatches | None
+        self,
+        block: BlockForward,
+        function: Function,
+        x: Tensor,
+        training: bool,
+        out: tuple,
+        dispatches: RecordedDispatches | None,
     ) -> None:
         """Keeps what a call's routers returned for whoever asked for it: recomputation, recording, load tracking, losses."""
         if recomputing():
