@@ -1,11 +1,11 @@
-"""A training step as one CUDA graph: forward, loss and backward are recorded once, then the host replays them by one call.
+"""A training step as one CUDA graph: forward, loss and backward are recorded once, then replayed by one call.
 
-At small micro-batches the host, which starts each kernel, is slower than the device that runs them (docs/design.md). A replay
-costs it next to nothing, whatever is in it: FSDP2's hooks and collectives, DeepEP's kernels. It is PyTorch's capture of a whole
-network ("CUDA semantics", CUDA Graphs), around a model.
+Small micro-batches are launch-bound: the host starts kernels more slowly than the device runs them. A replay costs the host
+next to nothing, whatever is in it: FSDP2's hooks and collectives, DeepEP's kernels. It is PyTorch's whole-network capture
+("CUDA semantics", CUDA Graphs) around a model.
 
-Gradients are allocated once, in the graph's memory, where each replay writes them anew. Optimizers, ``zero_grad`` and clipping
-see ordinary ``.grad``; what a parameter has when a step begins is moved out of the way and added, as autograd would.
+Gradients are allocated once, in the graph's memory pool, and each replay overwrites them. Optimizers, ``zero_grad`` and
+clipping see ordinary ``.grad``; a gradient that exists when a step begins is copied and added, as autograd would do.
 """
 
 from __future__ import annotations
@@ -27,21 +27,22 @@ from moefx.integrations.peft import unwrap
 from moefx.kernels import attention
 from moefx.runtime.state import state_of
 
-#: Steps that run as ever before one is recorded: they compile, load kernels and make the buffers that later steps use again.
+#: Steps that run eagerly before one is recorded: they compile, load kernels and allocate buffers that later steps reuse.
 WARMUP = 3
 
 
 @dataclass(eq=False)
 class Recorded:
-    """A graph, and the memory that it reads and writes."""
+    """A recorded step: the CUDA graph, and the memory that it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
     inputs: dict[str, Tensor]
     loss: Tensor
     gradients: dict[nn.Parameter, Tensor]
-    places: list[int]  #: of the parameters
+    places: list[int]  #: addresses of the parameters
 
     def replay(self, batch: Mapping[str, Any]) -> Tensor:
+        """The loss of ``batch`` []; adds its gradients to ``.grad``."""
         for name, t in self.inputs.items():
             t.copy_(batch[name], non_blocking=True)
         before = {p: _moved(p.grad, self.gradients[p]) for p in self.gradients if p.grad is not None}
@@ -61,17 +62,17 @@ class GraphedStep:
     def __init__(self, model: Any, warmup: int, most: int, forward_backward: Callable[..., Tensor] | None = None):
         self.model, self.warmup, self.most = model, warmup, most
         self._forward_backward = forward_backward or self._plain
-        self.replays = self.eager = 0  #: steps that were replayed, and that ran as ever
+        self.replays = self.eager = 0  #: numbers of steps that were replayed, and that ran eagerly
         self.recorded: dict[tuple, Recorded] = {}
         self._seen: dict[tuple, int] = {}
         fsdp.reshard(model)  # an FSDP root shows other parameters after a forward without a backward
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        # one stream for all: autograd waits for the streams on which a parameter was used before, a recording must not
+        # one stream for all steps: autograd waits for the streams that used a parameter before, which a recording must not
         self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
     def __call__(self, **batch: Any) -> Tensor:
         """The loss [], detached; gradients are in the parameters' ``.grad``."""
-        # contiguous, as the recording's own: compiled code tells strides apart, and could not compile while it is recorded
+        # contiguous as the recorded inputs: for other strides compiled code would recompile, which it cannot while recorded
         batch = {n: v.contiguous() if isinstance(v, Tensor) else v for n, v in hf.count_as_tensor((), batch).items()}
         kind = self._kind(batch)
         found = self.recorded.get(kind)
@@ -86,15 +87,16 @@ class GraphedStep:
         return found.replay(batch)
 
     def close(self) -> None:
-        """Frees the graphs and their memory. Over ranks, call it before ``destroy_process_group``: two ranks with a live
-        graph over NCCL were seen not to end.
+        """Frees the graphs and their memory.
+
+        With several ranks, call it before ``destroy_process_group``, which hung for two ranks with a live graph over NCCL.
         """
         for found in self.recorded.values():
             found.graph.reset()
         self.recorded.clear()
 
     def _kind(self, batch: Mapping[str, Any]) -> tuple:
-        """What a recorded step depends on, besides the numbers in its tensors."""
+        """What a recorded step depends on, besides the values of its tensors."""
         parts = [(n, (v.shape, v.dtype, v.device) if isinstance(v, Tensor) else v) for n, v in sorted(batch.items())]
         inner = unwrap(self.model)
         state = inner._moefx_router_state
@@ -104,13 +106,13 @@ class GraphedStep:
     def _check(self, found: Recorded) -> None:
         if found.places != [_local(p).data_ptr() for p in self._parameters]:
             raise MoefxError(
-                "parameters lie elsewhere in memory than when the step was recorded, which would read the old ones: make a new "
-                "step with moefx.cuda_graph(model)"
+                "parameters were moved in memory after the step was recorded, which would read the old ones: make a new step "
+                "with moefx.cuda_graph(model)"
             )
         if not fsdp.reduces_gradients(self.model):
             raise MoefxError(
                 "set_requires_gradient_sync(False) is on, and a recorded step reduces gradients each time: leave it out, "
-                "gradients of several steps add up in .grad all the same"
+                "gradients of several steps are summed in .grad anyway"
             )
 
     def _step(self, batch: Mapping[str, Any]) -> Tensor:
@@ -133,16 +135,16 @@ class GraphedStep:
             p.grad = None
         torch.cuda.synchronize()
         gc.collect()
-        torch.cuda.empty_cache()  # what the steps before reserved is not the graph's to use
+        torch.cuda.empty_cache()  # the graph's pool cannot use what earlier steps reserved
         graph = torch.cuda.CUDAGraph()
         try:
-            # thread_local: other threads (NCCL's, moefx's) may ask CUDA meanwhile
+            # thread_local: other threads (NCCL's, moefx's) may call CUDA meanwhile
             recording = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
             with recording, hf.packed(), attention.recorded():
                 loss = self._forward_backward(**{**batch, **inputs})
             gradients = {p: p.grad for p in self._parameters if p.grad is not None}
         except Exception as error:
-            if _ran_out(error):  # the end of a recording that broke off hides it
+            if _ran_out(error):  # hidden by the error of the recording that it ended
                 raise torch.OutOfMemoryError(
                     f"memory ran out while a step of {type(unwrap(self.model)).__name__} was recorded: a replayed step keeps "
                     "all that it needs at once, and with dispatch_capacity buffers for the worst case. Take fewer tokens a "
@@ -160,7 +162,7 @@ class GraphedStep:
 
 
 def _ran_out(error: BaseException | None) -> bool:
-    """Did memory run out, in this error or in one that it came from?"""
+    """Is this an out-of-memory error, or was it caused by one?"""
     while error is not None and not isinstance(error, torch.OutOfMemoryError):
         error = error.__cause__ or error.__context__
     return error is not None
@@ -171,7 +173,7 @@ def _local(t: Tensor) -> Tensor:
 
 
 def _moved(gradient: Tensor, written: Tensor) -> Tensor:
-    """A gradient of steps before, out of the memory that the next replay writes."""
+    """The gradient of earlier steps, copied if it lies in the memory that the next replay writes."""
     return gradient.clone() if gradient is written else gradient
 
 
@@ -184,42 +186,42 @@ def cuda_graph(
         for batch in batches:
             loss = step(**batch)  # instead of model(**batch).loss and loss.backward()
             optimizer.step(); optimizer.zero_grad()
-        step.close()  # over ranks, before destroy_process_group
+        step.close()  # before destroy_process_group
 
-    A kind is: the shapes and dtypes of the batch, training or evaluation, which parameters are frozen. Its first ``warmup``
-    steps run as ever, the next one is recorded. Kinds beyond the ``most`` that are recorded run as ever too (``step.replays``
-    and ``step.eager`` say how many steps did what). A replay runs no Python: hooks in the model see no step of it.
-    ``num_items_in_batch`` may change from step to step. So may ``position_ids``, which are always taken to be those of packed
-    sequences: to see whether they are, the host would have to wait.
+    A kind is given by the shapes and dtypes of the batch, training or evaluation mode, and which parameters are frozen. The
+    first ``warmup`` steps of a kind run eagerly, the next one is recorded. At most ``most`` kinds are recorded, others run
+    eagerly (``step.replays`` and ``step.eager`` count the steps). A replay runs no Python: hooks of the model are not called.
+    ``num_items_in_batch`` may change from step to step, and so may ``position_ids``, which are always taken to be those of
+    packed sequences: to check them, the host would have to wait.
 
-    Memory: while steps are replayed, what a step needs at its peak stays reserved; gradients stay allocated, for each kind.
+    Memory: the peak memory of a step stays reserved, and gradients stay allocated, for each recorded kind.
 
     Args:
         model: optimized by :func:`moefx.optimize` or :func:`moefx.parallelize`, on a CUDA device. With ``ep_size`` > 1 it
-            needs a ``dispatch_capacity``, so that nobody waits for counts. All ranks make the step and call it alike.
+            needs a ``dispatch_capacity``, so that the host does not wait for counts. All ranks make and call the step alike.
         warmup: steps of a kind before it is recorded; torch.compile needs some, FSDP2 two.
-        most: kinds that are recorded.
-        forward_backward: what a step does, if not ``loss = model(**batch).loss; loss.backward()``: called with the batch, by
-            name, it returns the loss [], detached. What it does in Python is done while a step is recorded, not in a replay.
+        most: how many kinds are recorded.
+        forward_backward: replaces ``loss = model(**batch).loss; loss.backward()``: called with the batch as keyword arguments,
+            it returns the loss [], detached. Its Python runs while a step is recorded, not in a replay.
 
     Raises:
-        torch.OutOfMemoryError: by the step that is recorded.
+        torch.OutOfMemoryError: while a step is recorded.
         MoefxError: the model waits for the device in each step (no ``dispatch_capacity``, ``check_numerics``), is on the CPU
-            or in DDP; when a step is recorded: something in it cannot be.
+            or in DDP; or, while a step is recorded, something in it cannot be recorded.
     """
     state = state_of(model)
     device = next(model.parameters()).device
     if device.type != "cuda":
         raise MoefxError(f"a CUDA graph needs a model on a CUDA device, this one is on {device}")
     if isinstance(model, DistributedDataParallel):
-        raise MoefxError("DistributedDataParallel makes its buckets anew while it runs: spread the model by moefx.parallelize")
+        raise MoefxError("DistributedDataParallel rebuilds its buckets while it runs: use moefx.parallelize instead")
     if state.plan.ep_size > 1 and not state.plan.dispatch_capacity:
         raise MoefxError(
             f"ep_size={state.plan.ep_size} without dispatch_capacity: in each layer the host waits for counts, which a CUDA "
-            "graph cannot; give optimize or parallelize the most tokens that a rank has as dispatch_capacity"
+            "graph cannot: pass the largest number of tokens of a rank as dispatch_capacity"
         )
     if state.plan.check_numerics:
         raise MoefxError("check_numerics=True waits for the device in each forward, which a CUDA graph cannot: leave it out")
     if warmup < 1 or most < 1:
-        raise MoefxError(f"warmup={warmup} and most={most}: both are numbers of 1 or more")
+        raise MoefxError(f"warmup={warmup} and most={most}: both must be 1 or more")
     return GraphedStep(model, warmup, most, forward_backward)

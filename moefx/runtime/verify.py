@@ -1,4 +1,4 @@
-"""Compares the optimized model with the original one on the user's batch: outputs and every gradient."""
+"""Compares an optimized model with its original forward on a batch: outputs and all gradients."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from moefx.integrations import transformers as hf
 from moefx.integrations.peft import unwrap
 from moefx.runtime.state import Optimized, state_of
 
-#: Largest difference allowed, as a share of the tensor's largest value: some thousand roundings of sums.
+#: Largest difference allowed, relative to the tensor's largest value: some thousand roundings in sums.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-9}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor: the largest difference, absolute and as a share of the largest value of the original."""
+    """One tensor: the largest difference, absolute and relative to the largest value of the original."""
 
     name: str
     absolute: float
     relative: float
     tolerance: float
-    noise: float = 0.0  #: an absolute difference that is rounding next to the largest gradient of the model
+    noise: float = 0.0  #: absolute difference that is rounding, relative to the largest gradient of the model
 
     @property
     def ok(self) -> bool:
+        """Is the difference within the tolerance?"""
         return self.relative <= self.tolerance or self.absolute <= self.noise
 
 
@@ -45,13 +46,16 @@ class Verification:
 
     @property
     def ok(self) -> bool:
+        """Are all rows within their tolerances?"""
         return all(r.ok for r in self.rows)
 
     @property
     def worst(self) -> Row:
+        """The row with the largest difference, relative to its tolerance."""
         return max(self.rows, key=lambda r: (not r.ok, r.relative / r.tolerance))
 
     def raise_if_wrong(self) -> None:
+        """Raises VerifyError, naming the worst row, if a row is not within its tolerance."""
         if not self.ok:
             w = self.worst
             raise VerifyError(
@@ -73,11 +77,18 @@ class Verification:
 def compare(
     name: str, original: Tensor | None, new: Tensor | None, tolerance: float | None = None, largest: float = 0.0
 ) -> Row:
-    """The row of two tensors; one that exists on one side only, or NaN in other places, is an infinite difference. Not so zeros
-    where the original has none: a loop over experts leaves out the gradient of weights that no token met.
+    """The row of two tensors.
 
-    ``largest``: the largest value among all gradients. A gradient that is zero but for rounding (the query's, with a single
-    token) is compared with it.
+    A tensor that exists on one side only, or has NaN in other places, differs infinitely. Exception: zeros where the original
+    has no gradient, as a loop over experts gives none to experts without tokens.
+
+    Args:
+        name: of the tensor.
+        original: of the original model.
+        new: of the optimized model.
+        tolerance: relative to the largest value; None: by dtype.
+        largest: largest value of all gradients. A gradient that is zero except for rounding (the query's, with a single token)
+            is compared with it.
     """
     if original is None and (new is None or not new.any()):
         return Row(name, 0.0, 0.0, 1.0)
@@ -95,10 +106,21 @@ def compare(
 
 
 def verify(model: Any, batch: Mapping[str, Any], *, tolerance: float | None = None) -> Verification:
-    """Runs ``batch`` through the original and the optimized forward and backward; compares loss, logits, all gradients.
+    """Runs a batch through the original and the optimized model, and compares loss, logits and all gradients.
 
-    The model's gradients and its mode are as before afterwards. Under expert parallelism every rank gathers all experts
-    for the original's run (memory!) and compares its own shards; call it on all ranks, each with its own batch.
+    Gradients and mode of the model are not changed. Under expert parallelism every rank gathers all experts for the original
+    run, which takes memory, and compares its own shards.
+
+    Args:
+        model: optimized. All ranks call it, each with its own batch.
+        batch: keyword arguments of the model's forward.
+        tolerance: largest relative difference allowed; None: by dtype, :data:`TOLERANCE`.
+
+    Returns:
+        The differences; :meth:`Verification.raise_if_wrong` raises if one is not within its tolerance.
+
+    Raises:
+        MoefxError: the model is not optimized, or returns neither loss nor logits.
     """
     state = state_of(model)
     model = unwrap(model)
@@ -116,7 +138,7 @@ def verify(model: Any, batch: Mapping[str, Any], *, tolerance: float | None = No
 
 
 def against(original: Any, model: Any, batch: Mapping[str, Any], *, tolerance: float | None = None) -> Verification:
-    """As :func:`verify`, in one process, with a model that nothing was done to as the original: the same weights, twice."""
+    """As :func:`verify`, in one process, against a separate unmodified model with the same weights."""
     return _compared(*_run(original, batch), *_run(model, batch), tolerance)
 
 
@@ -153,7 +175,7 @@ def _original(model: nn.Module, state: Optimized) -> Iterator[None]:
 
 
 def _local(model: nn.Module, grads: dict[str, Tensor | None], state: Optimized) -> dict[str, Tensor | None]:
-    """Experts' gradients as expert parallelism defines them: averaged over the ranks, this rank's shard."""
+    """Experts' gradients as under expert parallelism: this rank's shard of the mean over ranks."""
     if not state.shards_experts:
         return {n: g.to_local() if isinstance(g, DTensor) else g for n, g in grads.items()}
     out = dict(grads)

@@ -14,7 +14,7 @@ import torch
 from moefx.internals import nccl
 
 ROOT = Path(__file__).parent.parent.parent
-STEPS = 8  #: of which WARMUP run as ever
+STEPS = 8  #: of which WARMUP run eagerly
 
 
 def batches(count, vocabulary, device, rank=0):
@@ -128,7 +128,7 @@ def test_what_would_be_silently_wrong_is_an_error():
     for batch in batches(5, model.config.vocab_size, "cuda"):
         step(**batch)
     model.lm_head.weight.data = model.lm_head.weight.data.clone()
-    with pytest.raises(moefx.MoefxError, match="parameters lie elsewhere in memory"):
+    with pytest.raises(moefx.MoefxError, match="parameters were moved in memory"):
         step(**batch)
 
     class Waits(torch.nn.Module):
