@@ -48,6 +48,7 @@ class LazyLogits(Tensor):
     def __new__(
         cls, hidden: Tensor, project: Callable[[Tensor], Tensor], vocabulary: int, dtype: torch.dtype, steps: Steps = ()
     ):
+        """``project`` maps [..., H] to [..., vocabulary]; ``dtype`` is that of the logits after ``steps``."""
         shape = (*hidden.shape[:-1], vocabulary)
         out = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)  # type: ignore[attr-defined]
         out.hidden, out.project, out.steps, out.logits, out.hooks = hidden, project, steps, None, []

@@ -41,6 +41,7 @@ class Assumption:
             self.reason = f"{type(error).__name__}: {(str(error).strip() or 'no reason').splitlines()[0]}"
 
     def __call__(self) -> None:
+        """Raises CaptureError if the assumption does not hold."""
         if not self.holds():
             raise CaptureError(
                 f"moefx assumes that {self.what}; with torch {torch.__version__} and transformers {transformers.__version__} "

@@ -50,6 +50,7 @@ class BlockForward:
         return type(self)(self.path, self.state, self.functions, copy.deepcopy(self.router_state, memo), self.routers)
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, original: Callable) -> Any:
+        """What the module returns for a call; ``original`` is its original forward."""
         if hf.is_traced():
             if only_graphs(self.state, self.router_state, module.training):
                 return untraced(self, module, args, kwargs, original)

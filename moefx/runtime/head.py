@@ -35,6 +35,7 @@ class HeadForward(BlockForward):
         )
 
     def consequence(self, module: nn.Module, args: tuple) -> str:
+        """The memory that the logits of this call take."""
         numbers = args[0].numel() // args[0].shape[-1] * module.out_features
         return f"it runs in plain PyTorch, which stores all logits: {4 * numbers / 2**30:.2g} GiB in fp32"
 
@@ -50,6 +51,7 @@ class FusedLoss:
         self.head, self.loss = head, loss
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss [], for the arguments of the model's loss function."""
         logits, rest, named = split_logits(args, kwargs)
         if not isinstance(logits, LazyLogits):
             return self.loss(*args, **kwargs)

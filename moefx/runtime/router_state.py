@@ -138,6 +138,7 @@ class RouterState:
     # --- around a forward of the model ---
 
     def start(self) -> None:
+        """Begins a forward of the model."""
         self.logits, self.nonfinite, self.z_loss = [], [], None
         self.forwards += 1
         self.differentiates = torch.is_grad_enabled()

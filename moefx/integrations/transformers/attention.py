@@ -1,4 +1,4 @@
-"""Transformers' attention interface: what its modules call while a block is captured, and the masks of what they call else."""
+"""Transformers' attention interface: emits ``moefx.attention`` during capture, and gives other calls their original masks."""
 
 from __future__ import annotations
 
@@ -28,18 +28,30 @@ def attention_forward(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
-    """What a module calls for its attention while it is recorded or captured: ``moefx.attention``, instead of ``own``.
+    """Attention of a module: emits ``moefx.attention`` while it is recorded or captured, else calls ``own``.
 
-    query [B, A, S, D] -> [B, S, A, Dv]. ``kind``: "eager", "sdpa", "flash" or "flex", which decides what no mask means.
+    Args:
+        own: the implementation that the module looked up.
+        kind: of it, "eager", "sdpa", "flash" or "flex", which decides what a call without a mask means.
+        module: that calls.
+        query: [B, A, S, D].
+        key: [B, K, S, D].
+        value: [B, K, S, Dv].
+        attention_mask: a mask of ``kind``.
+        args: further arguments of the interface.
+        kwargs: further arguments of the interface.
+
+    Returns:
+        The output [B, S, A, Dv], and None for attention weights.
     """
     callers = recording.callers()
     if callers is not None and not module.__dict__.get("_moefx_own_attention"):
         unknown = next((k for k in ("position_bias", "cache", "block_indices") if kwargs.get(k) is not None), None)
         if unknown == "block_indices" and callers.lenient:
-            raise OwnAttention("it attends to blocks of keys that it chose: only the model's own attention knows how", module)
+            raise OwnAttention("it attends to selected blocks of keys, which moefx.attention cannot express", module)
         if unknown and not callers.lenient:
             raise CaptureError(f"{type(module).__name__} passes {unknown} to attention: moefx.attention has no such input")
-        # eager attention adds its mask, whatever that is, and a query that may see nothing sees everybody: no kernel does so
+        # eager attention adds any mask, and a query whose keys are all masked attends to all of them: no kernel does so
         says_more = kind == "eager" and attention_mask is not None and pattern_of(attention_mask) is None
         if not unknown and not says_more:
             return _emit(callers, kind, module, query, key, value, attention_mask, *args, **kwargs), None
@@ -65,10 +77,9 @@ def _emit(
 ) -> Tensor:
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if callers.lenient and causal and query.shape[2] != key.shape[2]:
-        # DeepSeek-V4 appends compressed keys: with a boolean mask, or none, they would be seen by the wrong queries
+        # DeepSeek-V4 appends compressed keys: a boolean mask, or none, would show them to the wrong queries
         raise OwnAttention(
-            f"it attends {query.shape[2]} queries to {key.shape[2]} keys: who may see which only the model's own attention "
-            "knows",
+            f"it attends {query.shape[2]} queries to {key.shape[2]} keys, which moefx.attention cannot express",
             module,
         )
     pattern = pattern_of(mask) if query.shape[2] == key.shape[2] else None
@@ -79,11 +90,11 @@ def _emit(
                 f"{type(module).__name__} is not causal, its mask is a causal one with a window of {pattern.window}: shorter "
                 "sequences would get no mask"
             )
-        mask, window, causal = pattern.starts, pattern.window, True  # together they say everything, as masks do
+        mask, window, causal = pattern.starts, pattern.window, True  # the pattern, and causality with it, is all of the mask
     elif mask is not None:
         mask, causal = mask.read() if type(mask) is LazyMask else mask, False
     elif kind in ("eager", "flex"):
-        causal = False  # these see what the mask lets them see, and ask nobody
+        causal = False  # only the mask decides
     elif kind == "flash":
         window = sliding_window
     if indices is not None:
@@ -104,9 +115,9 @@ def _emit(
 
 
 def _only(indices: Tensor, mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, window: int | None) -> Tensor:
-    """The mask with no keys but those of ``indices`` [B, S, n], which sparse attention chose (DeepSeek-V3.2, arXiv 2512.02556).
+    """The mask restricted to the keys ``indices`` [B, S, n] of sparse attention (DeepSeek-V3.2, arXiv 2512.02556).
 
-    Its models say so in the mask themselves, but only to the implementations "eager" and "sdpa", by name.
+    Its models do this in the mask themselves, but only for implementations named "eager" and "sdpa".
     """
     none = torch.zeros(*indices.shape[:2], key.shape[2], dtype=torch.bool, device=indices.device)
     chosen = none.scatter(-1, indices.long(), True).unsqueeze(1)
@@ -123,8 +134,8 @@ def _with_own_masks(own: Callable, *args: Any, **kwargs: Any) -> Any:
 
 
 def _now(own: Callable, kind: str | None) -> Callable:
-    """What a module is to call that looked ``own`` up."""
-    # Dynamo cannot read a ContextVar, and what it traces is never a capture of ours
+    """The function that a look-up of ``own`` returns."""
+    # Dynamo cannot read a ContextVar, and never traces a capture of moefx
     if torch.compiler.is_dynamo_compiling():
         return own
     if kind is not None and recording.callers() is not None:

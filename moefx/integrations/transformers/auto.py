@@ -1,4 +1,4 @@
-"""Which class of Transformers builds and loads the model of a configuration, and the types of models that there are."""
+"""The auto class of Transformers that builds and loads the model of a configuration, and the types of language models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LANGUAGE_MODELS = tuple(sorted({*_CAUSAL, *_MULTIMODAL}))
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """The class that ``config.architectures`` names, else that of the language model, with images where there is no other."""
+    """The auto class for ``config.architectures``; by default that of a causal language model, if the type has one."""
     named = config.architectures or ()
     for auto, names in _CLASSES.items():
         if names.get(config.model_type) in named:

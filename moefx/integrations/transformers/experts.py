@@ -1,4 +1,4 @@
-"""Transformers' experts interface: which modules are experts, what they compute, and what they call under moefx."""
+"""Transformers' experts interface: which modules are experts, what they compute, and the "moefx" implementation."""
 
 from __future__ import annotations
 
@@ -38,11 +38,13 @@ class ExpertsLayout:
 
     @property
     def parameters(self) -> list[str]:
+        """The names of the module's parameters."""
         names = [self.up, self.down]
         return names + [f"{n}_bias" for n in names] if self.biased else names
 
     @property
     def options(self) -> dict[str, Any]:
+        """The keyword arguments of ``moefx.experts``."""
         return {
             "activation": self.activation,
             "alpha": self.alpha,
@@ -52,6 +54,7 @@ class ExpertsLayout:
         }
 
     def weights(self, module: nn.Module) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """The module's weights and biases, with the updates of LoRA adapters."""
         up, down = adapters.weight(module, self.up), adapters.weight(module, self.down)
         if not self.biased:
             return up, None, down, None
@@ -59,14 +62,15 @@ class ExpertsLayout:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Made by Transformers' ``use_experts_implementation``, or run on every token."""
+    """Is it made by Transformers' ``use_experts_implementation``, or does it run all experts on every token?"""
     flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
     return all(hasattr(module, a) for a in flags) or is_dense_experts(module)
 
 
 def is_dense_experts(module: nn.Module) -> bool:
-    """Experts that a model multiplies with all tokens at once (Llama 4): see ``passes/dense_experts.py``. They are given rows
-    and nothing of who chose them, and hold gate_up_proj [E, H, 2I] and down_proj [E, I, H].
+    """Does it multiply all experts with all tokens (Llama 4)? See ``passes/dense_experts.py``.
+
+    Such a module gets hidden states without routes, and has gate_up_proj [E, H, 2I] and down_proj [E, I, H].
     """
     up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
     if not (isinstance(up, Tensor) and isinstance(down, Tensor) and up.dim() == down.dim() == 3 and hasattr(module, "act_fn")):
@@ -76,8 +80,8 @@ def is_dense_experts(module: nn.Module) -> bool:
 
 
 def experts_layout(module: nn.Module) -> ExpertsLayout:
-    """Reads a module's flags; raises CaptureError with the reason where ``moefx.experts`` cannot say what it computes."""
-    if "_moefx_layout" not in module.__dict__:  # before it is exported, when numbers can be looked at
+    """The layout of an experts module. Raises CaptureError if ``moefx.experts`` cannot express what it computes."""
+    if "_moefx_layout" not in module.__dict__:  # before it is exported: values can be compared
         try:
             found: ExpertsLayout | str = _experts_layout(module)
         except CaptureError as error:
@@ -109,8 +113,9 @@ def _experts_layout(module: nn.Module) -> ExpertsLayout:
 
 
 def _activation(module: nn.Module, interleaved: bool) -> tuple[str, float, float]:
-    """Which activation the module applies, found by running it in fp64 over six decades of magnitudes; in fp32, if it computes
-    in fp32 whatever it is given.
+    """The activation of a module, its alpha and its limit, found by comparing it with the known ones.
+
+    Run in fp64 over six decades of magnitudes; in fp32 if the module computes in fp32 for all inputs.
     """
     generator = torch.Generator().manual_seed(0)
     magnitude = 10 ** (torch.rand(64, 64, generator=generator, dtype=torch.float64) * 6 - 3)
@@ -126,7 +131,7 @@ def _activation(module: nn.Module, interleaved: bool) -> tuple[str, float, float
             continue
         for alpha in numbers:
             for limit in numbers:
-                with contextlib.suppress(ValueError):  # it has no meaning with these numbers
+                with contextlib.suppress(ValueError):  # it is not defined for these numbers
                     found = candidate.forward(h, alpha, limit, interleaved)
                     if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=near, atol=1e-14):
                         return name, alpha, limit
@@ -147,8 +152,8 @@ def _expressible(module: nn.Module) -> bool:
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The "moefx" entry of Transformers' experts interface.
 
-    Emits ``moefx.experts`` while capturing. Otherwise this is a call that no captured graph covers (generation with a
-    cache, say): the implementation that the model had before, or, where experts are spread over ranks, the exchange.
+    Emits ``moefx.experts`` during capture. Otherwise no captured graph covers this call (generation with a cache, for
+    instance), and the original implementation runs, or for sharded experts dispatch, grouped MLP and combine.
     """
     callers = recording.callers()
     if callers is not None and callers.lenient and not _expressible(self):
@@ -165,7 +170,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
 
 
 def _activation_of_loop(module: nn.Module) -> tuple[str, float, float] | str:
-    """Which activation the experts of :mod:`loops` apply; a sentence if it is unknown."""
+    """The activation, alpha and limit of experts of :mod:`loops`, or the reason why it is unknown."""
     applied = loops.LOOPS[type(module).__name__].activation
     try:
         return _activation(loops.Gated(applied(module)), False) if applied else ("", 0.0, 0.0)
@@ -174,7 +179,7 @@ def _activation_of_loop(module: nn.Module) -> tuple[str, float, float] | str:
 
 
 def _emitter(module: nn.Module) -> Callable[..., Tensor] | None:
-    """While capturing: emits ``moefx.experts`` for a module of :mod:`loops`."""
+    """During capture, a function that emits ``moefx.experts`` for a module of :mod:`loops`; else None."""
     callers, known = recording.callers(), module.__dict__.get("_moefx_layout")
     if callers is None or known is None or (isinstance(known, str) and callers.lenient):
         return None

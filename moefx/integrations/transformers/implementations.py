@@ -69,9 +69,7 @@ def _configurations(model: PreTrainedModel) -> list[Any]:
 
 
 def original_implementations(model: PreTrainedModel) -> Names:
-    """The experts implementations of a model as they are without moefx, also if this model or one that shares its configuration
-    is optimized.
-    """
+    """The experts implementations of a model without moefx, also while it or one that shares its configuration is optimized."""
     return [_before(name, "grouped_mm") for name in _names(model)]
 
 

@@ -1,7 +1,7 @@
 """Experts that a model runs one by one in a loop of its own, outside of Transformers' experts interface.
 
-A loop asks the device which experts were chosen, so that it can neither be captured nor run without waiting. While a model is
-captured such a module says instead what it computes, as ``moefx.experts``; else its own forward runs.
+A loop reads from the device which experts were chosen, so it cannot be captured, and makes the host wait. During capture such a
+module emits ``moefx.experts`` instead; otherwise its own forward runs.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from moefx.internals.subclass import subclass
 
 
 class Loop(NamedTuple):
-    """What is known of a class of Transformers."""
+    """How a class of Transformers is expressed by ``moefx.experts``."""
 
     #: (module, emit, *its forward's arguments) -> what its forward gives. ``emit(x, index, weights, up, down, transposed)`` is
     #: ``moefx.experts`` with the module's activation.
     forward: Callable[..., Any]
-    #: The module that its experts apply to gates, which multiply the other half of the pre-activations; None: it has none.
+    #: The module that its experts apply to the gates; None if it has no activation.
     activation: Callable[[Any], nn.Module] | None = None
 
 
 def _dbrx(module: Any, emit: Callable, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """w1 (gates), v1 and w2 [E * I, H], flat: the first two side by side are a copy, w2 is read where it lies."""
+    """Flat w1 (gates), v1 and w2 [E * I, H]: the first two are concatenated into a copy, w2 is used in place."""
     experts = module.num_experts, module.ffn_hidden_size, module.hidden_size
     gate, up, down = (w.view(experts) for w in (module.mlp.w1, module.mlp.v1, module.mlp.w2))
     x = hidden_states.reshape(-1, module.hidden_size)
@@ -37,7 +37,7 @@ def _dbrx(module: Any, emit: Callable, hidden_states: Tensor, index: Tensor, wei
 
 
 def _longcat_flash(module: Any, emit: Callable, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """gate_up_proj [E + Z, 2I, H], down_proj [E, H, I]: the last Z experts give their token back."""
+    """gate_up_proj [E + Z, 2I, H], down_proj [E, H, I]: the last Z (zero-computation) experts return their input."""
     own = torch.where(index >= module.num_routed_experts, weights, 0.0).sum(-1, keepdim=True)
     return emit(hidden_states, index, weights, module.gate_up_proj, module.down_proj, False) + (hidden_states * own).to(
         hidden_states.dtype
@@ -45,7 +45,7 @@ def _longcat_flash(module: Any, emit: Callable, hidden_states: Tensor, index: Te
 
 
 def _jetmoe(module: Any, emit: Callable, layer_input: Tensor) -> Tensor:
-    """The block with its router, which sorts rows already: weights [E, 2I, H] and [E, H, I] of two modules."""
+    """The block with its router, which already sorts rows by expert: weights [E, 2I, H] and [E, H, I] of two modules."""
     x = layer_input.reshape(-1, layer_input.shape[-1])
     *_, logits = module.router(x)
     scores, index = logits.topk(module.router.top_k, dim=1)
@@ -81,12 +81,14 @@ LOOPS = {
 
 
 def is_loop(module: nn.Module) -> bool:
+    """Is the module of a class in :data:`LOOPS`?"""
     known = type(module).__name__ in LOOPS and type(module).__module__.startswith("transformers.")
-    return known and getattr(module, "gate_up_proj", module) is not None  # a LongCat-Flash may have no expert that computes
+    # a LongCat-Flash layer may have only zero-computation experts
+    return known and getattr(module, "gate_up_proj", module) is not None
 
 
 class Gated(nn.Module):
-    """An activation in the form in which Transformers' experts have it."""
+    """An activation with the attributes that Transformers' experts have."""
 
     has_gate = True
 
@@ -101,7 +103,7 @@ class Gated(nn.Module):
 
 @functools.cache
 def emitting_class(base: type, emitter: Callable[[nn.Module], Callable | None]) -> type:
-    """A subclass of such a module's class. ``emitter(module)``: how to emit, or None: its own forward runs."""
+    """A subclass of such a module's class. ``emitter(module)`` returns how to emit, or None for its own forward."""
     plain, loop = base.forward, LOOPS[base.__name__]  # type: ignore[attr-defined]
 
     def forward(self, *args, **kwargs):

@@ -103,11 +103,13 @@ class LazyMask(Tensor):
         make: Callable,
         own: Callable,
     ):
+        """A mask that ``make()`` returns when it is first read."""
         out = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
         out.pattern, out.make, out.own, out.made = pattern, make, own, None
         return out
 
     def read(self) -> Tensor:
+        """The mask as a plain tensor."""
         if self.made is None:
             self.made = self.make()
         return self.made
@@ -173,8 +175,9 @@ def _mask(pattern: MaskPattern | None, make: Callable, own: Callable, kwargs: di
 
 
 def _flash(kwargs: dict) -> Any:
-    """The mask of flash attention: only padding. It takes the window, and the starts of packed sequences in a batch of 1, as
-    arguments; outputs at padded positions are zero.
+    """The mask of flash attention: only padding, and outputs at padded positions are zero.
+
+    The window, and the starts of packed sequences in a batch of 1, are arguments of their own.
     """
     padding = flash_attention_mask(**kwargs)
     pattern = _pattern(torch.bool, kwargs)

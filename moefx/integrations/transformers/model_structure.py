@@ -1,4 +1,4 @@
-"""What a model is made of: its blocks, routers, norms and experts, and what its configuration promises."""
+"""The structure of a model: its blocks, routers, norms and experts, and the experts that its configuration names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The decoder blocks by path: outermost ``GradientCheckpointingLayer``s, else the children of the longest ModuleList."""
     found: dict[str, nn.Module] = {}
     last = None
-    for path, module in model.named_modules():  # what a block holds comes right after it
+    for path, module in model.named_modules():  # the modules inside a block come right after it
         if isinstance(module, GradientCheckpointingLayer) and not (last is not None and path.startswith(f"{last}.")):
             found[path], last = module, path
     if not found:
@@ -74,18 +74,18 @@ _FACTORS: dict[type, bool] = {}
 
 
 def _gives_a_factor(module: nn.Module) -> bool:
-    """HY-V4's has no weight and gives one number a token, for something else to be multiplied by: no norm."""
+    """Is it HY-V4's, which has no weight and returns one factor per token instead of normalized values?"""
     cls = type(module)
     if cls not in _FACTORS:
         _FACTORS[cls] = False
         if next(module.parameters(), None) is None:
-            with torch.no_grad(), contextlib.suppress(Exception):  # one that knows its size takes no other: a norm
+            with torch.no_grad(), contextlib.suppress(Exception):  # a norm of another size rejects this input
                 _FACTORS[cls] = module(torch.ones(1, 8)).shape == (1, 1)
     return _FACTORS[cls]
 
 
 def requested() -> set[str]:
-    """Which outputs the running forward collects ("router_logits", "attentions", "hidden_states")."""
+    """The outputs that the running forward collects: "router_logits", "attentions", "hidden_states"."""
     return set(_active_collector.get() or ())
 
 
@@ -94,6 +94,7 @@ def requested() -> set[str]:
     "transformers 5.23 to 5.24",
 )
 def outputs_are_collected() -> bool:
+    """A model with one recorded output, with and without collecting it."""
     found = []
 
     class Tried(PreTrainedModel):
@@ -118,13 +119,13 @@ def outputs_are_collected() -> bool:
     return found == [{"router_logits"}, set()] and requested() == set() and collected[0] is x and named
 
 
-#: Attributes that number a block: no sizes.
+#: Attributes that are the index of a block, not sizes.
 INDEX_NAMES = {"layer_idx", "layer_id", "layer_number"}
 
 
 @cache
 def reads_layer_index(cls: type) -> bool:
-    """Does the class compute with its layer index, other than to address a cache? Then equal blocks may differ."""
+    """Does the class use its layer index for more than to address a cache? Then blocks of equal structure may differ."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, TypeError, SyntaxError):
@@ -148,8 +149,9 @@ def reads_layer_index(cls: type) -> bool:
 
 
 def count_as_tensor(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """``kwargs`` of a call with ``num_items_in_batch`` as a tensor [], on the device of the call's first tensor. Transformers
-    hands it to every block and to the loss; as a number, another one each step would be another kind of call.
+    """``kwargs`` of a call with ``num_items_in_batch`` as a tensor [], on the device of the call's first tensor.
+
+    Transformers passes it to every block and to the loss; as a number it would be another kind of call in each step.
     """
     count = kwargs.get("num_items_in_batch")
     if not isinstance(count, (int, float)):
@@ -159,7 +161,7 @@ def count_as_tensor(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def numbers(module: nn.Module) -> list[str]:
-    """The module's own attributes, numbers and the like, that its forward may compute with."""
+    """The attributes of a module, without those of submodules, that are constants which its forward may use."""
     return [
         k
         for k, v in vars(module).items()
@@ -170,7 +172,7 @@ def numbers(module: nn.Module) -> list[str]:
 
 
 def structure(module: nn.Module) -> tuple:
-    """Equal for two modules that compute the same function of their parameters and inputs."""
+    """A key that is equal for two modules that compute the same function of their parameters and inputs."""
     found = []
     for path, m in module.named_modules():
         own = [
@@ -195,12 +197,12 @@ def structure(module: nn.Module) -> tuple:
 
 
 def is_checkpointed(model: nn.Module) -> bool:
-    """Are activations dropped and made again in the backward? (Transformers 5.24 renames its own property for it.)"""
+    """Is activation checkpointing on? (Transformers 5.24 renamed its property for it.)"""
     return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
 
 
 def is_language_model(model: Any) -> bool:
-    """Does it predict tokens, and not classes, say, or nothing?"""
+    """Does the model predict tokens? Classifiers and bare models do not."""
     return model.get_output_embeddings() is not None
 
 
@@ -210,7 +212,7 @@ def experts_named(model: PreTrainedModel) -> int:
 
 
 def experts_in(config: Any) -> int:
-    """How many experts a configuration names, in its text's or its feed-forward's part (DBRX) too; 0 if none."""
+    """How many experts a configuration names, also in its text or feed-forward part (DBRX); 0 if none."""
     config = config.get_text_config()
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     parts = (config, getattr(config, "ffn_config", None))
@@ -251,4 +253,5 @@ def check(model: Any) -> None:
 
 
 def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The experts modules of a model, by path."""
     return {p: m for p, m in model.named_modules() if is_experts(m)}

@@ -1,4 +1,4 @@
-"""What holds while a model is recorded, captured or called: who calls what, and what Transformers does not look at."""
+"""Contexts in which a model is recorded, captured or called: emitting semantic operations, and handling of packed sequences."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from moefx.internals.transformers_patches import EXPORTING, PACKED_SEQUENCES
 
 
 class _Callers(list[tuple[str, nn.Module]]):
-    """Who called what; ``lenient``: a call that no operation can express runs as it is."""
+    """(kind, module) of each emitted call. ``lenient``: a call that no operation expresses runs the model's own code."""
 
     lenient = False
 
 
-#: Set while a model is recorded or captured: the interfaces below then emit semantic operations and note who called.
+#: Set while a model is recorded or captured: the interfaces then emit semantic operations and append their callers.
 _emitting: ContextVar[_Callers | None] = ContextVar("moefx_emitting", default=None)
 
 
 @contextmanager
 def emitting(lenient: bool = False) -> Iterator[list[tuple[str, nn.Module]]]:
-    """Within: experts and attention calls become ``moefx.experts`` and ``moefx.attention``; yields who called what.
+    """Context in which calls of experts and attention become ``moefx.experts`` and ``moefx.attention``; yields the callers.
 
-    A call that these cannot express raises CaptureError, or runs as the model wrote it if ``lenient`` (while recording).
+    A call that these cannot express raises CaptureError, or runs the model's own code if ``lenient`` (while recording).
     """
     callers = _Callers()
     callers.lenient = lenient
     token = _emitting.set(callers)
-    collecting = _active_collector.set(None)  # type: ignore[func-returns-value]  # nothing traced belongs to the user's outputs
+    collecting = _active_collector.set(None)  # type: ignore[func-returns-value]  # traced values do not belong to the user's collected outputs
     try:
         yield callers
     finally:
@@ -44,8 +44,9 @@ def emitting(lenient: bool = False) -> Iterator[list[tuple[str, nn.Module]]]:
         _emitting.reset(token)
 
 
-@assumed("masks are made after asking masking_utils.find_packed_sequence_indices", "transformers 5.23 to 5.24")
+@assumed("mask functions call masking_utils.find_packed_sequence_indices", "transformers 5.23 to 5.24")
 def packing_is_looked_for() -> bool:
+    """A causal mask for position ids."""
     asked, config = [], PreTrainedConfig()
     config._attn_implementation = "sdpa"
     with PACKED_SEQUENCES.by(lambda look, position_ids: asked.append(position_ids)):
@@ -54,31 +55,34 @@ def packing_is_looked_for() -> bool:
 
 
 def unpacked_on_meta() -> AbstractContextManager[None]:
-    """Within: Transformers does not look at the values of position ids on the meta device for packed sequences."""
+    """Context in which Transformers does not read position ids on the meta device to find packed sequences."""
     return PACKED_SEQUENCES.by(lambda look, position_ids: None if position_ids.is_meta else look(position_ids))
 
 
 def without_packages() -> AbstractContextManager[None]:
-    """Within: what Transformers takes from other packages where they are installed (Mamba's scan, causal convolutions) is its
-    own PyTorch code, as in an export: their kernels read memory, which there is none of on the meta device.
+    """Context in which Transformers uses its own PyTorch code, as in an export, instead of kernels of other packages.
+
+    Kernels for Mamba's scan and causal convolutions read memory, which does not exist on the meta device.
     """
     return EXPORTING.by(lambda exporting: True)
 
 
 def unpacked() -> AbstractContextManager[None]:
-    """Within: no packed sequences are looked for. For a call without position ids, whose positions the model numbers
-    itself: reading them back would make the host wait, once a step, until the device has done all that is queued.
+    """Context in which Transformers does not look for packed sequences.
+
+    For calls without position ids, which the model then numbers itself: reading them would make the host wait for the device
+    in each step.
     """
     return PACKED_SEQUENCES.by(lambda look, position_ids: None)
 
 
 def noticing_packing(asked: list) -> AbstractContextManager[None]:
-    """Within: packed sequences are not looked for; the position ids that would have been looked at go to ``asked``."""
+    """Context in which Transformers does not look for packed sequences; the position ids are appended to ``asked``."""
     return PACKED_SEQUENCES.by(lambda look, position_ids: asked.append(position_ids))
 
 
 def packed() -> AbstractContextManager[None]:
-    """Within: position ids that a call has are taken to be those of packed sequences, without reading them back to see."""
+    """Context in which position ids of a call are taken to be those of packed sequences, without reading their values."""
 
     def number(_: Callable, position_ids: Tensor) -> Tensor:
         return (torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
@@ -88,7 +92,7 @@ def packed() -> AbstractContextManager[None]:
 
 
 class OwnAttention(CaptureError):
-    """Attention of the model's own kind: what it gives Transformers' interface is not all that it says."""
+    """The model's attention computes more than its arguments to Transformers' interface tell."""
 
     def __init__(self, reason: str, module: nn.Module):
         super().__init__(reason)
@@ -96,18 +100,20 @@ class OwnAttention(CaptureError):
 
 
 def callers() -> _Callers | None:
-    """Who has called what so far, while a model is recorded or captured; else None. Dynamo cannot read a ContextVar, and what
-    it traces is never a capture of ours.
+    """The callers so far while a model is recorded or captured, else None.
+
+    Also None under Dynamo, which cannot read a ContextVar and never traces a capture of moefx.
     """
     return None if torch.compiler.is_dynamo_compiling() else _emitting.get()
 
 
 def is_emitting() -> bool:
+    """Is a model being recorded or captured?"""
     return callers() is not None
 
 
 def is_traced() -> bool:
-    """Does torch.compile, torch.export, torch.jit.trace or make_fx of somebody else's follow this call?"""
+    """Is this call traced by torch.compile, torch.export, torch.jit.trace or make_fx, other than by a capture of moefx?"""
     if torch.compiler.is_dynamo_compiling():
         return True
     followed = torch.compiler.is_compiling() or torch.jit.is_tracing() or get_proxy_mode() is not None

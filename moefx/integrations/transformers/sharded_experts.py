@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def experts_over_ranks(x: Tensor, index: Tensor, weights: Tensor, module: nn.Module, layout: ExpertsLayout) -> Tensor:
-    """The experts of a call that no captured graph covers; all ranks of the group must make the same calls."""
+    """The output of sharded experts [T, H] by dispatch, grouped MLP and combine. All ranks of the group call it alike."""
     up: Any = getattr(module, layout.up)
     where = {"num_experts": up.shape[0], "group": up.device_mesh.get_group().group_name}
     local = [p.to_local() if isinstance(p, DTensor) else p for p in layout.weights(module)]
