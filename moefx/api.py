@@ -29,7 +29,7 @@ from moefx.frontend.record import default_example
 from moefx.integrations import peft as adapters
 from moefx.integrations import transformers as hf
 from moefx.integrations.peft import unwrap
-from moefx.internals import surroundings
+from moefx.internals import ambient_modes
 from moefx.ir.graph import value
 from moefx.ir.plan import Plan
 from moefx.ir.program import Function, Program
@@ -55,7 +55,7 @@ def _reads_positions(function: Function) -> bool:
     return any(isinstance(value(u), Tensor) for i in tables for u in places[function.inputs[i]].users)
 
 
-@surroundings.none_of_them()
+@ambient_modes.disabled()
 def rewrite(program: Program, plan: Plan, pipeline: Pipeline, model: Any = None) -> Report:
     """Runs ``pipeline`` over a captured program and returns the report. The program's graphs are changed in place."""
     for function in program:
@@ -193,7 +193,7 @@ def _optimize(model: Any, options: Options) -> Any:
     state.shards_experts = ep_size > 1 and expert_sharding.experts_mesh(model) is None
     if state.shards_experts:
         expert_sharding.shard_experts(model, plan)
-    with surroundings.none_of_them():
+    with ambient_modes.disabled():
         install(model, state)
     spread = next((p for p in model.parameters() if isinstance(p, DTensor)), None)
     if spread is not None:

@@ -16,7 +16,7 @@ from moefx.frontend.head import capture_head_call, head_call, lm_head_of
 from moefx.frontend.record import Recording, above, record
 from moefx.integrations import peft as adapters
 from moefx.integrations import transformers as hf
-from moefx.internals import surroundings
+from moefx.internals import ambient_modes
 from moefx.ir.program import Function, NotCaptured, Program
 
 
@@ -129,7 +129,7 @@ def capture_head(model: Any, recording: Recording, program: Program) -> None:
     program.add(function)
 
 
-@surroundings.none_of_them()
+@ambient_modes.disabled()
 def capture(model: Any, example: Mapping[str, Any] | None = None) -> Program:
     """Captures the training graph of a model, one function per distinct block and one for the head; the model is not changed.
 

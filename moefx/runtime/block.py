@@ -20,7 +20,7 @@ from moefx.frontend.export import CAPTURING, capture_module
 from moefx.integrations import fsdp
 from moefx.integrations import peft as adapters
 from moefx.integrations import transformers as hf
-from moefx.internals import surroundings
+from moefx.internals import ambient_modes
 from moefx.ir.program import Function
 from moefx.ops import exchange
 from moefx.runtime.guards import ModuleGuard
@@ -224,7 +224,7 @@ class BlockForward:
         if key not in self.state.shared:
             routers = {p: module.get_submodule(p) for p in self.routers}
             try:
-                with surroundings.none_of_them(), torch.enable_grad(), unseen():
+                with ambient_modes.disabled(), torch.enable_grad(), unseen():
                     function = self._export(module, call, routers)
                     self.state.lower(function)
                 self.state.shared[key] = function

@@ -17,7 +17,7 @@ from moefx.integrations import fsdp
 from moefx.integrations import transformers as hf
 from moefx.runtime.head import FusedLoss, take_head
 from moefx.runtime.state import Optimized
-from moefx.runtime.tracing import only_graphs, refuse_replica, say_what_is_compiled, untraced
+from moefx.runtime.tracing import only_graphs, refuse_replica, untraced, warn_compiled
 
 
 def model_forward(base: type) -> Callable:
@@ -30,7 +30,7 @@ def model_forward(base: type) -> Callable:
             if only_graphs(state, self._moefx_router_state, self.training):
                 return untraced(forward_here, self, args, kwargs)
             if self.training:
-                say_what_is_compiled()
+                warn_compiled()
             return plain(self, *args, **kwargs)
         if getattr(self, "_is_replica", False):
             refuse_replica(state, self._moefx_router_state, self.training)

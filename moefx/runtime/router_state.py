@@ -102,7 +102,7 @@ class RouterState:
         out: tuple,
         dispatches: RecordedDispatches | None,
     ) -> None:
-        """Keeps what a call's routers returned for whoever asked for it: recomputation, recording, load tracking, losses."""
+        """Keeps what a call's routers returned as far as it is needed: for recomputation, recording, load tracking, losses."""
         if recomputing():
             return
         if dispatches is not None and training:

@@ -15,7 +15,7 @@ from moefx.backends.compile import compiled
 from moefx.errors import MoefxError
 from moefx.integrations import transformers as hf
 from moefx.integrations.peft import unwrap
-from moefx.internals import surroundings
+from moefx.internals import ambient_modes
 from moefx.ir.plan import Plan
 from moefx.ir.program import Function, Program
 from moefx.rewriting.pipeline import Pipeline
@@ -72,7 +72,7 @@ class Optimized:
         if id(function) not in self.replaying:
             assert function.captured is not None
             replay_function = function.captured.replaying()
-            with unseen(), surroundings.none_of_them():
+            with unseen(), ambient_modes.disabled():
                 self.pipeline.run(Program(self.program.model_class, {replay_function.name: replay_function}, []), self.plan)
             self.replaying[id(function)] = replay_function
         return self.replaying[id(function)]

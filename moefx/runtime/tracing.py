@@ -43,7 +43,7 @@ def untraced(run: Callable, *args: Any) -> Any:
 
 
 @torch._dynamo.assume_constant_result
-def say_what_is_compiled() -> None:
+def warn_compiled() -> None:
     """Warns, while Dynamo traces, once for each graph that it makes."""
     warnings.warn(
         "torch.compile sees an optimized model: it compiles the model's own forward, not moefx's graphs, which are compiled "

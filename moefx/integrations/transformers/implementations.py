@@ -37,7 +37,7 @@ def activated(model: PreTrainedModel, attention: bool = True) -> Iterator[None]:
 
 
 #: Original implementation -> the string "moefx" that replaces it in a configuration, an object of its own. Configurations are
-#: shared by models, and copied: ``copy.deepcopy`` keeps string objects, so the original can be told from a copy as well.
+#: shared by models, and copied: ``copy.deepcopy`` keeps string objects, so a copy shows the original as well.
 _marks: dict[str | None, str] = {}
 
 

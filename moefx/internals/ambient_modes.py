@@ -9,7 +9,7 @@ import torch
 
 
 @contextmanager
-def none_of_them() -> Iterator[None]:
+def disabled() -> Iterator[None]:
     """Context without a default device (``with torch.device("meta")``) and without inference mode.
 
     Graphs, their constants and the tensors that they are tested on outlive the call, and each names its device itself.
