@@ -1,6 +1,6 @@
 """NCCL EP through Transformer Engine (2.20 and later): a row for each (token, expert), sorted on arrival, no host sync.
 
-Experimental: it has not run on GPUs, only against a stand-in (tests/ranks/nccl_ep_standin.py).
+Experimental: it has not run on GPUs, only against a stand-in (tests/support/nccl_ep_standin.py).
 
 Its functions are called directly, within moefx's own opaque operations: as torch operations they fail on torch 2.11 (IndexError
 in increment_version), where this backend refuses until tests/gpu/dispatch_ranks.py has shown that direct calls work. There is
