@@ -118,7 +118,7 @@ def available_transports() -> dict[str, dict[str, Any]]:
         say(f"ElasticBuffer: {problem or 'usable'}")
         if problem is None:
             found |= {"deepep_elastic": {"capacity": True}}
-        problem = te_ep.missing()  # not available(): whether its functions, called directly, run on this torch is the question
+        problem = te_ep.missing() if "--try-refused" in sys.argv else te_ep.available()
         say(f"NCCL EP: {problem or 'usable'}")
         if problem is None:
             found |= {"te_ep": {"capacity": True}}
@@ -377,6 +377,7 @@ if __name__ == "__main__":
     parser.add_argument("--no-blocks", action="store_true")
     parser.add_argument("--kinds", nargs="*", help="of training; by default all")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--try-refused", action="store_true", help="also NCCL EP where its backend refuses torch 2.11")
     parser.add_argument("--compile", action="store_true", help="also a compiled model")
     a = parser.parse_args()
     LEARNING_RATE = a.learning_rate

@@ -25,10 +25,11 @@ class StandIn:
     def ep_handle_mem_size(self, top_k: int, alignment: int) -> int:
         return 8 * self.ep * self.capacity * top_k
 
-    def ep_prepare(self, handle, index, counts, top_k, alignment):
+    def ep_prepare(self, handle, index, counts, top_k, alignment, total_recv_tokens):
         handle.view(torch.int64).copy_(self._gather(index, -1).reshape(-1))
         local = handle.view(torch.int64) - self.rank * self.local
         counts.copy_(torch.stack([(local == e).sum() for e in range(self.local)]))
+        total_recv_tokens.fill_(int(counts.sum()))
 
     def _rows(self, handle):
         """For each row of this rank, expert by expert: which flattened (rank, token, k) it is."""

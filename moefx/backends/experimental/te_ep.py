@@ -147,7 +147,8 @@ class NCCLEP:
         x, topk_ids, topk_weights = self._at_least_one(x, topk_ids, topk_weights)
         counts = torch.empty(call.local, dtype=torch.int32, device=x.device)
         handle = torch.empty(library.ep_handle_mem_size(top_k, 0), dtype=torch.uint8, device=x.device)
-        library.ep_prepare(handle, topk_ids, counts, top_k, 0)
+        total = torch.empty(1, dtype=torch.int64, device=x.device)  # written by 2.20.2, not needed: rows have a fixed number
+        library.ep_prepare(handle, topk_ids, counts, top_k, 0, total)
         received, weights = x.new_empty(rows, x.shape[1]), topk_weights.new_empty(rows)
         library.ep_dispatch(handle, topk_ids, x, topk_weights, received, weights)
         expert = torch.bucketize(torch.arange(rows, device=x.device), counts.cumsum(0), right=True)
