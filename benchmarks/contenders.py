@@ -257,7 +257,7 @@ def expert_parallel(here: Rank, pipeline: Callable[[], Any] = passes.default, gr
         raise RuntimeError(f"DeepEP cannot be used here: {why}")
     # at once: if it fails, the parent is to know by what
     here.tell("note", {"transport": "all_to_all" if why else "deepep", "deepep_refuses": why})
-    names = [n for n, b in builtin().items() if not b.by_name and b.available() is None and n not in TRANSPORTS]
+    names = [n for n, b in builtin().items() if not b.opt_in and b.available() is None and n not in TRANSPORTS]
     backends = names if why else ["deepep", *names]
     options: dict[str, Any] = {"backends": backends, "compile": job.compile}
     torch.manual_seed(SEED)

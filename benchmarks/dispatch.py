@@ -120,9 +120,9 @@ def measure(
 
     grad = torch.randn(tokens, h, device=device, generator=g).bfloat16()
     # the experts only weight their rows: the sums are known
-    each, row_weights, _, *route, _ = send(x, index, weights, **where)
+    each, permuted_probs, _, *route, _ = send(x, index, weights, **where)
     made["y"] = dispatch_combine.combine(
-        (each * row_weights.unsqueeze(1)).to(each.dtype), index, *route, num_experts=experts, group=group
+        (each * permuted_probs.unsqueeze(1)).to(each.dtype), index, *route, num_experts=experts, group=group
     )
     to_x, to_weights = torch.autograd.grad(made["y"], (x, weights), grad)
     right = x.float() * weights.sum(1, keepdim=True)

@@ -88,7 +88,14 @@ def cases(tokens: int) -> Iterator[Case]:
         return lambda x: fn(x, None, K, renormalize=True)
 
     def sigmoid(fn: Callable) -> Callable:
-        options = {"score": "sigmoid", "gather": True, "sorted": False, "renormalize": True, "eps": 1e-20, "scale": 2.5}
+        options = {
+            "score": "sigmoid",
+            "gather": True,
+            "sorted": False,
+            "renormalize": True,
+            "eps": 1e-20,
+            "routed_scaling_factor": 2.5,
+        }
         return lambda x, bias: fn(x, bias, K, groups=8, topk_groups=4, **options)
 
     def one_order(fn: Callable) -> Callable:

@@ -17,7 +17,7 @@ from moefx.ops import dispatch_combine
 from moefx.ops import grouped_mlp as grouped
 from moefx.rewriting.pipeline import Changes
 
-_WEIGHTS = ("up", "up_bias", "down", "down_bias")
+_WEIGHTS = ("gate_up", "gate_up_bias", "down", "down_bias")
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class ExpertParallel:
 
     def _rewrite(self, function: Function, node: fx.Node, plan: Plan, changes: Changes) -> str | None:
         given = arguments(node)
-        num_experts = value(given["up"]).shape[0]
-        if ops.has_nobody(value(given["up"]), value(given["down"])):
+        num_experts = value(given["gate_up"]).shape[0]
+        if ops.has_zero_computation_experts(value(given["gate_up"]), value(given["down"])):
             return f"{value(given['down']).shape[0]} of {num_experts} experts compute: ranks would hold unequal parts"
         if num_experts % plan.ep_size:
             return f"{num_experts} experts cannot be sharded across ep_size={plan.ep_size} ranks"
@@ -71,15 +71,15 @@ class ExpertParallel:
         limited = {**where, "capacity": plan.dispatch_capacity} if plan.dispatch_capacity else dict(where)
         if plan.dispatch_dtype:
             limited["dispatch_dtype"] = plan.dispatch_dtype
-        sent = emit(node, dispatch_combine.dispatch, given["x"], given["index"], given["weights"], **limited)
+        sent = emit(node, dispatch_combine.dispatch, given["x"], given["topk_ids"], given["topk_weights"], **limited)
         rows, probs, tokens_per_expert, *route, received = unpack(sent)
         row_id_map, _, cpu_metadata, _ = route
         options = {k: given[k] for k in ("activation", "alpha", "limit", "transposed", "interleaved")}
         weights = tuple(local.get(w) for w in _WEIGHTS)
-        options |= {"grad_scale": plan.experts_gradient_scale, "row_weights": probs}
+        options |= {"grad_scale": plan.experts_gradient_scale, "permuted_probs": probs}
         options["arrived"] = [received, row_id_map, cpu_metadata]
         done = emit(node, grouped.grouped_mlp, rows, tokens_per_expert, *weights, **options)
-        back = emit(node, dispatch_combine.combine, done, given["index"], *route, **where)
+        back = emit(node, dispatch_combine.combine, done, given["topk_ids"], *route, **where)
         if value(back).dtype != value(node).dtype:
             back = emit(node, aten._to_copy.default, back, dtype=value(node).dtype)
         replace(node, back)

@@ -41,8 +41,8 @@ class ExposeRoutes:
         changes, found = Changes(), []
         for i, experts in enumerate([n for n in function.graph.nodes if is_call(n, ops.experts)]):
             given = arguments(experts)
-            route = self._route(given["index"])
-            not_replayable = "" if route is not None else f"{describe(given['index'])} is not an output of a moefx.route"
+            route = self._route(given["topk_ids"])
+            not_replayable = "" if route is not None else f"{describe(given['topk_ids'])} is not an output of a moefx.route"
             if route is None:
                 changes.miss(experts, not_replayable)
             elif function.forced_inputs or plan.balanced_routing:
@@ -86,7 +86,7 @@ class ExposeRoutes:
             return len(results) - 1
 
         # as the experts read it: the model may have changed it after the router
-        index = put(arguments(experts)["index"])
+        index = put(arguments(experts)["topk_ids"])
         logits = nonfinite = bias = None
         if route is not None:
             of_router = arguments(route)
@@ -94,11 +94,11 @@ class ExposeRoutes:
             nonfinite = put(emit(route, ops.nonfinite, of_router["logits"])) if plan.check_numerics else None
             bias = self._name(function, of_router["bias"])
         output.args = (tuple(results),)
-        up = given["up"]
-        while is_call(up, aten.baddbmm.default):  # a parameter and its LoRA update
-            up = up.args[0]
-        path = (self._name(function, up) or experts.name).rpartition(".")[0]
-        num_experts, top_k = value(given["up"]).shape[0], value(given["index"]).shape[1]
+        gate_up = given["gate_up"]
+        while is_call(gate_up, aten.baddbmm.default):  # a parameter and its LoRA update
+            gate_up = gate_up.args[0]
+        path = (self._name(function, gate_up) or experts.name).rpartition(".")[0]
+        num_experts, top_k = value(given["gate_up"]).shape[0], value(given["topk_ids"]).shape[1]
         return RouterOutputs(path, index, num_experts, top_k, bias, logits, nonfinite, not_replayable)
 
     @staticmethod

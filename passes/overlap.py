@@ -57,7 +57,7 @@ class Overlap:
         experts = next((u for u in items[0].users), None) if 0 in items else None
         if experts is None or experts.meta.get("semantic", experts.target) is not grouped.grouped_mlp:
             return f"{items[0].name if items else 'nothing'} of its rows is used by another operation than grouped_mlp"
-        weights = arguments(experts)["row_weights"]
+        weights = arguments(experts)["permuted_probs"]
         if weights is not None and weights is not items.get(1):
             return f"its experts' rows are weighted by {describe(weights)}, not by the weights that it dispatches"
         combine = next(iter(experts.users))
@@ -193,7 +193,7 @@ class _Chunks:
             waits[-1].meta["share"] = Fraction(1, many)
             rows, probs, tokens_per_expert, row_id_map, placeholder = unpack(waits[-1])
             handle, cpu_metadata = sent[i][3:5]
-            own = {"row_weights": probs, "arrived": [sent[i][0], row_id_map, cpu_metadata]}
+            own = {"permuted_probs": probs, "arrived": [sent[i][0], row_id_map, cpu_metadata]}
             options = {k: own[k] if k in own and v is not None else v for k, v in self.experts.kwargs.items()}
             done = self._call(self.experts.target, (rows, tokens_per_expert, *self.experts.args[2:]), options, self.experts)
             self._stands_for(done, self.experts, many)

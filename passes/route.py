@@ -15,7 +15,15 @@ from moefx.rewriting.raise_ops import Raise
 Variant = dict[str, Any]
 
 # Unusual numbers: what the match reads off the graph. 323 = 17 * 19 experts in 17 groups.
-_NUMBERS = {"top_k": 13, "groups": 17, "topk_groups": 11, "fill": -7.5, "eps": 0.0123, "least": 0.0321, "scale": 1.75}
+_NUMBERS = {
+    "top_k": 13,
+    "groups": 17,
+    "topk_groups": 11,
+    "mask_value": -7.5,
+    "eps": 0.0123,
+    "min_sum": 0.0321,
+    "routed_scaling_factor": 1.75,
+}
 _SCORES = {
     "softmax": {aten.softmax.int},
     "sigmoid": {aten.sigmoid.default},
@@ -29,29 +37,29 @@ def _needs(variant: Mapping[str, Any]) -> set[Any]:
     found |= {aten.scatter.value} if variant["groups"] else set()
     found |= {aten.gather.default} if variant.get("gather") else set()
     found |= {aten.div.Tensor, aten.sum.dim_IntList} if variant["renormalize"] else set()
-    found |= {aten.clamp.default} if variant["least"] else set()
+    found |= {aten.clamp.default} if variant["min_sum"] else set()
     found |= {aten.index.Tensor} if variant["expert_scale"] is not None else set()
     found |= {aten._to_copy.default} if variant["cast"] else set()
     return found | ({aten.max.dim} if variant.get("group_score") == "max" else set())
 
 
 def _written(
-    logits: Tensor, top_k: int, bias: Tensor | None, expert_scale: Tensor | None, fill: float, **options: Any
+    logits: Tensor, top_k: int, bias: Tensor | None, expert_scale: Tensor | None, mask_value: float, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """As models write it: ``fill`` is what the scores of other groups become."""
-    return ops.route_body(logits, bias, top_k, expert_scale, ops.RouterSpec(**options), fill)
+    """As models write it: ``mask_value`` is what the scores of other groups become."""
+    return ops.route_body(logits, bias, top_k, expert_scale, ops.RouterSpec(**options), mask_value)
 
 
 def _flags(graph: fx.Graph, before: fx.Node, match: Match) -> dict[str, Any]:
     """Top-k's own flag, of the last top-k, the one that chooses experts; and what the scores of other groups become."""
     order = [arguments(n)["sorted"] for n in match.nodes if is_call(n, aten.topk.default)][-1]
-    return {"sorted": order, "zero_fill": match.bound.get("fill") == 0.0}
+    return {"sorted": order, "zero_fill": match.bound.get("mask_value") == 0.0}
 
 
 def _choices() -> list[Variant]:
     """How models of Transformers choose experts: by which scores, with what bias, among which groups."""
     biased: Variant = {"bias": f64(323), "gather": True}
-    limited: Variant = {n: _NUMBERS[n] for n in ("groups", "topk_groups", "fill")}
+    limited: Variant = {n: _NUMBERS[n] for n in ("groups", "topk_groups", "mask_value")}
     grouped: list[Variant] = [{**limited, **biased}, {**limited, "gather": True}, {**limited, "group_score": "max"}]
     made: list[Variant] = [{"score": s, "fp32": True, **c} for s in ("softmax", "sigmoid") for c in ({}, biased, *grouped)]
     made += [{"score": "softmax", "fp32": False, **c} for c in ({}, biased, *grouped)]
@@ -67,13 +75,13 @@ def _choices() -> list[Variant]:
 @cache
 def _variants() -> list[Variant]:
     """Each way to choose with each way to weight what was chosen: renormalization, scales, cast."""
-    off: Variant = {"groups": 0, "topk_groups": 0, "fill": 0.0, "eps": 0.0, "least": 0.0, "scale": 1.0}
+    off: Variant = {"groups": 0, "topk_groups": 0, "mask_value": 0.0, "eps": 0.0, "min_sum": 0.0, "routed_scaling_factor": 1.0}
     off |= {"bias": None, "expert_scale": None, "renormalize": False}
     sums: tuple[Variant, ...] = (
         {},
-        *({"renormalize": True, **n} for n in ({}, {"eps": _NUMBERS["eps"]}, {"least": _NUMBERS["least"]})),
+        *({"renormalize": True, **n} for n in ({}, {"eps": _NUMBERS["eps"]}, {"min_sum": _NUMBERS["min_sum"]})),
     )
-    scales: tuple[Variant, ...] = ({}, {"scale": _NUMBERS["scale"]}, {"expert_scale": f64(323)})
+    scales: tuple[Variant, ...] = ({}, {"routed_scaling_factor": _NUMBERS["routed_scaling_factor"]}, {"expert_scale": f64(323)})
     parts = product(_choices(), sums, scales, (False, True))
     return [{**off, **choice, **normed, **scaled, "cast": cast} for choice, normed, scaled, cast in parts]
 

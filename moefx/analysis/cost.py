@@ -83,7 +83,7 @@ def _roles(function: Function) -> dict[str, int]:
         op = node.meta.get("semantic", node.target)
         if op in (ops.experts, grouped.grouped_mlp):
             given = arguments(node)
-            x, down = value(given["x" if op is ops.experts else "rows"]), value(given["down"])
+            x, down = value(given["x" if op is ops.experts else "permuted_tokens"]), value(given["down"])
             define(H=x.shape[-1], I=down.shape[1 if given["transposed"] else 2])
             define(E=down.shape[0]) if op is ops.experts else None
         elif op is dispatch_combine.dispatch:
@@ -184,15 +184,19 @@ def _matrix_product(node: fx.Node, op: Any, sizes: Sizes) -> sympy.Expr:
 
 def _experts(given: dict[str, Any], sizes: Sizes) -> tuple[Any, Any, Any]:
     """Each of the B*S*K rows is multiplied by one expert's two matrices; the weights of all of a rank's experts are read."""
-    spread = "rows" in given
-    x, up, down = value(given["rows" if spread else "x"]), value(given["up"]), value(given["down"])
+    spread = "permuted_tokens" in given
+    x, up, down = value(given["permuted_tokens" if spread else "x"]), value(given["gate_up"]), value(given["down"])
     h, i, local = sizes.role("H"), sizes.role("I"), sizes.role("E") / (EP if spread else 1)
     halves = up.shape[2 if given["transposed"] else 1] // down.shape[1 if given["transposed"] else 2]  # 2: gate and up
     read = sizes.bytes(x) + local * (halves + 1) * h * i * up.element_size()
-    for name, width in (("up_bias", halves * i), ("down_bias", h)):
+    for name, width in (("gate_up_bias", halves * i), ("down_bias", h)):
         bias = given[name]
         read += 0 if bias is None else local * width * value(bias).element_size()
-    read += sum(sizes.bytes(value(given[n])) for n in ("index", "weights", "counts", "row_weights") if given.get(n))
+    read += sum(
+        sizes.bytes(value(given[n]))
+        for n in ("topk_ids", "topk_weights", "tokens_per_expert", "permuted_probs")
+        if given.get(n)
+    )
     return 2 * sizes.rows * (halves + 1) * h * i, sympy.Integer(0), read
 
 

@@ -57,14 +57,14 @@ class Kernel:
 class Backend:
     """A name and a table operation -> Kernel, (operation, variant, ...) -> Kernel; ``available()``: why not here, or None.
 
-    ``by_name``: it is used only where the caller names it, since it has not measured faster than the others
-    (or, on GPUs, not at all).
+    ``opt_in``: it is used only where the caller names it, since it has not measured faster than the others, or was never
+    measured on a GPU.
     """
 
     name: str
     kernels: Mapping[Any, Kernel]
     available: Callable[[], str | None] = anywhere
-    by_name: bool = False
+    opt_in: bool = False
 
     def kernel(self, op: Any, *variants: str) -> Kernel | None:
         """The kernel of ``op``, or that variant of it; None where there is none."""
@@ -111,7 +111,7 @@ def resolve(backends: Sequence[str | Backend] | None) -> tuple[Backend, ...]:
     if isinstance(backends, (str, Backend)):
         backends = [backends]
     found: list[Backend] = []
-    usable = [name for name, b in known.items() if not b.by_name and b.available() is None]
+    usable = [name for name, b in known.items() if not b.opt_in and b.available() is None]
     for b in usable if backends is None else backends:
         if isinstance(b, str) and b not in known:
             raise MoefxError(f"no backend is named {b!r}; there are: {', '.join(known)} (or pass a moefx.Backend)")

@@ -22,7 +22,7 @@ from moefx.ops import grouped_mlp as grouped
 
 def _refuses(node: fx.Node, multiple: int = 8) -> str | None:
     given = arguments(node)
-    for name in ("up", "down"):
+    for name in ("gate_up", "down"):
         w = value(given[name])
         if any(n % multiple for n in w.shape[1:]):
             return f"QuACK's GEMM wants multiples of {multiple}, {name} has matrices {tuple(w.shape[1:])}"

@@ -84,9 +84,11 @@ def route(
     softmax_first = spec.score == "softmax" and not spec.topk_first and not spec.renormalize
     groups, topk_groups = (0, 0) if spec.groups == spec.topk_groups else (spec.groups, spec.topk_groups)
     bias = None if bias is None else bias.float()
-    weights, index, _ = router.te_route(logits.float(), bias, top_k, spec.score, softmax_first, groups, topk_groups, spec.scale)
-    weights = weights if expert_scale is None else weights * expert_scale[index]
-    return (weights.to(logits.dtype) if spec.cast else weights), index
+    topk_weights, topk_ids, _ = router.te_route(
+        logits.float(), bias, top_k, spec.score, softmax_first, groups, topk_groups, spec.routed_scaling_factor
+    )
+    topk_weights = topk_weights if expert_scale is None else topk_weights * expert_scale[topk_ids]
+    return (topk_weights.to(logits.dtype) if spec.cast else topk_weights), topk_ids
 
 
 def _refuses_route(node: fx.Node) -> str | None:
@@ -96,8 +98,8 @@ def _refuses_route(node: fx.Node) -> str | None:
         return f"Transformer Engine's router takes bf16, fp16 or fp32, the logits are {dtype}"
     if given["score"] not in ("softmax", "sigmoid"):
         return f"this kernel knows the scores softmax and sigmoid, this router's are {given['score']}"
-    if given["least"]:
-        return f"Transformer Engine divides by any sum, this router by no less than {given['least']}"
+    if given["min_sum"]:
+        return f"Transformer Engine divides by any sum, this router by no less than {given['min_sum']}"
     if dtype != torch.float32 and not (softmax and given["fp32"]):
         return f"Transformer Engine's router computes in fp32, this {given['score']} in {dtype}"
     if given["sorted"] and top_k >= router.UNSORTED_FROM:
@@ -209,62 +211,64 @@ def _refuses_attention(node: fx.Node) -> str | None:
 @takes_spec
 def experts(
     x: Tensor,
-    index: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    up_bias: Tensor | None,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor | None,
     down: Tensor,
     down_bias: Tensor | None,
     *,
     spec: ExpertsSpec,
 ) -> Tensor:
     """The kernel of ``moefx.experts``: Transformer Engine's permutation around grouped GEMMs and activation of ``triton``."""
-    flat = index.reshape(-1)
-    counts = torch.zeros(up.shape[0], dtype=torch.int64, device=x.device).scatter_add(0, flat, torch.ones_like(flat))
-    rows, where = permute.te_permute(x.to(up.dtype), index.to(torch.int32))
-    rows = _mlp(rows, counts, up, up_bias, down, down_bias, **vars(spec))
-    return permute.te_unpermute(rows, where, weights.float()).to(x.dtype)
+    flat = topk_ids.reshape(-1)
+    counts = torch.zeros(gate_up.shape[0], dtype=torch.int64, device=x.device).scatter_add(0, flat, torch.ones_like(flat))
+    rows, where = permute.te_permute(x.to(gate_up.dtype), topk_ids.to(torch.int32))
+    rows = _mlp(rows, counts, gate_up, gate_up_bias, down, down_bias, **vars(spec))
+    return permute.te_unpermute(rows, where, topk_weights.float()).to(x.dtype)
 
 
 def _refuses_experts(node: fx.Node) -> str | None:
-    x, index, up, down = (value(arguments(node)[name]) for name in ("x", "index", "up", "down"))
-    if ops.has_nobody(up, down):
-        some = f"{down.shape[0]} of {up.shape[0]} experts"
+    x, topk_ids, gate_up, down = (value(arguments(node)[name]) for name in ("x", "topk_ids", "gate_up", "down"))
+    if ops.has_zero_computation_experts(gate_up, down):
+        some = f"{down.shape[0]} of {gate_up.shape[0]} experts"
         return f"Transformer Engine's permutation gives every choice a row, here only {some} compute something"
     if x.shape[-1] % 8:
         return f"Transformer Engine's permutation wants rows of whole 16 bytes, this hidden size is {x.shape[-1]} in bf16"
-    if index.shape[1] > 128:
-        return f"Transformer Engine's permutation takes up to 128 experts a token, this router chooses {index.shape[1]}"
+    if topk_ids.shape[1] > 128:
+        return f"Transformer Engine's permutation takes up to 128 experts a token, this router chooses {topk_ids.shape[1]}"
     return _refuses_device(arguments(node)["x"]) or triton.refuses_experts(node)
 
 
 @takes_spec
 def grouped_mlp(
-    rows: Tensor,
-    counts: Tensor,
-    up: Tensor,
-    up_bias: Tensor | None,
+    permuted_tokens: Tensor,
+    tokens_per_expert: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor | None,
     down: Tensor,
     down_bias: Tensor | None,
     *,
-    row_weights: Tensor | None = None,
+    permuted_probs: Tensor | None = None,
     arrived: list[Tensor] | None = None,
     spec: grouped.GroupedMLPSpec,
 ) -> Tensor:
     """The kernel of ``moefx.grouped_mlp``."""
     parts = grouped.parts_of(arrived)
-    return te_grouped.te_grouped_mlp(rows, counts, up, up_bias, down, down_bias, row_weights, *parts, spec)[0]
+    return te_grouped.te_grouped_mlp(
+        permuted_tokens, tokens_per_expert, gate_up, gate_up_bias, down, down_bias, permuted_probs, *parts, spec
+    )[0]
 
 
 def _refuses_grouped_mlp(node: fx.Node) -> str | None:
     given = arguments(node)
-    problem = _refuses_device(given["rows"], given["up"])
+    problem = _refuses_device(given["permuted_tokens"], given["gate_up"])
     if problem:
         return problem
-    capacity = next((n.kwargs.get("capacity") for n in given["rows"].all_input_nodes), 0)  # of the dispatch
+    capacity = next((n.kwargs.get("capacity") for n in given["permuted_tokens"].all_input_nodes), 0)  # of the dispatch
     if capacity:
         return f"GroupedLinear's groups are all of its rows, with dispatch_capacity={capacity} rows are left over"
-    for name in ("up", "down"):
+    for name in ("gate_up", "down"):
         if dtype_of(given[name]) not in _HALVES:
             return f"GroupedLinear's grouped GEMM takes bf16 or fp16, {name} is {dtype_of(given[name])}"
     found = te_grouped.cublaslt()
@@ -317,5 +321,5 @@ BACKEND = Backend(
         **{(aten.linear.default, f"fp8_{name}"): _fp8_linear(name) for name in te_linear.RECIPES},
     },
     lambda: kernels.available(),
-    by_name=True,
+    opt_in=True,
 )

@@ -186,22 +186,22 @@ class _BiasOfRows(torch.autograd.Function):
 @takes_spec
 def experts(
     x: Tensor,
-    index: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    up_bias: Tensor | None,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor | None,
     down: Tensor,
     down_bias: Tensor | None,
     *,
     spec: ExpertsSpec,
 ) -> Tensor:
     """The kernel of ``moefx.experts``: tokens are sorted by expert, multiplied by grouped GEMMs and summed without atomics."""
-    top_k, tokens = index.shape[1], index.shape[0]
-    flat = index.reshape(-1)
+    top_k, tokens = topk_ids.shape[1], topk_ids.shape[0]
+    flat = topk_ids.reshape(-1)
     order = torch.argsort(flat, stable=True)
     inverse = torch.empty_like(order).scatter(0, order, torch.arange(tokens * top_k, device=x.device))
     expert = flat[order]
-    offsets, somebodys = ops.rows_of(expert, up, down), ops.somebodys_of(expert, up, down)
+    offsets, computed = ops.expert_offsets(expert, gate_up, down), ops.computed_row_mask(expert, gate_up, down)
 
     def project(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         matrix, ends = weight if spec.transposed else weight.transpose(-2, -1), offsets[: weight.shape[0]]
@@ -211,16 +211,16 @@ def experts(
             out = grouped_mm(h.to(weight.dtype), matrix, ends)
         return out if bias is None else out + _BiasOfRows.apply(bias, expert)
 
-    h = project(ops.only(_GatherTokens.apply(x, order, inverse, top_k), somebodys), up, up_bias)
+    h = project(ops.zero_uncomputed_rows(_GatherTokens.apply(x, order, inverse, top_k), computed), gate_up, gate_up_bias)
     h = project(ACTIVATIONS[spec.activation].forward(h, spec.alpha, spec.limit, spec.interleaved), down, down_bias)
-    h = ops.only(h, somebodys)
+    h = ops.zero_uncomputed_rows(h, computed)
     h = _Permute.apply(h, inverse, order).view(tokens, top_k, h.shape[-1])
-    return _sum_of_tokens(h, weights).to(x.dtype)
+    return _sum_of_tokens(h, topk_weights).to(x.dtype)
 
 
 def refuses_experts(node: fx.Node) -> str | None:
     """Why torch's grouped GEMM cannot run the experts of ``node``; None: it can."""
-    for name in ("up", "down"):
+    for name in ("gate_up", "down"):
         w = value(arguments(node)[name])
         grouped_gemm = w.device.type == "cuda" and w.dtype == torch.bfloat16
         if grouped_gemm and any(n * w.element_size() % 16 for n in w.shape[1:]):

@@ -73,16 +73,16 @@ def experts_by(gemm: str, keep: bool = True) -> Callable[..., Tensor]:
     @takes_spec
     def experts(
         x: Tensor,
-        index: Tensor,
-        weights: Tensor,
-        up: Tensor,
-        up_bias: Tensor | None,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        gate_up: Tensor,
+        gate_up_bias: Tensor | None,
         down: Tensor,
         down_bias: Tensor | None,
         *,
         spec: ExpertsSpec,
     ) -> Tensor:
-        return fused_experts(x, index, weights, up, up_bias, down, down_bias, spec, gemm, keep)[0]
+        return fused_experts(x, topk_ids, topk_weights, gate_up, gate_up_bias, down, down_bias, spec, gemm, keep)[0]
 
     return experts
 
@@ -93,19 +93,21 @@ def grouped_mlp_by(gemm: str, keep: bool = True) -> Callable[..., Tensor]:
 
     @takes_spec
     def grouped_mlp(
-        rows: Tensor,
-        counts: Tensor,
-        up: Tensor,
-        up_bias: Tensor | None,
+        permuted_tokens: Tensor,
+        tokens_per_expert: Tensor,
+        gate_up: Tensor,
+        gate_up_bias: Tensor | None,
         down: Tensor,
         down_bias: Tensor | None,
         *,
-        row_weights: Tensor | None = None,
+        permuted_probs: Tensor | None = None,
         arrived: list[Tensor] | None = None,
         spec: grouped.GroupedMLPSpec,
     ) -> Tensor:
         parts = grouped.parts_of(arrived)
-        return fused_grouped_mlp(rows, counts, up, up_bias, down, down_bias, row_weights, *parts, spec, gemm, keep)[0]
+        return fused_grouped_mlp(
+            permuted_tokens, tokens_per_expert, gate_up, gate_up_bias, down, down_bias, permuted_probs, *parts, spec, gemm, keep
+        )[0]
 
     return grouped_mlp
 
@@ -151,7 +153,7 @@ def refuses_route(node: fx.Node) -> str | None:
         return f"its kernel adds in float32, the logits are {logits.dtype}"
     if given["score"] not in ("softmax", "sigmoid"):
         return f"it knows the scores softmax and sigmoid, this router's are {given['score']}"
-    if given["least"] or given["expert_scale"] is not None:
+    if given["min_sum"] or given["expert_scale"] is not None:
         return "it has neither a least sum of weights nor a scale of each expert's own"
     if experts > MAX_EXPERTS or given["top_k"] > MAX_TOP_K:
         return f"it holds {MAX_EXPERTS} experts and top-{MAX_TOP_K} in registers, these are {experts} and {given['top_k']}"
@@ -167,11 +169,11 @@ def refuses_route(node: fx.Node) -> str | None:
 def refuses_experts(node: fx.Node) -> str | None:
     """Why these kernels cannot run the experts of ``node``."""
     given = arguments(node)
-    up = value(given["up"])
-    if up.device.type != "cuda":
-        return f"Triton's kernels run on CUDA devices, the experts are on {up.device.type}"
-    if up.dtype != torch.bfloat16 or dtype_of(given["down"]) != torch.bfloat16:
-        return f"its grouped GEMM wants bf16 weights, these are {up.dtype} and {dtype_of(given['down'])}"
+    gate_up = value(given["gate_up"])
+    if gate_up.device.type != "cuda":
+        return f"Triton's kernels run on CUDA devices, the experts are on {gate_up.device.type}"
+    if gate_up.dtype != torch.bfloat16 or dtype_of(given["down"]) != torch.bfloat16:
+        return f"its grouped GEMM wants bf16 weights, these are {gate_up.dtype} and {dtype_of(given['down'])}"
     if given["activation"] not in KNOWN:
         return f"it has no kernel for the activation {given['activation']}, only for {', '.join(sorted(KNOWN))}"
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < CAPABILITY:

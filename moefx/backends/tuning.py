@@ -119,12 +119,12 @@ class _Site:
                 found[name] = what
                 continue
             shape, dtype = what
-            if name == "index":
-                scores = torch.rand(shape[0], self.given["up"][0][0], generator=generator, device=self.device)
+            if name == "topk_ids":
+                scores = torch.rand(shape[0], self.given["gate_up"][0][0], generator=generator, device=self.device)
                 found[name] = scores.topk(shape[1]).indices.to(dtype)
-            elif name == "counts":
-                each = torch.full(shape, self.given["rows"][0][0] // shape[0], dtype=dtype, device=self.device)
-                each[0] += self.given["rows"][0][0] - each.sum()
+            elif name == "tokens_per_expert":
+                each = torch.full(shape, self.given["permuted_tokens"][0][0] // shape[0], dtype=dtype, device=self.device)
+                each[0] += self.given["permuted_tokens"][0][0] - each.sum()
                 found[name] = each
             elif name == "labels":
                 high = self.given["weight"][0][0]

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moefx.kernels import grouped_gemm
-from moefx.ops import ExpertsSpec, has_nobody
+from moefx.ops import ExpertsSpec, has_zero_computation_experts
 from moefx.ops.custom_op import FIRST_INPUT, opaque
 from moefx.ops.grouped_mlp import GroupedMLPSpec, matrices_of
 from moefx.transports.permute import SavedRows
@@ -43,7 +43,7 @@ KNOWN = frozenset(
     }
 )
 
-#: In the operations below: up, up_bias, down, down_bias.
+#: In the operations below: gate_up, gate_up_bias, down, down_bias.
 Weights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 
 
@@ -56,25 +56,25 @@ def _gradients(
     spec: ExpertsSpec,
     gemm: str,
     needs: Sequence[bool],
-    row_weights: Tensor | None = None,
+    permuted_probs: Tensor | None = None,
     order: Tensor | None = None,
     by_down: Callable[[Tensor], Tensor] | None = None,
     grad_scale: float = 1.0,
 ) -> tuple[Tensor | None, list[Tensor | None], Tensor | None]:
-    """Gradients of ``rows()`` [R, H], of the four ``weights`` and of ``row_weights`` [R] (with ``order`` [R], the flat
-    positions of the rows: [T, K]), from to_out [R, H]: that of the weighted rows, not yet multiplied by ``row_weights``.
-    That of ``row_weights`` lacks the part of down's bias. ``needs``: of rows and of the four; the rest is None. ``by_down``:
+    """Gradients of ``rows()`` [R, H], of the four ``weights`` and of ``permuted_probs`` [R] (with ``order`` [R], the flat
+    positions of the rows: [T, K]), from to_out [R, H]: that of the weighted rows, not yet multiplied by ``permuted_probs``.
+    That of ``permuted_probs`` lacks the part of down's bias. ``needs``: of rows and of the four; the rest is None. ``by_down``:
     multiplies to_out with matrices [E, H, I] group by group, where tokens are less to round than rows. The four are
     multiplied by ``grad_scale``.
     """
     from moefx.kernels import expert_activation as act
 
-    up, up_bias, down, down_bias = weights
+    gate_up, gate_up_bias, down, down_bias = weights
     offsets = bounds[1:]
     of_down = bounds[: down.shape[0] + 1]
     matrices = matrices_of(down, spec.transposed).transpose(1, 2)
     to_a = by_down(matrices) if by_down else grouped_gemm.rows(gemm, to_out, matrices, of_down)
-    to_h, weighted, to_weights = act.backward(h, up_bias, offsets, to_a, spec, row_weights, order)
+    to_h, weighted, to_weights = act.backward(h, gate_up_bias, offsets, to_a, spec, permuted_probs, order)
     del to_a
 
     def outer(of_in: Tensor, of_out: Tensor, bounds: Tensor) -> Tensor:
@@ -86,19 +86,19 @@ def _gradients(
         found[2] = outer(weighted, to_out, of_down)
     if needs[4]:
         assert down_bias is not None
-        found[3] = act.segment_sum(to_out, offsets, down_bias.dtype, row_weights, order)
+        found[3] = act.segment_sum(to_out, offsets, down_bias.dtype, permuted_probs, order)
     del weighted
     if needs[1]:
-        found[0] = outer(rows().to(up.dtype), to_h, bounds)
+        found[0] = outer(rows().to(gate_up.dtype), to_h, bounds)
     if needs[2]:
-        assert up_bias is not None
-        found[1] = act.segment_sum(to_h, offsets, up_bias.dtype)
+        assert gate_up_bias is not None
+        found[1] = act.segment_sum(to_h, offsets, gate_up_bias.dtype)
     for of_bias in (found[1], found[3]):
         if of_bias is not None and grad_scale != 1.0:
             of_bias.mul_(grad_scale)
     if not needs[0]:
         return None, found, to_weights
-    return grouped_gemm.rows(gemm, to_h, matrices_of(up, spec.transposed).transpose(1, 2), bounds), found, to_weights
+    return grouped_gemm.rows(gemm, to_h, matrices_of(gate_up, spec.transposed).transpose(1, 2), bounds), found, to_weights
 
 
 def _or_empty(found: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
@@ -111,10 +111,10 @@ def _or_empty(found: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
 @opaque("fused_experts")
 def fused_experts(
     x: Tensor,
-    index: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    up_bias: Tensor | None,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor | None,
     down: Tensor,
     down_bias: Tensor | None,
     spec: ExpertsSpec,
@@ -128,23 +128,23 @@ def fused_experts(
     from moefx.kernels.counting_sort import sort_by_expert
     from moefx.kernels.permute import reduce
 
-    top_k, experts = index.shape[1], down.shape[0] if has_nobody(up, down) else 0
-    order, inverse, bounds = sort_by_expert(index, up.shape[0])
+    top_k, experts = topk_ids.shape[1], down.shape[0] if has_zero_computation_experts(gate_up, down) else 0
+    order, inverse, bounds = sort_by_expert(topk_ids, gate_up.shape[0])
     if experts:
         bounds = torch.minimum(bounds, bounds[experts])
-    h = grouped_gemm.of_tokens(gemm, x.to(up.dtype), order, inverse, top_k, matrices_of(up, spec.transposed), bounds)
-    a = act.forward(h, up_bias, bounds[1:], spec)
+    h = grouped_gemm.of_tokens(gemm, x.to(gate_up.dtype), order, inverse, top_k, matrices_of(gate_up, spec.transposed), bounds)
+    a = act.forward(h, gate_up_bias, bounds[1:], spec)
     rows = grouped_gemm.rows(gemm, a, matrices_of(down, spec.transposed), bounds[: down.shape[0] + 1])
     del a
-    y = reduce(rows, inverse, top_k, x.dtype, weights=weights, index=index, bias=down_bias, experts=experts)
+    y = reduce(rows, inverse, top_k, x.dtype, weights=topk_weights, index=topk_ids, bias=down_bias, experts=experts)
     return y, h if keep else h.new_empty(0), order, inverse, bounds
 
 
 @fused_experts.register_fake
-def _(x, index, weights, up, up_bias, down, down_bias, spec, gemm, keep):
-    rows = index.shape[0] * index.shape[1]
-    integers = [index.new_empty(n, dtype=torch.int32) for n in (rows, rows, up.shape[0] + 1)]
-    h = up.new_empty(rows, matrices_of(up, spec.transposed).shape[2]) if keep else up.new_empty(0)
+def _(x, topk_ids, topk_weights, gate_up, gate_up_bias, down, down_bias, spec, gemm, keep):
+    rows = topk_ids.shape[0] * topk_ids.shape[1]
+    integers = [topk_ids.new_empty(n, dtype=torch.int32) for n in (rows, rows, gate_up.shape[0] + 1)]
+    h = gate_up.new_empty(rows, matrices_of(gate_up, spec.transposed).shape[2]) if keep else gate_up.new_empty(0)
     return torch.empty_like(x), h, *integers
 
 
@@ -156,10 +156,10 @@ def fused_experts_backward(
     inverse: Tensor,
     bounds: Tensor,
     x: Tensor,
-    index: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    up_bias: Tensor | None,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor | None,
     down: Tensor,
     down_bias: Tensor | None,
     spec: ExpertsSpec,
@@ -167,13 +167,18 @@ def fused_experts_backward(
     keep: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weights, up, up_bias, down, down_bias. ``needs``: of which (weights: always); others are empty."""
+    """Gradients of x, topk_weights, gate_up, gate_up_bias, down, down_bias.
+
+    ``needs``: of which of them, without topk_weights, which always gets one; the others are empty.
+    """
     from moefx.kernels.permute import expand, reduce
 
-    top_k, experts = index.shape[1], down.shape[0] if has_nobody(up, down) else 0
-    grad = grad.to(up.dtype)
+    top_k, experts = topk_ids.shape[1], down.shape[0] if has_zero_computation_experts(gate_up, down) else 0
+    grad = grad.to(gate_up.dtype)
     if not keep:
-        h = grouped_gemm.of_tokens(gemm, x.to(up.dtype), order, inverse, top_k, matrices_of(up, spec.transposed), bounds)
+        h = grouped_gemm.of_tokens(
+            gemm, x.to(gate_up.dtype), order, inverse, top_k, matrices_of(gate_up, spec.transposed), bounds
+        )
 
     def of_tokens(matrices: Tensor) -> Tensor:
         return grouped_gemm.of_tokens(gemm, grad, order, inverse, top_k, matrices, bounds[: down.shape[0] + 1])
@@ -181,24 +186,24 @@ def fused_experts_backward(
     to_rows, found, to_weights = _gradients(
         expand(grad, inverse, top_k),
         h,
-        lambda: expand(x.to(up.dtype), inverse, top_k),
+        lambda: expand(x.to(gate_up.dtype), inverse, top_k),
         bounds,
-        (up, up_bias, down, down_bias),
+        (gate_up, gate_up_bias, down, down_bias),
         spec,
         gemm,
         needs,
-        weights,
+        topk_weights,
         order,
         of_tokens if gemm == "fp8" else None,
     )
     assert to_weights is not None
     if down_bias is not None:  # what a row's weight multiplies has the bias in it
-        to_weights += F.linear(grad, down_bias).float().gather(1, index)
+        to_weights += F.linear(grad, down_bias).float().gather(1, topk_ids)
     if experts:
-        to_weights.masked_fill_(index >= experts, 0.0)
-    to_x = None if to_rows is None else reduce(to_rows, inverse, top_k, x.dtype, index=index, experts=experts)
+        to_weights.masked_fill_(topk_ids >= experts, 0.0)
+    to_x = None if to_rows is None else reduce(to_rows, inverse, top_k, x.dtype, index=topk_ids, experts=experts)
     first, *rest = _or_empty([to_x, *found], h)
-    return first, to_weights.to(weights.dtype), *rest  # type: ignore[return-value]
+    return first, to_weights.to(topk_weights.dtype), *rest  # type: ignore[return-value]
 
 
 @fused_experts_backward.register_fake
@@ -209,10 +214,10 @@ def _(
     inverse,
     bounds,
     x,
-    index,
-    weights,
-    up,
-    up_bias,
+    topk_ids,
+    topk_weights,
+    gate_up,
+    gate_up_bias,
     down,
     down_bias,
     spec,
@@ -220,14 +225,16 @@ def _(
     keep,
     needs,
 ):
-    made = [torch.empty_like(t) if need else h.new_empty(0) for t, need in zip((x, up, up_bias, down, down_bias), needs)]
-    return made[0], torch.empty_like(weights), *made[1:]
+    made = [
+        torch.empty_like(t) if need else h.new_empty(0) for t, need in zip((x, gate_up, gate_up_bias, down, down_bias), needs)
+    ]
+    return made[0], torch.empty_like(topk_weights), *made[1:]
 
 
 def _save(ctx, inputs, keyword_only_inputs, output) -> None:
     ctx.set_materialize_grads(False)  # else autograd would write zeros for h's
-    x, index, weights, up, up_bias, down, down_bias, *ctx.options = inputs
-    ctx.save_for_backward(*output[1:], x, index, weights, up, up_bias, down, down_bias)
+    x, topk_ids, topk_weights, gate_up, gate_up_bias, down, down_bias, *ctx.options = inputs
+    ctx.save_for_backward(*output[1:], x, topk_ids, topk_weights, gate_up, gate_up_bias, down, down_bias)
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -248,20 +255,20 @@ fused_experts.register_autograd(_backward, setup_context=_save)
 # --- a rank's experts ------------------------------------------------------------------------------------------------
 
 
-def _bounds(counts: Tensor) -> Tensor:
-    """counts [E] -> where each expert's rows begin, and the end of the last [E + 1]; int32."""
-    return F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+def _bounds(tokens_per_expert: Tensor) -> Tensor:
+    """tokens_per_expert [E] -> where each expert's rows begin, and the end of the last [E + 1]; int32."""
+    return F.pad(tokens_per_expert.cumsum(0), (1, 0)).to(torch.int32)
 
 
 @opaque("fused_grouped_mlp")
 def fused_grouped_mlp(
-    rows: Tensor,
-    counts: Tensor,
-    up: Tensor,
-    up_bias: Tensor | None,
+    permuted_tokens: Tensor,
+    tokens_per_expert: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor | None,
     down: Tensor,
     down_bias: Tensor | None,
-    row_weights: Tensor | None,
+    permuted_probs: Tensor | None,
     tokens: Tensor | None,
     place: Tensor | None,
     host: Tensor | None,
@@ -274,24 +281,24 @@ def fused_grouped_mlp(
     """
     from moefx.kernels import expert_activation as act
 
-    bounds = _bounds(counts)
-    h = grouped_gemm.rows(gemm, rows.to(up.dtype), matrices_of(up, spec.transposed), bounds)
-    a = act.forward(h, up_bias, bounds[1:], spec, row_weights)
+    bounds = _bounds(tokens_per_expert)
+    h = grouped_gemm.rows(gemm, permuted_tokens.to(gate_up.dtype), matrices_of(gate_up, spec.transposed), bounds)
+    a = act.forward(h, gate_up_bias, bounds[1:], spec, permuted_probs)
     out = grouped_gemm.rows(gemm, a, matrices_of(down, spec.transposed), bounds)
     if down_bias is not None:
-        act.add_bias_(out, down_bias, bounds[1:], row_weights)
+        act.add_bias_(out, down_bias, bounds[1:], permuted_probs)
     return out, h if keep else h.new_empty(0)
 
 
 @fused_grouped_mlp.register_fake
 def _(
-    rows,
-    counts,
-    up,
-    up_bias,
+    permuted_tokens,
+    tokens_per_expert,
+    gate_up,
+    gate_up_bias,
     down,
     down_bias,
-    row_weights,
+    permuted_probs,
     tokens,
     place,
     host,
@@ -299,56 +306,63 @@ def _(
     gemm,
     keep,
 ):
-    wide, out = matrices_of(up, spec.transposed).shape[2], matrices_of(down, spec.transposed).shape[2]
-    return up.new_empty(rows.shape[0], out), up.new_empty(rows.shape[0], wide) if keep else up.new_empty(0)
+    wide, out = matrices_of(gate_up, spec.transposed).shape[2], matrices_of(down, spec.transposed).shape[2]
+    return gate_up.new_empty(permuted_tokens.shape[0], out), gate_up.new_empty(
+        permuted_tokens.shape[0], wide
+    ) if keep else gate_up.new_empty(0)
 
 
 @opaque("fused_grouped_mlp_backward", once=True)
 def fused_grouped_mlp_backward(
     grad: Tensor,
     h: Tensor,
-    rows: Tensor | None,
+    permuted_tokens: Tensor | None,
     tokens: Tensor | None,
     place: Tensor | None,
     host: Tensor | None,
-    counts: Tensor,
-    up: Tensor,
-    up_bias: Tensor | None,
+    tokens_per_expert: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor | None,
     down: Tensor,
     down_bias: Tensor | None,
-    row_weights: Tensor | None,
+    permuted_probs: Tensor | None,
     spec: GroupedMLPSpec,
     gemm: str,
     keep: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of rows, up, up_bias, down, down_bias, row_weights; ``needs`` says of which, the others are empty."""
+    """Gradients of permuted_tokens, gate_up, gate_up_bias, down, down_bias, permuted_probs.
+
+    ``needs``: of which of them; the others are empty.
+    """
     from moefx.kernels import expert_activation as act
 
-    bounds = _bounds(counts)
-    kept, hidden = SavedRows(rows, tokens, place, host), matrices_of(up, spec.transposed).shape[1]
+    bounds = _bounds(tokens_per_expert)
+    kept, hidden = SavedRows(permuted_tokens, tokens, place, host), matrices_of(gate_up, spec.transposed).shape[1]
     if not keep:
         kept = SavedRows(kept.restore(grad.shape[0], hidden))
-        h = grouped_gemm.rows(gemm, kept.restore(grad.shape[0], hidden).to(up.dtype), matrices_of(up, spec.transposed), bounds)
+        h = grouped_gemm.rows(
+            gemm, kept.restore(grad.shape[0], hidden).to(gate_up.dtype), matrices_of(gate_up, spec.transposed), bounds
+        )
     to_rows, found, to_weights = _gradients(
         grad,
         h,
         lambda: kept.restore(grad.shape[0], hidden),
         bounds,
-        (up, up_bias, down, down_bias),
+        (gate_up, gate_up_bias, down, down_bias),
         spec,
         gemm,
         needs,
-        row_weights,
+        permuted_probs,
         grad_scale=spec.grad_scale,
     )
     if not needs[5]:
         to_weights = None
     if to_weights is not None:
-        assert row_weights is not None
+        assert permuted_probs is not None
         if down_bias is not None:  # what a row's weight multiplies has the bias in it
             act.add_dot_(to_weights, grad, down_bias, bounds[1:])
-        to_weights = to_weights.to(row_weights.dtype)
+        to_weights = to_weights.to(permuted_probs.dtype)
     to_rows = None if to_rows is None else to_rows.to(kept.dtype)
     return tuple(_or_empty([to_rows, *found, to_weights], h))  # type: ignore[return-value]
 
@@ -357,31 +371,45 @@ def fused_grouped_mlp_backward(
 def _(
     grad,
     h,
-    rows,
+    permuted_tokens,
     tokens,
     place,
     host,
-    counts,
-    up,
-    up_bias,
+    tokens_per_expert,
+    gate_up,
+    gate_up_bias,
     down,
     down_bias,
-    row_weights,
+    permuted_probs,
     spec,
     gemm,
     keep,
     needs,
 ):
-    to_rows = h.new_empty(grad.shape[0], matrices_of(up, spec.transposed).shape[1], dtype=SavedRows(rows, tokens).dtype)
-    given = zip((to_rows, up, up_bias, down, down_bias, row_weights), needs)
+    to_rows = h.new_empty(
+        grad.shape[0], matrices_of(gate_up, spec.transposed).shape[1], dtype=SavedRows(permuted_tokens, tokens).dtype
+    )
+    given = zip((to_rows, gate_up, gate_up_bias, down, down_bias, permuted_probs), needs)
     return tuple(torch.empty_like(t) if need else h.new_empty(0) for t, need in given)
 
 
 def _save_mlp(ctx, inputs, keyword_only_inputs, output) -> None:
     ctx.set_materialize_grads(False)
-    rows, counts, up, up_bias, down, down_bias, row_weights, tokens, place, host, *ctx.options = inputs
-    saved = SavedRows.smallest(rows, tokens, place, host)
-    ctx.save_for_backward(output[1], *saved, counts, up, up_bias, down, down_bias, row_weights)
+    (
+        permuted_tokens,
+        tokens_per_expert,
+        gate_up,
+        gate_up_bias,
+        down,
+        down_bias,
+        permuted_probs,
+        tokens,
+        place,
+        host,
+        *ctx.options,
+    ) = inputs
+    saved = SavedRows.smallest(permuted_tokens, tokens, place, host)
+    ctx.save_for_backward(output[1], *saved, tokens_per_expert, gate_up, gate_up_bias, down, down_bias, permuted_probs)
     ctx.mark_non_differentiable(output[1])
 
 

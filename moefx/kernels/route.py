@@ -26,15 +26,15 @@ def _(logits, bias, top_k, spec):
 
 
 @opaque("fused_route_backward", once=True)
-def fused_route_backward(grad: Tensor, logits: Tensor, index: Tensor, spec: RouterSpec) -> Tensor:
+def fused_route_backward(grad: Tensor, logits: Tensor, topk_ids: Tensor, spec: RouterSpec) -> Tensor:
     """The gradient of the logits."""
     from moefx.kernels import router
 
-    return router.backward(grad, logits, index, spec)
+    return router.backward(grad, logits, topk_ids, spec)
 
 
 @fused_route_backward.register_fake
-def _(grad, logits, index, spec):
+def _(grad, logits, topk_ids, spec):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 

@@ -65,8 +65,8 @@ def _only_best_groups(
 def _route(
     logits,
     bias,
-    weights,
-    index,
+    topk_weights,
+    topk_ids,
     tokens,
     experts,
     eps,
@@ -107,20 +107,20 @@ def _route(
         score = tl.sum(tl.where(here, scores, 0.0), axis=1)
         found = tl.where(chosen[None, :] == k, score[:, None], found)
         choice = tl.where(here, float("-inf"), choice)
-        tl.store(index + at_output + k, best.to(tl.int64), mask=token < tokens)
+        tl.store(topk_ids + at_output + k, best.to(tl.int64), mask=token < tokens)
     if TOPK_FIRST:
         found = tl.where((chosen < TOP_K)[None, :], _scores(found, SIGMOID), 0.0)
     if RENORMALIZE:
         found /= (tl.sum(found, axis=1) + eps)[:, None]
     there = (token < tokens)[:, None] & (chosen < TOP_K)[None, :]
-    tl.store(weights + at_output[:, None] + chosen[None, :], (found * scale).to(weights.dtype.element_ty), mask=there)
+    tl.store(topk_weights + at_output[:, None] + chosen[None, :], (found * scale).to(topk_weights.dtype.element_ty), mask=there)
 
 
 @triton.jit
 def _route_backward(
     grad,
     logits,
-    index,
+    topk_ids,
     to_logits,
     tokens,
     experts,
@@ -147,7 +147,7 @@ def _route_backward(
     if TOPK_FIRST:
         found += float("-inf")
     for k in tl.static_range(TOP_K):
-        expert = tl.load(index + token.to(tl.int64) * TOP_K + k, mask=token < tokens, other=0)
+        expert = tl.load(topk_ids + token.to(tl.int64) * TOP_K + k, mask=token < tokens, other=0)
         score = tl.sum(tl.where(lanes[None, :] == expert[:, None], scores, 0.0), axis=1)
         found = tl.where(chosen[None, :] == k, score[:, None], found)
     if TOPK_FIRST:
@@ -162,7 +162,7 @@ def _route_backward(
             g = found * (g - tl.sum(g * found, axis=1)[:, None])
     back = tl.zeros((ROWS, EXPERTS), tl.float32)
     for k in tl.static_range(TOP_K):
-        expert = tl.load(index + token.to(tl.int64) * TOP_K + k, mask=token < tokens, other=0)
+        expert = tl.load(topk_ids + token.to(tl.int64) * TOP_K + k, mask=token < tokens, other=0)
         part = tl.sum(tl.where(chosen[None, :] == k, g, 0.0), axis=1)
         back += tl.where(lanes[None, :] == expert[:, None], part[:, None], 0.0)
     if not TOPK_FIRST:
@@ -181,7 +181,7 @@ def _launch(kernel: Any, tokens: int, experts: int, top_k: int, spec: RouterSpec
         tokens,
         experts,
         spec.eps,
-        spec.scale,
+        spec.routed_scaling_factor,
         TOP_K=top_k,
         SIGMOID=spec.score == "sigmoid",
         TOPK_FIRST=spec.topk_first,
@@ -217,23 +217,23 @@ def _backward(tokens: int, experts: int, top_k: int, spec: RouterSpec) -> Launch
 
 
 def forward(logits: Tensor, bias: Tensor | None, top_k: int, dtype: torch.dtype, spec: RouterSpec) -> tuple[Tensor, Tensor]:
-    """Weights [T, K] in ``dtype``, from the greatest down, and index [T, K] int64, of logits [T, E]."""
+    """Weights [T, K] in ``dtype``, from the greatest down, and topk_ids [T, K] int64, of logits [T, E]."""
     tokens, experts = logits.shape
-    weights = logits.new_empty(tokens, top_k, dtype=dtype)
-    index = logits.new_empty(tokens, top_k, dtype=torch.int64)
+    topk_weights = logits.new_empty(tokens, top_k, dtype=dtype)
+    topk_ids = logits.new_empty(tokens, top_k, dtype=torch.int64)
     if tokens:
         launch = _forward(tokens, experts, top_k, bias is not None, spec)
         grid = (cdiv(tokens, launch.constants["ROWS"]), 1, 1)
-        launch(grid, logits.contiguous(), logits if bias is None else bias, weights, index)
-    return weights, index
+        launch(grid, logits.contiguous(), logits if bias is None else bias, topk_weights, topk_ids)
+    return topk_weights, topk_ids
 
 
-def backward(grad: Tensor, logits: Tensor, index: Tensor, spec: RouterSpec) -> Tensor:
-    """The gradient of the logits [T, E], from that of the weights [T, K]."""
+def backward(grad: Tensor, logits: Tensor, topk_ids: Tensor, spec: RouterSpec) -> Tensor:
+    """The gradient of the logits [T, E], from that of the topk_weights [T, K]."""
     tokens, experts = logits.shape
     to_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if tokens:
-        launch = _backward(tokens, experts, index.shape[1], spec)
+        launch = _backward(tokens, experts, topk_ids.shape[1], spec)
         grid = (cdiv(tokens, launch.constants["ROWS"]), 1, 1)
-        launch(grid, grad.contiguous(), logits.contiguous(), index.contiguous(), to_logits)
+        launch(grid, grad.contiguous(), logits.contiguous(), topk_ids.contiguous(), to_logits)
     return to_logits

@@ -1,4 +1,4 @@
-"""``grouped_mlp``: a rank's experts as one opaque operation, for row counts that only the data knows."""
+"""``grouped_mlp``: a rank's experts as one opaque operation, for numbers of rows that depend on data."""
 
 from __future__ import annotations
 
@@ -41,56 +41,58 @@ def matrices_of(weight: Tensor, transposed: bool) -> Tensor:
     return weight if transposed else weight.transpose(1, 2)
 
 
-def experts_of_rows(counts: Tensor, rows: int) -> Tensor:
+def experts_of_rows(tokens_per_expert: Tensor, rows: int) -> Tensor:
     """The expert of each row [rows]; the last one's for rows after the last (a dispatch with a capacity has such)."""
-    at = torch.arange(rows, device=counts.device)
-    return torch.bucketize(at, counts.cumsum(0), right=True).clamp_(max=counts.shape[0] - 1)
+    at = torch.arange(rows, device=tokens_per_expert.device)
+    return torch.bucketize(at, tokens_per_expert.cumsum(0), right=True).clamp_(max=tokens_per_expert.shape[0] - 1)
 
 
-def scale_rows(x: Tensor, row_weights: Tensor | None) -> Tensor:
+def scale_rows(x: Tensor, permuted_probs: Tensor | None) -> Tensor:
     """x [R, n] times each row's weight: not rounded yet."""
-    return x if row_weights is None else x * row_weights.unsqueeze(1)
+    return x if permuted_probs is None else x * permuted_probs.unsqueeze(1)
 
 
 @dataclass(frozen=True)
 class GroupedMLPSpec(ExpertsSpec):
     """The options of ``moefx.experts``, and the scale of a rank's gradients."""
 
-    #: Multiplies the gradients of the matrices and biases, not those of row_weights.
+    #: Multiplies the gradients of the matrices and biases, not those of permuted_probs.
     grad_scale: float = 1.0
 
 
-def activate(h: Tensor, row_weights: Tensor | None, spec: ExpertsSpec) -> Tensor:
+def activate(h: Tensor, permuted_probs: Tensor | None, spec: ExpertsSpec) -> Tensor:
     """What ``down`` multiplies [R, I], in h's dtype: the activation of h [R, 2I or I] times each row's weight.
 
     Computed in float32 (float64 for float64) and rounded once: the weight costs no rounding.
     """
     forward = ACTIVATIONS[spec.activation].forward
     a = forward(h.to(accumulation_dtype(h.dtype)), spec.alpha, spec.limit, spec.interleaved)
-    return scale_rows(a, row_weights).to(h.dtype).contiguous()
+    return scale_rows(a, permuted_probs).to(h.dtype).contiguous()
 
 
-def activate_backward(h: Tensor, to_a: Tensor, row_weights: Tensor | None, spec: ExpertsSpec) -> tuple[Tensor, Tensor, Tensor]:
+def activate_backward(
+    h: Tensor, to_a: Tensor, permuted_probs: Tensor | None, spec: ExpertsSpec
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of h, what :func:`activate` gave, and the weights' gradient (empty if there are none).
 
     to_a [R, I]: the gradient of what it gave.
     """
     act, high, to_a = ACTIVATIONS[spec.activation], h.to(accumulation_dtype(h.dtype)), to_a.to(accumulation_dtype(h.dtype))
     a = act.forward(high, spec.alpha, spec.limit, spec.interleaved)
-    to_weights = h.new_empty(0) if row_weights is None else (to_a * a).sum(1).to(row_weights.dtype)
-    to_h = act.backward(high, scale_rows(to_a, row_weights), spec.alpha, spec.limit, spec.interleaved)
-    return to_h.to(h.dtype).contiguous(), scale_rows(a, row_weights).to(h.dtype).contiguous(), to_weights
+    to_weights = h.new_empty(0) if permuted_probs is None else (to_a * a).sum(1).to(permuted_probs.dtype)
+    to_h = act.backward(high, scale_rows(to_a, permuted_probs), spec.alpha, spec.limit, spec.interleaved)
+    return to_h.to(h.dtype).contiguous(), scale_rows(a, permuted_probs).to(h.dtype).contiguous(), to_weights
 
 
 @opaque("grouped_mlp_forward")
 def grouped_mlp_forward(
-    rows: Tensor,
-    counts: Tensor,
-    up: Tensor,
-    up_bias: Tensor | None,
+    permuted_tokens: Tensor,
+    tokens_per_expert: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor | None,
     down: Tensor,
     down_bias: Tensor | None,
-    row_weights: Tensor | None,
+    permuted_probs: Tensor | None,
     tokens: Tensor | None,
     place: Tensor | None,
     host: Tensor | None,
@@ -100,84 +102,111 @@ def grouped_mlp_forward(
 
     tokens, place and host are not read: they are kept for the backward, instead of the rows, where they are given.
     """
-    offsets = counts.cumsum(0).to(torch.int32)
-    biased = up_bias is not None or down_bias is not None
-    expert = experts_of_rows(counts, rows.shape[0]) if biased else counts
-    h = grouped_gemm(rows.to(up.dtype), matrices_of(up, spec.transposed), offsets)
-    h = h if up_bias is None else h + up_bias[expert]
-    a = activate(h, row_weights, spec)
+    offsets = tokens_per_expert.cumsum(0).to(torch.int32)
+    biased = gate_up_bias is not None or down_bias is not None
+    expert = experts_of_rows(tokens_per_expert, permuted_tokens.shape[0]) if biased else tokens_per_expert
+    h = grouped_gemm(permuted_tokens.to(gate_up.dtype), matrices_of(gate_up, spec.transposed), offsets)
+    h = h if gate_up_bias is None else h + gate_up_bias[expert]
+    a = activate(h, permuted_probs, spec)
     out = grouped_gemm(a, matrices_of(down, spec.transposed), offsets)
     if down_bias is not None:
-        out = (out + scale_rows(down_bias[expert], row_weights)).to(out.dtype)
+        out = (out + scale_rows(down_bias[expert], permuted_probs)).to(out.dtype)
     return out, h
 
 
 @grouped_mlp_forward.register_fake
-def _(rows, counts, up, up_bias, down, down_bias, row_weights, tokens, place, host, spec):
-    out = up.new_empty(rows.shape[0], matrices_of(down, spec.transposed).shape[2])
-    return out, up.new_empty(rows.shape[0], matrices_of(up, spec.transposed).shape[2])
+def _(permuted_tokens, tokens_per_expert, gate_up, gate_up_bias, down, down_bias, permuted_probs, tokens, place, host, spec):
+    out = gate_up.new_empty(permuted_tokens.shape[0], matrices_of(down, spec.transposed).shape[2])
+    return out, gate_up.new_empty(permuted_tokens.shape[0], matrices_of(gate_up, spec.transposed).shape[2])
 
 
 @opaque("grouped_mlp_backward", once=True)
 def grouped_mlp_backward(
     grad: Tensor,
     h: Tensor,
-    rows: Tensor | None,
+    permuted_tokens: Tensor | None,
     tokens: Tensor | None,
     place: Tensor | None,
     host: Tensor | None,
-    counts: Tensor,
-    up: Tensor,
-    up_bias: Tensor | None,
+    tokens_per_expert: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor | None,
     down: Tensor,
     down_bias: Tensor | None,
-    row_weights: Tensor | None,
+    permuted_probs: Tensor | None,
     spec: GroupedMLPSpec,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of rows, up, up_bias, down, down_bias, row_weights (empty where there is none).
+    """Gradients of permuted_tokens, gate_up, gate_up_bias, down, down_bias, permuted_probs (empty where there is none).
 
     The activation is computed again. A row's weight gets <its activation, its gradient times ``down``> + <bias, gradient>: no
     output is needed.
     """
-    offsets = counts.cumsum(0).to(torch.int32)
+    offsets = tokens_per_expert.cumsum(0).to(torch.int32)
     to_a = grouped_gemm(grad, matrices_of(down, spec.transposed).transpose(1, 2), offsets)
-    to_h, a, to_weights = activate_backward(h, to_a, row_weights, spec)
+    to_h, a, to_weights = activate_backward(h, to_a, permuted_probs, spec)
     to_down = grouped_outer(a, grad, offsets) if spec.transposed else grouped_outer(grad, a, offsets)
-    kept, matrices = SavedRows(rows, tokens, place, host), matrices_of(up, spec.transposed)
-    x = kept.restore(h.shape[0], matrices.shape[1]).to(up.dtype)
+    kept, matrices = SavedRows(permuted_tokens, tokens, place, host), matrices_of(gate_up, spec.transposed)
+    x = kept.restore(h.shape[0], matrices.shape[1]).to(gate_up.dtype)
     to_up = grouped_outer(x, to_h, offsets) if spec.transposed else grouped_outer(to_h, x, offsets)
     to_rows = grouped_gemm(to_h, matrices.transpose(1, 2), offsets).to(kept.dtype)
-    to_up_bias = sum_by_expert(to_h, counts) if up_bias is not None else h.new_empty(0)
+    to_up_bias = sum_by_expert(to_h, tokens_per_expert) if gate_up_bias is not None else h.new_empty(0)
     to_down_bias = h.new_empty(0)
     if down_bias is not None:
-        to_down_bias = sum_by_expert(grad, counts, row_weights)
-        if row_weights is not None:
-            to_weights += (grad.to(accumulation_dtype(grad.dtype)) * down_bias[experts_of_rows(counts, h.shape[0])]).sum(1)
+        to_down_bias = sum_by_expert(grad, tokens_per_expert, permuted_probs)
+        if permuted_probs is not None:
+            to_weights += (
+                grad.to(accumulation_dtype(grad.dtype)) * down_bias[experts_of_rows(tokens_per_expert, h.shape[0])]
+            ).sum(1)
     if spec.grad_scale != 1.0:
         for g in (to_up, to_up_bias, to_down, to_down_bias):
             g.mul_(spec.grad_scale)
     return to_rows, to_up, to_up_bias, to_down, to_down_bias, to_weights
 
 
-def sum_by_expert(grad: Tensor, counts: Tensor, row_weights: Tensor | None = None) -> Tensor:
+def sum_by_expert(grad: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor | None = None) -> Tensor:
     """[R, n] -> [E, n]: (weighted) sums of each expert's rows, in fp32 (fp64 for fp64), in one fixed order."""
     high = grad.to(accumulation_dtype(grad.dtype))
-    return torch.segment_reduce(scale_rows(high, row_weights), "sum", lengths=counts, unsafe=True).to(grad.dtype)
+    return torch.segment_reduce(scale_rows(high, permuted_probs), "sum", lengths=tokens_per_expert, unsafe=True).to(grad.dtype)
 
 
 @grouped_mlp_backward.register_fake
-def _(grad, h, rows, tokens, place, host, counts, up, up_bias, down, down_bias, row_weights, spec):
+def _(
+    grad,
+    h,
+    permuted_tokens,
+    tokens,
+    place,
+    host,
+    tokens_per_expert,
+    gate_up,
+    gate_up_bias,
+    down,
+    down_bias,
+    permuted_probs,
+    spec,
+):
     def like(t: Tensor | None) -> Tensor:
         return h.new_empty(0) if t is None else torch.empty_like(t)
 
-    to_rows = h.new_empty(h.shape[0], matrices_of(up, spec.transposed).shape[1], dtype=SavedRows(rows, tokens).dtype)
-    return to_rows, like(up), like(up_bias), like(down), like(down_bias), like(row_weights)
+    to_rows = h.new_empty(
+        h.shape[0], matrices_of(gate_up, spec.transposed).shape[1], dtype=SavedRows(permuted_tokens, tokens).dtype
+    )
+    return to_rows, like(gate_up), like(gate_up_bias), like(down), like(down_bias), like(permuted_probs)
 
 
 def _save(ctx, inputs, _, output) -> None:
     ctx.set_materialize_grads(False)  # else autograd would write zeros for h's
-    rows, counts, up, up_bias, down, down_bias, row_weights, *arrived, ctx.spec = inputs
-    ctx.save_for_backward(output[1], *SavedRows.smallest(rows, *arrived), counts, up, up_bias, down, down_bias, row_weights)
+    permuted_tokens, tokens_per_expert, gate_up, gate_up_bias, down, down_bias, permuted_probs, *arrived, ctx.spec = inputs
+    ctx.save_for_backward(
+        output[1],
+        *SavedRows.smallest(permuted_tokens, *arrived),
+        tokens_per_expert,
+        gate_up,
+        gate_up_bias,
+        down,
+        down_bias,
+        permuted_probs,
+    )
     ctx.mark_non_differentiable(output[1])
 
 
@@ -195,30 +224,33 @@ grouped_mlp_forward.register_autograd(_backward, setup_context=_save)
 
 @takes_spec
 def _grouped_mlp(
-    rows: Tensor,
-    counts: Tensor,
-    up: Tensor,
-    up_bias: Tensor | None,
+    permuted_tokens: Tensor,
+    tokens_per_expert: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor | None,
     down: Tensor,
     down_bias: Tensor | None,
     *,
-    row_weights: Tensor | None = None,
+    permuted_probs: Tensor | None = None,
     arrived: list[Tensor] | None = None,
     spec: GroupedMLPSpec,
 ) -> Tensor:
-    """This rank's experts on their rows: rows [R, H] expert by expert, counts [e] int64 -> [R, H] in the weights' dtype.
+    """This rank's experts on the tokens that were dispatched to them: [R, H] in the weights' dtype.
 
-    up [e, 2I, H], down [e, H, I] and the options are those of ``moefx.experts``. Each row of the result is multiplied by its
-    weight, row_weights [R] float32 (float64 for float64; None: all are 1). The weight goes to the activation before that is
-    rounded, so that it costs no rounding of its own, and its gradient is a sum over I: nobody has to keep the result.
-    Every parameter gets a gradient, zeros where no row came. Rows after the last of ``counts``, and their weights, may hold
+    permuted_tokens [R, H] are sorted by expert, tokens_per_expert [e] int64 says how many each of the e experts has. gate_up
+    [e, 2I, H], down [e, H, I] and the options are those of ``moefx.experts``. Each row of the result is multiplied by its
+    weight, permuted_probs [R] float32 (float64 for float64; None: all are 1). The weight goes to the activation before that is
+    rounded, so that it costs no rounding of its own, and its gradient is a sum over I: the result is not saved. Every parameter
+    gets a gradient, zeros where no row came. Rows after the last of ``tokens_per_expert``, and their weights, may hold
     anything: what they give means nothing, and no gradient of a parameter has any of it.
 
     ``arrived``: tokens, place and host that ``dispatch`` gave with these rows. The backward then keeps them instead of the
     rows, which it makes again: a token has a row for each of its experts here, and a capacity's worst case is mostly rows.
     """
     parts = parts_of(arrived)
-    return grouped_mlp_forward(rows, counts, up, up_bias, down, down_bias, row_weights, *parts, spec)[0]
+    return grouped_mlp_forward(
+        permuted_tokens, tokens_per_expert, gate_up, gate_up_bias, down, down_bias, permuted_probs, *parts, spec
+    )[0]
 
 
 def parts_of(arrived: list[Tensor] | None) -> list[Tensor | None]:
@@ -229,8 +261,8 @@ def parts_of(arrived: list[Tensor] | None) -> list[Tensor | None]:
 
 
 LIBRARY.define(
-    "grouped_mlp(Tensor rows, Tensor counts, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, *, "
-    f"Tensor? row_weights=None, Tensor[]? arrived=None, {schema(GroupedMLPSpec)}) -> Tensor"
+    "grouped_mlp(Tensor permuted_tokens, Tensor tokens_per_expert, Tensor gate_up, Tensor? gate_up_bias, Tensor down, "
+    f"Tensor? down_bias, *, Tensor? permuted_probs=None, Tensor[]? arrived=None, {schema(GroupedMLPSpec)}) -> Tensor"
 )
 LIBRARY.impl("grouped_mlp", _grouped_mlp, "CompositeImplicitAutograd")
 #: See :func:`_grouped_mlp`.

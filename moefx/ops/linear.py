@@ -16,7 +16,7 @@ def linear_to_fp32(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x.float(), weight.float())
 
 
-@op("grouped_linear(Tensor rows, Tensor weight, Tensor counts) -> Tensor")
-def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """rows [R, a], expert by expert, ``counts`` [E] of each, times weight [E, b, a] -> [R, b] in the weight's dtype."""
-    return grouped_mm(rows.to(weight.dtype), weight.transpose(1, 2), counts.cumsum(0).to(torch.int32))
+@op("grouped_linear(Tensor permuted_tokens, Tensor weight, Tensor tokens_per_expert) -> Tensor")
+def grouped_linear(permuted_tokens: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    """permuted_tokens [R, a], sorted by expert, times their expert's weight [E, b, a] -> [R, b] in the weight's dtype."""
+    return grouped_mm(permuted_tokens.to(weight.dtype), weight.transpose(1, 2), tokens_per_expert.cumsum(0).to(torch.int32))

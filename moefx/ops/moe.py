@@ -33,66 +33,67 @@ class ExpertsSpec:
         return ACTIVATIONS[self.activation].gated
 
 
-def has_nobody(up: Tensor, down: Tensor) -> bool:
-    """Whether some of the experts that ``up`` has matrices for are nobody's."""
-    return up.shape[0] > down.shape[0]
+def has_zero_computation_experts(gate_up: Tensor, down: Tensor) -> bool:
+    """Whether ``gate_up`` has matrices for experts that compute nothing: ``down`` has none for them."""
+    return gate_up.shape[0] > down.shape[0]
 
 
-def rows_of(expert: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """Where each expert's rows end [E of up], int32, those that are nobody's not counted; expert [R], in ascending order."""
-    ends = torch.searchsorted(expert, torch.arange(up.shape[0], device=expert.device), right=True).to(torch.int32)
-    return ends.clamp(max=ends[down.shape[0] - 1]) if has_nobody(up, down) else ends
+def expert_offsets(expert: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Where each expert's rows end [E], int32, without rows of zero-computation experts; expert [R], in ascending order."""
+    ends = torch.searchsorted(expert, torch.arange(gate_up.shape[0], device=expert.device), right=True).to(torch.int32)
+    return ends.clamp(max=ends[down.shape[0] - 1]) if has_zero_computation_experts(gate_up, down) else ends
 
 
-def somebodys_of(expert: Tensor, up: Tensor, down: Tensor) -> Tensor | None:
-    """Which rows [R, 1] are somebody's; None: all are."""
-    return (expert < down.shape[0]).unsqueeze(-1) if has_nobody(up, down) else None
+def computed_row_mask(expert: Tensor, gate_up: Tensor, down: Tensor) -> Tensor | None:
+    """Which rows [R, 1] have an expert that computes; None: all do."""
+    return (expert < down.shape[0]).unsqueeze(-1) if has_zero_computation_experts(gate_up, down) else None
 
 
-def only(rows: Tensor, somebodys: Tensor | None) -> Tensor:
-    """Zeros in rows that are nobody's, whose products and gradients mean nothing."""
-    return rows if somebodys is None else torch.where(somebodys, rows, 0)
+def zero_uncomputed_rows(rows: Tensor, computed: Tensor | None) -> Tensor:
+    """Zeros in rows of zero-computation experts: their products and gradients are undefined."""
+    return rows if computed is None else torch.where(computed, rows, 0)
 
 
 @op(
-    "experts(Tensor x, Tensor index, Tensor weights, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, *, "
-    f"{schema(ExpertsSpec)}) -> Tensor"
+    "experts(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor gate_up, Tensor? gate_up_bias, Tensor down, "
+    f"Tensor? down_bias, *, {schema(ExpertsSpec)}) -> Tensor"
 )
 @takes_spec
 def experts(
     x: Tensor,
-    index: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    up_bias: Tensor | None,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor | None,
     down: Tensor,
     down_bias: Tensor | None,
     *,
     spec: ExpertsSpec,
 ) -> Tensor:
-    """The routed experts: ``y[t] = sum_k weights[t, k] * mlp_{index[t, k]}(x[t])``; x [T, H] -> [T, H] in x's dtype.
+    """The routed experts: ``y[t] = sum_k topk_weights[t, k] * mlp_{topk_ids[t, k]}(x[t])``; x [T, H] -> [T, H] in x's dtype.
 
-    index [T, K] int64, weights [T, K]; options: :class:`ExpertsSpec`. Gated activations read up [E, 2I, H] ([E, H, 2I] if
-    ``transposed``), whose two halves alternate if ``interleaved``; ungated ones up [E, I, H]. down is [E, H, I] ([E, I, H]
-    if ``transposed``), biases [E, 2I or I] and [E, H]. Each token's rows are multiplied by their weights after the down
-    projection, in the promoted dtype, and summed in the order of k (Transformers' grouped_mm experts, integrations/moe.py).
+    topk_ids [T, K] int64, topk_weights [T, K]; options: :class:`ExpertsSpec`. Gated activations read gate_up [E, 2I, H] ([E, H,
+    2I] if ``transposed``), whose two halves alternate if ``interleaved``; ungated ones gate_up [E, I, H]. down is [E, H, I]
+    ([E, I, H] if ``transposed``), biases [E, 2I or I] and [E, H]. Each token's rows are multiplied by their weights after the
+    down projection, in the promoted dtype, and summed in the order of k (Transformers' grouped_mm experts,
+    integrations/moe.py).
 
-    A choice of an expert that down has no matrix for is nobody's and adds nothing; up may have matrices for those, which are
-    not read (LongCat-Flash, arXiv 2509.01322: experts that compute nothing). Such experts have no biases.
+    A choice of an expert that down has no matrix for is nobody's and adds nothing; gate_up may have matrices for those, which
+    are not read (LongCat-Flash, arXiv 2509.01322: experts that compute nothing). Such experts have no biases.
     """
-    top_k = index.shape[1]
-    flat = index.reshape(-1)
+    top_k = topk_ids.shape[1]
+    flat = topk_ids.reshape(-1)
     order = torch.argsort(flat, stable=True)
     expert = flat[order]
-    offsets, somebodys = rows_of(expert, up, down), somebodys_of(expert, up, down)
+    offsets, computed = expert_offsets(expert, gate_up, down), computed_row_mask(expert, gate_up, down)
 
     def project(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         matrices = weight if spec.transposed else weight.transpose(-2, -1)
         out = grouped_mm(h.to(weight.dtype), matrices, offsets[: weight.shape[0]])
         return out if bias is None else out + bias[expert]
 
-    h = project(only(x[order // top_k], somebodys), up, up_bias)
+    h = project(zero_uncomputed_rows(x[order // top_k], computed), gate_up, gate_up_bias)
     h = ACTIVATIONS[spec.activation].forward(h, spec.alpha, spec.limit, spec.interleaved)
-    h = only(project(h, down, down_bias), somebodys) * weights.reshape(-1)[order].unsqueeze(-1)
+    h = zero_uncomputed_rows(project(h, down, down_bias), computed) * topk_weights.reshape(-1)[order].unsqueeze(-1)
     inverse = torch.empty_like(order).scatter(0, order, torch.arange(order.shape[0], device=x.device))
     return h[inverse].view(-1, top_k, h.shape[-1]).sum(dim=1).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Routers: logits to weights and expert indices, and what is computed beside them."""
+"""Routers: logits to topk_weights and topk_ids, and what is computed beside them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moefx.ops.spec import schema, takes_spec
 
 @dataclass(frozen=True)
 class TopkWeightsSpec:
-    """How a router makes weights of the logits of the experts that it chose."""
+    """How a router computes the weights of the chosen experts from their logits."""
 
     #: "softmax", "sigmoid" or "sqrtsoftplus" (the root of softplus, DeepSeek-V4) of the logits.
     score: str = "softmax"
@@ -29,16 +29,16 @@ class TopkWeightsSpec:
     #: Added to that sum.
     eps: float = 0.0
     #: That sum is not taken below this (Ernie 4.5).
-    least: float = 0.0
-    #: What weights are multiplied by then.
-    scale: float = 1.0
+    min_sum: float = 0.0
+    #: Weights are multiplied by this then.
+    routed_scaling_factor: float = 1.0
     #: Weights return to the logits' dtype at last.
     cast: bool = False
 
 
 @dataclass(frozen=True)
 class RouterSpec(TopkWeightsSpec):
-    """How a top-k router chooses experts, and what weights it gives them."""
+    """How a top-k router chooses experts, and weights them."""
 
     #: The experts stand in so many groups, of which the best ``topk_groups`` may be chosen from; equal numbers: no limit.
     groups: int = 0
@@ -58,11 +58,11 @@ def route_body(
     top_k: int,
     expert_scale: Tensor | None,
     spec: RouterSpec,
-    fill: float = float("-inf"),
+    mask_value: float = float("-inf"),
 ) -> tuple[Tensor, Tensor]:
     """See :func:`route`; here ``groups`` of 1 still writes the group selection out, as the models do.
 
-    ``fill``: the scores of the other groups without ``zero_fill``.
+    ``mask_value``: the scores of the other groups without ``zero_fill``.
     """
     scores = logits if spec.topk_first else _scores(logits, spec)
     choice = scores if bias is None else scores + bias
@@ -73,11 +73,11 @@ def route_body(
         chosen = torch.topk(best, k=spec.topk_groups, dim=-1, sorted=False)[1]
         mask = torch.zeros_like(best).scatter(1, chosen, 1)
         mask = mask.unsqueeze(-1).expand(-1, spec.groups, experts // spec.groups).reshape(-1, experts)
-        choice = choice.masked_fill(~mask.bool(), 0.0 if spec.zero_fill else fill)
-    weights, index = torch.topk(choice, top_k, dim=-1, sorted=spec.sorted)
+        choice = choice.masked_fill(~mask.bool(), 0.0 if spec.zero_fill else mask_value)
+    topk_weights, topk_ids = torch.topk(choice, top_k, dim=-1, sorted=spec.sorted)
     if spec.gather:
-        weights = scores.gather(1, index)
-    return _weights(weights, index, expert_scale, spec, logits.dtype), index
+        topk_weights = scores.gather(1, topk_ids)
+    return _weights(topk_weights, topk_ids, expert_scale, spec, logits.dtype), topk_ids
 
 
 def _scores(logits: Tensor, spec: TopkWeightsSpec) -> Tensor:
@@ -88,16 +88,20 @@ def _scores(logits: Tensor, spec: TopkWeightsSpec) -> Tensor:
     return torch.softmax(logits.to(torch.float32) if spec.fp32 else logits, dim=-1)
 
 
-def _weights(chosen: Tensor, index: Tensor, expert_scale: Tensor | None, spec: TopkWeightsSpec, dtype: torch.dtype) -> Tensor:
-    """The weights [T, K] of what was ``chosen`` [T, K]: scores, or logits if ``topk_first``; ``dtype``: the logits'."""
-    weights = _scores(chosen, spec) if spec.topk_first else chosen
+def _weights(
+    chosen: Tensor, topk_ids: Tensor, expert_scale: Tensor | None, spec: TopkWeightsSpec, dtype: torch.dtype
+) -> Tensor:
+    """topk_weights [T, K] from ``chosen`` [T, K], scores, or logits if ``topk_first``; ``dtype``: that of the logits."""
+    topk_weights = _scores(chosen, spec) if spec.topk_first else chosen
     if spec.renormalize:
-        total = weights.sum(dim=-1, keepdim=True)
-        weights = weights / (total.clamp(min=spec.least) if spec.least else total + spec.eps if spec.eps else total)
-    if spec.scale != 1.0:
-        weights = weights * spec.scale
-    weights = weights if expert_scale is None else weights * expert_scale[index]
-    return weights.to(dtype) if spec.cast else weights
+        total = topk_weights.sum(dim=-1, keepdim=True)
+        topk_weights = topk_weights / (
+            total.clamp(min=spec.min_sum) if spec.min_sum else total + spec.eps if spec.eps else total
+        )
+    if spec.routed_scaling_factor != 1.0:
+        topk_weights = topk_weights * spec.routed_scaling_factor
+    topk_weights = topk_weights if expert_scale is None else topk_weights * expert_scale[topk_ids]
+    return topk_weights.to(dtype) if spec.cast else topk_weights
 
 
 @op(f"route(Tensor logits, Tensor? bias, int top_k, *, Tensor? expert_scale=None, {schema(RouterSpec)}) -> (Tensor, Tensor)")
@@ -105,30 +109,32 @@ def _weights(chosen: Tensor, index: Tensor, expert_scale: Tensor | None, spec: T
 def route(
     logits: Tensor, bias: Tensor | None, top_k: int, *, expert_scale: Tensor | None = None, spec: RouterSpec
 ) -> tuple[Tensor, Tensor]:
-    """What a router does with its logits [T, E]: returns weights [T, K] and expert index [T, K] (int64).
+    """A top-k router after its linear layer: logits [T, E] -> topk_weights [T, K] and topk_ids [T, K] (int64).
 
     ``bias`` [E] is added to the scores for the choice (auxiliary-loss-free balancing, arXiv 2408.15664). ``expert_scale`` [E]:
-    each weight is multiplied by its expert's entry, after ``scale`` (Gemma 4). Options: :class:`RouterSpec`.
+    each weight is multiplied by its expert's entry, after ``routed_scaling_factor`` (Gemma 4). Options: :class:`RouterSpec`.
     """
     if spec.groups == spec.topk_groups:
         spec = replace(spec, groups=0, topk_groups=0)  # all groups are allowed: nothing to select
     return route_body(logits, bias, top_k, expert_scale, spec)
 
 
-@op(f"route_at(Tensor logits, Tensor? bias, Tensor index, *, Tensor? expert_scale=None, {schema(TopkWeightsSpec)}) -> Tensor")
+@op(
+    f"route_at(Tensor logits, Tensor? bias, Tensor topk_ids, *, Tensor? expert_scale=None, {schema(TopkWeightsSpec)}) -> Tensor"
+)
 @takes_spec
 def route_at(
-    logits: Tensor, bias: Tensor | None, index: Tensor, *, expert_scale: Tensor | None = None, spec: TopkWeightsSpec
+    logits: Tensor, bias: Tensor | None, topk_ids: Tensor, *, expert_scale: Tensor | None = None, spec: TopkWeightsSpec
 ) -> Tensor:
-    """The weights [T, K] that :func:`route` would give to the experts index [T, K], chosen by somebody else."""
+    """The topk_weights [T, K] that :func:`route` would give to the experts topk_ids [T, K], chosen elsewhere."""
     scores = logits if spec.topk_first else _scores(logits, spec)
-    chosen = (scores if spec.gather or bias is None else scores + bias).gather(1, index)
-    return _weights(chosen, index, expert_scale, spec, logits.dtype)
+    chosen = (scores if spec.gather or bias is None else scores + bias).gather(1, topk_ids)
+    return _weights(chosen, topk_ids, expert_scale, spec, logits.dtype)
 
 
 @op("balanced_index(Tensor logits, int top_k) -> Tensor")
 def balanced_index(logits: Tensor, top_k: int) -> Tensor:
-    """An index [T, K] that gives every expert of logits [T, E] the same number of rows (but one), whatever the logits say."""
+    """topk_ids [T, K] that give every expert of logits [T, E] the same number of tokens (but one), whatever the logits are."""
     rows = torch.arange(logits.shape[0] * top_k, device=logits.device)
     return rows.remainder(logits.shape[1]).view(logits.shape[0], top_k)
 

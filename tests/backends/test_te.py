@@ -102,7 +102,7 @@ BIAS = (FP32, 32)
         (lambda: router(top_k=1, **SIGMOID), "does not renormalize sigmoid scores of 1 experts a token"),
         (lambda: router(eps=1e-6, **SIGMOID), "by the sum + 1e-20, this router by the sum + 1e-06"),
         (lambda: router(score="sqrtsoftplus"), "knows the scores softmax and sigmoid, this router's are sqrtsoftplus"),
-        (lambda: router(renormalize=True, least=1e-12), "divides by any sum, this router by no less than 1e-12"),
+        (lambda: router(renormalize=True, min_sum=1e-12), "divides by any sum, this router by no less than 1e-12"),
         (lambda: router(groups=8, topk_groups=4, renormalize=True), "groups by logits where it renormalizes, this router by softmax"),
         (lambda: router(top_k=8, groups=8, topk_groups=4, topk_first=True, **SIGMOID), "groups by sigmoid, this router by logits"),
         (lambda: router(top_k=4, groups=8, topk_groups=4, group_score="max", zero_fill=True, bias=BIAS, gather=True, **SIGMOID), "gives them the score 0"),
@@ -171,7 +171,7 @@ def test_kernels_have_their_operations_signature(op):
 
 
 def test_the_backend_is_used_by_name_only_and_says_what_is_missing():
-    assert te.BACKEND.by_name and "te" not in [b.name for b in resolve(None)]
+    assert te.BACKEND.opt_in and "te" not in [b.name for b in resolve(None)]
     names = list(builtin())
     assert names.index("te") > names.index("triton") and names.index("te") > names.index("torch")
     if kernels.available() is None:

@@ -48,22 +48,22 @@ def _tokens(case, rank, dtype=torch.float64):
 
 
 def _experts(dtype=torch.float64):
-    """up, up_bias, down, down_bias of all experts."""
+    """up, gate_up_bias, down, down_bias of all experts."""
     shapes = (E, 2 * INNER, H), (E, 2 * INNER), (E, H, INNER), (E, H)
     return [_random(*shape, seed=50 + i, dtype=dtype) / 2 for i, shape in enumerate(shapes)]
 
 
 def _over_ranks(
-    x, index, weights, up, up_bias, down, down_bias, *, group, grad_scale=1.0, capacity=0, by="", dispatch_dtype=""
+    x, index, weights, up, gate_up_bias, down, down_bias, *, group, grad_scale=1.0, capacity=0, by="", dispatch_dtype=""
 ):
     send = dispatch_combine.dispatch_with(by)
     where = {"num_experts": E, "group": group}
-    rows, row_weights, counts, *route, tokens = send(
+    rows, permuted_probs, counts, *route, tokens = send(
         x, index, weights, **where, capacity=capacity, dispatch_dtype=dispatch_dtype
     )
-    options = {"activation": "swiglu", "grad_scale": grad_scale, "row_weights": row_weights}
+    options = {"activation": "swiglu", "grad_scale": grad_scale, "permuted_probs": permuted_probs}
     options["arrived"] = [tokens, route[0], route[2]]
-    rows = grouped.grouped_mlp(rows, counts, up, up_bias, down, down_bias, **options)
+    rows = grouped.grouped_mlp(rows, counts, up, gate_up_bias, down, down_bias, **options)
     return dispatch_combine.combine(rows, index, *route, **where)
 
 
@@ -149,8 +149,8 @@ def on_rank(rank, world_size):
     for case in CASES:
         x, index, _ = _tokens(case, rank)
         share = torch.full(index.shape, 1 / index.shape[1], dtype=x.dtype)
-        rows, row_weights, counts, *route, _ = dispatch_combine.dispatch(x, index, share, num_experts=E, group=group)
-        back = dispatch_combine.combine(rows * row_weights.unsqueeze(1), index, *route, num_experts=E, group=group)
+        rows, permuted_probs, counts, *route, _ = dispatch_combine.dispatch(x, index, share, num_experts=E, group=group)
+        back = dispatch_combine.combine(rows * permuted_probs.unsqueeze(1), index, *route, num_experts=E, group=group)
         found[case, "sent"] = rows, counts, back
         found[case, "capacity"] = _forward_backward(_over_ranks, case, rank, rank, world_size, group, capacity=9)
         found[case, "trained"] = _forward_backward(_over_ranks, case, rank, rank, world_size, group)
@@ -212,12 +212,12 @@ def _one_process(case, ranks, dtype=torch.float64, sent=lambda x: x, computed=No
     ``sent``: what the dispatch does to tokens; ``computed``: the dtype to compute in, if it is not theirs.
     """
     parameters = [w.to(computed or dtype).requires_grad_() for w in _experts(dtype)]
-    up, up_bias, down, down_bias = parameters
+    up, gate_up_bias, down, down_bias = parameters
     per_rank = []
     for rank in ranks:
         x, index, weights = _tokens(case, rank, dtype)
         x, weights = (t.to(computed or t.dtype).requires_grad_() for t in (sent(x), weights))
-        y = ops.experts(x, index, weights, up, up_bias, down, down_bias, activation="swiglu")
+        y = ops.experts(x, index, weights, up, gate_up_bias, down, down_bias, activation="swiglu")
         y.backward(_random(*y.shape, seed=300 + rank, dtype=dtype).to(y.dtype))
         per_rank.append((y.detach(), x.grad, weights.grad))
     return per_rank, [w.grad for w in parameters]

@@ -126,9 +126,9 @@ def available_transports() -> dict[str, dict[str, Any]]:
 
 
 def spread(transport: str, how: dict, options: dict, x: Tensor, index: Tensor, weights: Tensor, *parameters: Tensor) -> Tensor:
-    rows, row_weights, counts, *route, tokens = dispatch_combine.dispatch_with(transport)(x, index, weights, **how)
+    rows, permuted_probs, counts, *route, tokens = dispatch_combine.dispatch_with(transport)(x, index, weights, **how)
     arrived = [tokens, route[0], route[2]]
-    rows = grouped.grouped_mlp(rows, counts, *parameters, **options, row_weights=row_weights, arrived=arrived)
+    rows = grouped.grouped_mlp(rows, counts, *parameters, **options, permuted_probs=permuted_probs, arrived=arrived)
     return dispatch_combine.combine(rows, index, *route, num_experts=how["num_experts"], group=how["group"])
 
 

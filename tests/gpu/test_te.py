@@ -214,5 +214,5 @@ def test_fakes_are_the_kernels_shapes_and_dtypes(op):
 
 
 def test_doctor_and_default_order():
-    assert te.BACKEND.by_name and "te" not in [b.name for b in moefx.backends.resolve(None)]
+    assert te.BACKEND.opt_in and "te" not in [b.name for b in moefx.backends.resolve(None)]
     assert "te" in builtin() and ops.route in te.BACKEND.kernels

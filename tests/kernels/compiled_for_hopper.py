@@ -142,11 +142,11 @@ def row_kernels_with_moves(x: torch.Tensor, index: torch.Tensor, weights: torch.
     totals, row_id_map, send_map = torch.zeros(8, 2, dtype=torch.int64), torch.zeros_like(index), torch.zeros_like(index)
     row_kernels.build_row_id_map(index, 0, 2, 8, totals, row_id_map, send_map)
     row_kernels.build_row_id_map(index, 0, 1, experts, torch.zeros(experts, dtype=torch.int64), row_id_map, None)
-    out, row_weights = x.repeat(k, 1), weights.reshape(-1).contiguous()
-    row_kernels.permute(x, row_id_map, out, weights, row_weights)
+    out, permuted_probs = x.repeat(k, 1), weights.reshape(-1).contiguous()
+    row_kernels.permute(x, row_id_map, out, weights, permuted_probs)
     sent = rows.PackedRows(out.clone(), out.new_empty(tokens * k, k, dtype=torch.float32), index.repeat(k, 1))
     row_kernels.pack(x, index, weights, send_map, 2, sent)
-    row_kernels.unpermute(out, row_id_map, x.clone(), rows.Gather(row_weights, row_id_map, weights.clone()))
+    row_kernels.unpermute(out, row_id_map, x.clone(), rows.Gather(permuted_probs, row_id_map, weights.clone()))
 
 
 def compile_all() -> dict[str, str | None]:

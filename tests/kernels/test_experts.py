@@ -217,24 +217,24 @@ def test_a_ranks_experts(biased, transposed):
     counts = torch.tensor([5, 0, 4, 2])
     options = {"activation": "swiglu", "transposed": transposed, "grad_scale": 0.25}
 
-    def ours(rows, up, up_bias, down, down_bias, **options):
-        return GROUPED_MLP(rows, counts.to(rows.device), up, up_bias, down, down_bias, **options)
+    def ours(rows, up, gate_up_bias, down, down_bias, **options):
+        return GROUPED_MLP(rows, counts.to(rows.device), up, gate_up_bias, down, down_bias, **options)
 
-    def theirs(rows, up, up_bias, down, down_bias, **options):
-        return grouped.grouped_mlp(rows, counts, up, up_bias, down, down_bias, **options)
+    def theirs(rows, up, gate_up_bias, down, down_bias, **options):
+        return grouped.grouped_mlp(rows, counts, up, gate_up_bias, down, down_bias, **options)
 
     wanted = run(theirs, [x, *weights], torch.float64, options, "cpu")
     compare(run(ours, [x, *weights], torch.float32, options, DEVICE), wanted, torch.float32)
 
 
 def weighted_rows(fn, given, counts, dtype, device, **options):
-    """Outputs and gradients of a rank's experts [rows, row_weights, *weights]; the weights of rows stay in float32 (float64)."""
+    """Outputs and gradients of a rank's experts [rows, permuted_probs, *weights]; the weights of rows stay in float32 (float64)."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     leaves = [
         None if t is None else t.to(device, wide if i == 1 else dtype, copy=True).requires_grad_() for i, t in enumerate(given)
     ]
-    rows, row_weights, *weights = leaves
-    out = fn(rows, counts.to(device), *weights, **options, row_weights=row_weights)
+    rows, permuted_probs, *weights = leaves
+    out = fn(rows, counts.to(device), *weights, **options, permuted_probs=permuted_probs)
     asked = [t for t in leaves if t is not None]
     grad = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(out)
     return out.detach(), *torch.autograd.grad(out, asked, grad)
@@ -249,18 +249,18 @@ def test_a_ranks_experts_weight_their_rows(dtype, activation, biased, transposed
     """Against a plain formula in float64 that autograd differentiates, the gradient of the rows' weights included."""
     x, _, _, *weights = make(sum(counts), experts=4, activation=activation, biased=biased, transposed=transposed, dtype=dtype)
     counts = torch.tensor(counts)
-    row_weights = torch.randn(len(x), generator=torch.Generator().manual_seed(5)).double()
+    permuted_probs = torch.randn(len(x), generator=torch.Generator().manual_seed(5)).double()
 
-    def formula(rows, counts, up, up_bias, down, down_bias, *, row_weights, activation, transposed, **_):
+    def formula(rows, counts, up, gate_up_bias, down, down_bias, *, permuted_probs, activation, transposed, **_):
         expert = torch.arange(4).repeat_interleave(counts)
         up, down = (w if transposed else w.transpose(1, 2) for w in (up, down))
-        h = torch.einsum("rh,rhi->ri", rows, up[expert]) + (0 if up_bias is None else up_bias[expert])
+        h = torch.einsum("rh,rhi->ri", rows, up[expert]) + (0 if gate_up_bias is None else gate_up_bias[expert])
         a = ACTIVATIONS[activation].forward(h, 1.7, 0.6, False)
         out = torch.einsum("ri,rih->rh", a, down[expert]) + (0 if down_bias is None else down_bias[expert])
-        return out * row_weights.unsqueeze(1)
+        return out * permuted_probs.unsqueeze(1)
 
     options = {"activation": activation, "transposed": transposed, "alpha": 1.7, "limit": 0.6}
-    given = [x, row_weights, *weights]
+    given = [x, permuted_probs, *weights]
     wanted = weighted_rows(formula, given, counts, torch.float64, "cpu", **options)
     found = weighted_rows(GROUPED_MLP, given, counts, dtype, DEVICE, **options)
     for f, w in zip(found, wanted):
@@ -274,13 +274,16 @@ def test_a_ranks_experts_weight_their_rows(dtype, activation, biased, transposed
 def test_rows_after_the_last_experts_mean_nothing(biased):
     """A dispatch with a capacity gives more rows than counts: NaN there, in rows, weights and gradients, reaches nobody."""
     x, _, _, *weights = make(11, experts=4, biased=biased)
-    counts, row_weights = torch.tensor([5, 0, 4, 2], device=DEVICE), torch.randn(11, generator=torch.Generator().manual_seed(5))
-    leaves = [t if t is None else t.to(DEVICE, torch.float32).requires_grad_() for t in (x, row_weights, *weights)]
+    counts, permuted_probs = (
+        torch.tensor([5, 0, 4, 2], device=DEVICE),
+        torch.randn(11, generator=torch.Generator().manual_seed(5)),
+    )
+    leaves = [t if t is None else t.to(DEVICE, torch.float32).requires_grad_() for t in (x, permuted_probs, *weights)]
     grad = torch.linspace(-1, 1, x.numel(), device=DEVICE).view(x.shape)
 
     def results(pad):
         rows, scores, to_out = (torch.cat((t, t.new_full((pad, *t.shape[1:]), float("nan")))) for t in (*leaves[:2], grad))
-        out = GROUPED_MLP(rows, counts, *leaves[2:], activation="swiglu", row_weights=scores)
+        out = GROUPED_MLP(rows, counts, *leaves[2:], activation="swiglu", permuted_probs=scores)
         return out[:11], *torch.autograd.grad(out, [t for t in leaves if t is not None], to_out)
 
     for found, wanted in zip(results(70), results(0)):
@@ -288,15 +291,17 @@ def test_rows_after_the_last_experts_mean_nothing(biased):
 
 
 def rank_inputs(asked="all"):
-    """rows, row_weights, up, up_bias, down, down_bias of a rank's experts in float32, its counts, and those that ask for a gradient."""
+    """rows, permuted_probs, up, gate_up_bias, down, down_bias of a rank's experts in float32, its counts, and those that ask for a gradient."""
     x, _, _, *weights = make(11, experts=4, biased=True)
     given = [x, torch.randn(11, generator=torch.Generator().manual_seed(5)), *weights]
     given = [t.to(DEVICE, torch.float32, copy=True).requires_grad_(asked in ("all", i)) for i, t in enumerate(given)]
     return given, torch.tensor([5, 0, 4, 2], device=DEVICE), [t for t in given if t.requires_grad]
 
 
-def rank_experts(rows, row_weights, up, up_bias, down, down_bias, counts):
-    return GROUPED_MLP(rows, counts, up, up_bias, down, down_bias, activation="swiglu", grad_scale=0.5, row_weights=row_weights)
+def rank_experts(rows, permuted_probs, up, gate_up_bias, down, down_bias, counts):
+    return GROUPED_MLP(
+        rows, counts, up, gate_up_bias, down, down_bias, activation="swiglu", grad_scale=0.5, permuted_probs=permuted_probs
+    )
 
 
 @pytest.mark.parametrize("alone", range(6))

@@ -125,11 +125,11 @@ def test_a_ranks_experts_are_those_of_a_process_and_two_runs_are_bitwise_equal()
     found = []
     for _ in range(2):
         leaves = [t.to(DEVICE, BF16).requires_grad_() for t in (x[token], up, down)]
-        row_weights = weights.flatten()[order.cpu().long()].to(DEVICE, torch.float32).requires_grad_()
+        permuted_probs = weights.flatten()[order.cpu().long()].to(DEVICE, torch.float32).requires_grad_()
         rows = GROUPED_MLP(
-            leaves[0], counts.to(DEVICE), leaves[1], None, leaves[2], None, activation="swiglu", row_weights=row_weights
+            leaves[0], counts.to(DEVICE), leaves[1], None, leaves[2], None, activation="swiglu", permuted_probs=permuted_probs
         )
-        grads = torch.autograd.grad(rows, (*leaves, row_weights), torch.ones_like(rows))
+        grads = torch.autograd.grad(rows, (*leaves, permuted_probs), torch.ones_like(rows))
         found.append([rows.detach(), *grads])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     y = torch.zeros(40, 48).index_add_(0, token, found[0][0].float().cpu())

@@ -44,7 +44,7 @@ def check(tokens, experts, top_k, *, biased=False, dtype=torch.float32, **option
 @pytest.mark.parametrize("topk_first", [False, True])
 @pytest.mark.parametrize(("renormalize", "eps", "scale"), [(False, 0.0, 1.0), (True, 0.0, 2.5), (True, 1e-2, 1.0)])
 def test_kinds(score, topk_first, renormalize, eps, scale):
-    check(9, 12, 3, score=score, topk_first=topk_first, renormalize=renormalize, eps=eps, scale=scale)
+    check(9, 12, 3, score=score, topk_first=topk_first, renormalize=renormalize, eps=eps, routed_scaling_factor=scale)
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
@@ -54,7 +54,7 @@ def test_groups(score, group_score):
     check(11, 32, 5, **options)
     check(11, 32, 5, zero_fill=True, **options)
     if group_score == "top2":
-        check(11, 32, 5, biased=True, renormalize=True, scale=2.5, eps=1e-20, **options)
+        check(11, 32, 5, biased=True, renormalize=True, routed_scaling_factor=2.5, eps=1e-20, **options)
 
 
 @pytest.mark.parametrize(

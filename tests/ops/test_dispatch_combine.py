@@ -36,12 +36,12 @@ def group():
 @pytest.mark.parametrize("tokens", [0, 1, 7])
 def test_rows_arrive_by_expert_in_the_order_of_the_tokens(group, tokens):
     x, index, weights = _random(tokens, H), _index(tokens), _random(tokens, K, seed=1)
-    rows, row_weights, counts, *route, _ = dispatch_combine.dispatch(x, index, weights, **group)
+    rows, permuted_probs, counts, *route, _ = dispatch_combine.dispatch(x, index, weights, **group)
     order = [(t, e) for e in range(E) for t in range(tokens) if e in index[t]]
     assert torch.equal(rows, x[[t for t, _ in order]])
     assert counts.tolist() == [sum(e == expert for _, expert in order) for e in range(E)]
     assert torch.equal(
-        row_weights, torch.stack([weights[t, index[t] == e] for t, e in order]).flatten() if order else weights[:0, 0]
+        permuted_probs, torch.stack([weights[t, index[t] == e] for t, e in order]).flatten() if order else weights[:0, 0]
     )
     row_id_map, handle, cpu_metadata, _ = route
     assert counts.dtype == cpu_metadata.dtype == torch.int64 and handle.dtype == torch.uint8
@@ -51,17 +51,17 @@ def test_rows_arrive_by_expert_in_the_order_of_the_tokens(group, tokens):
 @pytest.mark.parametrize("tokens", [0, 1, 7])
 def test_combine_adds_up_the_rows_of_each_token(group, tokens):
     x, index, weights = _random(tokens, H), _index(tokens), _random(tokens, K, seed=1)
-    rows, row_weights, _, *route, _ = dispatch_combine.dispatch(x, index, weights, **group)
-    y = dispatch_combine.combine(rows * row_weights.unsqueeze(1), index, *route, **group)
+    rows, permuted_probs, _, *route, _ = dispatch_combine.dispatch(x, index, weights, **group)
+    y = dispatch_combine.combine(rows * permuted_probs.unsqueeze(1), index, *route, **group)
     torch.testing.assert_close(y, x * weights.sum(dim=1, keepdim=True))
 
 
 def test_combine_adds_in_float32_and_returns_the_dtype_of_the_rows(group):
     x, index = _random(7, H).bfloat16(), _index(7)
-    rows, row_weights, counts, *route, _ = dispatch_combine.dispatch(x, index, torch.ones(7, K), **group)
+    rows, permuted_probs, counts, *route, _ = dispatch_combine.dispatch(x, index, torch.ones(7, K), **group)
     rows = rows * (torch.arange(E).repeat_interleave(counts) + 1).to(rows.dtype).unsqueeze(1)
     y = dispatch_combine.combine(rows, index, *route, **group)
-    assert row_weights.dtype == torch.float32 and y.dtype == torch.bfloat16
+    assert permuted_probs.dtype == torch.float32 and y.dtype == torch.bfloat16
     assert torch.equal(y, (x[:, None] * (index + 1).bfloat16().unsqueeze(2)).float().sum(dim=1).bfloat16())
 
 
@@ -70,8 +70,8 @@ def test_gradients_of_rows_and_weights(group):
     index = _index(5)
 
     def there_and_back(x, weights):
-        rows, row_weights, _, *route, _ = dispatch_combine.dispatch(x, index, weights, **group)
-        return dispatch_combine.combine(rows.square() * row_weights.unsqueeze(1), index, *route, **group)
+        rows, permuted_probs, _, *route, _ = dispatch_combine.dispatch(x, index, weights, **group)
+        return dispatch_combine.combine(rows.square() * permuted_probs.unsqueeze(1), index, *route, **group)
 
     inputs = _random(5, 3).requires_grad_(), _random(5, K, seed=1).requires_grad_()
     assert torch.autograd.gradcheck(there_and_back, inputs)
@@ -79,8 +79,8 @@ def test_gradients_of_rows_and_weights(group):
 
 def test_an_exchange_is_differentiated_once(group):
     index, x, weights = _index(5), _random(5, 3).requires_grad_(), _random(5, K, seed=1).requires_grad_()
-    rows, row_weights, _, *route, _ = dispatch_combine.dispatch(x, index, weights, **group)
-    y = dispatch_combine.combine(rows.square() * row_weights.unsqueeze(1), index, *route, **group)
+    rows, permuted_probs, _, *route, _ = dispatch_combine.dispatch(x, index, weights, **group)
+    y = dispatch_combine.combine(rows.square() * permuted_probs.unsqueeze(1), index, *route, **group)
     with pytest.raises(
         moefx.MoefxError, match="moefx::redispatch_start belongs to a backward, and cannot be differentiated again"
     ):
@@ -94,8 +94,8 @@ def test_no_gradient_is_added_to_one_that_is_still_arriving(group, capacity):
     Combine may be in another graph; a link that it read would get zeros from there, added in row_id_map while rows arrive.
     """
     x, index, weights = _random(7, H).requires_grad_(), _index(7), _random(7, K, seed=1).requires_grad_()
-    rows, row_weights, *route, _ = dispatch_combine.dispatch(x, index, weights, **group, capacity=capacity)
-    assert rows.requires_grad and row_weights.requires_grad and not any(t.requires_grad for t in route)
+    rows, permuted_probs, *route, _ = dispatch_combine.dispatch(x, index, weights, **group, capacity=capacity)
+    assert rows.requires_grad and permuted_probs.requires_grad and not any(t.requires_grad for t in route)
     with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
         fake = dispatch_combine.dispatch(x, index, weights, **group, capacity=capacity)
     assert fake[0].requires_grad and not any(t.requires_grad for t in fake[2:])
@@ -127,8 +127,8 @@ def test_compiled_experts_over_the_group_are_the_experts_operation(group, backen
     up, down = (w.float().requires_grad_() for w in weights)
 
     def over_ranks(x, index, scores):
-        rows, row_weights, counts, *route, tokens = dispatch_combine.dispatch(x, index, scores, **group, capacity=capacity)
-        options = {"activation": "swiglu", "row_weights": row_weights, "arrived": [tokens, route[0], route[2]]}
+        rows, permuted_probs, counts, *route, tokens = dispatch_combine.dispatch(x, index, scores, **group, capacity=capacity)
+        options = {"activation": "swiglu", "permuted_probs": permuted_probs, "arrived": [tokens, route[0], route[2]]}
         rows = grouped.grouped_mlp(rows * 1.0, counts, up, None, down, None, **options)
         return dispatch_combine.combine(rows, index, *route, **group)
 
@@ -161,8 +161,8 @@ def test_shapes_for_64_ranks():
         with FakeTensorMode(shape_env=ShapeEnv()):
             x, index = torch.randn(5, H, dtype=torch.bfloat16, requires_grad=True), torch.zeros(5, K, dtype=torch.int64)
             weights = torch.rand(5, K, requires_grad=True)
-            rows, row_weights, counts, *route, _ = dispatch_combine.dispatch(x, index, weights, **group)
-            y = dispatch_combine.combine((rows * row_weights.unsqueeze(1)).to(rows.dtype), index, *route, **group)
+            rows, permuted_probs, counts, *route, _ = dispatch_combine.dispatch(x, index, weights, **group)
+            y = dispatch_combine.combine((rows * permuted_probs.unsqueeze(1)).to(rows.dtype), index, *route, **group)
             to_x, to_weights = torch.autograd.grad(y.sum(), (x, weights))
         assert isinstance(rows.shape[0], torch.SymInt) and rows.shape[1] == H and counts.shape == (2,)
         assert y.shape == to_x.shape == x.shape and y.dtype == torch.bfloat16 and to_weights.shape == weights.shape

@@ -37,15 +37,15 @@ def _per_expert(counts, rows, *weights):
 
 
 def mlp_reference(
-    rows, counts, up, up_bias, down, down_bias, *, activation, alpha, limit, transposed, interleaved, row_weights=None
+    rows, counts, up, gate_up_bias, down, down_bias, *, activation, alpha, limit, transposed, interleaved, permuted_probs=None
 ):
     """What a module per expert would do."""
     out = []
-    for x, u, ub, d, db in _per_expert(counts, rows, up, up_bias, down, down_bias):
+    for x, u, ub, d, db in _per_expert(counts, rows, up, gate_up_bias, down, down_bias):
         h = F.linear(x, u.T if transposed else u, ub)
         a = ACTIVATIONS[activation].forward(h, alpha, limit, interleaved)
         out.append(F.linear(a, d.T if transposed else d, db))
-    return torch.cat(out) if row_weights is None else torch.cat(out) * row_weights.unsqueeze(1)
+    return torch.cat(out) if permuted_probs is None else torch.cat(out) * permuted_probs.unsqueeze(1)
 
 
 def _mlp_inputs(counts, *, bias, transposed, gated, dtype):
@@ -53,9 +53,9 @@ def _mlp_inputs(counts, *, bias, transposed, gated, dtype):
     rows = _random(sum(counts), H, dtype=dtype, seed=1)
     up = _random(experts, *((H, wide) if transposed else (wide, H)), dtype=dtype, seed=2) / 2
     down = _random(experts, *((INNER, H) if transposed else (H, INNER)), dtype=dtype, seed=3) / 2
-    up_bias = _random(experts, wide, dtype=dtype, seed=4) if bias else None
+    gate_up_bias = _random(experts, wide, dtype=dtype, seed=4) if bias else None
     down_bias = _random(experts, H, dtype=dtype, seed=5) if bias else None
-    return [None if t is None else t.requires_grad_() for t in (rows, up, up_bias, down, down_bias)]
+    return [None if t is None else t.requires_grad_() for t in (rows, up, gate_up_bias, down, down_bias)]
 
 
 def _gradients(y, inputs):
@@ -81,10 +81,10 @@ def _check_mlp(
     inputs = _mlp_inputs(counts, bias=bias, transposed=transposed, gated=ACTIVATIONS[activation].gated, dtype=dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     inputs.append(_random(sum(counts), dtype=wide, seed=7).requires_grad_() if weighted else None)
-    rows, *weights, row_weights = inputs
-    y = grouped.grouped_mlp(rows, torch.tensor(counts), *weights, **options, row_weights=row_weights)
+    rows, *weights, permuted_probs = inputs
+    y = grouped.grouped_mlp(rows, torch.tensor(counts), *weights, **options, permuted_probs=permuted_probs)
     exact = [None if t is None else t.detach().double().requires_grad_() for t in inputs]
-    expected = mlp_reference(exact[0], counts, *exact[1:-1], **options, row_weights=exact[-1])
+    expected = mlp_reference(exact[0], counts, *exact[1:-1], **options, permuted_probs=exact[-1])
     assert y.dtype == dtype and y.shape == rows.shape
     torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=atol)
     found = _gradients(y, inputs)
@@ -172,7 +172,7 @@ def test_a_weight_costs_no_rounding(bias):
     rows, *weights = inputs
     two = 2.0 ** torch.arange(-5, 6)
     y = grouped.grouped_mlp(rows, torch.tensor(counts), *weights, activation="swiglu")
-    weighted = grouped.grouped_mlp(rows, torch.tensor(counts), *weights, activation="swiglu", row_weights=two)
+    weighted = grouped.grouped_mlp(rows, torch.tensor(counts), *weights, activation="swiglu", permuted_probs=two)
     assert torch.equal(weighted, y * two.bfloat16().unsqueeze(1))
     grad = _random(*y.shape, dtype=y.dtype, seed=6)
     asked = [t for t in inputs if t is not None]
@@ -189,13 +189,13 @@ def test_rows_after_the_last_mean_nothing(bias):
     counts, more = [3, 0, 5, 2], 4
     inputs = _mlp_inputs(counts, bias=bias, transposed=False, gated=True, dtype=torch.float32)
     rows, *weights = inputs
-    row_weights = _random(len(rows), dtype=torch.float32, seed=7).requires_grad_()
-    asked = [t for t in (rows, row_weights, *weights) if t is not None]
+    permuted_probs = _random(len(rows), dtype=torch.float32, seed=7).requires_grad_()
+    asked = [t for t in (rows, permuted_probs, *weights) if t is not None]
     grad = _random(len(rows), H, dtype=torch.float32, seed=6)
 
     def results(pad):
-        given = [torch.cat((t, t.new_full((pad, *t.shape[1:]), float("nan")))) for t in (rows, row_weights, grad)]
-        y = grouped.grouped_mlp(given[0], torch.tensor(counts), *weights, activation="swiglu", row_weights=given[1])
+        given = [torch.cat((t, t.new_full((pad, *t.shape[1:]), float("nan")))) for t in (rows, permuted_probs, grad)]
+        y = grouped.grouped_mlp(given[0], torch.tensor(counts), *weights, activation="swiglu", permuted_probs=given[1])
         return y[: len(rows)], *torch.autograd.grad(y, asked, given[2])
 
     for found, wanted in zip(results(more), results(0)):
@@ -219,13 +219,15 @@ def test_grouped_mlp_passes_gradcheck_and_opcheck():
     inputs = _mlp_inputs(counts.tolist(), bias=True, transposed=False, gated=True, dtype=torch.float64)
     rows, up, _up_bias, down, _down_bias = inputs
 
-    row_weights = _random(5, seed=7).requires_grad_()
+    permuted_probs = _random(5, seed=7).requires_grad_()
 
-    def mlp(rows, up, up_bias, down, down_bias, row_weights):
-        return grouped.grouped_mlp(rows, counts, up, up_bias, down, down_bias, activation="swiglu", row_weights=row_weights)
+    def mlp(rows, up, gate_up_bias, down, down_bias, permuted_probs):
+        return grouped.grouped_mlp(
+            rows, counts, up, gate_up_bias, down, down_bias, activation="swiglu", permuted_probs=permuted_probs
+        )
 
-    assert torch.autograd.gradcheck(mlp, (*inputs, row_weights), fast_mode=True)
-    for weights in (None, row_weights):
+    assert torch.autograd.gradcheck(mlp, (*inputs, permuted_probs), fast_mode=True)
+    for weights in (None, permuted_probs):
         for arrived in (
             [None] * 3,
             [
@@ -241,9 +243,9 @@ def test_grouped_mlp_passes_gradcheck_and_opcheck():
 def test_grad_scale_multiplies_the_gradients_of_the_weights_only():
     counts = torch.tensor(COUNTS["uneven"])
     rows, *weights = inputs = _mlp_inputs(counts.tolist(), bias=True, transposed=True, gated=True, dtype=torch.float32)
-    row_weights = _random(len(rows), dtype=torch.float32, seed=7).requires_grad_()
-    inputs.insert(0, row_weights)
-    options = dict(activation="swiglu", transposed=True, row_weights=row_weights)
+    permuted_probs = _random(len(rows), dtype=torch.float32, seed=7).requires_grad_()
+    inputs.insert(0, permuted_probs)
+    options = dict(activation="swiglu", transposed=True, permuted_probs=permuted_probs)
     once = _gradients(grouped.grouped_mlp(rows, counts, *weights, **options), inputs)
     quarter = _gradients(grouped.grouped_mlp(rows, counts, *weights, **options, grad_scale=0.25), inputs)
     assert torch.equal(once[0], quarter[0]) and torch.equal(once[1], quarter[1])

@@ -124,10 +124,10 @@ def test_rows_that_other_weights_multiply_are_left_alone():
     report, _ = report_of.__wrapped__("qwen3_moe", None)  # its own, to change
     function = report.program["Qwen3MoeDecoderLayer"]
     mlp = next(n for n in function.graph.nodes if n.meta.get("semantic") is grouped.grouped_mlp)
-    brought = mlp.kwargs["row_weights"]
+    brought = mlp.kwargs["permuted_probs"]
     with function.graph.inserting_before(mlp):
         other = function.graph.call_function(aten.neg.default, (brought,))
-    mlp.kwargs = {**mlp.kwargs, "row_weights": other}
+    mlp.kwargs = {**mlp.kwargs, "permuted_probs": other}
     before = str(function.graph)
     changes = Overlap(chunks=2).run(function, report.plan)
     assert (
@@ -142,8 +142,8 @@ def test_each_chunks_rows_are_multiplied_by_its_own_weights():
     nodes = report.program["Qwen3MoeDecoderLayer"].graph.nodes
     experts = [n for n in nodes if n.meta.get("semantic") is grouped.grouped_mlp]
     for n in experts:
-        assert (n.args[0].args[1], n.kwargs["row_weights"].args[1]) == (0, 1) and n.args[0].args[0] is n.kwargs[
-            "row_weights"
+        assert (n.args[0].args[1], n.kwargs["permuted_probs"].args[1]) == (0, 1) and n.args[0].args[0] is n.kwargs[
+            "permuted_probs"
         ].args[0]
     assert len(experts) == 2 == len({n.args[0].args[0] for n in experts})
 

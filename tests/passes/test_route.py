@@ -101,11 +101,20 @@ def route_cohere2(logits):
 ROUTERS = [
     (route_mixtral, {"renormalize": True}),
     (route_gpt_oss, {"topk_first": True}),
-    (route_deepseek, {"score": "sigmoid", "groups": 4, "topk_groups": 2, "scale": 2.5, "eps": 1e-20, "sorted": False}),
-    (route_mistral4, {"groups": 4, "topk_groups": 2, "zero_fill": True, "renormalize": True, "eps": 1e-20, "scale": 2.5}),
-    (route_deepseek_v2, {"groups": 4, "topk_groups": 2, "group_score": "max", "zero_fill": True, "scale": 2.5}),
-    (route_deepseek_v4, {"score": "sqrtsoftplus", "gather": True, "renormalize": True, "eps": 1e-20, "scale": 1.5}),
-    (route_ernie, {"gather": True, "renormalize": True, "least": 1e-12}),
+    (
+        route_deepseek,
+        {"score": "sigmoid", "groups": 4, "topk_groups": 2, "routed_scaling_factor": 2.5, "eps": 1e-20, "sorted": False},
+    ),
+    (
+        route_mistral4,
+        {"groups": 4, "topk_groups": 2, "zero_fill": True, "renormalize": True, "eps": 1e-20, "routed_scaling_factor": 2.5},
+    ),
+    (route_deepseek_v2, {"groups": 4, "topk_groups": 2, "group_score": "max", "zero_fill": True, "routed_scaling_factor": 2.5}),
+    (
+        route_deepseek_v4,
+        {"score": "sqrtsoftplus", "gather": True, "renormalize": True, "eps": 1e-20, "routed_scaling_factor": 1.5},
+    ),
+    (route_ernie, {"gather": True, "renormalize": True, "min_sum": 1e-12}),
     (route_gemma4, {"renormalize": True}),
     (route_kolibri, {"score": "sigmoid", "topk_first": True, "gather": True, "renormalize": True, "eps": 1e-20}),
     (route_cohere2, {"score": "sigmoid", "topk_first": True, "renormalize": True}),

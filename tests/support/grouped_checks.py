@@ -43,20 +43,20 @@ def check_rows_are_made_again(
     cpu_metadata = transports.make_header(transports.Header("all_to_all", fp8=dispatch_dtype == "fp8"), 1)
     arrived = rows.received_tokens(received, HIDDEN, cpu_metadata)
     many = int(tokens_per_expert.sum()) + spare
-    given, row_weights = rows.permute(
+    given, permuted_probs = rows.permute(
         arrived, row_id_map, many, _random(tokens, TOP_K, seed=2, dtype=torch.float32, device=device)
     )
     weights = [
         _random(EXPERTS, *shape, seed=i, dtype=dtype, device=device)
         for i, shape in enumerate([(2 * INNER, HIDDEN), (2 * INNER,), (HIDDEN, INNER), (HIDDEN,)])
     ]
-    leaves = [t.requires_grad_() for t in (given, row_weights, *weights)]
+    leaves = [t.requires_grad_() for t in (given, permuted_probs, *weights)]
     named = int(tokens_per_expert.sum())
 
     def run(kernel: Callable, **options) -> tuple[list[torch.Tensor], set[int]]:
         kept: list[torch.Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-            y = kernel(leaves[0], tokens_per_expert, *leaves[2:], activation="swiglu", row_weights=leaves[1], **options)
+            y = kernel(leaves[0], tokens_per_expert, *leaves[2:], activation="swiglu", permuted_probs=leaves[1], **options)
         to_rows, to_row_weights, *found = torch.autograd.grad(y[:named].square().sum() if named else y.sum() * 0, leaves)
         return [y[:named], to_rows[:named], to_row_weights[:named], *found], {t.data_ptr() for t in kept if t.numel()}
 

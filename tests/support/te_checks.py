@@ -92,12 +92,12 @@ ROUTERS = {
     "olmoe": (64, 8, torch.float32, {}),
     "gpt_oss fp32": (32, 4, torch.float32, {"topk_first": True, "fp32": False}),
     "granite": (40, 8, torch.bfloat16, {"topk_first": True, "cast": True}),
-    "one expert": (16, 1, torch.float32, {"score": "softmax", "scale": 2.0}),
-    "one sigmoid": (16, 1, torch.float32, {"score": "sigmoid", "scale": 2.5}),
-    "deepseek_v2": (64, 6, torch.float32, {"groups": 8, "topk_groups": 6, "group_score": "max", "zero_fill": True, "scale": 16.0}),
+    "one expert": (16, 1, torch.float32, {"score": "softmax", "routed_scaling_factor": 2.0}),
+    "one sigmoid": (16, 1, torch.float32, {"score": "sigmoid", "routed_scaling_factor": 2.5}),
+    "deepseek_v2": (64, 6, torch.float32, {"groups": 8, "topk_groups": 6, "group_score": "max", "zero_fill": True, "routed_scaling_factor": 16.0}),
     "deepseek_v3": (
         256, 8, torch.float32,
-        {"score": "sigmoid", "bias": True, "gather": True, "groups": 8, "topk_groups": 4, "sorted": False, "renormalize": True, "eps": 1e-20, "scale": 2.5},
+        {"score": "sigmoid", "bias": True, "gather": True, "groups": 8, "topk_groups": 4, "sorted": False, "renormalize": True, "eps": 1e-20, "routed_scaling_factor": 2.5},
     ),
     "glm4": (128, 8, torch.float32, {"score": "sigmoid", "bias": True, "gather": True, "sorted": False, "renormalize": True, "eps": 1e-20}),
     "many": (256, 24, torch.float32, {"sorted": False, "renormalize": True}),
@@ -228,7 +228,7 @@ def expert_arguments(
     clamped=False,
     routing="random",
 ):
-    """x, index, weights, up, up_bias, down, down_bias: normally distributed.
+    """x, index, weights, up, gate_up_bias, down, down_bias: normally distributed.
 
     ``clamped``: for an activation with a limit. A pre-activation beside the limit that bf16 rounds to its other side gets the
     gradient 0, or one instead of 0. That is no rounding of the result, and every few thousand there is one: 2 of 10,656 made the
@@ -241,18 +241,18 @@ def expert_arguments(
         0.3 * normal(experts, wide, hidden, seed=1),
         0.3 * normal(experts, hidden, size, seed=2),
     )
-    up_bias, down_bias = normal(experts, wide, seed=3), normal(experts, hidden, seed=4)
+    gate_up_bias, down_bias = normal(experts, wide, seed=3), normal(experts, hidden, seed=4)
     if clamped:
-        x, up, up_bias = x.round().clamp(-1, 1), (16 * up).round() / 16, (16 * up_bias).round() / 16
+        x, up, gate_up_bias = x.round().clamp(-1, 1), (16 * up).round() / 16, (16 * gate_up_bias).round() / 16
         products = torch.einsum("th,ewh->tew", x, up)
-        assert all(bool((h.abs() <= 16).all()) for h in (products, products + up_bias)), "more than 8 bits"
+        assert all(bool((h.abs() <= 16).all()) for h in (products, products + gate_up_bias)), "more than 8 bits"
     if transposed:
         up, down = up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()
     if routing == "random":
         index = torch.rand(tokens, experts, generator=g).topk(top_k).indices
     else:  # all tokens on the same experts, the others get none
         index = torch.arange(experts - 1, experts - 1 - top_k, -1).expand(tokens, top_k)
-    biases = (up_bias, down_bias) if biased else (None, None)
+    biases = (gate_up_bias, down_bias) if biased else (None, None)
     return [x, index, normal(tokens, top_k, seed=6).abs(), up, biases[0], down, biases[1]]
 
 
@@ -321,12 +321,14 @@ def check_grouped_mlp(name, counts, dtype, device, grad_scale=1.0):
     given = _in(dtype, [rows, torch.tensor(counts), *weights])
 
     def weighted(fn):
-        return lambda *given, **options: fn(*given[:-1], **options, row_weights=given[-1])
+        return lambda *given, **options: fn(*given[:-1], **options, permuted_probs=given[-1])
 
-    for row_weights in (None, normal(sum(counts), seed=9)):
-        wanted = run(weighted(grouped.grouped_mlp), leaves([*given, row_weights], "cpu", torch.float32), **options)
+    for permuted_probs in (None, normal(sum(counts), seed=9)):
+        wanted = run(weighted(grouped.grouped_mlp), leaves([*given, permuted_probs], "cpu", torch.float32), **options)
         found = run(
-            weighted(te.grouped_mlp), [*leaves(given, device, dtype), *leaves([row_weights], device, torch.float32)], **options
+            weighted(te.grouped_mlp),
+            [*leaves(given, device, dtype), *leaves([permuted_probs], device, torch.float32)],
+            **options,
         )
         compare(found, wanted, dtype, 1.5)
 

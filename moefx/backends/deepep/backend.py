@@ -48,7 +48,7 @@ def _dtype_of_results(node: fx.Node) -> torch.dtype | None:
     for item in node.users:
         for user in item.users:
             if user.meta.get("semantic", user.target) is grouped.grouped_mlp:
-                return value(arguments(user)["up"]).dtype
+                return value(arguments(user)["gate_up"]).dtype
     return None
 
 

@@ -222,5 +222,5 @@ BACKEND = Backend(
         )
     },
     available,
-    by_name=True,
+    opt_in=True,
 )

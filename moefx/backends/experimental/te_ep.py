@@ -216,5 +216,5 @@ BACKEND = Backend(
     "te_ep",
     {dispatch_combine.dispatch: Kernel(dispatch_combine.dispatch_with("te_ep"), _refuses, "NCCL EP, no host sync")},
     available,
-    by_name=True,
+    opt_in=True,
 )

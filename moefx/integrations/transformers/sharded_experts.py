@@ -20,7 +20,7 @@ def experts_over_ranks(x: Tensor, index: Tensor, weights: Tensor, module: nn.Mod
     local = [p.to_local() if isinstance(p, DTensor) else p for p in layout.weights(module)]
     rows, probs, tokens_per_expert, *route, received = dispatch_combine.dispatch(x, index, weights, **where)
     row_id_map, _, cpu_metadata, _ = route
-    options = {**layout.options, "grad_scale": 1.0 / up.device_mesh.size(), "row_weights": probs}
+    options = {**layout.options, "grad_scale": 1.0 / up.device_mesh.size(), "permuted_probs": probs}
     options["arrived"] = [received, row_id_map, cpu_metadata]
     rows = grouped_mlp.grouped_mlp(rows, tokens_per_expert, *local, **options)
     return dispatch_combine.combine(rows, index, *route, **where).to(x.dtype)

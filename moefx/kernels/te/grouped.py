@@ -81,13 +81,13 @@ def _project(x: Tensor, weight: Tensor, groups: Groups, transposed: bool) -> Ten
 
 @opaque("te_grouped_mlp")
 def te_grouped_mlp(
-    rows: Tensor,
-    counts: Tensor,
-    up: Tensor,
-    up_bias: Tensor | None,
+    permuted_tokens: Tensor,
+    tokens_per_expert: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor | None,
     down: Tensor,
     down_bias: Tensor | None,
-    row_weights: Tensor | None,
+    permuted_probs: Tensor | None,
     tokens: Tensor | None,
     place: Tensor | None,
     host: Tensor | None,
@@ -96,68 +96,68 @@ def te_grouped_mlp(
     """As ``moefx.grouped_mlp``; and the pre-activations [R, 2I or I] for the backward, which keeps tokens, place and host
     instead of the rows where they are given.
     """
-    groups = Groups(counts)
-    h = _project(rows.to(up.dtype), up, groups, spec.transposed)
-    h = h if up_bias is None else h + _of_rows(up_bias, counts, len(h))
-    out = _project(activate(h, row_weights, spec), down, groups, spec.transposed)
+    groups = Groups(tokens_per_expert)
+    h = _project(permuted_tokens.to(gate_up.dtype), gate_up, groups, spec.transposed)
+    h = h if gate_up_bias is None else h + _of_rows(gate_up_bias, tokens_per_expert, len(h))
+    out = _project(activate(h, permuted_probs, spec), down, groups, spec.transposed)
     if down_bias is not None:
-        out = (out + scale_rows(_of_rows(down_bias, counts, len(out)), row_weights)).to(out.dtype)
+        out = (out + scale_rows(_of_rows(down_bias, tokens_per_expert, len(out)), permuted_probs)).to(out.dtype)
     return out, h
 
 
-def _of_rows(bias: Tensor, counts: Tensor, rows: int) -> Tensor:
-    return bias.repeat_interleave(counts, dim=0, output_size=rows)
+def _of_rows(bias: Tensor, tokens_per_expert: Tensor, rows: int) -> Tensor:
+    return bias.repeat_interleave(tokens_per_expert, dim=0, output_size=rows)
 
 
 @te_grouped_mlp.register_fake
 def _(
-    rows,
-    counts,
-    up,
-    up_bias,
+    permuted_tokens,
+    tokens_per_expert,
+    gate_up,
+    gate_up_bias,
     down,
     down_bias,
-    row_weights,
+    permuted_probs,
     tokens,
     place,
     host,
     spec,
 ):
-    high, out = matrices_of(up, spec.transposed).shape[2], matrices_of(down, spec.transposed).shape[2]
-    return up.new_empty(rows.shape[0], out), up.new_empty(rows.shape[0], high)
+    high, out = matrices_of(gate_up, spec.transposed).shape[2], matrices_of(down, spec.transposed).shape[2]
+    return gate_up.new_empty(permuted_tokens.shape[0], out), gate_up.new_empty(permuted_tokens.shape[0], high)
 
 
 @opaque("te_grouped_mlp_backward", once=True)
 def te_grouped_mlp_backward(
     grad: Tensor,
     h: Tensor,
-    rows: Tensor | None,
+    permuted_tokens: Tensor | None,
     tokens: Tensor | None,
     place: Tensor | None,
     host: Tensor | None,
-    counts: Tensor,
-    up: Tensor,
-    up_bias: Tensor | None,
+    tokens_per_expert: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor | None,
     down: Tensor,
     down_bias: Tensor | None,
-    row_weights: Tensor | None,
+    permuted_probs: Tensor | None,
     spec: GroupedMLPSpec,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of rows, up, up_bias, down, down_bias, row_weights (empty where there is none)."""
-    groups, grad = Groups(counts), grad.contiguous()
+    """Gradients of permuted_tokens, gate_up, gate_up_bias, down, down_bias, permuted_probs (empty where there is none)."""
+    groups, grad = Groups(tokens_per_expert), grad.contiguous()
     to_a = gemm(grad, down, groups, by_columns=not spec.transposed)
-    to_h, a, to_weights = activate_backward(h, to_a, row_weights, spec)
-    kept = SavedRows(rows, tokens, place, host)
-    x = kept.restore(h.shape[0], matrices_of(up, spec.transposed).shape[1]).to(up.dtype).contiguous()
+    to_h, a, to_weights = activate_backward(h, to_a, permuted_probs, spec)
+    kept = SavedRows(permuted_tokens, tokens, place, host)
+    x = kept.restore(h.shape[0], matrices_of(gate_up, spec.transposed).shape[1]).to(gate_up.dtype).contiguous()
     to_down = outer(a, grad, groups) if spec.transposed else outer(grad, a, groups)
     to_up = outer(x, to_h, groups) if spec.transposed else outer(to_h, x, groups)
-    to_rows = gemm(to_h, up, groups, by_columns=not spec.transposed).to(kept.dtype)
-    to_up_bias = sum_by_expert(to_h, counts) if up_bias is not None else h.new_empty(0)
+    to_rows = gemm(to_h, gate_up, groups, by_columns=not spec.transposed).to(kept.dtype)
+    to_up_bias = sum_by_expert(to_h, tokens_per_expert) if gate_up_bias is not None else h.new_empty(0)
     to_down_bias = h.new_empty(0)
     if down_bias is not None:
-        to_down_bias = sum_by_expert(grad, counts, row_weights)
-        if row_weights is not None:
-            to_weights += (grad.to(accumulation_dtype(grad.dtype)) * _of_rows(down_bias, counts, len(grad))).sum(1)
+        to_down_bias = sum_by_expert(grad, tokens_per_expert, permuted_probs)
+        if permuted_probs is not None:
+            to_weights += (grad.to(accumulation_dtype(grad.dtype)) * _of_rows(down_bias, tokens_per_expert, len(grad))).sum(1)
     if spec.grad_scale != 1.0:
         for g in (to_up, to_up_bias, to_down, to_down_bias):
             g.mul_(spec.grad_scale)
@@ -168,29 +168,40 @@ def te_grouped_mlp_backward(
 def _(
     grad,
     h,
-    rows,
+    permuted_tokens,
     tokens,
     place,
     host,
-    counts,
-    up,
-    up_bias,
+    tokens_per_expert,
+    gate_up,
+    gate_up_bias,
     down,
     down_bias,
-    row_weights,
+    permuted_probs,
     spec,
 ):
     def like(t: Tensor | None) -> Tensor:
         return h.new_empty(0) if t is None else t.new_empty(t.shape)
 
-    to_rows = h.new_empty(h.shape[0], matrices_of(up, spec.transposed).shape[1], dtype=SavedRows(rows, tokens).dtype)
-    return to_rows, like(up), like(up_bias), like(down), like(down_bias), like(row_weights)
+    to_rows = h.new_empty(
+        h.shape[0], matrices_of(gate_up, spec.transposed).shape[1], dtype=SavedRows(permuted_tokens, tokens).dtype
+    )
+    return to_rows, like(gate_up), like(gate_up_bias), like(down), like(down_bias), like(permuted_probs)
 
 
 def _save(ctx, inputs, _, output) -> None:
     ctx.set_materialize_grads(False)
-    rows, counts, up, up_bias, down, down_bias, row_weights, *arrived, ctx.spec = inputs
-    ctx.save_for_backward(output[1], *SavedRows.smallest(rows, *arrived), counts, up, up_bias, down, down_bias, row_weights)
+    permuted_tokens, tokens_per_expert, gate_up, gate_up_bias, down, down_bias, permuted_probs, *arrived, ctx.spec = inputs
+    ctx.save_for_backward(
+        output[1],
+        *SavedRows.smallest(permuted_tokens, *arrived),
+        tokens_per_expert,
+        gate_up,
+        gate_up_bias,
+        down,
+        down_bias,
+        permuted_probs,
+    )
     ctx.mark_non_differentiable(output[1])
 
 
