@@ -1,4 +1,4 @@
-"""Backends: tables from semantic operations to kernels. An ordered list decides; who takes nothing leaves it to the next.
+"""Backends: tables from semantic operations to kernels. They are asked in the order of a list.
 
 A kernel has its operation's signature, so that lowering is ``node.target = kernel.fn``; ``moefx.ops.takes_spec`` makes it of a
 function that takes the operation's spec. A kernel that cannot serve a node says why, in a sentence with the two values that

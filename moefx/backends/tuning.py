@@ -3,7 +3,7 @@
     model = moefx.optimize(model, tune=(4, 4096))       # micro-batches of 4 sequences of 4,096 tokens
 
 What was measured is kept on disk (``MOEFX_TUNING``, by default ``moefx/tuning.json`` in the user's cache folder) and printed in
-the report. Each rank chooses for itself: kernels of one operation compute the same, whoever chooses which.
+the report. Each rank chooses for itself: kernels of one operation compute the same.
 
 With ``MOEFX_TUNE=0`` nothing is timed, so that runs choose alike: what is kept decides, then the table that moefx has for this
 kind of GPU (``moefx/tuned``, made by ``benchmarks/tune_table.py``; an H100 is served by the H200's), then the order of the
@@ -44,7 +44,7 @@ WARM_UP, RUNS = 3, 10
 
 
 def choose(node: fx.Node, function: Function, candidates: Sequence[Choice], tune: Tune, compile: bool | str) -> Choice:
-    """The fastest of ``candidates``; it says what all of them took. One that fails is left out, and that is said too."""
+    """The fastest of ``candidates``, with the times of all. One that fails is left out, with its error."""
     device = function.call.device
     if node.target not in TUNED or len(candidates) < 2 or device.type == "meta":
         return candidates[0]
@@ -58,22 +58,22 @@ def choose(node: fx.Node, function: Function, candidates: Sequence[Choice], tune
     if missing:
         _write(site.key, known)
     if not any(isinstance(known[c.backend.name], list) for c in candidates):
-        told = "; ".join(f"{c.backend.name}: {known[c.backend.name]}" for c in candidates)
-        raise MoefxError(f"no kernel of {op_name(node.target)} runs at {site.sizes} on {device}: {told}")
+        reasons = "; ".join(f"{c.backend.name}: {known[c.backend.name]}" for c in candidates)
+        raise MoefxError(f"no kernel of {op_name(node.target)} runs at {site.sizes} on {device}: {reasons}")
     return _fastest(candidates, known, f"measured at {site.sizes}")
 
 
 def _untimed(site: _Site, candidates: Sequence[Choice], known: dict[str, Any]) -> Choice:
     """The choice where nothing may be timed, from what is kept of this site, else from the table for this GPU."""
-    told = f"kept of {site.sizes}"
+    source = f"kept of {site.sizes}"
     if not known:
         table = table_of(site.where)
         if not table.exists():
             table = table_of(_same_chip(site.where))
-        known, told = _read(table).get("sites", {}).get(site.row, {}), f"{table.name} at {site.sizes}"
+        known, source = _read(table).get("sites", {}).get(site.row, {}), f"{table.name} at {site.sizes}"
     there = [c for c in candidates if isinstance(known.get(c.backend.name), list)]
     if there:
-        return _fastest([c for c in candidates if c.backend.name in known], known, told)
+        return _fastest([c for c in candidates if c.backend.name in known], known, source)
     first = candidates[0]
     why = "; ".join(filter(None, (first.why, f"MOEFX_TUNE=0, and nothing is kept of {site.sizes} on {site.where}")))
     return replace(first, why=why, refusals=candidates[-1].refusals)
@@ -81,8 +81,8 @@ def _untimed(site: _Site, candidates: Sequence[Choice], known: dict[str, Any]) -
 
 def _fastest(candidates: Sequence[Choice], known: dict[str, Any], source: str) -> Choice:
     best = min((c for c in candidates if isinstance(known[c.backend.name], list)), key=lambda c: sum(known[c.backend.name]))
-    told = ", ".join(f"{c.backend.name} {_text(known[c.backend.name])}" for c in candidates)
-    why = "; ".join(filter(None, (best.why, f"{source}: {told}")))
+    times = ", ".join(f"{c.backend.name} {_text(known[c.backend.name])}" for c in candidates)
+    why = "; ".join(filter(None, (best.why, f"{source}: {times}")))
     return replace(best, why=why, refusals=candidates[-1].refusals)
 
 
@@ -105,8 +105,8 @@ class _Site:
         given = arguments(node)
         self.given = {k: (shape(value(v)), value(v).dtype) if isinstance(v, fx.Node) else v for k, v in given.items()}
         self.where = name_of(device)
-        told = {k: [v[0], str(v[1])] if isinstance(v, tuple) else v for k, v in self.given.items()}
-        site = [op_name(node.target), told, self.training]
+        inputs = {k: [v[0], str(v[1])] if isinstance(v, tuple) else v for k, v in self.given.items()}
+        site = [op_name(node.target), inputs, self.training]
         self.row = json.dumps(site)  #: of a table, which is one device's and outlives versions
         self.key = json.dumps([*site, self.where, *versions()])
 

@@ -1,7 +1,7 @@
 """The routed experts as one operation: forward and backward around two grouped GEMMs and four, nothing but rows in between.
 
 Kept for the backward: the inputs, where each row went, and the pre-activations. Activations, gathered tokens and rows of
-gradients are made again there. The plan is SonicMoE's (arXiv 2512.14080): the weight of a row multiplies its activation, so
+gradients are recomputed there. The plan is SonicMoE's (arXiv 2512.14080): the weight of a row multiplies its activation, so
 that its gradient is a sum over the intermediate size and no expert's output is kept; all sums over experts and tokens have
 one fixed order. Nothing waits for the device.
 
@@ -277,7 +277,7 @@ def fused_grouped_mlp(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """The experts' output [R, H] in the weights' dtype, and the pre-activations h [R, 2I or I] for the backward, which keeps
-    tokens, place and host instead of the rows where they are given. Without ``keep`` h is empty, and made again there.
+    tokens, place and host instead of the rows where they are given. Without ``keep`` h is empty, and recomputed there.
     """
     from moefx.kernels import expert_activation as act
 

@@ -136,10 +136,10 @@ def looped(x, index, weights, up, _, down, __, activation, transposed=False):
     "fn", [ops.BODIES[ops.experts], torch_backend.experts, EXPERTS, RECOMPUTE],
     ids=["body", "torch", "triton", "again"],
 )  # fmt: skip
-@pytest.mark.parametrize(("tokens", "somebodys", "transposed"), [(1, 3, False), (40, 3, True), (33, 5, False), (9, 1, False)])
-def test_choices_that_are_nobodys(fn, tokens, somebodys, transposed, dtype, monkeypatch):
+@pytest.mark.parametrize(("tokens", "computing", "transposed"), [(1, 3, False), (40, 3, True), (33, 5, False), (9, 1, False)])
+def test_zero_computation_experts_add_nothing(fn, tokens, computing, transposed, dtype, monkeypatch):
     """Some of eight experts compute nothing: of 40 tokens about three in five choices, with one expert seven in eight. What
-    products leave in rows that are nobody's, undefined on a device, is NaN here."""
+    products leave in rows of zero-computation experts, undefined on a device, is NaN here."""
     plain = grouped_mm.grouped_gemm
 
     def poisoned(x, weight, offsets):
@@ -148,15 +148,15 @@ def test_choices_that_are_nobodys(fn, tokens, somebodys, transposed, dtype, monk
 
     for module in (grouped_mm, experts.grouped_gemm):
         monkeypatch.setattr(module, "grouped_gemm", poisoned)
-    given = make(tokens, 8, 3, dtype=dtype, transposed=transposed, seed=somebodys)
-    given[5] = given[5][:somebodys].contiguous()
+    given = make(tokens, 8, 3, dtype=dtype, transposed=transposed, seed=computing)
+    given[5] = given[5][:computing].contiguous()
     options = {"activation": "swiglu", "transposed": transposed}
     wanted = run(looped, given, torch.float64, options, "cpu")
     found = run(fn, given, dtype, options, DEVICE)
     compare(found, wanted, dtype)
-    nobodys = given[1] >= somebodys
-    assert nobodys.any() and not found["gradient 2"].cpu()[nobodys].any()
-    assert not found["gradient 3"][somebodys:].any()  # up's matrices of experts that compute nothing
+    uncomputed = given[1] >= computing
+    assert uncomputed.any() and not found["gradient 2"].cpu()[uncomputed].any()
+    assert not found["gradient 3"][computing:].any()  # up's matrices of experts that compute nothing
 
 
 def test_sizes_that_divide_no_block():
