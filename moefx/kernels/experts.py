@@ -270,14 +270,15 @@ def fused_grouped_mlp(
     down_bias: Tensor | None,
     permuted_probs: Tensor | None,
     tokens: Tensor | None,
-    place: Tensor | None,
-    host: Tensor | None,
+    row_id_map: Tensor | None,
+    cpu_metadata: Tensor | None,
     spec: GroupedMLPSpec,
     gemm: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """The experts' output [R, H] in the weights' dtype, and the pre-activations h [R, 2I or I] for the backward, which keeps
-    tokens, place and host instead of the rows where they are given. Without ``keep`` h is empty, and recomputed there.
+    tokens, row_id_map and cpu_metadata instead of the rows where they are given. Without ``keep`` h is empty, and recomputed
+    there.
     """
     from moefx.kernels import expert_activation as act
 
@@ -300,8 +301,8 @@ def _(
     down_bias,
     permuted_probs,
     tokens,
-    place,
-    host,
+    row_id_map,
+    cpu_metadata,
     spec,
     gemm,
     keep,
@@ -318,8 +319,8 @@ def fused_grouped_mlp_backward(
     h: Tensor,
     permuted_tokens: Tensor | None,
     tokens: Tensor | None,
-    place: Tensor | None,
-    host: Tensor | None,
+    row_id_map: Tensor | None,
+    cpu_metadata: Tensor | None,
     tokens_per_expert: Tensor,
     gate_up: Tensor,
     gate_up_bias: Tensor | None,
@@ -338,7 +339,7 @@ def fused_grouped_mlp_backward(
     from moefx.kernels import expert_activation as act
 
     bounds = _bounds(tokens_per_expert)
-    kept, hidden = SavedRows(permuted_tokens, tokens, place, host), matrices_of(gate_up, spec.transposed).shape[1]
+    kept, hidden = SavedRows(permuted_tokens, tokens, row_id_map, cpu_metadata), matrices_of(gate_up, spec.transposed).shape[1]
     if not keep:
         kept = SavedRows(kept.restore(grad.shape[0], hidden))
         h = grouped_gemm.rows(
@@ -373,8 +374,8 @@ def _(
     h,
     permuted_tokens,
     tokens,
-    place,
-    host,
+    row_id_map,
+    cpu_metadata,
     tokens_per_expert,
     gate_up,
     gate_up_bias,
@@ -404,11 +405,11 @@ def _save_mlp(ctx, inputs, keyword_only_inputs, output) -> None:
         down_bias,
         permuted_probs,
         tokens,
-        place,
-        host,
+        row_id_map,
+        cpu_metadata,
         *ctx.options,
     ) = inputs
-    saved = SavedRows.smallest(permuted_tokens, tokens, place, host)
+    saved = SavedRows.smallest(permuted_tokens, tokens, row_id_map, cpu_metadata)
     ctx.save_for_backward(output[1], *saved, tokens_per_expert, gate_up, gate_up_bias, down, down_bias, permuted_probs)
     ctx.mark_non_differentiable(output[1])
 

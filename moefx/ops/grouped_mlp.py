@@ -94,13 +94,13 @@ def grouped_mlp_forward(
     down_bias: Tensor | None,
     permuted_probs: Tensor | None,
     tokens: Tensor | None,
-    place: Tensor | None,
-    host: Tensor | None,
+    row_id_map: Tensor | None,
+    cpu_metadata: Tensor | None,
     spec: GroupedMLPSpec,
 ) -> tuple[Tensor, Tensor]:
     """The experts' output [R, H] and what the backward needs besides the inputs: the pre-activations [R, 2I or I].
 
-    tokens, place and host are not read: they are kept for the backward, instead of the rows, where they are given.
+    tokens, row_id_map and cpu_metadata are not read: they are kept for the backward, instead of the rows, where they are given.
     """
     offsets = tokens_per_expert.cumsum(0).to(torch.int32)
     biased = gate_up_bias is not None or down_bias is not None
@@ -115,7 +115,19 @@ def grouped_mlp_forward(
 
 
 @grouped_mlp_forward.register_fake
-def _(permuted_tokens, tokens_per_expert, gate_up, gate_up_bias, down, down_bias, permuted_probs, tokens, place, host, spec):
+def _(
+    permuted_tokens,
+    tokens_per_expert,
+    gate_up,
+    gate_up_bias,
+    down,
+    down_bias,
+    permuted_probs,
+    tokens,
+    row_id_map,
+    cpu_metadata,
+    spec,
+):
     out = gate_up.new_empty(permuted_tokens.shape[0], matrices_of(down, spec.transposed).shape[2])
     return out, gate_up.new_empty(permuted_tokens.shape[0], matrices_of(gate_up, spec.transposed).shape[2])
 
@@ -126,8 +138,8 @@ def grouped_mlp_backward(
     h: Tensor,
     permuted_tokens: Tensor | None,
     tokens: Tensor | None,
-    place: Tensor | None,
-    host: Tensor | None,
+    row_id_map: Tensor | None,
+    cpu_metadata: Tensor | None,
     tokens_per_expert: Tensor,
     gate_up: Tensor,
     gate_up_bias: Tensor | None,
@@ -145,7 +157,7 @@ def grouped_mlp_backward(
     to_a = grouped_gemm(grad, matrices_of(down, spec.transposed).transpose(1, 2), offsets)
     to_h, a, to_weights = activate_backward(h, to_a, permuted_probs, spec)
     to_down = grouped_outer(a, grad, offsets) if spec.transposed else grouped_outer(grad, a, offsets)
-    kept, matrices = SavedRows(permuted_tokens, tokens, place, host), matrices_of(gate_up, spec.transposed)
+    kept, matrices = SavedRows(permuted_tokens, tokens, row_id_map, cpu_metadata), matrices_of(gate_up, spec.transposed)
     x = kept.restore(h.shape[0], matrices.shape[1]).to(gate_up.dtype)
     to_up = grouped_outer(x, to_h, offsets) if spec.transposed else grouped_outer(to_h, x, offsets)
     to_rows = grouped_gemm(to_h, matrices.transpose(1, 2), offsets).to(kept.dtype)
@@ -175,8 +187,8 @@ def _(
     h,
     permuted_tokens,
     tokens,
-    place,
-    host,
+    row_id_map,
+    cpu_metadata,
     tokens_per_expert,
     gate_up,
     gate_up_bias,
@@ -244,8 +256,9 @@ def _grouped_mlp(
     gets a gradient, zeros where no row came. Rows after the last of ``tokens_per_expert``, and their weights, may hold
     anything: what they give means nothing, and no gradient of a parameter has any of it.
 
-    ``arrived``: tokens, place and host that ``dispatch`` gave with these rows. The backward then keeps them instead of the
-    rows, which it makes again: a token has a row for each of its experts here, and a capacity's worst case is mostly rows.
+    ``arrived``: tokens, row_id_map and cpu_metadata that ``dispatch`` gave with these rows. The backward then keeps them
+    instead of the rows, which it restores from them: a token has a row for each of its experts here, and a capacity's worst case is
+    mostly rows.
     """
     parts = parts_of(arrived)
     return grouped_mlp_forward(
@@ -254,9 +267,11 @@ def _grouped_mlp(
 
 
 def parts_of(arrived: list[Tensor] | None) -> list[Tensor | None]:
-    """tokens, place, host; None where there are none."""
+    """tokens, row_id_map, cpu_metadata; None where there are none."""
     if arrived is not None and len(arrived) != 3:
-        raise MoefxError(f"arrived has {len(arrived)} tensors, not 3: pass [tokens, place, host] as dispatch gave them")
+        raise MoefxError(
+            f"arrived has {len(arrived)} tensors, not 3: pass [tokens, row_id_map, cpu_metadata] as dispatch gave them"
+        )
     return [None, None, None] if arrived is None else list(arrived)
 
 

@@ -210,7 +210,7 @@ def test_grouped_mlp_makes_its_rows_again(case, dtype):
 
 def test_grouped_mlp_wants_all_that_arrived():
     given = _mlp_inputs([2, 1], bias=False, transposed=False, gated=True, dtype=torch.float32)
-    with pytest.raises(MoefxError, match=r"arrived has 2 tensors, not 3: pass \[tokens, place, host\]"):
+    with pytest.raises(MoefxError, match=r"arrived has 2 tensors, not 3: pass \[tokens, row_id_map, cpu_metadata\]"):
         grouped.grouped_mlp(given[0], torch.tensor([2, 1]), *given[1:], activation="swiglu", arrived=[given[0], given[0]])
 
 

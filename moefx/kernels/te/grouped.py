@@ -89,12 +89,13 @@ def te_grouped_mlp(
     down_bias: Tensor | None,
     permuted_probs: Tensor | None,
     tokens: Tensor | None,
-    place: Tensor | None,
-    host: Tensor | None,
+    row_id_map: Tensor | None,
+    cpu_metadata: Tensor | None,
     spec: GroupedMLPSpec,
 ) -> tuple[Tensor, Tensor]:
-    """As ``moefx.grouped_mlp``; and the pre-activations [R, 2I or I] for the backward, which keeps tokens, place and host
-    instead of the rows where they are given.
+    """As ``moefx.grouped_mlp``; and the pre-activations [R, 2I or I] for the backward.
+
+    That saves tokens, row_id_map and cpu_metadata instead of the rows where they are given.
     """
     groups = Groups(tokens_per_expert)
     h = _project(permuted_tokens.to(gate_up.dtype), gate_up, groups, spec.transposed)
@@ -119,8 +120,8 @@ def _(
     down_bias,
     permuted_probs,
     tokens,
-    place,
-    host,
+    row_id_map,
+    cpu_metadata,
     spec,
 ):
     high, out = matrices_of(gate_up, spec.transposed).shape[2], matrices_of(down, spec.transposed).shape[2]
@@ -133,8 +134,8 @@ def te_grouped_mlp_backward(
     h: Tensor,
     permuted_tokens: Tensor | None,
     tokens: Tensor | None,
-    place: Tensor | None,
-    host: Tensor | None,
+    row_id_map: Tensor | None,
+    cpu_metadata: Tensor | None,
     tokens_per_expert: Tensor,
     gate_up: Tensor,
     gate_up_bias: Tensor | None,
@@ -147,7 +148,7 @@ def te_grouped_mlp_backward(
     groups, grad = Groups(tokens_per_expert), grad.contiguous()
     to_a = gemm(grad, down, groups, by_columns=not spec.transposed)
     to_h, a, to_weights = activate_backward(h, to_a, permuted_probs, spec)
-    kept = SavedRows(permuted_tokens, tokens, place, host)
+    kept = SavedRows(permuted_tokens, tokens, row_id_map, cpu_metadata)
     x = kept.restore(h.shape[0], matrices_of(gate_up, spec.transposed).shape[1]).to(gate_up.dtype).contiguous()
     to_down = outer(a, grad, groups) if spec.transposed else outer(grad, a, groups)
     to_up = outer(x, to_h, groups) if spec.transposed else outer(to_h, x, groups)
@@ -170,8 +171,8 @@ def _(
     h,
     permuted_tokens,
     tokens,
-    place,
-    host,
+    row_id_map,
+    cpu_metadata,
     tokens_per_expert,
     gate_up,
     gate_up_bias,
