@@ -257,8 +257,8 @@ def _grouped_mlp(
     anything: what they give means nothing, and no gradient of a parameter has any of it.
 
     ``arrived``: tokens, row_id_map and cpu_metadata that ``dispatch`` gave with these rows. The backward then keeps them
-    instead of the rows, which it restores from them: a token has a row for each of its experts here, and a capacity's worst case is
-    mostly rows.
+    instead of the rows, which it restores from them: a token has a row for each of its experts here, and a capacity's worst
+    case is mostly rows.
     """
     parts = parts_of(arrived)
     return grouped_mlp_forward(
