@@ -45,7 +45,8 @@ def save_pretrained(
     Args:
         model: a Transformers model, sharded or not.
         folder: is made if it does not exist.
-        max_shard_size, save_original_format: as in ``PreTrainedModel.save_pretrained``.
+        max_shard_size: the most bytes of a file, as in ``PreTrainedModel.save_pretrained``.
+        save_original_format: write the checkpoint's own names and layout where the model was loaded with others, as there.
     """
     rank, world = rank_and_world()
     folder = Path(folder)

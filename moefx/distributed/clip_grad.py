@@ -28,7 +28,10 @@ def clip_grad_norm_(
 
     Args:
         parameters: a model, or parameters.
-        max_norm, norm_type, error_if_nonfinite, foreach: as in ``torch.nn.utils.clip_grad_norm_``.
+        max_norm: gradients are scaled down to this norm if theirs is larger.
+        norm_type: the order of the norm; infinity is the largest absolute value.
+        error_if_nonfinite: raise if the norm is NaN or infinite.
+        foreach: use torch's foreach kernels; None: where they serve.
 
     Returns:
         The norm that one process with all parameters would compute, a tensor that is the same on every rank.

@@ -61,11 +61,12 @@ def _gradients(
     by_down: Callable[[Tensor], Tensor] | None = None,
     grad_scale: float = 1.0,
 ) -> tuple[Tensor | None, list[Tensor | None], Tensor | None]:
-    """Gradients of ``rows()`` [R, H], of the four ``weights`` and of ``permuted_probs`` [R] (with ``order`` [R], the flat
-    positions of the rows: [T, K]), from to_out [R, H]: that of the weighted rows, not yet multiplied by ``permuted_probs``.
-    That of ``permuted_probs`` lacks the part of down's bias. ``needs``: of rows and of the four; the rest is None. ``by_down``:
-    multiplies to_out with matrices [E, H, I] group by group, where tokens are less to round than rows. The four are
-    multiplied by ``grad_scale``.
+    """Gradients of the rows [R, H], of the four ``weights`` and of ``permuted_probs``; None for those not in ``needs``.
+
+    They follow from to_out [R, H], the gradient of the weighted rows, not yet multiplied by ``permuted_probs``. The gradient of
+    ``permuted_probs`` is [R], or [T, K] with ``order`` [R], the flat positions of the rows, and lacks the part of down's bias.
+    ``by_down`` multiplies to_out with matrices [E, H, I] group by group, where there are fewer tokens to round than rows. The
+    gradients of the four weights are multiplied by ``grad_scale``.
     """
     from moefx.kernels import expert_activation as act
 
@@ -121,8 +122,10 @@ def fused_experts(
     gemm: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y [T, H] in x's dtype; then, for the backward, h [T*K, 2I or I], order and inverse [T*K], bounds [E + 1] (int32). Without
-    ``keep`` h is empty, and the backward makes it again.
+    """y [T, H] in x's dtype; then what the backward reads.
+
+    That is h [T*K, 2I or I], order and inverse [T*K], bounds [E + 1] (int32). Without ``keep`` h is empty, and the backward
+    recomputes it.
     """
     from moefx.kernels import expert_activation as act
     from moefx.kernels.counting_sort import sort_by_expert
@@ -276,9 +279,10 @@ def fused_grouped_mlp(
     gemm: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The experts' output [R, H] in the weights' dtype, and the pre-activations h [R, 2I or I] for the backward, which keeps
-    tokens, row_id_map and cpu_metadata instead of the rows where they are given. Without ``keep`` h is empty, and recomputed
-    there.
+    """The experts' output [R, H] in the weights' dtype, and the pre-activations h [R, 2I or I] for the backward.
+
+    The backward keeps tokens, row_id_map and cpu_metadata instead of the rows where they are given. Without ``keep`` h is
+    empty, and recomputed there.
     """
     from moefx.kernels import expert_activation as act
 

@@ -26,8 +26,10 @@ _WIDTHS = {192: 1.0, 160: 1.02, 128: 1.05}
 
 
 def _tile(columns: int) -> Tile:
-    """Of rows as they lie. Pairs along the columns: along the rows, an expert with an odd number of tiles would leave half a
-    pair idle, which takes a quarter longer with 192 rows an expert. The width that leaves the fewest columns empty.
+    """The tile for rows as they lie: the width that leaves the fewest columns empty.
+
+    Pairs run along the columns: along the rows, an expert with an odd number of tiles would leave half a pair idle, which
+    takes a quarter longer with 192 rows an expert.
     """
 
     def cost(width: int) -> float:
@@ -46,8 +48,9 @@ def rows(gemm: str, x: Tensor, weight: Tensor, bounds: Tensor) -> Tensor:
 
 
 def of_tokens(gemm: str, x: Tensor, order: Tensor, inverse: Tensor, top_k: int, weight: Tensor, bounds: Tensor) -> Tensor:
-    """x [T, a], each token in the K rows that ``order`` and ``inverse`` of ``sort_by_expert`` give it, times weight
-    [E, a, b] -> [T * K, b]. QuACK gathers the tokens as it reads them, which writes no rows.
+    """x [T, a], each token in its K rows, times weight [E, a, b] -> [T * K, b].
+
+    ``order`` and ``inverse`` are those of ``sort_by_expert``. QuACK gathers the tokens as it reads them, and writes no rows.
     """
     from moefx.kernels.permute import expand
 

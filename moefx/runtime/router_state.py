@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,10 +22,17 @@ from moefx.runtime.state import Optimized
 
 if TYPE_CHECKING:
     from moefx.ir.program import Function, RouterOutputs
-    from moefx.runtime.block import BlockForward
 
 #: Recorded routes: path of an experts module -> expert ids [T, K], in the order of the model.
 Routes = dict[str, Tensor]
+
+
+class Block(Protocol):
+    """What a block's forward (:class:`moefx.runtime.block.BlockForward`) lets its routers' state read and keep."""
+
+    path: str
+    state: Optimized
+    kept: list[Any]
 
 
 @dataclass(eq=False)
@@ -50,7 +57,7 @@ class RouterState:
     # --- around a call of a function ---
 
     def forced_routes(
-        self, block: BlockForward, function: Function, tensors: list[Tensor], training: bool
+        self, block: Block, function: Function, tensors: list[Tensor], training: bool
     ) -> tuple[list[Tensor], RecordedDispatches] | None:
         """The inputs of the replay function that force the routes of this call, and the dispatches that belong to them.
 
@@ -95,7 +102,7 @@ class RouterState:
 
     def record(
         self,
-        block: BlockForward,
+        block: Block,
         function: Function,
         x: Tensor,
         training: bool,

@@ -1,7 +1,7 @@
 """Transformers as moefx uses it: the experts, attention and mask interfaces, and the structure of models."""
 
 from moefx.integrations.transformers.attention import attention_forward
-from moefx.integrations.transformers.experts import ExpertsLayout, experts_layout, is_dense_experts, is_experts
+from moefx.integrations.transformers.experts import experts_layout, is_dense_experts, is_experts
 from moefx.integrations.transformers.implementations import (
     Names,
     activate,
@@ -10,6 +10,7 @@ from moefx.integrations.transformers.implementations import (
     original_implementations,
     restore,
 )
+from moefx.integrations.transformers.layout import ExpertsLayout
 from moefx.integrations.transformers.masks import LazyMask, MaskPattern, attention_mask, lazy_masks, original_masks, pattern_of
 from moefx.integrations.transformers.model_structure import (
     INDEX_NAMES,

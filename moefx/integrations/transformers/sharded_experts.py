@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from moefx.integrations.transformers.layout import ExpertsLayout
 from moefx.ops import dispatch_combine, grouped_mlp
-
-if TYPE_CHECKING:
-    from moefx.integrations.transformers.experts import ExpertsLayout
 
 
 def experts_over_ranks(x: Tensor, index: Tensor, weights: Tensor, module: nn.Module, layout: ExpertsLayout) -> Tensor:

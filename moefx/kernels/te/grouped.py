@@ -31,6 +31,7 @@ class Groups:
         self.starts = torch.cat((ends.new_zeros(1), ends))
 
     def rows(self, x: Tensor) -> Any:
+        """x [R, a] as Transformer Engine's grouped tensor."""
         from transformer_engine.pytorch.tensor.storage.grouped_tensor_storage import GroupedTensorStorage
 
         return GroupedTensorStorage(
