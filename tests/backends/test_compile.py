@@ -126,11 +126,11 @@ def test_many_uses_of_one_model_are_all_compiled(monkeypatch, later_torch, recwa
 
 def test_more_variants_than_that_run_uncompiled_and_say_so(monkeypatch):
     monkeypatch.setattr(compile, "MOST_VARIANTS", 1)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     torch._dynamo.reset()
     plain = _graph()
     run = compile.compiled(plain, Plan((), compile="eager"))
-    with pytest.warns(UserWarning, match="compiled 1 times") as warned:
+    # not by monkeypatch, which would leave the entry of Dynamo's configuration hidden
+    with torch._dynamo.config.patch(recompile_limit=1), pytest.warns(UserWarning, match="compiled 1 times") as warned:
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             x, w = torch.randn(3, 4, dtype=dtype), torch.ones(4, dtype=dtype)
             torch.testing.assert_close(run(x, w), plain(x, w))
