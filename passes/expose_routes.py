@@ -20,7 +20,7 @@ _GIVEN = ("expert_scale", *(f.name for f in fields(ops.TopkWeightsSpec)))
 
 @dataclass(frozen=True)
 class ExposeRoutes:
-    """For ``topk_weights, topk_ids = route(logits, ...)`` before ``experts(x, topk_ids, topk_weights, ...)``
+    """Each router's choice becomes an output. For ``route(logits, ...)`` before ``experts(x, topk_ids, topk_weights, ...)``:
 
         return ..., topk_ids  # for load metrics, recording and recomputation
 

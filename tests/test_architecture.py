@@ -224,3 +224,9 @@ def test_docstrings_describe_arguments_and_errors(name):
     body = ast.parse(textwrap.dedent(inspect.getsource(function)))
     if any(isinstance(n, ast.Raise) for n in ast.walk(body)) and name not in WITHOUT_RAISES:
         assert "Raises:" in doc
+
+
+def test_every_pass_has_a_test_file_of_its_name():
+    passes = {p.stem for p in (ROOT / "passes").glob("*.py")} - {"__init__"}
+    tested = {p.stem.removeprefix("test_") for p in (ROOT / "tests/passes").glob("test_*.py")}
+    assert passes == tested

@@ -78,8 +78,8 @@ def experts(
     down projection, in the promoted dtype, and summed in the order of k (Transformers' grouped_mm experts,
     integrations/moe.py).
 
-    A choice of an expert that down has no matrix for is nobody's and adds nothing; gate_up may have matrices for those, which
-    are not read (LongCat-Flash, arXiv 2509.01322: experts that compute nothing). Such experts have no biases.
+    An expert that down has no matrix for is a zero-computation expert: tokens routed to it get nothing from it (LongCat-Flash,
+    arXiv 2509.01322). gate_up may have matrices for such experts, which are not read; they have no biases.
     """
     top_k = topk_ids.shape[1]
     flat = topk_ids.reshape(-1)
