@@ -153,7 +153,8 @@ class GraphedStep:
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise MoefxError(
                 f"this step of {type(unwrap(self.model)).__name__} cannot be recorded as a CUDA graph, something in it waits "
-                f"for the device or makes a call that a recording forbids ({said}): train without moefx.cuda_graph"
+                f"for the device or makes a call that a recording forbids ({said}): start again without moefx.cuda_graph, in "
+                "a new process (after a failed recording torch 2.11 draws no random numbers, and kernels were seen to fail)"
             ) from error
         finally:
             for p, gradient in zip(self._parameters, before, strict=True):
@@ -207,7 +208,8 @@ def cuda_graph(
     Raises:
         torch.OutOfMemoryError: while a step is recorded.
         MoefxError: the model waits for the device in each step (no ``dispatch_capacity``, ``check_numerics``), is on the CPU
-            or in DDP; or, while a step is recorded, something in it cannot be recorded.
+            or in DDP; or, while a step is recorded, something in it cannot be recorded. After that
+            the process cannot be relied on.
     """
     state = state_of(model)
     device = next(model.parameters()).device
