@@ -33,7 +33,7 @@ class RecomputeExperts:
         """Replaces the kernels of ``function``'s experts, where their backend has the variant."""
         changes = Changes()
         for node in function.graph.nodes:
-            op = node.meta.get("semantic")
+            op = node.meta.get("semantic", node.target)
             if not is_call(node) or op not in (ops.experts, grouped_mlp):
                 continue
             found, by = backends.variant_of(node, "recompute"), origin(node).kernel

@@ -16,9 +16,8 @@ pytestmark = pytest.mark.usefixtures("cached_captures")
 @ops.takes_spec
 def rounded(x, topk_ids, topk_weights, gate_up, gate_up_bias, down, down_bias, *, spec: ops.ExpertsSpec):
     """Experts whose tokens are rounded to e4m3."""
-    options = {f: getattr(spec, f) for f in spec.__dataclass_fields__}
     x = x + (x.to(torch.float8_e4m3fn).to(x.dtype) - x).detach()
-    return ops.BODIES[ops.experts](x, topk_ids, topk_weights, gate_up, gate_up_bias, down, down_bias, **options)
+    return ops.BODIES[ops.experts](x, topk_ids, topk_weights, gate_up, gate_up_bias, down, down_bias, **vars(spec))
 
 
 MINE = moefx.Backend("mine", {(ops.experts, "fp8"): moefx.Kernel(rounded, why="e4m3 tokens")})
