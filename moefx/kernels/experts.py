@@ -22,7 +22,7 @@ from torch import Tensor
 from moefx.kernels import grouped_gemm
 from moefx.ops import ExpertsSpec, has_zero_computation_experts
 from moefx.ops.custom_op import FIRST_INPUT, opaque
-from moefx.ops.grouped_mlp import GroupedMLPSpec, matrices_of
+from moefx.ops.grouped_mlp import GroupedMLPSpec, matrices_of, save_for_backward
 from moefx.transports.permute import SavedRows
 
 #: The activations that :mod:`moefx.kernels.expert_activation` has kernels for.
@@ -398,26 +398,6 @@ def _(
     return tuple(torch.empty_like(t) if need else h.new_empty(0) for t, need in given)
 
 
-def _save_mlp(ctx, inputs, keyword_only_inputs, output) -> None:
-    ctx.set_materialize_grads(False)
-    (
-        permuted_tokens,
-        tokens_per_expert,
-        gate_up,
-        gate_up_bias,
-        down,
-        down_bias,
-        permuted_probs,
-        tokens,
-        row_id_map,
-        cpu_metadata,
-        *ctx.options,
-    ) = inputs
-    saved = SavedRows.smallest(permuted_tokens, tokens, row_id_map, cpu_metadata)
-    ctx.save_for_backward(output[1], *saved, tokens_per_expert, gate_up, gate_up_bias, down, down_bias, permuted_probs)
-    ctx.mark_non_differentiable(output[1])
-
-
 def _backward_mlp(ctx, grad: Tensor | None, _: Tensor | None):
     asked = ctx.needs_input_grad[FIRST_INPUT:]
     if grad is None:
@@ -428,4 +408,4 @@ def _backward_mlp(ctx, grad: Tensor | None, _: Tensor | None):
     return to_rows, None, *rest, *[None] * 6
 
 
-fused_grouped_mlp.register_autograd(_backward_mlp, setup_context=_save_mlp)
+fused_grouped_mlp.register_autograd(_backward_mlp, setup_context=save_for_backward)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -84,8 +86,21 @@ def activate_backward(
     return to_h.to(h.dtype).contiguous(), scale_rows(a, permuted_probs).to(h.dtype).contiguous(), to_weights
 
 
-@opaque("grouped_mlp_forward")
-def grouped_mlp_forward(
+class Products(Protocol):
+    """Products of rows [R, n] that lie expert by expert with the experts' matrices, as a model stores them."""
+
+    def forward(self, x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+        """x [R, in] times each expert's matrix: [R, out]. weight [E, out, in], or [E, in, out] if ``transposed``."""
+
+    def backward(self, grad: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+        """The gradient [R, in] of what :meth:`forward` was given, from that [R, out] of what it gave."""
+
+    def outer(self, x: Tensor, y: Tensor) -> Tensor:
+        """x [R, a], y [R, b] -> [E, a, b], contiguous: x.T @ y of each expert's rows; zeros where there are none."""
+
+
+def mlp(
+    products: Products,
     permuted_tokens: Tensor,
     tokens_per_expert: Tensor,
     gate_up: Tensor,
@@ -93,53 +108,24 @@ def grouped_mlp_forward(
     down: Tensor,
     down_bias: Tensor | None,
     permuted_probs: Tensor | None,
-    tokens: Tensor | None,
-    row_id_map: Tensor | None,
-    cpu_metadata: Tensor | None,
     spec: GroupedMLPSpec,
 ) -> tuple[Tensor, Tensor]:
-    """The experts' output [R, H] and what the backward needs besides the inputs: the pre-activations [R, 2I or I].
-
-    tokens, row_id_map and cpu_metadata are not read: they are kept for the backward, instead of the rows, where they are given.
-    """
-    offsets = tokens_per_expert.cumsum(0).to(torch.int32)
+    """The experts' output [R, H], and the pre-activations [R, 2I or I]."""
     biased = gate_up_bias is not None or down_bias is not None
     expert = experts_of_rows(tokens_per_expert, permuted_tokens.shape[0]) if biased else tokens_per_expert
-    h = grouped_gemm(permuted_tokens.to(gate_up.dtype), matrices_of(gate_up, spec.transposed), offsets)
+    h = products.forward(permuted_tokens.to(gate_up.dtype), gate_up, spec.transposed)
     h = h if gate_up_bias is None else h + gate_up_bias[expert]
-    a = activate(h, permuted_probs, spec)
-    out = grouped_gemm(a, matrices_of(down, spec.transposed), offsets)
+    out = products.forward(activate(h, permuted_probs, spec), down, spec.transposed)
     if down_bias is not None:
         out = (out + scale_rows(down_bias[expert], permuted_probs)).to(out.dtype)
     return out, h
 
 
-@grouped_mlp_forward.register_fake
-def _(
-    permuted_tokens,
-    tokens_per_expert,
-    gate_up,
-    gate_up_bias,
-    down,
-    down_bias,
-    permuted_probs,
-    tokens,
-    row_id_map,
-    cpu_metadata,
-    spec,
-):
-    out = gate_up.new_empty(permuted_tokens.shape[0], matrices_of(down, spec.transposed).shape[2])
-    return out, gate_up.new_empty(permuted_tokens.shape[0], matrices_of(gate_up, spec.transposed).shape[2])
-
-
-@opaque("grouped_mlp_backward", once=True)
-def grouped_mlp_backward(
+def mlp_gradients(
+    products: Products,
     grad: Tensor,
     h: Tensor,
-    permuted_tokens: Tensor | None,
-    tokens: Tensor | None,
-    row_id_map: Tensor | None,
-    cpu_metadata: Tensor | None,
+    kept: SavedRows,
     tokens_per_expert: Tensor,
     gate_up: Tensor,
     gate_up_bias: Tensor | None,
@@ -153,22 +139,19 @@ def grouped_mlp_backward(
     The activation is computed again. A row's weight gets <its activation, its gradient times ``down``> + <bias, gradient>: no
     output is needed.
     """
-    offsets = tokens_per_expert.cumsum(0).to(torch.int32)
-    to_a = grouped_gemm(grad, matrices_of(down, spec.transposed).transpose(1, 2), offsets)
+    to_a = products.backward(grad, down, spec.transposed)
     to_h, a, to_weights = activate_backward(h, to_a, permuted_probs, spec)
-    to_down = grouped_outer(a, grad, offsets) if spec.transposed else grouped_outer(grad, a, offsets)
-    kept, matrices = SavedRows(permuted_tokens, tokens, row_id_map, cpu_metadata), matrices_of(gate_up, spec.transposed)
-    x = kept.restore(h.shape[0], matrices.shape[1]).to(gate_up.dtype)
-    to_up = grouped_outer(x, to_h, offsets) if spec.transposed else grouped_outer(to_h, x, offsets)
-    to_rows = grouped_gemm(to_h, matrices.transpose(1, 2), offsets).to(kept.dtype)
+    to_down = products.outer(a, grad) if spec.transposed else products.outer(grad, a)
+    x = kept.restore(h.shape[0], matrices_of(gate_up, spec.transposed).shape[1]).to(gate_up.dtype)
+    to_up = products.outer(x, to_h) if spec.transposed else products.outer(to_h, x)
+    to_rows = products.backward(to_h, gate_up, spec.transposed).to(kept.dtype)
     to_up_bias = sum_by_expert(to_h, tokens_per_expert) if gate_up_bias is not None else h.new_empty(0)
     to_down_bias = h.new_empty(0)
     if down_bias is not None:
         to_down_bias = sum_by_expert(grad, tokens_per_expert, permuted_probs)
         if permuted_probs is not None:
-            to_weights += (
-                grad.to(accumulation_dtype(grad.dtype)) * down_bias[experts_of_rows(tokens_per_expert, h.shape[0])]
-            ).sum(1)
+            bias = down_bias[experts_of_rows(tokens_per_expert, h.shape[0])]
+            to_weights += (grad.to(accumulation_dtype(grad.dtype)) * bias).sum(1)
     if spec.grad_scale != 1.0:
         for g in (to_up, to_up_bias, to_down, to_down_bias):
             g.mul_(spec.grad_scale)
@@ -181,57 +164,109 @@ def sum_by_expert(grad: Tensor, tokens_per_expert: Tensor, permuted_probs: Tenso
     return torch.segment_reduce(scale_rows(high, permuted_probs), "sum", lengths=tokens_per_expert, unsafe=True).to(grad.dtype)
 
 
-@grouped_mlp_backward.register_fake
-def _(
-    grad,
-    h,
-    permuted_tokens,
-    tokens,
-    row_id_map,
-    cpu_metadata,
-    tokens_per_expert,
-    gate_up,
-    gate_up_bias,
-    down,
-    down_bias,
-    permuted_probs,
-    spec,
-):
-    def like(t: Tensor | None) -> Tensor:
-        return h.new_empty(0) if t is None else torch.empty_like(t)
-
-    to_rows = h.new_empty(
-        h.shape[0], matrices_of(gate_up, spec.transposed).shape[1], dtype=SavedRows(permuted_tokens, tokens).dtype
-    )
-    return to_rows, like(gate_up), like(gate_up_bias), like(down), like(down_bias), like(permuted_probs)
+# --- the same as opaque operations -----------------------------------------------------------------------------------
 
 
-def _save(ctx, inputs, _, output) -> None:
-    ctx.set_materialize_grads(False)  # else autograd would write zeros for h's
-    permuted_tokens, tokens_per_expert, gate_up, gate_up_bias, down, down_bias, permuted_probs, *arrived, ctx.spec = inputs
-    ctx.save_for_backward(
-        output[1],
-        *SavedRows.smallest(permuted_tokens, *arrived),
-        tokens_per_expert,
-        gate_up,
-        gate_up_bias,
-        down,
-        down_bias,
-        permuted_probs,
-    )
+def define(name: str, products: Callable[[Tensor], Products]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Defines :func:`mlp` as the opaque operation ``moefx::<name>``, and its backward; returns the former.
+
+    products: for tokens_per_expert [E]. The operation also takes tokens, row_id_map and cpu_metadata (or None), which it does
+    not read: they are kept for the backward, instead of the rows, where they are given.
+    """
+
+    @opaque(name)
+    def forward(
+        permuted_tokens: Tensor,
+        tokens_per_expert: Tensor,
+        gate_up: Tensor,
+        gate_up_bias: Tensor | None,
+        down: Tensor,
+        down_bias: Tensor | None,
+        permuted_probs: Tensor | None,
+        tokens: Tensor | None,
+        row_id_map: Tensor | None,
+        cpu_metadata: Tensor | None,
+        spec: GroupedMLPSpec,
+    ) -> tuple[Tensor, Tensor]:
+        weights = (gate_up, gate_up_bias, down, down_bias)
+        return mlp(products(tokens_per_expert), permuted_tokens, tokens_per_expert, *weights, permuted_probs, spec)
+
+    @forward.register_fake
+    def _(permuted_tokens, _, gate_up, __, down, ___, ____, tokens, row_id_map, cpu_metadata, spec):
+        def rows(weight: Tensor) -> Tensor:
+            return gate_up.new_empty(permuted_tokens.shape[0], matrices_of(weight, spec.transposed).shape[2])
+
+        return rows(down), rows(gate_up)
+
+    @opaque(f"{name.removesuffix('_forward')}_backward", once=True)
+    def backward(
+        grad: Tensor,
+        h: Tensor,
+        permuted_tokens: Tensor | None,
+        tokens: Tensor | None,
+        row_id_map: Tensor | None,
+        cpu_metadata: Tensor | None,
+        tokens_per_expert: Tensor,
+        gate_up: Tensor,
+        gate_up_bias: Tensor | None,
+        down: Tensor,
+        down_bias: Tensor | None,
+        permuted_probs: Tensor | None,
+        spec: GroupedMLPSpec,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        kept = SavedRows(permuted_tokens, tokens, row_id_map, cpu_metadata)
+        weights = (gate_up, gate_up_bias, down, down_bias)
+        return mlp_gradients(products(tokens_per_expert), grad, h, kept, tokens_per_expert, *weights, permuted_probs, spec)
+
+    @backward.register_fake
+    def _(grad, h, permuted_tokens, tokens, row_id_map, cpu_metadata, tokens_per_expert, gate_up, *others):
+        *others, spec = others
+        dtype, hidden = SavedRows(permuted_tokens, tokens).dtype, matrices_of(gate_up, spec.transposed).shape[1]
+        given = (h.new_empty(0) if t is None else t.new_empty(t.shape) for t in (gate_up, *others))
+        return h.new_empty(h.shape[0], hidden, dtype=dtype), *given
+
+    def gradients(ctx, grad: Tensor | None, _: Tensor | None):
+        saved = ctx.saved_tensors
+        if grad is None:
+            return (None,) * 11
+        to_rows, *found = backward(grad.contiguous(), *saved, *ctx.options)
+        rest = (None if t is None else g for t, g in zip(saved[6:], found))
+        return to_rows, None, *rest, *[None] * 4
+
+    forward.register_autograd(gradients, setup_context=save_for_backward)
+    return forward
+
+
+def save_for_backward(ctx, inputs, _, output) -> None:
+    """Saves what a backward reads: pre-activations, rows or what they were permuted from, tokens_per_expert, weights, probs."""
+    ctx.set_materialize_grads(False)  # else autograd would write zeros for the pre-activations'
+    permuted_tokens, tokens_per_expert, *weights_and_probs = inputs[:7]
+    ctx.options = inputs[10:]
+    saved = SavedRows.smallest(permuted_tokens, *inputs[7:10])
+    ctx.save_for_backward(output[1], *saved, tokens_per_expert, *weights_and_probs)
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, grad: Tensor | None, _):
-    saved = ctx.saved_tensors
-    if grad is None:
-        return (None,) * 11
-    to_rows, *found = grouped_mlp_backward(grad.contiguous(), *saved, ctx.spec)
-    rest = (None if t is None else g for t, g in zip(saved[6:], found))
-    return to_rows, None, *rest, *[None] * 4
+class TorchProducts:
+    """By torch's grouped GEMM, or a loop over the experts (:mod:`moefx.ops.grouped_mm`)."""
+
+    def __init__(self, tokens_per_expert: Tensor):
+        self.offsets = tokens_per_expert.cumsum(0).to(torch.int32)
+
+    def forward(self, x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+        """See :class:`Products`."""
+        return grouped_gemm(x, matrices_of(weight, transposed), self.offsets)
+
+    def backward(self, grad: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+        """See :class:`Products`."""
+        return grouped_gemm(grad, matrices_of(weight, transposed).transpose(1, 2), self.offsets)
+
+    def outer(self, x: Tensor, y: Tensor) -> Tensor:
+        """See :class:`Products`."""
+        return grouped_outer(x, y, self.offsets)
 
 
-grouped_mlp_forward.register_autograd(_backward, setup_context=_save)
+grouped_mlp_forward = define("grouped_mlp_forward", TorchProducts)
 
 
 @takes_spec

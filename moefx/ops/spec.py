@@ -146,7 +146,7 @@ class Flattening:
                 found += [p.replace(name=name, annotation=kind) for name, kind, _ in _typed_fields(self.spec)]
             else:
                 found.append(p)
-        made = types.FunctionType(function.__code__, function.__globals__, function.__name__)
+        made = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, function.__closure__)
         made.__signature__ = inspect.signature(function).replace(parameters=found)  # type: ignore[attr-defined]
         return made
 
