@@ -13,6 +13,7 @@ from moefx.transports.base import (
     Call,
     Dispatched,
     Shapes,
+    SummedInReturn,
     Transport,
     Wait,
     accumulation_dtype,
@@ -24,7 +25,7 @@ from moefx.transports.registry import default_transport, find, nodes, release
 from moefx.transports.row_layout import empty_rows, row_bytes, unpack
 
 __all__ = [
-    "DISPATCH_DTYPES", "NAMES", "Call", "Dispatched", "Header", "Shapes", "Transport", "Wait",
+    "DISPATCH_DTYPES", "NAMES", "Call", "Dispatched", "Header", "Shapes", "SummedInReturn", "Transport", "Wait",
     "accumulation_dtype", "allocate_buffers", "default_transport", "empty_rows", "find", "header_size", "make_header", "nodes",
     "process_group", "release", "row_bytes", "unpack",
 ]  # fmt: skip

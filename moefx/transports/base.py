@@ -112,6 +112,26 @@ class Transport(Protocol):
         ...
 
 
+class SummedInReturn:
+    """What the transports share whose library sums a token's rows while it returns them (:class:`Transport`)."""
+
+    packed = False
+
+    def reduce(
+        self, returned: Tensor, returned_weights: Tensor | None, handle: Tensor, cpu_metadata: Tensor, call: Call, hidden: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """See :meth:`moefx.transports.Transport.reduce`."""
+        # combine has summed them; an operation's result may not be its input
+        return returned.clone(), None if returned_weights is None else returned_weights.clone()
+
+    @staticmethod
+    def own_rows(returned: Tensor, returned_weights: Tensor | None, tokens: int) -> tuple[Tensor, Tensor | None]:
+        """The rows of this rank's ``tokens``: of a rank without any, which took part with a row of zeros, no row."""
+        if tokens:
+            return returned, returned_weights
+        return returned[:0].clone(), None if returned_weights is None else returned_weights[:0].clone()
+
+
 def allocate_buffers(
     transport: Transport, like: Tensor, n: int, top_k: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moefx.backends.deepep.library import load
+from moefx.backends.deepep.payload import decode
 from moefx.backends.deepep.topology import RANKS_OF_NODE
 from moefx.transports import Call, Wait
 
@@ -58,6 +59,16 @@ def buffer_of(call: Call, rows: Tensor) -> Any:
         mine.buffer = load().Buffer(call.group, nvl, rdma, explicitly_destroy=True)
         mine.row_bytes = row_bytes
     return mine.buffer
+
+
+def decode_on_comm_stream(buffer: Any, received: Any, like: Tensor) -> tuple[Tensor, Any]:
+    """:func:`decode` on DeepEP's own stream, for the current one; and the event after it."""
+    comm = buffer.get_comm_stream()
+    with torch.cuda.stream(comm):
+        rows = decode(received, like)
+        done = comm.record_event()
+    rows.record_stream(torch.cuda.current_stream())
+    return rows, done
 
 
 def wait_for(event: Any, *used: Any) -> Wait:

@@ -9,16 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefx.backends.deepep.buffers import buffer_of, wait_for
+from moefx.backends.deepep.buffers import buffer_of, decode_on_comm_stream, wait_for
 from moefx.backends.deepep.handles import pack_tensors, unpack_tensors
 from moefx.backends.deepep.payload import ROW_MULTIPLE, at_least_one, decode, encode, padded, sent_copy
-from moefx.transports import Call, Dispatched, Header, Shapes, Wait, make_header
+from moefx.transports import Call, Dispatched, Header, Shapes, SummedInReturn, Wait, make_header
 
 
-class DeepEP:
+class DeepEP(SummedInReturn):
     """See :class:`moefx.transports.Transport`."""
-
-    packed = False
 
     def shapes(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
         """See :meth:`moefx.transports.Transport.shapes`."""
@@ -90,11 +88,7 @@ class DeepEP:
         )
         if not call.dispatch_dtype and rows.shape[1] == x.shape[1]:
             return received, wait_for(event, rows, handle, received)
-        current, comm = torch.cuda.current_stream(), buffer.get_comm_stream()
-        with torch.cuda.stream(comm):
-            received = decode(received, x)
-            done = comm.record_event()
-        received.record_stream(current)
+        received, done = decode_on_comm_stream(buffer, received, x)
         return received, wait_for(done, rows, payload, handle)
 
     def return_rows(
@@ -115,22 +109,9 @@ class DeepEP:
         if rows.shape[1] == tokens.shape[1]:
             done = event
         else:
-            with torch.cuda.stream(buffer.get_comm_stream()):
-                returned = decode(returned, tokens)
-                done = buffer.get_comm_stream().record_event()
-            returned.record_stream(torch.cuda.current_stream())
+            returned, done = decode_on_comm_stream(buffer, returned, tokens)
         wait = wait_for(done, rows, weights, handle, returned)
-        if not header.tokens:
-            returned = returned[:0].clone()
-            returned_weights = None if returned_weights is None else returned_weights[:0].clone()
-        return returned, returned_weights, wait
-
-    def reduce(
-        self, returned: Tensor, returned_weights: Tensor | None, handle: Tensor, cpu_metadata: Tensor, call: Call, hidden: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """See :meth:`moefx.transports.Transport.reduce`."""
-        # combine has summed them; an operation's result may not be its input
-        return returned.clone(), None if returned_weights is None else returned_weights.clone()
+        return *self.own_rows(returned, returned_weights, header.tokens), wait
 
 
 TRANSPORT = DeepEP()

@@ -18,13 +18,13 @@ from torch import Tensor, fx
 from moefx.backends import Backend, Kernel
 from moefx.backends.deepep import library
 from moefx.backends.deepep.backend import refuses_tensors
-from moefx.backends.deepep.buffers import wait_for
+from moefx.backends.deepep.buffers import decode_on_comm_stream, wait_for
 from moefx.backends.deepep.handles import pack_tensors, unpack_tensors
 from moefx.backends.deepep.payload import at_least_one, decode, encode, sent_copy
 from moefx.internals import nccl
 from moefx.ir.graph import arguments, value
 from moefx.ops import dispatch_combine
-from moefx.transports import Call, Dispatched, Header, Shapes, Wait, fp8_rows, make_header
+from moefx.transports import Call, Dispatched, Header, Shapes, SummedInReturn, Wait, fp8_rows, make_header
 
 #: Fields of DeepEP's EPHandle that are tensors (or None), and those that are integers.
 _TENSORS = (
@@ -84,10 +84,8 @@ def release(group: str | None = None) -> None:
             _buffers.pop(name).buffer.destroy()
 
 
-class Elastic:
+class Elastic(SummedInReturn):
     """The transport over ``ElasticBuffer``."""
-
-    packed = False
 
     def shapes(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
         """See :meth:`moefx.transports.Transport.shapes`."""
@@ -165,11 +163,7 @@ class Elastic:
         )
         if not call.dispatch_dtype:
             return received, wait_for(event, x, handle, received)
-        current, comm = torch.cuda.current_stream(), buffer.get_comm_stream()
-        with torch.cuda.stream(comm):
-            received = decode(received, x)
-            done = comm.record_event()
-        received.record_stream(current)
+        received, done = decode_on_comm_stream(buffer, received, x)
         return received, wait_for(done, x, payload, handle)
 
     def return_rows(
@@ -188,17 +182,7 @@ class Elastic:
             allocate_on_comm_stream=True,
         )
         wait = wait_for(event, tokens, weights, handle, returned)
-        if not header.tokens:
-            returned = returned[:0].clone()
-            returned_weights = None if returned_weights is None else returned_weights[:0].clone()
-        return returned, returned_weights, wait
-
-    def reduce(
-        self, returned: Tensor, returned_weights: Tensor | None, handle: Tensor, cpu_metadata: Tensor, call: Call, hidden: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """See :meth:`moefx.transports.Transport.reduce`."""
-        # combine has summed them; an operation's result may not be its input
-        return returned.clone(), None if returned_weights is None else returned_weights.clone()
+        return *self.own_rows(returned, returned_weights, header.tokens), wait
 
 
 TRANSPORT = Elastic()

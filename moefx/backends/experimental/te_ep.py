@@ -25,7 +25,7 @@ from moefx.errors import MoefxError
 from moefx.internals import nccl
 from moefx.ir.graph import arguments
 from moefx.ops import dispatch_combine
-from moefx.transports import Call, Dispatched, Header, Shapes, Wait, make_header, process_group
+from moefx.transports import Call, Dispatched, Header, Shapes, SummedInReturn, Wait, make_header, process_group
 
 
 @functools.cache
@@ -118,10 +118,8 @@ def _done() -> None:
     """Nothing to wait for: the library runs on the current stream."""
 
 
-class NCCLEP:
+class NCCLEP(SummedInReturn):
     """The transport over Transformer Engine's NCCL EP."""
-
-    packed = False
 
     def shapes(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, call: Call, size: Callable[[str], Any]) -> Shapes:
         """See :meth:`moefx.transports.Transport.shapes`."""
@@ -177,23 +175,14 @@ class NCCLEP:
     ) -> tuple[Tensor, Tensor | None, Wait]:
         """See :meth:`moefx.transports.Transport.return_rows`."""
         header = Header.read(cpu_metadata)
-        num_tokens = header.tokens
-        returned = tokens.new_empty(max(num_tokens, 1), tokens.shape[1])
+        rows = max(header.tokens, 1)
+        returned = tokens.new_empty(rows, tokens.shape[1])
         if weights is None:
             _library().ep_combine(handle, tokens.contiguous(), returned)
-            return returned if num_tokens else returned[:0].clone(), None, _done
-        returned_weights = weights.new_empty(max(num_tokens, 1), header.top_k)
+            return *self.own_rows(returned, None, header.tokens), _done
+        returned_weights = weights.new_empty(rows, header.top_k)
         _library().ep_dispatch_bwd(handle, tokens.contiguous(), weights.reshape(-1), returned, returned_weights)
-        if num_tokens:
-            return returned, returned_weights, _done
-        return returned[:0].clone(), returned_weights[:0].clone(), _done
-
-    def reduce(
-        self, returned: Tensor, returned_weights: Tensor | None, handle: Tensor, cpu_metadata: Tensor, call: Call, hidden: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """See :meth:`moefx.transports.Transport.reduce`."""
-        # combine has summed them; an operation's result may not be its input
-        return returned.clone(), None if returned_weights is None else returned_weights.clone()
+        return *self.own_rows(returned, returned_weights, header.tokens), _done
 
 
 TRANSPORT = NCCLEP()
