@@ -3,34 +3,22 @@
 import functools
 
 import pytest
-import torch
 
 import moefx
-from moefx import backends, ops
-from moefx.api import rewrite
-from moefx.cli.inspect import ranks
-from moefx.distributed import expert_sharding
-from moefx.frontend.capture import capture
-from moefx.integrations import transformers as hf
+from moefx import ops
 from moefx.ir.graph import arguments, is_call
 from moefx.ops import dispatch_combine
 from moefx.ops.grouped_mlp import grouped_mlp
-from moefx.options import Options
 from moefx.passes import default
-from tests.support.families import build
+from tests.support.passes import rewritten_over_ranks
 
 pytestmark = pytest.mark.usefixtures("cached_captures")
 
 
 @functools.cache
 def report_of(name, ep, **changes):
-    with torch.device("meta"):
-        model = build(name, **changes)
-    hf.check(model)
-    with ranks(ep) as mesh:
-        size, mesh = expert_sharding.make_mesh(model, ep, mesh)
-        plan = expert_sharding.plan(model, Options(), backends.resolve(None), size, mesh)
-        return rewrite(capture(model), plan, default().without("overlap", "lower"), model)
+    with rewritten_over_ranks(name, ep, default().without("overlap", "lower"), **changes) as report:
+        return report
 
 
 @pytest.mark.parametrize("ep", [2, 4, 8])

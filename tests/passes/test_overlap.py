@@ -7,23 +7,16 @@ import itertools
 import xml.etree.ElementTree as ET
 
 import pytest
-import torch
 
 import moefx
-from moefx import backends
 from moefx.analysis.timeline import timeline
-from moefx.api import rewrite
-from moefx.cli.inspect import ranks
-from moefx.distributed import expert_sharding
-from moefx.frontend.capture import capture
-from moefx.integrations import transformers as hf
 from moefx.ir.graph import aten, is_call, op_name
 from moefx.ops import dispatch_combine
 from moefx.ops import grouped_mlp as grouped
-from moefx.options import Options
 from moefx.passes import Overlap, default
 from tests.support.code_checks import defined
 from tests.support.families import build
+from tests.support.passes import rewritten_over_ranks
 
 pytestmark = pytest.mark.usefixtures("cached_captures")
 
@@ -31,13 +24,7 @@ pytestmark = pytest.mark.usefixtures("cached_captures")
 @functools.cache
 def report_of(name: str, overlap: Overlap | None, ep: int = 4, **changes):
     pipeline = default().without("overlap") if overlap is None else default().replace("overlap", overlap)
-    with torch.device("meta"):
-        model = build(name, **changes)
-    hf.check(model)
-    with ranks(ep) as mesh:
-        size, mesh = expert_sharding.make_mesh(model, ep, mesh)
-        plan = expert_sharding.plan(model, Options(), backends.resolve(None), size, mesh)
-        report = rewrite(capture(model), plan, pipeline, model)
+    with rewritten_over_ranks(name, ep, pipeline, **changes) as report:
         schedules = {way: report.timelines(backward=way == "backward", S=4096) for way in ("forward", "backward")}
     return report, schedules
 

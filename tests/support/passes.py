@@ -1,20 +1,30 @@
-"""Captures a function as moefx captures blocks, runs passes over it and compares it with the function."""
+"""Captures functions and models, and runs passes over them; compares a function with what passes made of it."""
 
 from __future__ import annotations
+
+import contextlib
 
 import torch
 from torch import nn
 
 import moefx
+from moefx import backends
+from moefx.api import rewrite
+from moefx.cli.inspect import ranks
+from moefx.distributed import expert_sharding
 from moefx.frontend.call_signature import Call
 from moefx.frontend.call_template import flatten
+from moefx.frontend.capture import capture
 from moefx.frontend.export import capture_module
+from moefx.integrations import transformers as hf
 from moefx.ir.graph import is_call
+from moefx.options import Options
 from moefx.passes import (
     Canonicalize,
     Changes,
 )
 from moefx.rewriting.pipeline import run_pass
+from tests.support.families import build
 
 
 class Wrap(nn.Module):
@@ -74,3 +84,15 @@ def calls(f, op):
 def norm(weight, x, eps=1e-5):
     h = x.to(torch.float32)
     return weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+@contextlib.contextmanager
+def rewritten_over_ranks(name, ep_size, pipeline, **changes):
+    """The report of a family's model after ``pipeline``, on the meta device, within a fake group of ``ep_size`` ranks."""
+    with torch.device("meta"):
+        model = build(name, **changes)
+    hf.check(model)
+    with ranks(ep_size) as mesh:
+        size, mesh = expert_sharding.make_mesh(model, ep_size, mesh)
+        plan = expert_sharding.plan(model, Options(), backends.resolve(None), size, mesh)
+        yield rewrite(capture(model), plan, pipeline, model)
