@@ -208,8 +208,7 @@ def cuda_graph(
     Raises:
         torch.OutOfMemoryError: while a step is recorded.
         MoefxError: the model waits for the device in each step (no ``dispatch_capacity``, ``check_numerics``), is on the CPU
-            or in DDP; or, while a step is recorded, something in it cannot be recorded. After that
-            the process cannot be relied on.
+            or in DDP; or, while a step is recorded, something in it cannot be recorded: then the process cannot be relied on.
     """
     state = state_of(model)
     device = next(model.parameters()).device
