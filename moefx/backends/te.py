@@ -18,6 +18,7 @@ from moefx import ops
 from moefx.backends import Backend, Kernel, triton
 from moefx.ir.graph import arguments, aten, dtype_of, value
 from moefx.kernels import te as kernels
+from moefx.kernels.experts import fused_grouped_mlp
 from moefx.kernels.te import attention as te_attention
 from moefx.kernels.te import aux_loss as te_aux_loss
 from moefx.kernels.te import grouped as te_grouped
@@ -29,7 +30,6 @@ from moefx.ops import grouped_mlp as grouped
 #: The length that a symbolic one is taken for where Transformer Engine is asked about sizes.
 TYPICAL_LENGTH = 4096
 
-_mlp = triton.grouped_mlp_by("torch")
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -224,7 +224,9 @@ def experts(
     flat = topk_ids.reshape(-1)
     counts = torch.zeros(gate_up.shape[0], dtype=torch.int64, device=x.device).scatter_add(0, flat, torch.ones_like(flat))
     rows, where = permute.te_permute(x.to(gate_up.dtype), topk_ids.to(torch.int32))
-    rows = _mlp(rows, counts, gate_up, gate_up_bias, down, down_bias, **vars(spec))
+    weights = (gate_up, gate_up_bias, down, down_bias)
+    mlp = grouped.GroupedMLPSpec.of(spec)
+    rows = fused_grouped_mlp(rows, counts, *weights, None, *grouped.parts_of(None), mlp, "torch", True)[0]
     return permute.te_unpermute(rows, where, topk_weights.float()).to(x.dtype)
 
 

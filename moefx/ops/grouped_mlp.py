@@ -61,6 +61,12 @@ class GroupedMLPSpec(ExpertsSpec):
     #: Multiplies the gradients of the matrices and biases, not those of permuted_probs.
     grad_scale: float = 1.0
 
+    @classmethod
+    def of(cls, experts: ExpertsSpec) -> GroupedMLPSpec:
+        """The options of experts whose gradients are not scaled."""
+        # one by one: Dynamo of torch 2.11 does not trace vars(experts)
+        return cls(experts.activation, experts.alpha, experts.limit, experts.transposed, experts.interleaved)
+
 
 def activate(h: Tensor, permuted_probs: Tensor | None, spec: ExpertsSpec) -> Tensor:
     """What ``down`` multiplies [R, I], in h's dtype: the activation of h [R, 2I or I] times each row's weight.

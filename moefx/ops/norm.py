@@ -22,13 +22,7 @@ class NormSpec:
     offset: float = 0.0
 
 
-@op(f"rms_norm(Tensor x, Tensor? weight, float eps, *, {schema(NormSpec)}) -> Tensor")
-@takes_spec
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, spec: NormSpec) -> Tensor:
-    """Root mean square norm over the last dimension (arXiv 1910.07467), computed in fp32.
-
-    x [..., H], weight [H] or None; options: :class:`NormSpec`.
-    """
+def _normalize(x: Tensor, weight: Tensor | None, eps: float, spec: NormSpec) -> Tensor:
     h = x.to(torch.float32)
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
     if weight is None:
@@ -38,9 +32,19 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, spec: NormSpec) ->
     return weight * h.to(x.dtype) if spec.cast_first else (weight * h).to(x.dtype)
 
 
+@op(f"rms_norm(Tensor x, Tensor? weight, float eps, *, {schema(NormSpec)}) -> Tensor")
+@takes_spec
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, spec: NormSpec) -> Tensor:
+    """Root mean square norm over the last dimension (arXiv 1910.07467), computed in fp32.
+
+    x [..., H], weight [H] or None; options: :class:`NormSpec`.
+    """
+    return _normalize(x, weight, eps, spec)
+
+
 @op(f"add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, *, {schema(NormSpec)}) -> (Tensor, Tensor)")
 @takes_spec
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, *, spec: NormSpec) -> tuple[Tensor, Tensor]:
     """The residual addition and the norm that reads it: ``(rms_norm(x + residual), x + residual)``."""
     total = x + residual
-    return rms_norm(total, weight, eps, **vars(spec)), total
+    return _normalize(total, weight, eps, spec), total

@@ -1,5 +1,7 @@
 """Grouped GEMMs and a rank's experts against a loop over experts in float64: values and every gradient."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from moefx.errors import MoefxError
 from moefx.ops import grouped_mlp as grouped
 from moefx.ops.activations import ACTIVATIONS
 from moefx.ops.grouped_mm import grouped_mm
+from moefx.ops.moe import ExpertsSpec
 from tests.support import grouped_checks
 
 H, INNER = 8, 6
@@ -294,3 +297,12 @@ def test_compiles_whole_with_changing_row_counts():
         assert torch.equal(y, eager)
         for found, right in zip(_gradients(y, (x, *weights)), _gradients(eager, (x, *weights))):
             assert torch.equal(found, right)
+
+
+def test_the_spec_of_experts_keeps_every_option():
+    other = {bool: True, float: 2.5, str: "relu2"}
+    given = {
+        f.name: other[type(f.default) if f.default is not dataclasses.MISSING else str] for f in dataclasses.fields(ExpertsSpec)
+    }
+    made = grouped.GroupedMLPSpec.of(ExpertsSpec(**given))
+    assert dataclasses.asdict(made) == {**given, "grad_scale": 1.0}
