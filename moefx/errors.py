@@ -1,5 +1,9 @@
 """The exceptions of moefx. A message is one sentence: what is wrong, where, the two values that disagree, what to do."""
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class ExchangeError(RuntimeError):
     """Dispatch or combine failed: another rank stopped or made other calls. The process group is unusable afterwards."""
@@ -15,6 +19,13 @@ class CaptureError(MoefxError):
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason)
         self.detail = detail
+        self.reads: Any = None  #: reads.Reads: what the capture had read until then
+
+    def again(self) -> CaptureError:
+        """An equal error without this one's frames, which hold the tensors of a step."""
+        made = CaptureError(str(self), self.detail)
+        made.reads = self.reads
+        return made
 
 
 class PassError(MoefxError):

@@ -32,7 +32,6 @@ class Call:
     outputs: Template | None = None  #: what the module returns
     routers: tuple[tuple[str, Template], ...] = ()  #: path inside the block, its output
     written: tuple[tuple[int | str, Template], ...] = ()  #: argument, the items that the module leaves in it
-    adapters: tuple = ()  #: :func:`moefx.integrations.peft.switches` of the module
 
     @staticmethod
     def of(tensors: list[Tensor], template: Template, training: bool, known: Set[int] = frozenset()) -> Call:
@@ -65,12 +64,11 @@ class Call:
         for sizes in readings(tensors, known, template.names(), before):
             yield Call(template, dtypes, tensors[0].device, sizes, training)
 
-    def covers(self, tensors: list[Tensor], template: Template, training: bool, adapters: tuple = ()) -> bool:
+    def covers(self, tensors: list[Tensor], template: Template, training: bool) -> bool:
         """Does a graph captured for this call hold for another one?"""
         if (
             not self.template.covers(template)
             or training != self.training
-            or adapters != self.adapters
             or len(tensors) != len(self.dtypes)
             or tensors[0].device != self.device
         ):

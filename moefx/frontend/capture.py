@@ -11,10 +11,10 @@ from torch import nn
 from moefx.errors import CaptureError, MoefxError
 from moefx.frontend.call_signature import Call, sizes_of
 from moefx.frontend.call_template import flatten
+from moefx.frontend.captured import Captured
 from moefx.frontend.export import capture_module
 from moefx.frontend.head import capture_head_call, head_call, lm_head_of
 from moefx.frontend.record import Recording, above, record
-from moefx.integrations import peft as adapters
 from moefx.integrations import transformers as hf
 from moefx.internals import ambient_modes
 from moefx.ir.program import Function, NotCaptured, Program
@@ -27,13 +27,7 @@ class Site:
     path: str
     module: nn.Module
     call: Call
-    structure: tuple
     routers: dict[str, nn.Module] = field(default_factory=dict)
-
-    @property
-    def key(self) -> tuple:
-        """Equal for two sites that one function can serve."""
-        return self.structure, self.call
 
 
 def sites(model: Any, recording: Recording, not_captured: list[NotCaptured]) -> list[Site]:
@@ -61,10 +55,8 @@ def site_of(path: str, module: nn.Module, recording: Recording, routers: dict, n
     inner = {p: m for p, m in module.named_modules() if p and (at := f"{path}.{p}") in routers and recording.call(at)}
     try:
         tensors, template = flatten(args, kwargs)
-        structure = recording.structures.get(path) or hf.structure(module)
         call = Call.of(tensors, template, module.training, sizes_of(module))
-        call = replace(call, device=recording.device, adapters=adapters.switches(adapters.layers(module)))
-        return Site(path, module, call, structure, inner)
+        return Site(path, module, replace(call, device=recording.device), inner)
     except CaptureError as error:
         not_captured.append(NotCaptured(path, type(module).__name__, str(error)))
         return None
@@ -72,14 +64,13 @@ def site_of(path: str, module: nn.Module, recording: Recording, routers: dict, n
 
 def capture_sites(model: Any, recording: Recording, program: Program) -> None:
     """Captures one function per distinct site. Of a block that cannot be captured, its largest children that can."""
-    done: dict[tuple, Function | CaptureError] = {}
+    done = Captured()
     routers = hf.routers(model)
 
     def take(site: Site) -> None:
-        key = site.key
-        if key not in done:
-            done[key] = _try(site)
-        result = done[key]
+        result = done.find(site.module, site.call)
+        if result is None:
+            result = done.add(site.module, site.call, _try(site))
         if isinstance(result, Function):
             if not result.instances:
                 program.add(result)
@@ -126,6 +117,7 @@ def capture_head(model: Any, recording: Recording, program: Program) -> None:
         program.not_captured.append(NotCaptured(path, "head", str(error), detail=error.detail))
         return
     function.instances.append(path)
+    function.state = function.reads.state(lm_head)
     program.add(function)
 
 

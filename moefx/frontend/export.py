@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,9 +25,11 @@ from moefx.frontend.custom_gradients import (
 )
 from moefx.frontend.functionalize import functionalize
 from moefx.frontend.length_guards import questions_are_seen, refuse_limits, refusing_questions
+from moefx.frontend.module_state import foreign_hooks
 from moefx.frontend.readings import OWN
+from moefx.frontend.reads import Reads, Written, reads_are_seen
 from moefx.frontend.untraceable import untraceable
-from moefx.integrations import fsdp
+from moefx.integrations import peft as adapters
 from moefx.integrations import transformers as hf
 from moefx.integrations.unsharded_view import unsharded_view
 from moefx.internals.silence import silent
@@ -43,8 +44,9 @@ CAPTURING = threading.RLock()
 class _Entry(nn.Module):
     """The module to export, as a function of the tensors of its call."""
 
-    def __init__(self, module: nn.Module, call: Call, routers: dict[str, nn.Module], outputs: Callable):
+    def __init__(self, module: nn.Module, call: Call, routers: dict[str, nn.Module], reads: Reads, outputs: Callable):
         super().__init__()
+        self.reads = reads
         # templates of what it returned go to `outputs`: torch.export undoes what a forward writes to the module
         self.block, self.template, self.routers, self.outputs = module, call.template, list(routers.items()), outputs
         self.sizes = call.sizes
@@ -56,7 +58,10 @@ class _Entry(nn.Module):
         try:
             args, kwargs = self.template.fill(tensors, written)
             _, before = flatten(args, kwargs)
-            out = self.block(*args, **kwargs)
+            state = Written(self.block)
+            with self.reads.recorded(self.block):
+                out = self.block(*args, **kwargs)
+            state.refuse_changes()
         except RuntimeError as error:  # for data-dependent control flow torch.export would print the whole graph so far
             raise untraceable(error, self.template.names(), self.sizes) from error
         finally:
@@ -85,16 +90,11 @@ def _without_checkpointing(module: nn.Module) -> Iterator[None]:
             m.gradient_checkpointing = value
 
 
-def foreign_hooks(module: nn.Module) -> str | None:
+def hook_inside(module: nn.Module) -> str | None:
     """The first hook inside that is neither one of Transformers' output recording nor one of FSDP; None if there is none."""
     for path, m in module.named_modules():
-        if path == "":
-            continue  # its own hooks run around the call, also around a captured one
-        for hook in itertools.chain(m._forward_hooks.values(), m._forward_pre_hooks.values()):
-            if "output_capturing_hook" not in getattr(hook, "__qualname__", "") and not fsdp.is_fsdp_hook(hook):
-                return f"{getattr(hook, '__qualname__', hook)} on {path}"
-        for hook in itertools.chain(m._backward_hooks.values(), m._backward_pre_hooks.values()):
-            return f"{getattr(hook, '__qualname__', hook)} (backward) on {path}"
+        for hook, backward in foreign_hooks(m) if path else ():  # its own run around the call, also around a captured one
+            return f"{getattr(hook, '__qualname__', hook)}{' (backward)' if backward else ''} on {path}"
     return None
 
 
@@ -111,16 +111,17 @@ def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module],
         CaptureError: the graph would not be exact: Python control flow depends on a size or on data, a custom backward would
             be lost, a buffer is written, a hook would be part of the graph.
     """
-    for assumption in (custom_gradients_are_seen, no_grad_is_seen, questions_are_seen):
+    for assumption in (custom_gradients_are_seen, no_grad_is_seen, questions_are_seen, reads_are_seen):
         assumption()
-    hook = foreign_hooks(module)
+    hook = hook_inside(module)
     if hook:
-        raise CaptureError(f"the forward hook {hook} would become part of the graph")
-    if any(disabled and merged for disabled, _, merged, _ in call.adapters):
+        raise CaptureError(f"the hook {hook} would become part of the graph")
+    if adapters.unmerges(module):
         raise CaptureError("PEFT unmerges disabled adapters from the weights in this call")
     tensors = call.example(sizes_of(module))
     returned: list[Any] = []
-    entry = _Entry(module, call, routers, returned.append)
+    reads = Reads()
+    entry = _Entry(module, call, routers, reads, returned.append)
     entry.training = module.training
     try:
         with (
@@ -140,13 +141,20 @@ def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module],
             refuse_no_grad_values(exported.graph_module)
             if not functionalize(exported.graph):
                 exported = exported.run_decompositions({})
-    except CaptureError:
+    except CaptureError as error:
+        error.reads = reads
         raise
     except Exception as error:
-        raise untraceable(error, call.template.names(), call.sizes) from error
+        found = untraceable(error, call.template.names(), call.sizes)
+        found.reads = reads
+        raise found from error
+    finally:
+        reads.close(module)
     outputs, written, of_routers = returned[-1]
     call = replace(call, outputs=outputs, routers=of_routers, written=written)
-    return _function(module, exported, call, name, callers)
+    function = _function(module, exported, call, name, callers)
+    function.reads = reads
+    return function
 
 
 def _export(entry: _Entry, tensors: list[Tensor], call: Call) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moefx.errors import CaptureError
 from moefx.frontend.call_signature import Call
 from moefx.frontend.call_template import Template, flatten
 from moefx.frontend.export import capture_module
@@ -96,7 +97,12 @@ def capture_head_call(loss: Callable, lm_head: nn.Linear, path: str, call: Call)
     """The function "head" for one kind of call. Raises CaptureError as :func:`capture_module`."""
     head = Head(lm_head, loss)
     head.train(call.training)
-    function = capture_module(head, call, {}, "head")
+    try:
+        function = capture_module(head, call, {}, "head")
+    except CaptureError as error:
+        error.reads = error.reads and error.reads.inside("lm_head")
+        raise
     function.parameters = [p.removeprefix("lm_head.") for p in function.parameters]
+    function.reads = function.reads.inside("lm_head")
     function.expects = {"linear_cross_entropy": 1}
     return function

@@ -15,6 +15,7 @@ from moefx.errors import CaptureError, MoefxError
 from moefx.frontend.call_signature import distinct_sizes, sizes_of
 from moefx.frontend.call_template import flatten
 from moefx.frontend.head import watching_head
+from moefx.frontend.module_state import everything
 from moefx.integrations import fsdp
 from moefx.integrations import transformers as hf
 from moefx.integrations.unsharded_view import unsharded_view
@@ -29,7 +30,6 @@ class Recording:
     device: torch.device  #: of the model's parameters (a sharded model is recorded on meta)
     head_reason: str = ""
     like: dict[str, str] = field(default_factory=dict)  #: a block that was not run -> the equal block that was
-    structures: dict[str, tuple] = field(default_factory=dict)
     packs_beside_cache: bool | None = None  #: see :func:`_packs_beside_cache`
 
     def call(self, path: str) -> tuple[tuple, dict] | None:
@@ -169,7 +169,7 @@ def _once(model: nn.Module, recording: Recording) -> Iterator[None]:
     blocks = hf.blocks(model)
 
     def run(path: str, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        structure = recording.structures[path] = hf.structure(block)
+        structure = everything(block, hf.without_index)
         try:
             tensors, template = flatten(args, kwargs)
         except CaptureError:

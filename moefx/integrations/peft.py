@@ -195,17 +195,9 @@ def layers(module: nn.Module) -> list[Any]:
     return [m for m in module.modules() if hasattr(m, "disable_adapters") and hasattr(m, "active_adapters")]
 
 
-def switches(layers: list[Any]) -> tuple:
-    """The state of PEFT's layers, hashable: disabled, active and merged adapters, scalings. A graph holds for one state."""
-    return tuple(
-        (
-            m.disable_adapters,
-            tuple(m.active_adapters),
-            tuple(getattr(m, "merged_adapters", ())),
-            tuple((k, float(v)) for k, v in getattr(m, "scaling", {}).items()),
-        )
-        for m in layers
-    )
+def unmerges(module: nn.Module) -> bool:
+    """Would a call of ``module`` unmerge adapters from the weights? PEFT does so for those that are merged and disabled."""
+    return any(m.disable_adapters and getattr(m, "merged_adapters", ()) for m in layers(module))
 
 
 def experts_of_rank(spread: DTensor) -> slice:

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd.function import BackwardCFunction
 from torch.distributed.tensor import DTensor
 
@@ -32,6 +34,35 @@ SYMBOLIC_TRUTH = Patch(
     seen="torch 2.11 to 2.14",
     symptom="optimize raises CaptureError for every block: a question about a length is not seen",
 )
+
+# --- attributes ------------------------------------------------------------------------------------------------------
+
+_GETATTR = nn.Module.__getattr__.__code__
+
+
+@contextmanager
+def module_reads(seen: Callable[[nn.Module, str], None]) -> Iterator[None]:
+    """Context in which ``seen(module, name)`` is told each attribute that this thread looks up on any module.
+
+    The name "__dict__" means that Python asked for all attributes at once. Only while the context lasts, as it makes every
+    look-up slower: the class gets a ``__getattribute__`` that it otherwise inherits. One thread at a time.
+
+    Seen in torch 2.11 to 2.14. Symptom: optimize raises CaptureError for every block: reads of attributes are not seen.
+    """
+    here, plain = threading.get_ident(), nn.Module.__getattribute__
+
+    def __getattribute__(self: nn.Module, name: str) -> Any:
+        # parameters and submodules are found through __dict__, by name: the name itself was told before
+        if threading.get_ident() == here and not (name == "__dict__" and sys._getframe(1).f_code is _GETATTR):
+            seen(self, name)
+        return plain(self, name)
+
+    nn.Module.__getattribute__ = __getattribute__  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del nn.Module.__getattribute__
+
 
 # --- DTensor ---------------------------------------------------------------------------------------------------------
 

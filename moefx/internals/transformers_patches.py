@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.core_model_loading import Transpose
 from transformers.integrations import hub_kernels
 from transformers.utils.generic import GeneralInterface
@@ -81,6 +82,32 @@ def intercept_masks(found: Callable[[str, Callable], Callable]) -> None:
         return found(name, GeneralInterface.__getitem__(self, name))
 
     AttentionMaskInterface.__getitem__ = getitem  # type: ignore[method-assign]
+
+
+# --- configurations --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def config_reads(seen: Callable[[PreTrainedConfig, str], None]) -> Iterator[None]:
+    """Context in which ``seen(config, name)`` is told each attribute that this thread looks up on any configuration.
+
+    Names are those after ``attribute_map``. One thread at a time.
+
+    Seen in transformers 5.23 to 5.24. Symptom: optimize raises CaptureError for every block: reads are not seen.
+    """
+    here, plain = threading.get_ident(), PreTrainedConfig.__getattribute__
+
+    def __getattribute__(self: PreTrainedConfig, name: str) -> Any:
+        if threading.get_ident() == here:
+            renamed = plain(self, "attribute_map") if name != "attribute_map" else {}
+            seen(self, renamed.get(name, name))
+        return plain(self, name)
+
+    PreTrainedConfig.__getattribute__ = __getattribute__  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        PreTrainedConfig.__getattribute__ = plain  # type: ignore[method-assign]
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------

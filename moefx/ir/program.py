@@ -68,6 +68,8 @@ class Function:
     routes: tuple[RouterOutputs, ...] = ()
     captured: Function | None = None  #: a copy from before the passes, if it has experts
     forced_inputs: tuple[str, ...] = ()  #: of a replaying function: its inputs that force routes
+    reads: Any = None  #: reads.Reads: the Python state that the graph depends on
+    state: Any = None  #: reads.State: what it was
     _routed: dict[tuple[int, ...], list[int]] = field(default_factory=dict, init=False)  #: by the inputs' sizes
 
     def __post_init__(self) -> None:

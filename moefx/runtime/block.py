@@ -17,19 +17,32 @@ from moefx.errors import CaptureError, MoefxError
 from moefx.frontend.call_signature import Call, sizes_of
 from moefx.frontend.call_template import call_key, flatten
 from moefx.frontend.export import CAPTURING, capture_module
+from moefx.frontend.reads import Reads
 from moefx.integrations import fsdp
 from moefx.integrations import peft as adapters
 from moefx.integrations import transformers as hf
 from moefx.internals import ambient_modes
 from moefx.ir.program import Function
 from moefx.ops import exchange
-from moefx.runtime.guards import ModuleGuard
+from moefx.runtime.guards import Guard
 from moefx.runtime.router_state import RouterState
 from moefx.runtime.state import Optimized, unseen
 from moefx.runtime.tracing import only_graphs, untraced
 
 #: At most this many kinds of calls (with and without mask, in training or not, ...) of a module are captured.
 MAX_VARIANTS = 8
+#: At most this many states of a module are captured for one kind of call, and so many of them are recognized at once.
+MAX_STATES = MAX_SNAPSHOTS = 8
+
+
+@dataclass(eq=False)
+class Snapshot:
+    """A state of a module: what it was, and the functions that hold in it."""
+
+    guard: Guard
+    functions: list[Function]
+    memo: dict[Any, Function | None] = field(default_factory=dict)
+    owners: dict[int, list[tuple[dict, str]]] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -42,9 +55,8 @@ class BlockForward:
     router_state: RouterState
     routers: list[str] = field(default_factory=list)
     kept: list[Any] = field(default_factory=list)  #: recomputation.Kept: routes of forwards that will be recomputed
-    memo: dict[Any, Function | None] = field(default_factory=dict)
-    owners: dict[int, list[tuple[dict, str]]] = field(default_factory=dict)
-    guard: ModuleGuard | None = None  #: what graphs hold of the module, once a call has looked
+    snapshots: list[Snapshot] = field(default_factory=list)  #: of the module, the latest first
+    failed: list[Reads] = field(default_factory=list)  #: what captures read that failed
 
     def __deepcopy__(self, memo: dict) -> BlockForward:
         return type(self)(self.path, self.state, self.functions, copy.deepcopy(self.router_state, memo), self.routers)
@@ -60,18 +72,19 @@ class BlockForward:
         requested = hf.requested()
         if self.state.bypass or hf.is_emitting():
             return original(*args, **kwargs)
-        if "attentions" in requested or not self.is_unmodified(module):
+        if "attentions" in requested:
             return original(*hf.original_masks(args), **hf.original_masks(kwargs))
-        assert self.guard is not None
-        switches = adapters.switches(self.guard.adapters)
+        now = self.snapshot(module)
         call, tensors = call_key(args, kwargs)
-        key = module.training, switches, call
+        key = module.training, call
         try:
-            function = self.memo[key]
+            function = now.memo[key]
         except KeyError:
-            function = self.memo[key] = self.find(module, args, kwargs, switches)
-            if len(self.memo) > 4096:  # a new length in every step of a long run
-                self.memo.clear()
+            function = self.find(module, args, kwargs)
+            now = self.snapshot(module)  # a capture reads more
+            now.memo[key] = function
+            if len(now.memo) > 4096:  # a new length in every step of a long run
+                now.memo.clear()
         if function is None:
             return original(*hf.original_masks(args), **hf.original_masks(kwargs))
         if not function.routes:
@@ -120,9 +133,10 @@ class BlockForward:
 
     def parameters(self, module: nn.Module, function: Function) -> list[Tensor]:
         """The parameters of ``function``, read from ``module`` now; under expert parallelism this rank's shards."""
-        owners = self.owners.get(id(function))
+        known = self.snapshots[0].owners
+        owners = known.get(id(function))
         if owners is None:
-            owners = self.owners[id(function)] = [self._owner(module, name) for name in function.parameters]
+            owners = known[id(function)] = [self._owner(module, name) for name in function.parameters]
         found = [d[name] for d, name in owners]
         return [p.to_local() if type(p.data) is DTensor else p for p in found] if self.state.plan.ep_size > 1 else found
 
@@ -135,28 +149,24 @@ class BlockForward:
     @property
     def units(self) -> list[nn.Module]:
         """FSDP's units inside the module."""
-        return [] if self.guard is None else self.guard.units
+        return self.snapshots[0].guard.units if self.snapshots else []
 
-    def is_unmodified(self, module: nn.Module) -> bool:
-        """Do graphs of the module hold for it? If only numbers or sizes in it have changed, its calls are captured again."""
-        if self.guard is None:
-            self.guard = ModuleGuard(module)
-        changed = self.guard.first_change()
-        if changed is not None:
-            reason = self.guard.why_inexact(module, *changed)
-            if reason is None:
-                self.guard = None
-                return self.is_unmodified(module)
-            self._fell_back(module, f"{reason}: its original forward runs; moefx.restore(model) and optimize again")
-            return False
-        if self.guard.values_changed():
-            self.forget()
-            return self.is_unmodified(module)
-        return True
+    def snapshot(self, module: nn.Module) -> Snapshot:
+        """The state of the module now, and what holds in it."""
+        for i, known in enumerate(self.snapshots):
+            if not known.guard.changed():
+                if i:
+                    self.snapshots.insert(0, self.snapshots.pop(i))
+                return known
+        guard = Guard(module, [*(f.reads for f in self.functions), *self.failed])
+        holding = [f for f in self.functions if f.state.difference(f.reads.state(module), guard.sharded) is None]
+        self.snapshots.insert(0, Snapshot(guard, holding))
+        del self.snapshots[MAX_SNAPSHOTS:]
+        return self.snapshots[0]
 
     def forget(self) -> None:
         """Drops the functions, so that calls are captured again."""
-        self.functions, self.memo, self.owners, self.guard = [], {}, {}, None
+        self.functions, self.failed, self.snapshots = [], [], []
 
     def _fell_back(self, module: nn.Module, reason: str, detail: str = "", consequence: str = "") -> None:
         warn = module.training and torch.is_grad_enabled()
@@ -166,42 +176,57 @@ class BlockForward:
         """What it costs the caller that this call runs the original forward."""
         return "it runs in plain PyTorch"
 
-    def find(self, module: nn.Module, args: tuple, kwargs: dict, switches: tuple) -> Function | None:
+    def find(self, module: nn.Module, args: tuple, kwargs: dict) -> Function | None:
         """The function that covers this call, captured now if none does; None if the original forward must run.
 
         Raises:
             MoefxError: under FSDP, an adapter is merged and disabled.
         """
-        if (self.units or fsdp.is_unit(module)) and any(disabled and merged for disabled, _, merged, _ in switches):
+        now = self.snapshots[0]
+        if now.guard.sharded and adapters.unmerges(module):
             raise MoefxError(
                 f"an adapter of {self.path} is merged into the weights and disabled: PEFT would unmerge it from the parameters "
                 "that FSDP has gathered for this call only; call unmerge_adapter() on the PEFT model"
             )
         try:
             tensors, template = flatten(args, kwargs)
-            for function in self.functions:
-                if function.call.covers(tensors, template, module.training, switches):
+            for function in now.functions:
+                if function.call.covers(tensors, template, module.training):
                     return function
-            if tensors and sum(f.call.device == tensors[0].device for f in self.functions) >= MAX_VARIANTS:
-                raise CaptureError(f"it was captured for {MAX_VARIANTS} kinds of calls already{self._what_differs()}")
-            others = [f.call for f in self.functions if f.call.adapters == switches]
+            if tensors and sum(f.call.device == tensors[0].device for f in now.functions) >= MAX_VARIANTS:
+                raise CaptureError(f"it was captured for {MAX_VARIANTS} kinds of calls already{self._what_differs(now)}")
+            stale = [f for f in self.functions if f not in now.functions and f.call.covers(tensors, template, module.training)]
+            if len(stale) >= MAX_STATES:
+                raise CaptureError(
+                    f"it was captured in {MAX_STATES} other states already: {self._difference(module, stale[-1])}"
+                )
+            others = [f.call for f in now.functions]
             # numbers that differ between calls are left open first: a graph that does not read them covers all of them
             opened = [template.opened(other.template) for other in others]
             templates = dict.fromkeys([*(t for t in opened if t not in (None, template)), template])
             readings = list(Call.readings(tensors, template, module.training, sizes_of(module), others))
-            calls = [replace(call, template=t, adapters=switches) for t in templates for call in readings]
+            calls = [replace(call, template=t) for t in templates for call in readings]
             with CAPTURING:
                 function = self.capture_one_of(module, calls)
         except CaptureError as error:
+            if error.reads is not None and error.reads not in self.failed:
+                self.failed.append(error.reads)
+                self.snapshots.clear()
             self._fell_back(module, str(error), error.detail, self.consequence(module, args))
             return None
         self.functions.append(function)
+        self.snapshots.clear()  # their guards do not watch what this capture read
         return function
 
-    def _what_differs(self) -> str:
+    def _difference(self, module: nn.Module, function: Function) -> str:
+        """What of the module is not as it was when ``function`` was captured."""
+        return str(function.state.difference(function.reads.state(module), bool(self.units)))
+
+    @staticmethod
+    def _what_differs(now: Snapshot) -> str:
         """The end of a reason: the arguments whose numbers differ in most of the captured calls: the module reads them."""
         found: dict[str, set[float]] = {}
-        for function in self.functions:
+        for function in now.functions:
             for name, number in function.call.template.numbers().items():
                 found.setdefault(name, set()).add(number)
         names = [name for name, numbers in found.items() if len(numbers) > MAX_VARIANTS // 2]
@@ -219,22 +244,24 @@ class BlockForward:
         raise first
 
     def capture(self, module: nn.Module, call: Call) -> Function:
-        """The function of ``call``, shared by modules of equal structure. Raises CaptureError if it cannot be captured."""
-        key = (hf.structure(module), call)
-        if key not in self.state.shared:
+        """The function of ``call``, shared by modules of equal state. Raises CaptureError if it cannot be captured."""
+        sharded = self.snapshots[0].guard.sharded
+        found = self.state.shared.find(module, call, sharded)
+        if found is None:
             routers = {p: module.get_submodule(p) for p in self.routers}
+            hf.find_layouts(module)
+            result: Function | CaptureError
             try:
                 with ambient_modes.disabled(), torch.enable_grad(), unseen():
-                    function = self._export(module, call, routers)
-                    self.state.lower(function)
-                self.state.shared[key] = function
+                    result = self._export(module, call, routers)
+                    self.state.lower(result)
             except CaptureError as error:
-                # not the error, which holds its frames, with the tensors of this step
-                self.state.shared[key] = str(error), error.detail
-        found = self.state.shared[key]
-        if isinstance(found, tuple):
-            raise CaptureError(*found)
-        found.instances.append(self.path)
+                result = error
+            found = self.state.shared.add(module, call, result)
+        if isinstance(found, CaptureError):
+            raise found.again()
+        if self.path not in found.instances:
+            found.instances.append(self.path)
         return found
 
     def _export(self, module: nn.Module, call: Call, routers: dict[str, nn.Module]) -> Function:
@@ -244,9 +271,9 @@ class BlockForward:
 def block_forward(base: type) -> Callable:
     """The forward of the class of an optimized block whose own class is ``base``."""
     # GradientCheckpointingLayer.__init_subclass__ wraps this forward as well, so checkpointing still works
-    plain = base.forward  # type: ignore[attr-defined]
 
     def forward(self, *args, **kwargs):
-        return self._moefx_forward(self, args, kwargs, functools.partial(plain, self))
+        # looked up in each call: someone may have replaced it since
+        return self._moefx_forward(self, args, kwargs, functools.partial(base.forward, self))  # type: ignore[attr-defined]
 
     return forward

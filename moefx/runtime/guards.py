@@ -1,68 +1,147 @@
-"""Guards of captured graphs: submodules, hooks, parameter sizes and attributes of a module that graphs assume."""
+"""Guards: is the Python state that graphs of a module depend on what it was? Asked in each call."""
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Callable, Iterator
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules import module as all_modules
 
-from moefx.frontend.export import foreign_hooks
+from moefx.frontend.module_state import HOOKS, MANY, MISSING, of_class, own_classes
+from moefx.frontend.reads import Reads
 from moefx.integrations import fsdp
-from moefx.integrations import peft as adapters
-from moefx.integrations import transformers as hf
+
+#: Hooks that run on every module: the dictionaries live as long as PyTorch does.
+_GLOBAL_HOOKS = [
+    getattr(all_modules, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")
+]
 
 
-class ModuleGuard:
-    """The state of a module when it was captured. Each call compares it, so it is kept as a few dictionaries."""
+class Guard:
+    """What some reads give in a module when it is made. :meth:`changed` asks whether they would give the same now.
 
-    def __init__(self, module: nn.Module):
-        inside = [m for m in module.modules() if m is not module]
-        self._watched = [(m._modules, dict(m._modules), _hooks(m), m) for m in inside]
-        self._watched.append((module._modules, dict(module._modules), -1, module))  # its own hooks run around the graph
+    Objects are compared by identity, and containers by the identity of their items: no ``__eq__`` of other code runs, and no
+    tensor is compared. An object that an equal one has replaced counts as changed; :class:`Reads` then compare values.
+    """
+
+    def __init__(self, module: nn.Module, reads: Iterable[Reads]):
+        reads, modules = list(reads), dict(module.named_modules())
+        #: (reader, what it reads from, ids of what it read)
+        self._reads: list[tuple[Callable, Any, list[int]]] = []
+        self._absent: list[tuple[dict, frozenset[str]]] = []
+        self._items: list[tuple[Any, list[int]]] = []
+        self._cells: list[tuple[types.CellType, int]] = []
+        self._kept: list[Any] = []  #: keeps alive what is compared by its id, which another object could get
+        self._seen: set[int] = set()
+        of_classes: dict[type, set[str]] = {}
+        for path, m in modules.items():
+            attributes, names = vars(m), {n for r in reads for n in r.of(path, m)}
+            self._watch(attributes, names & attributes.keys())
+            absent = frozenset(names - attributes.keys() - m._parameters.keys() - m._buffers.keys() - m._modules.keys())
+            if absent:
+                self._absent.append((attributes, absent))
+                of_classes.setdefault(own_classes(type(m))[0], set()).update(absent)
+        for cls, names in of_classes.items():
+            # class methods are bound anew at each look-up
+            there = sorted(
+                n for n in names if not isinstance(of_class(cls, n), classmethod) and of_class(cls, n) is not MISSING
+            )
+            if there:
+                self._add(operator.attrgetter(*there, there[0]), cls)
+        for r in reads:
+            for place, names in r.configs.items():
+                held = r.config(module, place)
+                self._watch(held, names & held.keys())
+            for namespace, names in r.namespaces():
+                self._watch(namespace, names & namespace.keys(), inside=False)
+        #: dictionaries that are compared whole: submodules, and hooks, but for the module's own, which run around its graphs
+        self._live = [m._modules for m in modules.values()] + [vars(m)[h] for path, m in modules.items() if path for h in HOOKS]
+        self._live += _GLOBAL_HOOKS
+        self._before = [dict(d) for d in self._live]
+        self._dtype = torch.get_default_dtype()
         self.units = fsdp.units(module)  #: FSDP's units inside the module
-        self.adapters = adapters.layers(module)  #: PEFT's layers inside the module
-        self._numbers = list(_numbers(module))
-        self._holders = [m for m in module.modules() if m._parameters]
-        self._weights = None if self.units or fsdp.is_unit(module) else self._weights_now()
+        self.sharded = bool(self.units) or fsdp.is_unit(module)
+        self._holders = [m._parameters for m in modules.values() if m._parameters]
+        self._weights = None if self.sharded else self._weights_now()
 
-    def first_change(self) -> tuple[dict, dict] | None:
-        """The submodules, now and when captured, of the first module whose submodules or hooks differ; None if none do."""
-        for children, before, hooks, m in self._watched:
-            if children != before or (hooks >= 0 and _hooks(m) != hooks):
-                return children, before
+    def _add(self, read: Callable, held: Any) -> tuple:
+        found: tuple = read(held)
+        self._kept.append(found)
+        self._reads.append((read, held, [*map(id, found)]))
+        return found
+
+    def _watch(self, held: Mapping[str, Any], names: set[str], inside: bool = True) -> None:
+        if not names:
+            return
+        first, *rest = sorted(names)
+        for x in self._add(operator.itemgetter(first, *rest, first), held):  # of one name it would not return a tuple
+            if inside:
+                self._watch_inside(x)
+
+    def _watch_inside(self, x: Any) -> None:
+        """Watches the items of a container, the attributes of a plain object, and what a function closes over."""
+        if id(x) in self._seen or isinstance(x, Tensor | nn.Module | type | types.ModuleType | str | bytes):
+            return
+        self._seen.add(id(x))
+        if isinstance(x, types.MethodType):
+            return self._watch_inside(x.__self__)
+        if isinstance(x, types.FunctionType):
+            for cell in x.__closure__ or ():
+                if cell != types.CellType():  # it has contents
+                    self._kept.append(cell.cell_contents)
+                    self._cells.append((cell, id(cell.cell_contents)))
+                    self._watch_inside(cell.cell_contents)
+            return None
+        if isinstance(x, functools.partial):
+            return self._watch_inside((x.func, x.args, x.keywords))
+        if not isinstance(x, Mapping | list | tuple | set | frozenset | deque):
+            x = vars(x) if hasattr(x, "__dict__") and not isinstance(x, types.BuiltinFunctionType) else ()
+        items = _items(x)
+        if not isinstance(x, tuple):
+            self._kept.append(items)
+            self._items.append((x, [*map(id, items)]))
+        for item in items[:MANY]:
+            self._watch_inside(item)
         return None
 
-    def why_inexact(self, module: nn.Module, children: dict, before: dict) -> str | None:
-        """Why graphs are not exact after a ``first_change``; None if only Transformers' own recording hooks came or went."""
-        if children != before:
-            new = sorted(k for k in {*children, *before} if children.get(k) is not before.get(k))
-            return f"its submodule {new[0]} was replaced after optimize"
-        hook = foreign_hooks(module)
-        return None if hook is None else f"the forward hook {hook} was added after optimize"
-
-    def values_changed(self) -> bool:
-        """Do parameters have other dtypes or sizes, or attributes other values, than those that graphs hold?"""
-        return (self._weights is not None and self._weights != self._weights_now()) or any(
-            read(held) != before for read, held, before in self._numbers
-        )
+    def changed(self) -> bool:
+        """Would the reads give other objects now, or the parameters have other dtypes or shapes?"""
+        if self._live != self._before or torch.get_default_dtype() != self._dtype:
+            return True
+        try:
+            for read, held, before in self._reads:
+                if [*map(id, read(held))] != before:
+                    return True
+            for cell, contents in self._cells:
+                if id(cell.cell_contents) != contents:
+                    return True
+        except (KeyError, AttributeError, ValueError):  # one is gone
+            return True
+        for attributes, names in self._absent:
+            if not names.isdisjoint(attributes):
+                return True
+        for container, before in self._items:
+            if [*map(id, _items(container))] != before:
+                return True
+        return self._weights is not None and self._weights != self._weights_now()
 
     def _weights_now(self) -> list[tuple] | None:
         """Dtypes and sizes of the parameters inside. None: FSDP gathers them, in a dtype of its own."""
-        found = [p for m in self._holders for p in m._parameters.values() if p is not None]
+        found = [p for held in self._holders for p in held.values() if p is not None]
         return None if any(type(p.data) is DTensor for p in found) else [(p.dtype, p.shape) for p in found]
 
 
-def _hooks(m: nn.Module) -> int:
-    return sum(map(len, (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)))
+def _items(container: Any) -> list:
+    return [*container.keys(), *container.values()] if isinstance(container, Mapping) else [*container]
 
 
-def _numbers(module: nn.Module) -> Iterator[tuple[Callable, dict, Any]]:
-    """The attributes of modules that graphs hold as constants: (reader, the module's ``__dict__``, value now)."""
-    for m in module.modules():
-        names = hf.numbers(m)
-        if names and (not type(m).__module__.startswith("torch.nn") or isinstance(m, nn.modules.dropout._DropoutNd)):
-            read = operator.itemgetter(*names)
-            yield read, vars(m), read(vars(m))
+def global_hook() -> Any:
+    """A hook that someone has put on every module (``torch.nn.modules.module.register_module_forward_hook``); None if none."""
+    return next((hook for hooks in _GLOBAL_HOOKS for hook in hooks.values()), None)

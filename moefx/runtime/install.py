@@ -58,7 +58,7 @@ def install(model: Any, state: Optimized) -> None:
     for path, functions in by_path.items():
         if functions[0].name != "head":
             module = model.get_submodule(path)
-            module._moefx_forward.is_unmodified(module)  # from here on, replaced submodules are noticed
+            module._moefx_forward.snapshot(module)
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and part is not model and not hasattr(type(part), "_moefx_base"):
             part.__dict__["_moefx_state"] = state

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from moefx.analysis.report import Report
 from moefx.backends.compile import compiled
 from moefx.errors import MoefxError
+from moefx.frontend.captured import Captured
 from moefx.integrations import transformers as hf
 from moefx.integrations.peft import unwrap
 from moefx.internals import ambient_modes
@@ -39,8 +40,7 @@ class Optimized:
     runners: dict[int, Callable] = field(default_factory=dict)  #: by id of function
     replaying: dict[int, Function] = field(default_factory=dict)  #: by id of function: its replay function
     compiled: dict[tuple, Callable] = field(default_factory=dict)  #: by code and dtypes: equal graphs share compiled code
-    #: Functions that were captured after ``optimize``, or why they cannot be; by structure and call.
-    shared: dict[tuple, Function | tuple[str, str]] = field(default_factory=dict)
+    shared: Captured = field(default_factory=Captured)  #: what was captured after ``optimize``
     bypass: bool = False  #: original forwards run (moefx.verify)
     global_aux_loss: bool = False  #: the auxiliary loss is over the tokens of all ranks
     hooks: list[RemovableHandle] = field(default_factory=list)  #: hooks of the model while it is optimized

@@ -47,15 +47,16 @@ def stop() -> None:
 
 
 def _structure(module: Any) -> tuple:
-    """A key for equal blocks, also of different models: configurations are compared by value. FSDP subclasses a module's class."""
+    """A key for equal blocks, also of different models: configurations are compared by value, devices too."""
+    from moefx.frontend.module_state import everything
     from moefx.integrations import transformers as hf
 
-    parts = [(path, name.removeprefix("FSDP"), *rest) for path, _, name, *rest, _ in hf.structure(module)]
+    parts = [found[:-1] for found in everything(module, hf.without_index)], [p.device for p in module.parameters()]
     configs = {id(m.config): m.config.to_dict() for m in module.modules() if hasattr(m, "config")}
     values = sorted(
         json.dumps({k: v for k, v in c.items() if k not in _IGNORED}, sort_keys=True, default=str) for c in configs.values()
     )
-    return (repr(parts), *values)
+    return (tuple(parts[0]), tuple(parts[1]), *values)
 
 
 def prepare(names: set[str], *, all_calls: bool = False) -> None:

@@ -1,7 +1,7 @@
 """Transformers as moefx uses it: the experts, attention and mask interfaces, and the structure of models."""
 
 from moefx.integrations.transformers.attention import attention_forward
-from moefx.integrations.transformers.experts import experts_layout, is_dense_experts, is_experts
+from moefx.integrations.transformers.experts import experts_layout, find_layouts, is_dense_experts, is_experts
 from moefx.integrations.transformers.implementations import (
     Names,
     activate,
@@ -23,12 +23,11 @@ from moefx.integrations.transformers.model_structure import (
     is_language_model,
     is_norm,
     is_recurrent,
-    numbers,
     outputs_are_collected,
     reads_layer_index,
     requested,
     routers,
-    structure,
+    without_index,
 )
 from moefx.integrations.transformers.recording import (
     OwnAttention,
@@ -44,9 +43,9 @@ from moefx.integrations.transformers.recording import (
 
 __all__ = [
     "INDEX_NAMES", "ExpertsLayout", "LazyMask", "MaskPattern", "Names", "OwnAttention", "activate", "attention_forward",
-    "attention_mask", "blocks", "check", "count_as_tensor", "emitting", "experts_in", "experts_layout", "experts_modules",
+    "attention_mask", "blocks", "check", "count_as_tensor", "emitting", "experts_in", "experts_layout", "experts_modules", "find_layouts",
     "activated", "is_checkpointed", "is_dense_experts", "is_emitting", "is_experts", "is_language_model", "is_norm",
-    "is_recurrent", "is_traced", "lazy_masks", "named", "noticing_packing", "numbers", "original_implementations",
+    "is_recurrent", "is_traced", "lazy_masks", "named", "noticing_packing", "original_implementations",
     "original_masks", "outputs_are_collected", "packed", "pattern_of", "reads_layer_index", "requested", "restore", "routers",
-    "structure", "unpacked", "unpacked_on_meta", "without_packages",
+    "unpacked", "unpacked_on_meta", "without_index", "without_packages",
 ]  # fmt: skip

@@ -45,7 +45,7 @@ def attention_forward(
         The output [B, S, A, Dv], and None for attention weights.
     """
     callers = recording.callers()
-    if callers is not None and not module.__dict__.get("_moefx_own_attention"):
+    if callers is not None and not getattr(module, "_moefx_own_attention", False):
         unknown = next((k for k in ("position_bias", "cache", "block_indices") if kwargs.get(k) is not None), None)
         if unknown == "block_indices" and callers.lenient:
             raise OwnAttention("it attends to selected blocks of keys, which moefx.attention cannot express", module)

@@ -53,6 +53,17 @@ def experts_layout(module: nn.Module) -> ExpertsLayout:
     return found
 
 
+def find_layouts(module: nn.Module) -> None:
+    """Finds the layouts of the experts in ``module`` anew, on numbers, before it is traced: what they compute may have changed."""
+    for m in module.modules():
+        if m.__dict__.pop("_moefx_layout", None) is not None:
+            if is_experts(m):
+                with contextlib.suppress(CaptureError):  # said again, with its reason, where the module is called
+                    experts_layout(m)
+            else:
+                m.__dict__["_moefx_layout"] = _activation_of_loop(m)
+
+
 def _experts_layout(module: nn.Module) -> ExpertsLayout:
     name = type(module).__name__
     if is_dense_experts(module):

@@ -160,40 +160,9 @@ def count_as_tensor(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {**kwargs, "num_items_in_batch": torch.full((), count, device=device)}
 
 
-def numbers(module: nn.Module) -> list[str]:
-    """The attributes of a module, without those of submodules, that are constants which its forward may use."""
-    return [
-        k
-        for k, v in vars(module).items()
-        if not k.startswith("_")
-        and k not in ("training", "gradient_checkpointing")
-        and isinstance(v, (int, float, str, bool, tuple, type(None)))
-    ]
-
-
-def structure(module: nn.Module) -> tuple:
-    """A key that is equal for two modules that compute the same function of their parameters and inputs."""
-    found = []
-    for path, m in module.named_modules():
-        own = [
-            (n, tuple(p.shape), p.dtype, p.device)
-            for n, p in [*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)]
-        ]
-        ignored = set() if reads_layer_index(type(m)) else INDEX_NAMES  # type: ignore[arg-type]
-        simple = {k: vars(m)[k] for k in numbers(m) if k not in ignored}
-        functions = {k: getattr(v, "__qualname__", type(v).__name__) for k, v in vars(m).items() if callable(v)}
-        found.append(
-            (
-                path,
-                type(m).__module__,
-                type(m).__qualname__,
-                tuple(own),
-                repr(simple),
-                repr(functions),
-                id(getattr(m, "config", None)),
-            )
-        )
-    return tuple(found)
+def without_index(cls: type) -> frozenset[str]:
+    """The attributes of a class of modules that make no difference to what they compute: an index that only addresses a cache."""
+    return frozenset() if reads_layer_index(cls) else frozenset(INDEX_NAMES)
 
 
 def is_checkpointed(model: nn.Module) -> bool:
