@@ -42,6 +42,10 @@ def sites(model: Any, recording: Recording, not_captured: list[NotCaptured]) -> 
         alone = outside and path in recording.calls and id(module) not in heads and own
         if path in blocks and path not in recording.calls:
             not_captured.append(NotCaptured(path, type(module).__name__, "the example forward did not call it"))
+        elif "forward" in vars(module) and (path in blocks or alone):
+            not_captured.append(
+                NotCaptured(path, type(module).__name__, "it has a forward of its own, which runs instead of a graph")
+            )
         elif path in blocks or alone:
             site = site_of(path, module, recording, routers, not_captured)
             if site:

@@ -60,7 +60,8 @@ class _Entry(nn.Module):
             _, before = flatten(args, kwargs)
             state = Written(self.block)
             with self.reads.recorded(self.block):
-                out = self.block(*args, **kwargs)
+                # of its class: hooks of the block, and a forward put around its own, run around its graph too
+                out = type(self.block).forward(self.block, *args, **kwargs)
             state.refuse_changes()
         except RuntimeError as error:  # for data-dependent control flow torch.export would print the whole graph so far
             raise untraceable(error, self.template.names(), self.sizes) from error

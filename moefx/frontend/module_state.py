@@ -1,4 +1,4 @@
-"""The Python state of a module as values that can be compared, also between modules: two blocks may share a graph if they are equal.
+"""The Python state of a module as values that can be compared: two blocks whose states are equal may share a graph.
 
 Values do not name the module that they belong to: what lies inside it is named by its path. Numbers, strings and containers are
 compared by value, plain objects by their attributes, functions by their code and what they close over, tensors by identity.
@@ -70,11 +70,12 @@ def _named(x: Any) -> str:
 
 
 class Value(tuple):
-    """A comparable value, which prints as what it stands for."""
+    """A comparable value, which prints as ``shown``: what it stands for."""
 
     shown: str
 
     def __new__(cls, items: Any, shown: str) -> Value:
+        """Of comparable ``items``; a long ``shown`` is cut."""
         made = super().__new__(cls, items)
         made.shown = shown if len(shown) < 80 else f"{shown[:77]}..."
         return made
@@ -174,7 +175,7 @@ def of_class(cls: type, name: str) -> Any:
 
 
 def foreign_hooks(module: nn.Module) -> Iterator[tuple[Any, bool]]:
-    """The hooks of a module that neither Transformers (output recording) nor FSDP put there, and whether it is for gradients."""
+    """The hooks of a module that neither Transformers nor FSDP put there, each with whether it is for gradients."""
     for hook in itertools.chain(module._forward_hooks.values(), module._forward_pre_hooks.values()):
         if "output_capturing_hook" not in getattr(hook, "__qualname__", "") and not fsdp.is_fsdp_hook(hook):
             yield hook, False

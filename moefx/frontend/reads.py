@@ -84,11 +84,13 @@ class Reads:
         }
         if "" in experts:
             self.whole |= {p for p, _ in root.named_modules()}
+        self.modules.setdefault("", set()).add("forward")
         seen: set[int] = set()
         for path in self.modules.keys() | self.whole:
             m = root.get_submodule(path)
             for name in self.of(path, m):
-                self._follow(vars(m).get(name, None) if name in vars(m) else of_class(type(m), name), seen)
+                own = name in vars(m) and not is_around(path, name)
+                self._follow(vars(m)[name] if own else of_class(type(m), name), seen)
 
     def namespaces(self) -> list[tuple[dict[str, Any], set[str]]]:
         """The names that functions of the forward name outside of themselves, by namespace."""
@@ -138,7 +140,7 @@ class Reads:
                 continue  # the module above it has other children
             attributes = vars(m)
             for name in self.of(path, m):
-                if name in attributes:
+                if name in attributes and not is_around(path, name):
                     if isinstance(attributes[name], PreTrainedConfig):
                         continue
                     found[path, name] = values.of(attributes[name])
@@ -179,6 +181,11 @@ class Reads:
             {(r, *more): names for (p, *more), names in self.configs.items() if (r := rest(p)) is not None},
             self.names,
         )
+
+
+def is_around(path: str, name: str) -> bool:
+    """Is this what runs around the graph of the captured module? Its class's forward is in the graph, one of its own is not."""
+    return path == "" and name == "forward"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules import module as all_modules
 
 from moefx.frontend.module_state import HOOKS, MANY, MISSING, of_class, own_classes
-from moefx.frontend.reads import Reads
+from moefx.frontend.reads import Reads, is_around
 from moefx.integrations import fsdp
 
 #: Hooks that run on every module: the dictionaries live as long as PyTorch does.
@@ -43,11 +43,14 @@ class Guard:
         of_classes: dict[type, set[str]] = {}
         for path, m in modules.items():
             attributes, names = vars(m), {n for r in reads for n in r.of(path, m)}
-            self._watch(attributes, names & attributes.keys())
-            absent = frozenset(names - attributes.keys() - m._parameters.keys() - m._buffers.keys() - m._modules.keys())
+            around = {n for n in names if is_around(path, n)}
+            self._watch(attributes, (names - around) & attributes.keys())
+            absent = frozenset(
+                names - attributes.keys() - m._parameters.keys() - m._buffers.keys() - m._modules.keys() - around
+            )
             if absent:
                 self._absent.append((attributes, absent))
-                of_classes.setdefault(own_classes(type(m))[0], set()).update(absent)
+            of_classes.setdefault(own_classes(type(m))[0], set()).update(absent | around)
         for cls, names in of_classes.items():
             # class methods are bound anew at each look-up
             there = sorted(

@@ -42,10 +42,11 @@ from moefx.integrations.transformers.recording import (
 )
 
 __all__ = [
-    "INDEX_NAMES", "ExpertsLayout", "LazyMask", "MaskPattern", "Names", "OwnAttention", "activate", "attention_forward",
-    "attention_mask", "blocks", "check", "count_as_tensor", "emitting", "experts_in", "experts_layout", "experts_modules", "find_layouts",
-    "activated", "is_checkpointed", "is_dense_experts", "is_emitting", "is_experts", "is_language_model", "is_norm",
-    "is_recurrent", "is_traced", "lazy_masks", "named", "noticing_packing", "original_implementations",
-    "original_masks", "outputs_are_collected", "packed", "pattern_of", "reads_layer_index", "requested", "restore", "routers",
-    "unpacked", "unpacked_on_meta", "without_index", "without_packages",
+    "ExpertsLayout", "INDEX_NAMES", "LazyMask", "MaskPattern", "Names", "OwnAttention", "activate", "activated",
+    "attention_forward", "attention_mask", "blocks", "check", "count_as_tensor", "emitting", "experts_in",
+    "experts_layout", "experts_modules", "find_layouts", "is_checkpointed", "is_dense_experts", "is_emitting",
+    "is_experts", "is_language_model", "is_norm", "is_recurrent", "is_traced", "lazy_masks", "named",
+    "noticing_packing", "original_implementations", "original_masks", "outputs_are_collected", "packed", "pattern_of",
+    "reads_layer_index", "requested", "restore", "routers", "unpacked", "unpacked_on_meta", "without_index",
+    "without_packages",
 ]  # fmt: skip

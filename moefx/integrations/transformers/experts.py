@@ -54,7 +54,7 @@ def experts_layout(module: nn.Module) -> ExpertsLayout:
 
 
 def find_layouts(module: nn.Module) -> None:
-    """Finds the layouts of the experts in ``module`` anew, on numbers, before it is traced: what they compute may have changed."""
+    """Finds the layouts of the experts in ``module`` anew, before it is traced: what they compute may have changed."""
     for m in module.modules():
         if m.__dict__.pop("_moefx_layout", None) is not None:
             if is_experts(m):

@@ -161,7 +161,7 @@ def count_as_tensor(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_index(cls: type) -> frozenset[str]:
-    """The attributes of a class of modules that make no difference to what they compute: an index that only addresses a cache."""
+    """The attributes of a class of modules that make no difference: its index, if that only addresses a cache."""
     return frozenset() if reads_layer_index(cls) else frozenset(INDEX_NAMES)
 
 
