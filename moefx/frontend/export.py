@@ -25,7 +25,7 @@ from moefx.frontend.custom_gradients import (
 )
 from moefx.frontend.functionalize import functionalize
 from moefx.frontend.length_guards import questions_are_seen, refuse_limits, refusing_questions
-from moefx.frontend.module_state import foreign_hooks
+from moefx.frontend.module_state import foreign_hooks, global_hooks
 from moefx.frontend.readings import OWN
 from moefx.frontend.reads import Reads, Written, reads_are_seen
 from moefx.frontend.untraceable import untraceable
@@ -93,6 +93,8 @@ def _without_checkpointing(module: nn.Module) -> Iterator[None]:
 
 def hook_inside(module: nn.Module) -> str | None:
     """The first hook inside that is neither one of Transformers' output recording nor one of FSDP; None if there is none."""
+    for name in global_hooks():
+        return f"{name} on all modules"
     for path, m in module.named_modules():
         for hook, backward in foreign_hooks(m) if path else ():  # its own run around the call, also around a captured one
             return f"{getattr(hook, '__qualname__', hook)}{' (backward)' if backward else ''} on {path}"
@@ -119,6 +121,7 @@ def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module],
         raise CaptureError(f"the hook {hook} would become part of the graph")
     if adapters.unmerges(module):
         raise CaptureError("PEFT unmerges disabled adapters from the weights in this call")
+    hf.find_layouts(module)
     tensors = call.example(sizes_of(module))
     returned: list[Any] = []
     reads = Reads()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.modules import module as all_modules
 from transformers import PreTrainedConfig
 
 from moefx.integrations import fsdp
@@ -23,6 +24,9 @@ from moefx.integrations import fsdp
 #: Dictionaries of a module that stand for themselves: parameters by dtype and shape, submodules by path, hooks by name.
 PARTS = ("_parameters", "_buffers", "_modules")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+#: Hooks that run on every module; these dictionaries live as long as PyTorch does.
+GLOBAL_HOOKS = [getattr(all_modules, f"_global_{h}_hooks") for h in ("forward", "forward_pre", "backward", "backward_pre")]
 
 _PLAIN = (
     bool,
@@ -181,6 +185,11 @@ def foreign_hooks(module: nn.Module) -> Iterator[tuple[Any, bool]]:
             yield hook, False
     for hook in itertools.chain(module._backward_hooks.values(), module._backward_pre_hooks.values()):
         yield hook, True
+
+
+def global_hooks() -> tuple[str, ...]:
+    """The names of the hooks that are on every module (``register_module_forward_hook``, for instance)."""
+    return tuple(_named(hook) for hooks in GLOBAL_HOOKS for hook in hooks.values())
 
 
 def shape_of(module: nn.Module, path: str) -> tuple:

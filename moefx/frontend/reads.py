@@ -6,6 +6,7 @@ look-ups of attributes are recorded as they happen: of modules, of configuration
 
 from __future__ import annotations
 
+import functools
 import types
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from moefx.errors import CaptureError
-from moefx.frontend.module_state import HOOKS, MISSING, PARTS, Values, of_class, own_classes, shape_of
+from moefx.frontend.module_state import HOOKS, MISSING, PARTS, Values, global_hooks, of_class, own_classes, shape_of
 from moefx.integrations import transformers as hf
 from moefx.internals.assumptions import assumed
 from moefx.internals.torch_patches import module_reads
@@ -102,7 +103,7 @@ class Reads:
     def _follow(self, f: Any, seen: set[int]) -> None:
         """Adds the functions, classes and constants that ``f`` names, and those that these name in the same file."""
         while True:
-            f = f.fget if isinstance(f, property) else getattr(f, "__func__", f)
+            f = f.fget if isinstance(f, property) else f.func if isinstance(f, functools.partial) else getattr(f, "__func__", f)
             wrapped = getattr(f, "__wrapped__", None)
             if wrapped is None:
                 break
@@ -110,6 +111,9 @@ class Reads:
         if not isinstance(f, types.FunctionType) or id(f) in seen or _is_library(f.__module__):
             return
         seen.add(id(f))
+        for cell in f.__closure__ or ():
+            if cell != types.CellType():  # it has contents
+                self._follow(cell.cell_contents, seen)
         for code in _codes(f.__code__):
             for name in code.co_names:
                 x = f.__globals__.get(name, MISSING)
@@ -154,6 +158,7 @@ class Reads:
             if namespace.get(name, MISSING) is not x:
                 found[namespace.get("__name__", ""), name] = values.of(namespace.get(name, MISSING))
         found[("torch.get_default_dtype()",)] = values.of(torch.get_default_dtype())
+        found[("hooks of all modules",)] = values.of(global_hooks())
         return State(found)
 
     @staticmethod

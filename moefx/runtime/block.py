@@ -248,8 +248,8 @@ class BlockForward:
         sharded = self.snapshots[0].guard.sharded
         found = self.state.shared.find(module, call, sharded)
         if found is None:
-            routers = {p: module.get_submodule(p) for p in self.routers}
-            hf.find_layouts(module)
+            inside = dict(module.named_modules())
+            routers = {p: inside[p] for p in self.routers if p in inside}
             result: Function | CaptureError
             try:
                 with ambient_modes.disabled(), torch.enable_grad(), unseen():

@@ -12,16 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.modules import module as all_modules
 
-from moefx.frontend.module_state import HOOKS, MANY, MISSING, of_class, own_classes
+from moefx.frontend.module_state import GLOBAL_HOOKS, HOOKS, MANY, MISSING, of_class, own_classes
 from moefx.frontend.reads import Reads, is_around
 from moefx.integrations import fsdp
-
-#: Hooks that run on every module: the dictionaries live as long as PyTorch does.
-_GLOBAL_HOOKS = [
-    getattr(all_modules, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")
-]
 
 
 class Guard:
@@ -66,7 +60,7 @@ class Guard:
                 self._watch(namespace, names & namespace.keys(), inside=False)
         #: dictionaries that are compared whole: submodules, and hooks, but for the module's own, which run around its graphs
         self._live = [m._modules for m in modules.values()] + [vars(m)[h] for path, m in modules.items() if path for h in HOOKS]
-        self._live += _GLOBAL_HOOKS
+        self._live += GLOBAL_HOOKS
         self._before = [dict(d) for d in self._live]
         self._dtype = torch.get_default_dtype()
         self.units = fsdp.units(module)  #: FSDP's units inside the module
@@ -143,8 +137,3 @@ class Guard:
 
 def _items(container: Any) -> list:
     return [*container.keys(), *container.values()] if isinstance(container, Mapping) else [*container]
-
-
-def global_hook() -> Any:
-    """A hook that someone has put on every module (``torch.nn.modules.module.register_module_forward_hook``); None if none."""
-    return next((hook for hooks in _GLOBAL_HOOKS for hook in hooks.values()), None)

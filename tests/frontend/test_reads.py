@@ -1,0 +1,78 @@
+"""What a capture reads outside of the modules: classes, functions, hooks on all modules, the default dtype, configurations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import nn
+from transformers.models.gpt_oss import modeling_gpt_oss
+from transformers.models.qwen3_moe import modeling_qwen3_moe
+
+import moefx
+from tests.support.families import batch, build
+from tests.support.parity import assert_same_step
+
+
+def pair(family: str = "qwen3_moe") -> tuple[Any, Any]:
+    return moefx.optimize(build(family), compile=False), build(family)
+
+
+def test_a_class_and_a_function_that_are_replaced(monkeypatch):
+    model, plain = pair()
+    assert_same_step(model, plain)
+    cls, rotary = modeling_qwen3_moe.Qwen3MoeSparseMoeBlock, modeling_qwen3_moe.apply_rotary_pos_emb
+    forward = cls.forward
+    monkeypatch.setattr(cls, "forward", lambda self, h: forward(self, h) * 0.5)
+    assert_same_step(model, plain)
+    monkeypatch.setattr(modeling_qwen3_moe, "apply_rotary_pos_emb", lambda q, k, *a, **b: rotary(q * 2, k, *a, **b))
+    assert_same_step(model, plain)
+    monkeypatch.setattr(modeling_qwen3_moe, "rotate_half", lambda x: x)  # named by a function that the forward names
+    assert_same_step(model, plain)
+    monkeypatch.undo()
+    assert_same_step(model, plain)
+    assert not moefx.report(model).fallbacks
+
+
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+@pytest.mark.filterwarnings("ignore::moefx.ShortfallWarning")
+def test_a_hook_on_all_modules(kind):
+    model, plain = pair()
+    assert_same_step(model, plain)
+    called: dict[Any, list[str]] = {}
+    for m in (model, plain):
+        called[m] = []
+        register = getattr(nn.modules.module, f"register_module_{kind}")
+        handle = register(lambda module, *_, log=called[m]: log.append(type(module).__name__))
+        try:
+            m(**batch(2, 9)).loss.backward()
+        finally:
+            handle.remove()
+    assert sorted(called[model]) == sorted(called[plain])
+    before = len(moefx.report(model).fallbacks)
+    assert_same_step(model, plain)
+    assert len(moefx.report(model).fallbacks) == before
+
+
+def test_a_method_of_experts_that_is_replaced(monkeypatch):
+    model, plain = pair("gpt_oss")
+    assert_same_step(model, plain)
+    gate = modeling_gpt_oss.GptOssExperts._apply_gate
+    monkeypatch.setattr(modeling_gpt_oss.GptOssExperts, "_apply_gate", lambda self, h: gate(self, h) * 0.5)
+    with pytest.warns(moefx.ShortfallWarning, match="none of the activations"):
+        assert_same_step(model, plain)
+
+
+def test_an_attribute_of_the_configuration_that_a_forward_reads():
+    model, plain = pair("deepseek_v3")
+    for m in (model, plain):
+        m.model.layers[-1].mlp.forward = lambda h, m=m: h * m.config.initializer_range
+    assert_same_step(model, plain)
+    for m in (model, plain):
+        m.config.initializer_range = 3.0
+    assert_same_step(model, plain)
+    many = len(list(model._moefx.program))
+    for m in (model, plain):
+        m.config.output_hidden_states = True
+    assert_same_step(model, plain)
+    assert len(list(model._moefx.program)) == many
