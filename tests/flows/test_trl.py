@@ -40,7 +40,7 @@ def build(auto):
 def dpo(model, settings, tokenizer):
     from trl import DPOConfig, DPOTrainer
 
-    other = copy.deepcopy(model)
+    other = None if hasattr(model, "peft_config") else copy.deepcopy(model)
     return DPOTrainer(model, other, args=DPOConfig(**settings), train_dataset=rows(PREFERENCES), processing_class=tokenizer)
 
 
@@ -50,13 +50,23 @@ def reward(model, settings, tokenizer):
     return RewardTrainer(model, args=RewardConfig(**settings), train_dataset=rows(PREFERENCES), processing_class=tokenizer)
 
 
+def kto(model, settings, tokenizer):
+    from trl import KTOConfig, KTOTrainer
+
+    given = [
+        {"prompt": r["prompt"], "completion": r[k], "label": k == "chosen"} for r in PREFERENCES for k in ("chosen", "rejected")
+    ]
+    return KTOTrainer(model, None, args=KTOConfig(**settings), train_dataset=rows(given), processing_class=tokenizer)
+
+
 def grpo(model, settings, tokenizer):
     from trl import GRPOConfig, GRPOTrainer
 
     def letters(completions, **_):
         return [float(len(set(text))) for text in completions]
 
-    args = GRPOConfig(**settings, num_generations=4, max_completion_length=6)
+    beta = {"beta": 0.3} if hasattr(model, "peft_config") else {}
+    args = GRPOConfig(**settings, **beta, num_generations=4, max_completion_length=6)
     return GRPOTrainer(model, letters, args=args, train_dataset=rows([{"prompt": "abc"}] * 8), processing_class=tokenizer)
 
 
@@ -70,6 +80,23 @@ def rows(given):
     ("make", "auto"), [(dpo, AutoModelForCausalLM), (reward, AutoModelForSequenceClassification), (grpo, AutoModelForCausalLM)]
 )
 def test_losses_are_those_without_moefx(make, auto, tokenizer, tmp_path):
+    compare(make, lambda: build(auto), tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("make", [dpo, kto, grpo])
+def test_adapters_are_their_own_reference(make, tokenizer, tmp_path):
+    """The reference pass runs the model with its adapters disabled, or another adapter, in every step."""
+    peft = pytest.importorskip("peft")
+    options = {"target_modules": ["q_proj", "v_proj"], "target_parameters": ["mlp.experts.gate_up_proj"], "r": 4}
+
+    def adapted():
+        torch.manual_seed(2)
+        return peft.get_peft_model(build(AutoModelForCausalLM), peft.LoraConfig(**options, init_lora_weights=False))
+
+    compare(make, adapted, tokenizer, tmp_path)
+
+
+def compare(make, build, tokenizer, tmp_path):
     settings = {
         "output_dir": str(tmp_path), "per_device_train_batch_size": 4, "max_steps": 3, "logging_steps": 1, "report_to": [],
         "use_cpu": True, "bf16": False, "save_strategy": "no", "disable_tqdm": True, "gradient_checkpointing": False,
@@ -77,7 +104,7 @@ def test_losses_are_those_without_moefx(make, auto, tokenizer, tmp_path):
     }  # fmt: skip
     losses = []
     for optimized in (False, True):
-        model = build(auto)
+        model = build()
         if optimized:
             model = moefx.optimize(model, compile=False, strict=True)
         torch.manual_seed(1)

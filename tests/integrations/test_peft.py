@@ -87,3 +87,30 @@ def test_restore_gives_peft_its_classes_back():
     model = adapted("qwen3_moe", True, target_modules=["q_proj"])
     moefx.restore(model)
     assert type(model) is peft.PeftModel and type(model.base_model) is peft.LoraModel
+
+
+@pytest.mark.parametrize("reference_first", [True, False])
+def test_kl_to_the_disabled_adapters(reference_first):
+    """Issue: the reference had the adapters in it, so that KL was 0; or, if it came first, nothing required a gradient."""
+    found = []
+    for optimize in (False, True):
+        model = adapted("qwen3_moe", optimize, target_modules=["q_proj", "v_proj"])
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=5.0)
+        given, kls = {"input_ids": batch(2, 9)["input_ids"], "use_cache": False}, []
+
+        def reference(model: Any = model, given: Any = given) -> torch.Tensor:
+            with torch.no_grad(), model.disable_adapter():
+                return model(**given).logits.log_softmax(-1)
+
+        for _ in range(4):
+            wanted = reference() if reference_first else None
+            logits = model(**given).logits.log_softmax(-1)
+            wanted = reference() if wanted is None else wanted
+            kl = torch.nn.functional.kl_div(logits, wanted, log_target=True, reduction="batchmean")
+            (kl + model(**batch(2, 9)).loss).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            kls.append(float(kl))
+        found.append(kls)
+    assert found[1] == pytest.approx(found[0], rel=2e-3, abs=1e-6)
+    assert found[0][-1] > found[0][0] > 1e-3
