@@ -122,6 +122,7 @@ def call_overhead(calls: int, rounds: int = 9) -> dict[str, Any]:
         "calls": calls,
         "rounds": rounds,
         "kwargs": sorted(kwargs),
+        "recorded_reads": block._moefx_forward.snapshots[0].guard.size,
     }
 
 
@@ -154,6 +155,7 @@ def main() -> int:
         ("96 layers, peak GiB", f"{gib96:.2f}", ""),
         ("Python per block call, us", f"{us:.1f}", f"< {MICROSECONDS:.0f}"),
         ("  of which nn.Module and Transformers", f"{overhead['empty_block_microseconds']:.1f}", ""),
+        ("  recorded reads compared in it", str(overhead["recorded_reads"]), ""),
     ]
     common.show("capture + passes, Qwen3-30B-A3B, meta device", ("what", "measured", "bound"), rows)
     problems = []

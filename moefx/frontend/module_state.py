@@ -213,15 +213,20 @@ def everything(module: nn.Module, ignored: Any = None) -> tuple:
     values, found = Values(module), []
     for path, m in module.named_modules():
         left_out = ignored(own_classes(type(m))[0]) if ignored else ()
-        own = [(n, values.of(x)) for n, x in vars(m).items() if _counts(n) and n not in left_out]
+        own = [(n, values.of(x)) for n, x in vars(m).items() if counts(n) and n not in left_out and not is_around(path, n)]
         configs = [(n, Same(x)) for n, x in vars(m).items() if isinstance(x, PreTrainedConfig)]
         found.append((path, shape_of(m, path), tuple(own), tuple(configs)))
     return tuple(found)
 
 
-def _counts(name: str) -> bool:
+def is_around(path: str, name: str) -> bool:
+    """Is this what runs around the graph of the captured module? Its class's forward is in the graph, one of its own is not."""
+    return path == "" and name == "forward"
+
+
+def counts(name: str) -> bool:
     """Is this attribute of a module part of what it computes? Not what ``nn.Module`` and moefx keep there for themselves."""
     return name not in _OWN and not name.startswith("_moefx")
 
 
-_OWN = {*vars(nn.Module()), "gradient_checkpointing"} - {"training"}
+_OWN = {*vars(nn.Module()), "gradient_checkpointing", "_is_hf_initialized"} - {"training"}

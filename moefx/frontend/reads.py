@@ -19,7 +19,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from moefx.errors import CaptureError
-from moefx.frontend.module_state import HOOKS, MISSING, PARTS, Values, global_hooks, of_class, own_classes, shape_of
+from moefx.frontend.module_state import (
+    HOOKS,
+    MISSING,
+    PARTS,
+    Values,
+    counts,
+    global_hooks,
+    is_around,
+    of_class,
+    own_classes,
+    shape_of,
+)
 from moefx.integrations import transformers as hf
 from moefx.internals.assumptions import assumed
 from moefx.internals.torch_patches import module_reads
@@ -127,9 +138,7 @@ class Reads:
         names = set(self.modules.get(path, ()))
         if path in self.whole:
             own = {n for c in own_classes(type(m)) if not c.__module__.startswith("torch.") for n in vars(c)}
-            names |= {
-                n for n in {*vars(m), *own} if n not in _COVERED and not n.startswith("_moefx") and not n.startswith("__")
-            }
+            names |= {n for n in {*vars(m), *own} if counts(n) and not n.startswith("__")}
         return sorted(names - _IGNORED - hf.without_index(own_classes(type(m))[0]))
 
     def state(self, root: nn.Module) -> State:
@@ -186,11 +195,6 @@ class Reads:
             {(r, *more): names for (p, *more), names in self.configs.items() if (r := rest(p)) is not None},
             self.names,
         )
-
-
-def is_around(path: str, name: str) -> bool:
-    """Is this what runs around the graph of the captured module? Its class's forward is in the graph, one of its own is not."""
-    return path == "" and name == "forward"
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig
 
-from moefx.frontend.module_state import GLOBAL_HOOKS, HOOKS, MANY, MISSING, of_class, own_classes
-from moefx.frontend.reads import Reads, is_around
+from moefx.frontend.module_state import GLOBAL_HOOKS, HOOKS, MANY, MISSING, is_around, of_class, own_classes
+from moefx.frontend.reads import Reads
 from moefx.integrations import fsdp
+
+#: What is inside of these is no part of the value: they are compared by identity, or what is read of them stands beside them.
+_NAMED_APART = (Tensor, nn.Module, PreTrainedConfig, type, types.ModuleType, str, bytes)
 
 
 class Guard:
@@ -84,7 +88,7 @@ class Guard:
 
     def _watch_inside(self, x: Any) -> None:
         """Watches the items of a container, the attributes of a plain object, and what a function closes over."""
-        if id(x) in self._seen or isinstance(x, Tensor | nn.Module | type | types.ModuleType | str | bytes):
+        if id(x) in self._seen or isinstance(x, _NAMED_APART):
             return
         self._seen.add(id(x))
         if isinstance(x, types.MethodType):
@@ -107,6 +111,11 @@ class Guard:
         for item in items[:MANY]:
             self._watch_inside(item)
         return None
+
+    @property
+    def size(self) -> int:
+        """How many attributes, names and items are compared in each call, without hooks and submodules."""
+        return sum(len(before) for *_, before in (*self._reads, *self._items)) + len(self._cells)
 
     def changed(self) -> bool:
         """Would the reads give other objects now, or the parameters have other dtypes or shapes?"""
