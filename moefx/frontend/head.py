@@ -12,9 +12,13 @@ from moefx.errors import CaptureError
 from moefx.frontend.call_signature import Call
 from moefx.frontend.call_template import Template, flatten
 from moefx.frontend.export import capture_module
-from moefx.frontend.lazy_logits import LazyLogits, Steps, after
+from moefx.frontend.lazy_logits import LazyLogits, Projection, Steps, after
+from moefx.frontend.module_state import foreign_hooks, global_hooks, of_class
 from moefx.integrations import transformers as hf
 from moefx.ir.program import Function
+
+#: The forward whose loss can be computed without it; someone may replace it.
+_LINEAR = nn.Linear.forward
 
 
 def split_logits(args: tuple, kwargs: dict) -> tuple[Any, tuple, dict]:
@@ -51,6 +55,20 @@ def lm_head_of(model: Any) -> nn.Linear | None:
     return found if isinstance(found, nn.Linear) else None
 
 
+def why_stored(lm_head: nn.Module) -> str | None:
+    """Why the logits of ``lm_head`` must be computed in each call; None if they need not be."""
+    for hook, backward in foreign_hooks(lm_head):
+        what = "backward hook" if backward else "forward hook"
+        return f"lm_head has the {what} {getattr(hook, '__qualname__', hook)}, which is called with its logits"
+    for name in global_hooks():
+        return f"the hook {name} on all modules is called with lm_head's logits"
+    own = vars(lm_head).get("forward", of_class(type(lm_head), "forward"))
+    if own is not _LINEAR:
+        return f"lm_head has a forward of its own, {getattr(own, '__qualname__', own)}"
+    computed = [n for n in ("weight", "bias") if n not in lm_head._parameters]
+    return f"lm_head's {computed[0]} is computed in each call" if computed else None
+
+
 @contextmanager
 def watching_head(model: Any) -> Iterator[_Watched]:
     """Context in which lm_head returns lazy logits; yields whether the loss function got them unread."""
@@ -60,8 +78,12 @@ def watching_head(model: Any) -> Iterator[_Watched]:
         watched.reason = f"{type(model).__name__} has no {what}"
         yield watched
         return
-    real, had = lm_head.forward, "_loss_function" in vars(model)
-    loss = model.loss_function
+    stored = why_stored(lm_head)
+    if stored is not None:
+        watched.reason = stored
+        yield watched
+        return
+    had, loss = "_loss_function" in vars(model), model.loss_function
 
     def watch(*args: Any, **kwargs: Any) -> Any:
         logits, rest, named = split_logits(args, kwargs)
@@ -73,7 +95,7 @@ def watching_head(model: Any) -> Iterator[_Watched]:
             logits = logits.materialize()
         return loss(logits, *rest, **named)
 
-    lm_head.forward = lambda h: LazyLogits(h, real, lm_head.out_features, h.dtype)  # type: ignore[method-assign,assignment]
+    lm_head.forward = lambda h: LazyLogits(h, Projection(lm_head))  # type: ignore[method-assign,assignment]
     model.loss_function = watch
     try:
         yield watched

@@ -179,9 +179,10 @@ def of_class(cls: type, name: str) -> Any:
 
 
 def foreign_hooks(module: nn.Module) -> Iterator[tuple[Any, bool]]:
-    """The hooks of a module that neither Transformers nor FSDP put there, each with whether it is for gradients."""
+    """The hooks of a module that no one of Transformers, FSDP and moefx put there, each with whether it is for gradients."""
     for hook in itertools.chain(module._forward_hooks.values(), module._forward_pre_hooks.values()):
-        if "output_capturing_hook" not in getattr(hook, "__qualname__", "") and not fsdp.is_fsdp_hook(hook):
+        ours = (getattr(hook, "__module__", None) or "").startswith("moefx.")
+        if "output_capturing_hook" not in getattr(hook, "__qualname__", "") and not fsdp.is_fsdp_hook(hook) and not ours:
             yield hook, False
     for hook in itertools.chain(module._backward_hooks.values(), module._backward_pre_hooks.values()):
         yield hook, True

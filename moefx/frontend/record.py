@@ -15,7 +15,7 @@ from moefx.errors import CaptureError, MoefxError
 from moefx.frontend.call_signature import distinct_sizes, sizes_of
 from moefx.frontend.call_template import flatten
 from moefx.frontend.head import watching_head
-from moefx.frontend.module_state import everything
+from moefx.frontend.module_state import HOOKS, everything, foreign_hooks
 from moefx.integrations import fsdp
 from moefx.integrations import transformers as hf
 from moefx.integrations.unsharded_view import unsharded_view
@@ -112,6 +112,7 @@ def record(model: Any, example: Mapping[str, Any] | None) -> Recording:
             unsharded_view(model, meta),
             hf.without_packages() if meta is not None else nullcontext(),
             watching_head(model) as head,
+            _without_hooks(model),
             _once(model, recording),
         ):
             model(**given)
@@ -129,6 +130,24 @@ def record(model: Any, example: Mapping[str, Any] | None) -> Recording:
             h.remove()
     recording.head, recording.head_reason = head.call, head.reason
     return recording
+
+
+@contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    """Context without the hooks of others: the example is none of the calls that they wait for."""
+    kept: list[tuple[dict, dict]] = []
+    for module in model.modules():
+        theirs = {id(hook) for hook, _ in foreign_hooks(module)}
+        for hooks in (vars(module)[kind] for kind in HOOKS) if theirs else ():
+            kept.append((hooks, dict(hooks)))
+            for key in [k for k, hook in hooks.items() if id(hook) in theirs]:
+                del hooks[key]
+    try:
+        yield
+    finally:
+        for hooks, before in kept:  # in place: their handles refer to the dictionaries
+            hooks.clear()
+            hooks.update(before)
 
 
 def _first_sentence(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from torch import nn
 
 #: Attributes that moefx sets on modules.
 ATTRIBUTES = (
-    "_moefx", "_moefx_active", "_moefx_forward", "_moefx_layout", "_moefx_original_implementation", "_moefx_own_attention",
+    "_moefx", "_moefx_forward", "_moefx_head", "_moefx_layout", "_moefx_original_implementation", "_moefx_own_attention",
     "_moefx_router_state", "_moefx_state",
 )  # fmt: skip
 

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from moefx.errors import CaptureError, MoefxError
 from moefx.frontend.call_signature import Call, sizes_of
 from moefx.frontend.call_template import call_key, flatten
+from moefx.frontend.captured import Captured
 from moefx.frontend.export import CAPTURING, capture_module
 from moefx.frontend.reads import Reads
 from moefx.integrations import fsdp
@@ -147,6 +148,11 @@ class BlockForward:
         return (owner._parameters if leaf in owner._parameters else owner._buffers), leaf
 
     @property
+    def shared(self) -> Captured:
+        """What was captured for this module and for others."""
+        return self.state.shared
+
+    @property
     def units(self) -> list[nn.Module]:
         """FSDP's units inside the module."""
         return self.snapshots[0].guard.units if self.snapshots else []
@@ -246,7 +252,7 @@ class BlockForward:
     def capture(self, module: nn.Module, call: Call) -> Function:
         """The function of ``call``, shared by modules of equal state. Raises CaptureError if it cannot be captured."""
         sharded = self.snapshots[0].guard.sharded
-        found = self.state.shared.find(module, call, sharded)
+        found = self.shared.find(module, call, sharded)
         if found is None:
             inside = dict(module.named_modules())
             routers = {p: inside[p] for p in self.routers if p in inside}
@@ -257,7 +263,7 @@ class BlockForward:
                     self.state.lower(result)
             except CaptureError as error:
                 result = error
-            found = self.state.shared.add(module, call, result)
+            found = self.shared.add(module, call, result)
         if isinstance(found, CaptureError):
             raise found.again()
         if self.path not in found.instances:

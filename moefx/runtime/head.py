@@ -4,93 +4,176 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
-from moefx.errors import CaptureError, MoefxError
+from moefx.errors import CaptureError
 from moefx.frontend.call_signature import Call
-from moefx.frontend.head import capture_head_call, head_call, split_logits
-from moefx.frontend.lazy_logits import LazyLogits
+from moefx.frontend.captured import Captured
+from moefx.frontend.head import capture_head_call, head_call, split_logits, why_stored
+from moefx.frontend.lazy_logits import LazyLogits, Projection
+from moefx.frontend.module_state import Values
+from moefx.frontend.reads import Reads
 from moefx.integrations import fsdp
 from moefx.integrations import transformers as hf
 from moefx.internals.subclass import with_forward
 from moefx.ir.program import Function
-from moefx.runtime.block import BlockForward
+from moefx.runtime.block import MAX_VARIANTS, BlockForward
 
 
 @dataclass(eq=False)
 class HeadForward(BlockForward):
     """Runs lm_head and the loss as one captured function; ``module`` is lm_head."""
 
-    model_loss: Callable | None = None
+    active: bool = False  #: a forward with labels runs, whose logits are lazy
+    stored: str | None = None  #: why the logits of this forward are not lazy
+    loss: Callable | None = None  #: the loss function of ``functions``
+    loss_value: Any = None  #: it, comparable
+    #: the functions of each loss function, and what captures read that failed; by the loss function's value
+    by_loss: dict[Any, tuple[list[Function], list[Reads]]] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict) -> HeadForward:
-        return type(self)(
-            self.path, self.state, self.functions, copy.deepcopy(self.router_state, memo), model_loss=self.model_loss
-        )
+        router_state = copy.deepcopy(self.router_state, memo)
+        by_loss = {value: (list(functions), list(failed)) for value, (functions, failed) in self.by_loss.items()}
+        made = type(self)(self.path, self.state, [], router_state, by_loss=by_loss)
+        if self.loss is not None:
+            made.use(self.loss)
+        return made
 
-    def consequence(self, module: nn.Module, args: tuple) -> str:
+    @contextmanager
+    def lazily(self, lm_head: nn.Module) -> Iterator[None]:
+        """Context, around a forward with labels, in which ``lm_head`` returns lazy logits."""
+        self.stored = why_stored(lm_head)
+        self.active = True
+        try:
+            yield
+        finally:
+            self.active = False
+
+    def use(self, loss: Callable) -> None:
+        """Makes ``functions`` those of ``loss``. Raises CaptureError if it is no function, or one of too many."""
+        value = value_of(loss)
+        if value == self.loss_value:
+            self.loss = loss
+            return
+        if value not in self.by_loss and len(self.by_loss) >= MAX_VARIANTS:
+            raise CaptureError(f"it was captured with {MAX_VARIANTS} other loss functions already")
+        self.loss, self.loss_value = loss, value
+        self.functions, self.failed = self.by_loss.setdefault(value, ([], []))
+        self.snapshots.clear()
+
+    @property
+    def shared(self) -> Captured:
+        """What was captured with this loss function."""
+        return self.state.heads.setdefault(self.loss_value, Captured())
+
+    def forget(self) -> None:
+        """Drops the functions of all loss functions."""
+        super().forget()
+        self.by_loss.clear()
+        self.loss = self.loss_value = None
+
+    def consequence(self, module: Any, args: tuple) -> str:
         """The memory that the logits of this call take."""
-        numbers = args[0].numel() // args[0].shape[-1] * module.out_features
-        return f"it runs in plain PyTorch, which stores all logits: {4 * numbers / 2**30:.2g} GiB in fp32"
+        return _consequence(args[0].numel() // args[0].shape[-1] * module.weight.shape[0])
 
     def _export(self, module: nn.Module, call: Call, routers: dict[str, nn.Module]) -> Function:
-        assert isinstance(module, nn.Linear) and self.model_loss is not None
-        return capture_head_call(self.model_loss, module, self.path, call)
+        assert isinstance(module, nn.Linear) and self.loss is not None
+        return capture_head_call(self.loss, module, self.path, call)
+
+
+def _consequence(numbers: int) -> str:
+    return f"it runs in plain PyTorch, which stores all logits: {4 * numbers / 2**30:.2g} GiB in fp32"
+
+
+def value_of(loss: Callable) -> Any:
+    """A loss function as a comparable value: its code, its defaults, and what it closes over.
+
+    Raises:
+        CaptureError: it is an object whose state may change unseen.
+    """
+    inner: Any = loss
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    if not isinstance(inner, types.FunctionType):
+        raise CaptureError(f"its loss function is a {type(inner).__name__}, not a function: what it computes may change")
+    held = [x for f in (loss, inner) for x in _held(f)]
+    module = next((x for x in held if isinstance(getattr(x, "__self__", x), nn.Module)), None)
+    if module is not None:
+        raise CaptureError(f"its loss function uses a {type(module).__name__}: what that computes may change")
+    return Values(nn.Module()).of(loss)
+
+
+def _held(f: Any) -> list[Any]:
+    """What a function closes over, and what a partial passes to its function."""
+    if isinstance(f, functools.partial):
+        return [*f.args, *f.keywords.values(), *_held(f.func)]
+    cells = getattr(f, "__closure__", None) or ()
+    return [c.cell_contents for c in cells if c != types.CellType()]
 
 
 class FusedLoss:
-    """The model's loss function: computed from hidden states if nothing has read the logits, else from the logits."""
+    """The model's loss function, in a forward: computed from hidden states if nothing has read the logits, else from them."""
 
-    def __init__(self, head: HeadForward, loss: Callable):
-        self.head, self.loss = head, loss
+    def __init__(self, head: HeadForward, lm_head: nn.Module, loss: Callable):
+        self.head, self.lm_head, self.loss = head, lm_head, loss
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The loss [], for the arguments of the model's loss function."""
         logits, rest, named = split_logits(args, kwargs)
         if not isinstance(logits, LazyLogits):
+            if self.head.stored is not None and isinstance(logits, torch.Tensor):
+                self.head._fell_back(self.lm_head, self.head.stored, consequence=_consequence(logits.numel()))
             return self.loss(*args, **kwargs)
-        lm_head: Any = logits.project
+        lm_head: Any = logits.project.module
 
         def original(*_: Any, **__: Any) -> Any:
+            logits.skipped = False
             return self.loss(logits.materialize(), *rest, **named)
 
         if logits.logits is not None:
             return original()
         try:
+            self.head.use(self.loss)
             tensors, template = head_call(logits.hidden, rest, named, logits.steps)
         except CaptureError as error:
-            consequence = self.head.consequence(lm_head.module, (logits.hidden,))
-            self.head._fell_back(lm_head.module, str(error), consequence=consequence)
+            consequence = self.head.consequence(lm_head, (logits.hidden,))
+            self.head._fell_back(lm_head, str(error), consequence=consequence)
             return original()
         args, kwargs = template.fill(tensors)
-        return self.head(lm_head.module, args, kwargs, original)
+        logits.skipped = True
+        return self.head(lm_head, args, kwargs, original)
 
 
-class _Projection:
-    """lm_head's original forward, and the module whose parameters the fused loss reads."""
+def loss_function(base: type) -> property:
+    """The property ``loss_function`` of an optimized model's class: in a forward with labels, the fused loss.
 
-    def __init__(self, module: nn.Module, forward: Callable):
-        self.module, self.forward = module, forward
+    The model's own is looked up each time: someone may have set another, or another ``loss_type``.
+    """
+    plain: Any = base.loss_function  # type: ignore[attr-defined]
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        if isinstance(self.module.weight, DTensor) and not isinstance(hidden, DTensor):
-            raise MoefxError("the logits are read after FSDP has resharded lm_head's weight: read them before loss.backward()")
-        return self.forward(hidden)
+    def get(self):
+        loss, head = plain.fget(self), vars(self).get("_moefx_head")
+        return FusedLoss(head, self.get_output_embeddings(), loss) if head is not None and head.active else loss
+
+    return property(get, plain.fset, plain.fdel, plain.__doc__)
 
 
 def _lm_head_forward(base: type) -> Callable:
-    plain = base.forward  # type: ignore[attr-defined]
-
     def forward(self, hidden):
-        if not self._moefx_active or hf.is_emitting() or hf.is_traced() or fsdp.reshards_after_forward(self):
-            return plain(self, hidden)
-        return LazyLogits(hidden, _Projection(self, functools.partial(plain, self)), self.out_features, hidden.dtype)
+        plain, head = functools.partial(base.forward, self), self._moefx_head  # type: ignore[attr-defined]
+        elsewhere = hf.is_emitting() or hf.is_traced() or fsdp.reshards_after_forward(self)
+        if not head.active or head.stored is not None or elsewhere:
+            return plain(hidden)
+        lazy = LazyLogits(hidden, Projection(self))
+        autocast = lazy.modes.autocast is not None and lazy.modes.autocast[0]
+        return lazy if autocast or hidden.dtype == self.weight.dtype else plain(hidden)  # the latter raises PyTorch's error
 
     return forward
 
@@ -98,9 +181,10 @@ def _lm_head_forward(base: type) -> Callable:
 def take_head(lm_head: Any, head: HeadForward) -> None:
     """Makes ``lm_head`` return lazy logits. For a head that was put there after optimize, the loss is captured again."""
     if not isinstance(lm_head, nn.Linear):
-        what = f"lm_head was replaced after optimize by a {type(lm_head).__name__}, which is not linear: its logits are stored"
+        name = f"{type(lm_head).__module__}.{type(lm_head).__qualname__}"
+        what = f"lm_head was replaced after optimize by a {name}, which is no torch.nn.Linear: its logits are stored"
         head.state.report.fell_back(head.path, what, warn=torch.is_grad_enabled())
         return
-    lm_head.__dict__["_moefx_active"] = False
+    lm_head.__dict__["_moefx_head"] = head
     lm_head.__class__ = with_forward(type(lm_head), _lm_head_forward)  # type: ignore[arg-type]
     head.forget()

@@ -7,12 +7,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from moefx.frontend.head import lm_head_of, why_stored
 from moefx.integrations import fsdp
 from moefx.integrations import transformers as hf
 from moefx.internals.subclass import pickling, remove, subclass, with_forward
 from moefx.ir.program import Function
 from moefx.runtime.block import BlockForward, block_forward
-from moefx.runtime.head import FusedLoss, HeadForward, take_head
+from moefx.runtime.head import HeadForward, loss_function, take_head
 from moefx.runtime.model import model_forward, part_forward, reshard_without_backward, sharded_save_pretrained
 from moefx.runtime.recomputation import recomputation_is_seen
 from moefx.runtime.router_state import RouterState
@@ -26,6 +27,7 @@ def _model_class(base: type) -> type:
         base,
         forward=functools.wraps(base.forward)(model_forward(base)),  # type: ignore[attr-defined]
         save_pretrained=functools.wraps(base.save_pretrained)(sharded_save_pretrained(base)),  # type: ignore[attr-defined]
+        loss_function=loss_function(base),
         __reduce_ex__=pickling(uninstall),
     )
 
@@ -46,15 +48,7 @@ def install(model: Any, state: Optimized) -> None:
         inner = [p.removeprefix(f"{path}.") for p in routers if p.startswith(f"{path}.")]
         module.__dict__["_moefx_forward"] = BlockForward(path, state, list(functions), router_state, inner)
         module.__class__ = with_forward(type(module), block_forward)  # type: ignore[arg-type]
-    head = state.program.functions.get("head")
-    if head is not None:
-        loss = model.loss_function
-        state.loss = vars(model).get("_loss_function")
-        lm_head = model.get_submodule(head.instances[0])
-        head_forward = HeadForward(head.instances[0], state, [], router_state, model_loss=loss)
-        take_head(lm_head, head_forward)
-        head_forward.functions = [head]
-        model.loss_function = FusedLoss(head_forward, loss)
+    _install_head(model, state, router_state)
     for path, functions in by_path.items():
         if functions[0].name != "head":
             module = model.get_submodule(path)
@@ -69,15 +63,24 @@ def install(model: Any, state: Optimized) -> None:
     model.__class__ = _model_class(type(model))  # type: ignore[arg-type]
 
 
+def _install_head(model: Any, state: Optimized, router_state: RouterState) -> None:
+    """Makes the loss of the head's function. A head whose logits someone sees is captured once nobody does any more."""
+    captured, lm_head = state.program.functions.get("head"), lm_head_of(model)
+    if lm_head is None or (captured is None and why_stored(lm_head) is None):
+        return
+    path = next(p for p, m in model.named_modules() if m is lm_head)
+    head = HeadForward(path, state, [], router_state)
+    take_head(lm_head, head)
+    if captured is not None:
+        head.use(model.loss_function)
+        head.functions.append(captured)
+    model.__dict__["_moefx_head"] = head
+
+
 def uninstall(model: Any) -> None:
     """Undoes :func:`install`."""
     state: Optimized = model._moefx
     remove(model)
     for hook in state.hooks:
         hook.remove()
-    if isinstance(vars(model).get("_loss_function"), FusedLoss):
-        if state.loss is None:
-            del model._loss_function
-        else:
-            model.loss_function = state.loss
     hf.restore(model, state.implementations)

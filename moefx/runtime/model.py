@@ -15,7 +15,7 @@ from moefx.errors import MoefxError
 from moefx.frontend.lazy_logits import LazyLogits
 from moefx.integrations import fsdp
 from moefx.integrations import transformers as hf
-from moefx.runtime.head import FusedLoss, take_head
+from moefx.runtime.head import take_head
 from moefx.runtime.state import Optimized
 from moefx.runtime.tracing import only_graphs, refuse_replica, untraced, warn_compiled
 
@@ -68,23 +68,20 @@ def model_forward(base: type) -> Callable:
                 ignores_packing = beside_cache and not packs
             if ignores_packing:
                 state.report.ignored_packing(kwargs.get("position_ids"))
-        fused = isinstance(vars(self).get("_loss_function"), FusedLoss) and not state.bypass
+        head = None if state.bypass else vars(self).get("_moefx_head")
         unasked = not state.bypass and all(kwargs.get(k) is None for k in ("use_cache", "past_key_values", "cache"))
-        lm_head = self.get_output_embeddings()
-        if fused and not hasattr(lm_head, "_moefx_active"):
-            take_head(lm_head, self._loss_function.head)
+        lm_head = None if head is None else self.get_output_embeddings()
+        if head is not None and not hasattr(lm_head, "_moefx_head"):
+            take_head(lm_head, head)
         numbered = len(args) <= 1 and kwargs.get("position_ids") is None and kwargs.get("past_key_values") is None
         with hf.unpacked() if (numbered and training) or ignores_packing else contextlib.nullcontext():
-            if not fused or kwargs.get("labels") is None or not hasattr(lm_head, "_moefx_active"):
-                out = plain(self, *args, **kwargs)
-                if unasked and any(getattr(out, k, None) is not None for k in ("past_key_values", "cache")):
-                    state.report.filled_a_cache()
-                return out
-            lm_head._moefx_active = True
-            try:
-                return plain(self, *args, **kwargs)
-            finally:
-                lm_head._moefx_active = False
+            if head is not None and kwargs.get("labels") is not None and hasattr(lm_head, "_moefx_head"):
+                with head.lazily(lm_head):
+                    return plain(self, *args, **kwargs)
+            out = plain(self, *args, **kwargs)
+            if unasked and any(getattr(out, k, None) is not None for k in ("past_key_values", "cache")):
+                state.report.filled_a_cache()
+            return out
 
     return forward
 

@@ -36,11 +36,11 @@ class Optimized:
     pipeline: Pipeline
     report: Report
     implementations: hf.Names  #: the original ones of its experts
-    loss: Callable | None = None  #: the model's own loss function; None if it had the default
     runners: dict[int, Callable] = field(default_factory=dict)  #: by id of function
     replaying: dict[int, Function] = field(default_factory=dict)  #: by id of function: its replay function
     compiled: dict[tuple, Callable] = field(default_factory=dict)  #: by code and dtypes: equal graphs share compiled code
     shared: Captured = field(default_factory=Captured)  #: what was captured after ``optimize``
+    heads: dict[Any, Captured] = field(default_factory=dict)  #: heads that were, by the value of their loss function
     bypass: bool = False  #: original forwards run (moefx.verify)
     global_aux_loss: bool = False  #: the auxiliary loss is over the tokens of all ranks
     hooks: list[RemovableHandle] = field(default_factory=list)  #: hooks of the model while it is optimized

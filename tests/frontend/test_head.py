@@ -49,33 +49,3 @@ def test_loss_gradients_and_logits(name, dtype):
         rtol=1e-2 if dtype == torch.bfloat16 else 1e-5,
         atol=1e-2 if dtype == torch.bfloat16 else 1e-5,
     )
-
-
-def lazy(dtype=torch.float32):
-    hidden, weight = torch.randn(2, 3, 4, dtype=dtype, requires_grad=True), torch.randn(5, 4, dtype=dtype)
-    return LazyLogits(hidden, lambda h: h @ weight.T, 5, dtype), hidden @ weight.T
-
-
-@pytest.mark.parametrize(
-    "form",
-    [lambda x: x * 2.5, lambda x: 2 * x, lambda x: x / 3, lambda x: torch.div(x, 3.0), lambda x: x.tanh(), lambda x: torch.mul(x, 2),
-     lambda x: torch.tanh(x.float() / 30.0).mul(30.0), lambda x: (x * 0.5).to(torch.float64)],
-)  # fmt: skip
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_steps_are_taken_later(form, dtype):
-    logits, wanted = lazy(dtype)
-    logits, wanted = form(logits), form(wanted)
-    assert isinstance(logits, LazyLogits) and logits.logits is None
-    assert logits.dtype == wanted.dtype and logits.shape == wanted.shape
-    assert torch.equal(logits.detach(), wanted)
-
-
-@pytest.mark.parametrize(
-    "form",
-    [lambda x: 2 / x, lambda x: x * torch.tensor(2.0), lambda x: x + 1, lambda x: torch.div(x, 2.0, rounding_mode="floor"), lambda x: x.mul_(2.0)],
-)  # fmt: skip
-def test_other_steps_read_the_logits(form):
-    logits, wanted = lazy()
-    found = form(logits)
-    assert not isinstance(found, LazyLogits)
-    torch.testing.assert_close(found, form(wanted))

@@ -153,7 +153,7 @@ def test_changed_after_a_forward(change):
     for m in (model, plain):
         change(m)
     assert_same_step(model, plain)
-    assert hasattr(model.lm_head, "_moefx_active")  # its logits are not stored
+    assert hasattr(model.lm_head, "_moefx_head")  # its logits are not stored
 
 
 def test_a_router_cast_to_another_dtype():
