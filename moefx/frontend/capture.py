@@ -146,6 +146,7 @@ def capture(model: Any, example: Mapping[str, Any] | None = None) -> Program:
             f"{type(model).__name__} is already optimized: read moefx.report(model).program, or moefx.restore(model) first"
         )
     hf.outputs_are_collected()
+    hf.transforms_are_seen()
     program = Program(type(model).__name__, {}, [])
     try:
         _fill(program, model, example)

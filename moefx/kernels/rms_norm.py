@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moefx.ops import NormSpec
-from moefx.ops.custom_op import opaque
+from moefx.ops.custom_op import opaque, refuse_second_derivatives
 
 
 def dtypes(x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: NormSpec) -> tuple[torch.dtype, torch.dtype]:
@@ -86,6 +86,7 @@ class _Stream(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, to_x):  # type: ignore[override]
+        refuse_second_derivatives("rms_norm")
         x, weight = ctx.saved_tensors
         to_x, to_weight = fused_rms_norm_backward(grad, to_x, x, weight, ctx.eps, NormSpec(ctx.cast_first, ctx.offset))
         return to_x, None if weight is None else to_weight, None, None, None

@@ -32,6 +32,35 @@ def _on_a_device(keys: DispatchKeySet) -> bool:
     return left.highestPriorityTypeId() in _DEVICES
 
 
+def refuse_second_derivatives(name: str) -> None:
+    """For the backward of an operation that computes first derivatives only: raises MoefxError under ``create_graph=True``.
+
+    Here, not where a gradient is differentiated: one that has no graph would silently be left out of a second derivative.
+    """
+    if torch.is_grad_enabled():
+        raise MoefxError(
+            f"a backward through moefx::{name} is to be differentiated (create_graph=True), and it has first derivatives only: "
+            "call moefx.restore(model) before you compute second derivatives"
+        )
+
+
+class _FirstOrder(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, name, x):  # type: ignore[override]
+        ctx.name = name
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[override]
+        refuse_second_derivatives(ctx.name)
+        return None, gradient
+
+
+def first_order(name: str, x: Tensor) -> Tensor:
+    """x, for an operation of PyTorch that has first derivatives only, and does not say so."""
+    return _FirstOrder.apply(name, x)  # type: ignore[no-untyped-call,no-any-return]
+
+
 class Opaque:
     """``torch.ops.moefx.<name>``, called like the function that it was made of.
 
@@ -63,7 +92,7 @@ class Opaque:
         That is: one for each positional input, of which ``spec`` is one. Inputs at the end that have their default, and
         keyword-only ones, may be missing.
         """
-        overload, below, flattening = self.overload, _BELOW, self.flattening
+        overload, below, flattening, name = self.overload, _BELOW, self.flattening, self.name
 
         class Function(torch.autograd.Function):
             @staticmethod
@@ -74,6 +103,7 @@ class Opaque:
 
             @staticmethod
             def backward(ctx, *grads):  # type: ignore[override]
+                refuse_second_derivatives(name)
                 found = backward(ctx, *grads)
                 return *[None] * FIRST_INPUT, *flattening.gradients(found)
 
@@ -82,7 +112,7 @@ class Opaque:
         self._register(Function.apply)
 
     def _refuse(self, *_: Any) -> Any:
-        raise MoefxError(f"moefx::{self.name} belongs to a backward, and cannot be differentiated again")
+        raise MoefxError(f"moefx::{self.name} belongs to a backward, and cannot be differentiated again: call it under no_grad")
 
     def _register(self, with_gradients: Callable) -> None:
         """``with_gradients(keys, keywords, *args)`` is what is called where an input needs a gradient."""

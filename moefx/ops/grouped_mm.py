@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moefx.ops.custom_op import refuse_second_derivatives
+
 
 def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """x [R, a] times weight [E, a, b] group by group; group e is rows offsets[e-1] to offsets[e]. -> [R, b]."""
@@ -74,6 +76,7 @@ def _save_mm(ctx, inputs, output) -> None:
 
 
 def _backward_mm(ctx, grad: Tensor):
+    refuse_second_derivatives("grouped_mm")
     x, weight, offsets = ctx.saved_tensors
     return (*torch.ops.moefx.grouped_mm_backward(grad.contiguous(), x, weight, offsets), None)
 

@@ -17,7 +17,7 @@ from moefx.integrations import fsdp
 from moefx.integrations import transformers as hf
 from moefx.runtime.head import take_head
 from moefx.runtime.state import Optimized
-from moefx.runtime.tracing import only_graphs, refuse_replica, untraced, warn_compiled
+from moefx.runtime.tracing import TRANSFORMED, only_graphs, refuse_replica, untraced, warn_compiled
 
 
 def model_forward(base: type) -> Callable:
@@ -29,7 +29,9 @@ def model_forward(base: type) -> Callable:
         if hf.is_traced():
             if only_graphs(state, self._moefx_router_state, self.training):
                 return untraced(forward_here, self, args, kwargs)
-            if self.training:
+            if hf.is_transformed():
+                state.report.fell_back("the model", TRANSFORMED, warn=self.training)
+            elif self.training:
                 warn_compiled()
             return plain(self, *args, **kwargs)
         if getattr(self, "_is_replica", False):

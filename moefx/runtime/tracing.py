@@ -1,4 +1,4 @@
-"""An optimized model under another tool: torch.compile, torch.export, torch.jit.trace and nn.DataParallel."""
+"""An optimized model under another tool: torch.compile, torch.export, torch.jit.trace, torch.func and nn.DataParallel."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from moefx.errors import MoefxError
 from moefx.integrations import transformers as hf
 from moefx.runtime.router_state import RouterState
 from moefx.runtime.state import Optimized
+
+#: Why a call under ``torch.func.grad``, ``vmap``, ``jvp`` or a level of forward-mode AD runs the original forward.
+TRANSFORMED = "torch.func or forward-mode AD transforms it, which kernels have no rules for"
 
 
 def _compute_more(state: Optimized, router_state: RouterState, training: bool) -> bool:
@@ -33,11 +36,12 @@ def only_graphs(state: Optimized, router_state: RouterState, training: bool) -> 
     "fullgraph"
 )
 def untraced(run: Callable, *args: Any) -> Any:
-    """``run(*args)``, after a graph break of Dynamo. Raises MoefxError under torch.export and torch.jit.trace."""
+    """``run(*args)``, after a graph break of Dynamo. Raises MoefxError under other tools."""
     if hf.is_traced():
         raise MoefxError(
-            "torch.export and torch.jit.trace see the model's own forward, which has no ep_size above 1, router_z_loss, "
-            "balanced_routing or check_numerics, and does not record, replay or count routes: call moefx.restore(model) first"
+            "torch.export, torch.jit.trace and torch.func see the model's own forward, which has no ep_size above 1, "
+            "router_z_loss, balanced_routing or check_numerics, and does not record, replay or count routes: call "
+            "moefx.restore(model) first"
         )
     return run(*args)
 

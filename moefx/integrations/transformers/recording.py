@@ -8,6 +8,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from transformers import PreTrainedConfig, masking_utils
 from transformers.utils.output_capturing import _active_collector
@@ -113,8 +114,37 @@ def is_emitting() -> bool:
 
 
 def is_traced() -> bool:
-    """Is this call traced by torch.compile, torch.export, torch.jit.trace or make_fx, other than by a capture of moefx?"""
+    """Is this call traced by torch.compile, torch.export, torch.jit.trace or make_fx, other than by a capture of moefx?
+
+    Or transformed: then the model's own forward runs as well.
+    """
     if torch.compiler.is_dynamo_compiling():
         return True
-    followed = torch.compiler.is_compiling() or torch.jit.is_tracing() or get_proxy_mode() is not None
+    followed = torch.compiler.is_compiling() or torch.jit.is_tracing() or get_proxy_mode() is not None or is_transformed()
     return followed and not is_emitting()
+
+
+def is_transformed() -> bool:
+    """Does a transform of torch.func or a level of forward-mode AD run? Kernels have no rules for these."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0  # type: ignore[attr-defined]
+
+
+@assumed("transforms of torch.func and forward-mode AD are seen while they run", "torch 2.11 to 2.14")
+def transforms_are_seen() -> bool:
+    """Each of them, and none afterwards."""
+    found: list[bool] = []
+
+    def tried(x: Tensor) -> Tensor:
+        found.append(is_transformed())
+        return x.sum()
+
+    x = torch.ones(3)
+    torch.func.grad(tried)(x)
+    torch.func.vmap(tried)(torch.ones(2, 3))
+    torch.func.vjp(tried, x)
+    torch.func.jvp(tried, (x,), (x,))
+    with forward_ad.dual_level():
+        tried(x)
+    return found == [True] * 5 and not is_transformed()
