@@ -43,6 +43,7 @@ class Verification:
     """``print`` shows the table; ``ok`` says whether every row is within its tolerance; ``worst`` is the worst row."""
 
     rows: tuple[Row, ...]
+    forward_only: bool = False  #: nothing requires a gradient, so outputs alone were compared
 
     @property
     def ok(self) -> bool:
@@ -71,7 +72,8 @@ class Verification:
         table = Table("tensor", "max abs", "max rel", "allowed", "")
         for r in self.rows:
             table.add_row(r.name, f"{r.absolute:.1e}", f"{r.relative:.1e}", f"{r.tolerance:.0e}", "" if r.ok else "WRONG")
-        return render(table)
+        notes = ["forward only: nothing that the loss depends on requires a gradient"] if self.forward_only else []
+        return render(table, *notes)
 
 
 def compare(
@@ -108,8 +110,9 @@ def compare(
 def verify(model: Any, batch: Mapping[str, Any], *, tolerance: float | None = None) -> Verification:
     """Runs a batch through the original and the optimized model, and compares loss, logits and all gradients.
 
-    Gradients and mode of the model are not changed. Under expert parallelism every rank gathers all experts for the original
-    run, which takes memory, and compares its own shards.
+    Where nothing requires a gradient, only loss and logits are compared (:attr:`Verification.forward_only`). Gradients and mode
+    of the model are not changed. Under expert parallelism every rank gathers all experts for the original run, which takes
+    memory, and compares its own shards.
 
     Args:
         model: optimized. All ranks call it, each with its own batch.
@@ -152,7 +155,7 @@ def _compared(
     rows = [compare(k, wanted_out[k], new_out[k], tolerance) for k in wanted_out]
     largest = max((float(g.abs().max()) for g in wanted.values() if g is not None and g.numel()), default=0.0)
     rows += [compare(f"grad {n}", wanted[n], new[n], tolerance, largest) for n in new]
-    return Verification(tuple(rows))
+    return Verification(tuple(rows), forward_only=all(g is None for g in (*wanted.values(), *new.values())))
 
 
 @contextmanager
@@ -190,10 +193,11 @@ def _local(model: nn.Module, grads: dict[str, Tensor | None], state: Optimized) 
 
 def _run(model: Any, batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
     devices = [next(model.parameters()).device] if next(model.parameters()).is_cuda else []
-    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+    with torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(0)
         model.zero_grad(set_to_none=True)
-        out = model(**batch)
+        # autograd cannot save tensors that the caller made in inference mode
+        out = model(**{k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in batch.items()})
         kept = {}
         if getattr(out, "loss", None) is not None:
             kept["loss"] = out.loss
@@ -208,7 +212,8 @@ def _run(model: Any, batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[
         objective = kept.get("loss")
         if objective is None:
             objective = (out.logits.float() * torch.linspace(-1, 1, out.logits.shape[-1], device=out.logits.device)).mean()
-        objective.backward()
+        if objective.requires_grad:
+            objective.backward()
         if "logits" not in kept and isinstance(getattr(out, "logits", None), Tensor):
             with torch.no_grad():
                 kept["logits"] = out.logits * 1
