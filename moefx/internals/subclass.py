@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -30,20 +31,7 @@ def subclass(base: type, **members: Any) -> type:
         self.__class__ = base
         construct(self, *args, **kwargs)
 
-    def __deepcopy__(self, memo):
-        _, _, state, *_ = base.__reduce_ex__(self, 4)
-        copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__setstate__(copy.deepcopy(state, memo))
-        return copied
-
-    def __copy__(self):
-        _, _, state, *_ = base.__reduce_ex__(self, 4)
-        copied = type(self).__new__(type(self))
-        copied.__setstate__(state)
-        return copied
-
-    own: dict[str, Any] = {"__init__": __init__, "__reduce_ex__": pickling(remove)}
-    own |= {f.__name__: f for f in (__deepcopy__, __copy__) if not hasattr(base, f.__name__)}
+    own: dict[str, Any] = {"__init__": __init__, "__reduce_ex__": pickling(base, remove)}
     named = {"__module__": base.__module__, "__qualname__": base.__qualname__, "_moefx_base": base}
     return type(base.__name__, (base,), {**own, **named, **members})
 
@@ -54,10 +42,16 @@ def with_forward(base: type, make: Callable[[type], Callable]) -> type:
     return subclass(base, forward=functools.wraps(base.forward)(make(base)))  # type: ignore[attr-defined]
 
 
-def pickling(undo: Callable[[Any], None]) -> Callable:
-    """A ``__reduce_ex__`` that pickles a copy of the module after ``undo``; parameters and buffers are not copied for it."""
+def pickling(base: type, undo: Callable[[Any], None]) -> Callable:
+    """A ``__reduce_ex__`` that pickles a copy of the module after ``undo``; parameters and buffers are not copied for it.
+
+    ``copy`` calls it as well, and gets the module as it is. A ``__deepcopy__`` would not do: PEFT's wrappers pass attributes
+    that they lack on to the model inside, and copying a wrapper would copy that model only.
+    """
 
     def __reduce_ex__(self, protocol):
+        if sys._getframe(1).f_code in (copy.copy.__code__, copy.deepcopy.__code__):
+            return own_class(base).__reduce_ex__(self, protocol)
         kept = {id(t): t for m in self.modules() for t in (*m._parameters.values(), *m._buffers.values())}
         copied = copy.deepcopy(self, kept)
         undo(copied)

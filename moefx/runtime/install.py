@@ -28,7 +28,7 @@ def _model_class(base: type) -> type:
         forward=functools.wraps(base.forward)(model_forward(base)),  # type: ignore[attr-defined]
         save_pretrained=functools.wraps(base.save_pretrained)(sharded_save_pretrained(base)),  # type: ignore[attr-defined]
         loss_function=loss_function(base),
-        __reduce_ex__=pickling(uninstall),
+        __reduce_ex__=pickling(base, uninstall),
     )
 
 

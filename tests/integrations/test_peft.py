@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -114,3 +115,16 @@ def test_kl_to_the_disabled_adapters(reference_first):
         found.append(kls)
     assert found[1] == pytest.approx(found[0], rel=2e-3, abs=1e-6)
     assert found[0][-1] > found[0][0] > 1e-3
+
+
+def test_a_copy_of_adapters_added_later_is_whole():
+    """PEFT's wrappers pass what they lack, ``__deepcopy__`` too, on to the optimized model inside."""
+    model = peft.get_peft_model(
+        moefx.optimize(build("qwen3_moe"), compile=False), peft.LoraConfig(r=2, target_modules=["q_proj"])
+    )
+    for wrapper in (model, model.base_model):
+        copied = copy.deepcopy(wrapper)
+        assert type(copied) is type(wrapper)
+        assert [n for n, _ in copied.named_parameters()] == [n for n, _ in wrapper.named_parameters()]
+    assert type(copy.copy(model)) is type(model)
+    assert_same_step(copy.deepcopy(model), model)
