@@ -100,7 +100,7 @@ def _aux_loss(model: Any, state: Optimized, mean_of_ranks: bool, everywhere: boo
 
 def _fills_a_cache(model: Any) -> bool:
     """Would the original model fill a cache in a call without ``use_cache``? Most then do not look for packed sequences."""
-    recomputes = model.training and torch.is_grad_enabled() and hf.is_checkpointed(model)
+    recomputes = model.training and torch.is_grad_enabled() and hf.drops_cache(model)
     return bool(getattr(model.config.get_text_config(), "use_cache", False)) and not recomputes
 
 

@@ -17,6 +17,7 @@ from moefx.integrations.transformers.model_structure import (
     blocks,
     check,
     count_as_tensor,
+    drops_cache,
     experts_in,
     experts_modules,
     is_checkpointed,
@@ -46,7 +47,7 @@ from moefx.integrations.transformers.recording import (
 __all__ = [
     "ExpertsLayout", "INDEX_NAMES", "LazyMask", "MaskPattern", "Names", "OwnAttention", "activate", "activated",
     "attention_forward", "attention_mask", "blocks", "check", "count_as_tensor", "emitting", "experts_in",
-    "experts_layout", "experts_modules", "find_layouts", "is_checkpointed", "is_dense_experts", "is_emitting",
+    "drops_cache", "experts_layout", "experts_modules", "find_layouts", "is_checkpointed", "is_dense_experts", "is_emitting",
     "is_experts", "is_language_model", "is_norm", "is_recurrent", "is_traced", "is_transformed", "lazy_masks", "named",
     "noticing_packing", "original_implementations", "original_masks", "outputs_are_collected", "packed", "pattern_of",
     "reads_layer_index", "requested", "restore", "routers", "transforms_are_seen", "unpacked", "unpacked_on_meta",

@@ -170,6 +170,14 @@ def is_checkpointed(model: nn.Module) -> bool:
     return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
 
 
+def drops_cache(model: nn.Module) -> bool:
+    """Does the model leave its default cache out where activations are checkpointed?
+
+    ``merge_with_config_defaults`` asks the model's own flag, which Nemotron-H's does not have: only its blocks do.
+    """
+    return any(isinstance(m, PreTrainedModel) and getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
 def is_language_model(model: Any) -> bool:
     """Does the model predict tokens? Classifiers and bare models do not."""
     return model.get_output_embeddings() is not None
