@@ -109,7 +109,7 @@ class Values:
             return Value(("module", self.paths.get(id(x), Same(x))), f"the module {self.paths.get(id(x), _named(x))}")
         if isinstance(x, PreTrainedConfig):
             return Value(("config", type(x)), type(x).__name__)  # what is read of it stands beside it
-        if isinstance(x, Tensor | type | types.ModuleType | types.BuiltinFunctionType):
+        if isinstance(x, Tensor | type | types.ModuleType | types.BuiltinFunctionType) or is_library_object(x):
             return Same(x)
         if id(x) in self._inside:
             return Value(("within", len(self._inside) - self._inside.index(id(x))), "itself")
@@ -152,6 +152,11 @@ class Values:
     def _of_function(self, f: types.FunctionType) -> Value:
         parts = (f.__closure__, f.__defaults__, f.__kwdefaults__, vars(f) or None)
         return Value(("function", f.__code__, f.__module__, *map(self.of, parts)), f.__qualname__)
+
+
+def is_library_object(x: Any) -> bool:
+    """Is it an object of a class of PyTorch or moefx? These keep caches, so they are compared by identity."""
+    return type(x).__module__.partition(".")[0] in ("torch", "moefx")
 
 
 def attributes_of(x: Any) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,10 +21,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from moefx.errors import MoefxError
+from moefx.frontend.reads import Reads
 from moefx.integrations import fsdp
 from moefx.integrations import transformers as hf
 from moefx.integrations.peft import unwrap
 from moefx.kernels import attention
+from moefx.runtime import guards
+from moefx.runtime.guards import Guard
 from moefx.runtime.state import state_of
 
 #: Steps that run eagerly before one is recorded: they compile, load kernels and allocate buffers that later steps reuse.
@@ -40,6 +43,7 @@ class Recorded:
     loss: Tensor
     gradients: dict[nn.Parameter, Tensor]
     places: list[int]  #: addresses of the parameters
+    guards: list[Guard] = field(default_factory=list)  #: of the Python state of the model
 
     def replay(self, batch: Mapping[str, Any]) -> Tensor:
         """The loss of ``batch`` []; adds its gradients to ``.grad``."""
@@ -109,6 +113,12 @@ class GraphedStep:
                 "parameters were moved in memory after the step was recorded, which would read the old ones: make a new step "
                 "with moefx.cuda_graph(model)"
             )
+        if any(guard.changed() for guard in found.guards):
+            raise MoefxError(
+                f"{type(unwrap(self.model)).__name__} is not as it was when the step was recorded: a hook, an attribute that a "
+                "forward reads, an adapter's state or a submodule is another, which a replay would not see; change it back, or "
+                "make a new step with moefx.cuda_graph(model)"
+            )
         if not fsdp.reduces_gradients(self.model):
             raise MoefxError(
                 "set_requires_gradient_sync(False) is on, and a recorded step reduces gradients each time: leave it out, "
@@ -136,11 +146,11 @@ class GraphedStep:
         torch.cuda.synchronize()
         gc.collect()
         torch.cuda.empty_cache()  # the graph's pool cannot use what earlier steps reserved
-        graph = torch.cuda.CUDAGraph()
+        graph, inner, reads = torch.cuda.CUDAGraph(), unwrap(self.model), Reads()
         try:
             # thread_local: other threads (NCCL's, moefx's) may call CUDA meanwhile
             recording = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-            with recording, hf.packed(), attention.recorded():
+            with recording, hf.packed(), attention.recorded(), reads.recorded(inner):
                 loss = self._forward_backward(**{**batch, **inputs})
             gradients = {p: p.grad for p in self._parameters if p.grad is not None}
         except Exception as error:
@@ -159,7 +169,9 @@ class GraphedStep:
         finally:
             for p, gradient in zip(self._parameters, before, strict=True):
                 p.grad = gradient
-        return Recorded(graph, inputs, loss, gradients, [_local(p).data_ptr() for p in self._parameters])
+        reads.close(inner)
+        places = [_local(p).data_ptr() for p in self._parameters]
+        return Recorded(graph, inputs, loss, gradients, places, guards.of_a_step(inner, reads))
 
 
 def _ran_out(error: BaseException | None) -> bool:
@@ -191,7 +203,10 @@ def cuda_graph(
 
     A kind is given by the shapes and dtypes of the batch, training or evaluation mode, and which parameters are frozen. The
     first ``warmup`` steps of a kind run eagerly, the next one is recorded. At most ``most`` kinds are recorded, others run
-    eagerly (``step.replays`` and ``step.eager`` count the steps). A replay runs no Python: hooks of the model are not called.
+    eagerly (``step.replays`` and ``step.eager`` count the steps).
+
+    A replay runs no Python: hooks of the model are not called. A hook, an attribute that a forward reads, an adapter's state or
+    a submodule that is not as it was when the step was recorded is an error.
     ``num_items_in_batch`` may change from step to step, and so may ``position_ids``, which are always taken to be those of
     packed sequences: to check them, the host would have to wait.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 
-from moefx.frontend.module_state import GLOBAL_HOOKS, HOOKS, MANY, MISSING, is_around, of_class, own_classes
+from moefx.frontend.module_state import GLOBAL_HOOKS, HOOKS, MANY, MISSING, is_around, is_library_object, of_class, own_classes
 from moefx.frontend.reads import Reads
 from moefx.integrations import fsdp
 
@@ -88,7 +88,7 @@ class Guard:
 
     def _watch_inside(self, x: Any) -> None:
         """Watches the items of a container, the attributes of a plain object, and what a function closes over."""
-        if id(x) in self._seen or isinstance(x, _NAMED_APART):
+        if id(x) in self._seen or isinstance(x, _NAMED_APART) or is_library_object(x):
             return
         self._seen.add(id(x))
         if isinstance(x, types.MethodType):
@@ -142,6 +142,12 @@ class Guard:
         """Dtypes and sizes of the parameters inside. None: FSDP gathers them, in a dtype of its own."""
         found = [p for held in self._holders for p in held.values() if p is not None]
         return None if any(type(p.data) is DTensor for p in found) else [(p.dtype, p.shape) for p in found]
+
+
+def of_a_step(model: nn.Module, reads: Reads) -> list[Guard]:
+    """Guards of all that a step of an optimized model depends on: ``reads`` are those outside of the blocks."""
+    blocks = [vars(m)["_moefx_forward"] for m in model.modules() if "_moefx_forward" in vars(m)]
+    return [Guard(model, [reads]), *(b.snapshots[0].guard for b in blocks if b.snapshots)]
 
 
 def _items(container: Any) -> list:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
 
 import moefx
-from moefx.runtime.cuda_graph import Recorded, _ran_out
+from moefx.runtime.cuda_graph import GraphedStep, Recorded, _ran_out
 from tests.support.families import batch, build
 
 
@@ -76,3 +78,79 @@ def test_refusals():
     with pytest.raises(moefx.MoefxError, match="needs a model on a CUDA device, this one is on cpu"):
         moefx.cuda_graph(model)
     model(**batch(1, 5)).loss.backward()  # and nothing has changed
+
+
+class Runs:
+    """Stands for a CUDA graph: recording runs the step, a replay does nothing."""
+
+    def replay(self):
+        pass
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """``torch.cuda`` without a GPU, as far as recording a step uses it."""
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    for name, stand_in in {
+        "Stream": Stream, "current_stream": Stream, "CUDAGraph": Runs, "graph_pool_handle": lambda: None,
+        "synchronize": lambda: None, "empty_cache": lambda: None, "stream": lambda s: contextlib.nullcontext(),
+        "graph": lambda *_, **__: contextlib.nullcontext(),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+
+
+def _hook(model):
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+
+
+def _embedding_hook(model):
+    model.model.embed_tokens.register_forward_hook(lambda *_: None)
+
+
+def _top_k(model):
+    model.model.layers[1].mlp.gate.top_k = 1
+
+
+def _loss(model):
+    model.config.router_aux_loss_coef = 0.5
+    model.router_aux_loss_coef = 0.5
+
+
+@pytest.mark.parametrize("change", [_hook, _embedding_hook, _top_k, _loss])
+@pytest.mark.usefixtures("recording", "cached_captures")
+def test_a_model_that_was_changed_is_not_replayed(change):
+    model = moefx.optimize(build("qwen3_moe", output_router_logits=True), compile=False)
+    step = GraphedStep(model, warmup=2, most=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(5):
+        step(**batch(2, 9))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (step.eager, step.replays) == (2, 3)
+    change(model)
+    with pytest.raises(moefx.MoefxError, match="not as it was when the step was recorded"):
+        step(**batch(2, 9))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3", "gemma4_text", "nemotron_h", "llama4_text"])
+@pytest.mark.usefixtures("recording", "cached_captures")
+def test_training_changes_nothing_that_a_recorded_step_reads(family):
+    model = moefx.optimize(build(family), compile=False)
+    moefx.enable_load_tracking(model)
+    step = GraphedStep(model, warmup=2, most=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for i in range(6):
+        step(**batch(2, 9), num_items_in_batch=10 + i)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if i == 3:  # an evaluation in between
+            model.eval()
+            with torch.no_grad():
+                model(**batch(2, 9))
+            model.train()
+    assert (step.eager, step.replays) == (2, 4)
