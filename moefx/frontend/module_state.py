@@ -172,10 +172,16 @@ def _names(slots: Any) -> tuple[str, ...]:
     return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
-@functools.cache
 def own_classes(cls: type) -> tuple[type, ...]:
     """The classes of a module in the order of look-ups, without those that moefx and FSDP2 have put before them."""
-    return tuple(c for c in cls.__mro__ if "_moefx_base" not in vars(c) and not issubclass(c, FSDPModule))
+    found = _CLASSES.get(cls)
+    if found is None:
+        found = tuple(c for c in cls.__mro__ if "_moefx_base" not in vars(c) and not issubclass(c, FSDPModule))
+        _CLASSES[cls] = found
+    return found
+
+
+_CLASSES: weakref.WeakKeyDictionary[type, tuple[type, ...]] = weakref.WeakKeyDictionary()
 
 
 def of_class(cls: type, name: str) -> Any:

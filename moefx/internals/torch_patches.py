@@ -57,7 +57,7 @@ def module_reads(seen: Callable[[nn.Module, str], None]) -> Iterator[None]:
             seen(self, name)
         return plain(self, name)
 
-    nn.Module.__getattribute__ = __getattribute__  # type: ignore[method-assign]
+    nn.Module.__getattribute__ = __getattribute__  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

@@ -33,7 +33,7 @@ class Guard:
         reads, modules = list(reads), dict(module.named_modules())
         #: (reader, what it reads from, ids of what it read)
         self._reads: list[tuple[Callable, Any, list[int]]] = []
-        self._absent: list[tuple[dict, frozenset[str]]] = []
+        self._absent: list[tuple[Mapping[str, Any], frozenset[str]]] = []
         self._items: list[tuple[Any, list[int]]] = []
         self._cells: list[tuple[types.CellType, int]] = []
         self._kept: list[Any] = []  #: keeps alive what is compared by its id, which another object could get
@@ -115,7 +115,8 @@ class Guard:
     @property
     def size(self) -> int:
         """How many attributes, names and items are compared in each call, without hooks and submodules."""
-        return sum(len(before) for *_, before in (*self._reads, *self._items)) + len(self._cells)
+        compared = [before for _, _, before in self._reads] + [before for _, before in self._items]
+        return sum(map(len, compared)) + len(self._cells)
 
     def changed(self) -> bool:
         """Would the reads give other objects now, or the parameters have other dtypes or shapes?"""
