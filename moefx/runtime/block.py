@@ -57,6 +57,7 @@ class BlockForward:
     routers: list[str] = field(default_factory=list)
     kept: list[Any] = field(default_factory=list)  #: recomputation.Kept: routes of forwards that will be recomputed
     snapshots: list[Snapshot] = field(default_factory=list)  #: of the module, the latest first
+    now: Snapshot | None = None  #: that of the latest call
     failed: list[Reads] = field(default_factory=list)  #: what captures read that failed
 
     def __deepcopy__(self, memo: dict) -> BlockForward:
@@ -134,7 +135,8 @@ class BlockForward:
 
     def parameters(self, module: nn.Module, function: Function) -> list[Tensor]:
         """The parameters of ``function``, read from ``module`` now; under expert parallelism this rank's shards."""
-        known = self.snapshots[0].owners
+        assert self.now is not None
+        known = self.now.owners
         owners = known.get(id(function))
         if owners is None:
             owners = known[id(function)] = [self._owner(module, name) for name in function.parameters]
@@ -155,20 +157,21 @@ class BlockForward:
     @property
     def units(self) -> list[nn.Module]:
         """FSDP's units inside the module."""
-        return self.snapshots[0].guard.units if self.snapshots else []
+        return [] if self.now is None else self.now.guard.units
 
     def snapshot(self, module: nn.Module) -> Snapshot:
         """The state of the module now, and what holds in it."""
         for i, known in enumerate(self.snapshots):
             if not known.guard.changed():
-                if i:
-                    self.snapshots.insert(0, self.snapshots.pop(i))
+                if i:  # another list: threads may go through this one
+                    self.snapshots = [known, *self.snapshots[:i], *self.snapshots[i + 1 :]]
+                self.now = known
                 return known
         guard = Guard(module, [*(f.reads for f in self.functions), *self.failed])
         holding = [f for f in self.functions if f.state.difference(f.reads.state(module), guard.sharded) is None]
-        self.snapshots.insert(0, Snapshot(guard, holding))
-        del self.snapshots[MAX_SNAPSHOTS:]
-        return self.snapshots[0]
+        made = self.now = Snapshot(guard, holding)
+        self.snapshots = [made, *self.snapshots[: MAX_SNAPSHOTS - 1]]
+        return made
 
     def forget(self) -> None:
         """Drops the functions, so that calls are captured again."""
@@ -188,7 +191,8 @@ class BlockForward:
         Raises:
             MoefxError: under FSDP, an adapter is merged and disabled.
         """
-        now = self.snapshots[0]
+        now = self.now
+        assert now is not None
         if now.guard.sharded and adapters.unmerges(module):
             raise MoefxError(
                 f"an adapter of {self.path} is merged into the weights and disabled: PEFT would unmerge it from the parameters "
@@ -217,11 +221,11 @@ class BlockForward:
         except CaptureError as error:
             if error.reads is not None and error.reads not in self.failed:
                 self.failed.append(error.reads)
-                self.snapshots.clear()
+                self.snapshots = []
             self._fell_back(module, str(error), error.detail, self.consequence(module, args))
             return None
         self.functions.append(function)
-        self.snapshots.clear()  # their guards do not watch what this capture read
+        self.snapshots = []  # their guards do not watch what this capture read
         return function
 
     def _difference(self, module: nn.Module, function: Function) -> str:
@@ -251,7 +255,7 @@ class BlockForward:
 
     def capture(self, module: nn.Module, call: Call) -> Function:
         """The function of ``call``, shared by modules of equal state. Raises CaptureError if it cannot be captured."""
-        sharded = self.snapshots[0].guard.sharded
+        sharded = self.now is not None and self.now.guard.sharded
         found = self.shared.find(module, call, sharded)
         if found is None:
             inside = dict(module.named_modules())

@@ -148,7 +148,7 @@ class Guard:
 def of_a_step(model: nn.Module, reads: Reads) -> list[Guard]:
     """Guards of all that a step of an optimized model depends on: ``reads`` are those outside of the blocks."""
     blocks = [vars(m)["_moefx_forward"] for m in model.modules() if "_moefx_forward" in vars(m)]
-    return [Guard(model, [reads]), *(b.snapshots[0].guard for b in blocks if b.snapshots)]
+    return [Guard(model, [reads]), *(b.now.guard for b in blocks if b.now is not None)]
 
 
 def _items(container: Any) -> list:

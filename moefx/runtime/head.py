@@ -66,7 +66,7 @@ class HeadForward(BlockForward):
             raise CaptureError(f"it was captured with {MAX_VARIANTS} other loss functions already")
         self.loss, self.loss_value = loss, value
         self.functions, self.failed = self.by_loss.setdefault(value, ([], []))
-        self.snapshots.clear()
+        self.snapshots = []
 
     @property
     def shared(self) -> Captured:
