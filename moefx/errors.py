@@ -21,6 +21,11 @@ class CaptureError(MoefxError):
         self.detail = detail
         self.reads: Any = None  #: reads.Reads: what the capture had read until then
 
+    def having_read(self, reads: Any) -> CaptureError:
+        """This error with ``reads``."""
+        self.reads = reads
+        return self
+
     def again(self) -> CaptureError:
         """An equal error without this one's frames, which hold the tensors of a step."""
         made = CaptureError(str(self), self.detail)

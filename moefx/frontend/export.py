@@ -149,9 +149,7 @@ def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module],
         error.reads = reads
         raise
     except Exception as error:
-        found = untraceable(error, call.template.names(), call.sizes)
-        found.reads = reads
-        raise found from error
+        raise untraceable(error, call.template.names(), call.sizes).having_read(reads) from error
     finally:
         reads.close(module)
     outputs, written, of_routers = returned[-1]

@@ -251,7 +251,10 @@ class BlockForward:
             except CaptureError as error:
                 first = first or error
         assert first is not None
-        raise first
+        try:
+            raise first
+        finally:
+            del first  # a frame that holds its own error keeps the step's tensors until the garbage collector runs
 
     def capture(self, module: nn.Module, call: Call) -> Function:
         """The function of ``call``, shared by modules of equal state. Raises CaptureError if it cannot be captured."""
@@ -260,14 +263,13 @@ class BlockForward:
         if found is None:
             inside = dict(module.named_modules())
             routers = {p: inside[p] for p in self.routers if p in inside}
-            result: Function | CaptureError
             try:
                 with ambient_modes.disabled(), torch.enable_grad(), unseen():
-                    result = self._export(module, call, routers)
-                    self.state.lower(result)
+                    function = self._export(module, call, routers)
+                    self.state.lower(function)
+                found = self.shared.add(module, call, function)
             except CaptureError as error:
-                result = error
-            found = self.shared.add(module, call, result)
+                found = self.shared.add(module, call, error)
         if isinstance(found, CaptureError):
             raise found.again()
         if self.path not in found.instances:
