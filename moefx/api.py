@@ -105,8 +105,9 @@ def optimize(
 ) -> Model:
     """Rewrites a Transformers mixture-of-experts model in place for training, and returns it.
 
-    Each distinct block is captured as a graph, rewritten by the passes of ``pipeline`` and compiled. Class, parameter names,
-    ``save_pretrained`` and ``generate`` stay as they are.
+    Each distinct block is captured as a graph, rewritten by the passes of ``pipeline`` and compiled. Parameter names,
+    ``save_pretrained`` and ``generate`` stay as they are. The model's class becomes a subclass of its own, under the same name;
+    a pickled model has the original class.
 
     Args:
         model: a ``PreTrainedModel`` with experts (a language model, with images or without, a reward model, a classifier or a

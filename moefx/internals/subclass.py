@@ -2,12 +2,13 @@
 
 Transformers and FSDP wrap by class and by class name, so both must still match. Constructing one, ``type(model)(config)`` or
 ``type(model).from_pretrained(folder)``, gives a module of the original class. Copies of a module keep its class. A pickled
-module is one of the original class, so it can be loaded without moefx.
+module is one of the original class, and the pickled class is the original one, so both can be loaded without moefx.
 """
 
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
 import sys
 from collections.abc import Callable
@@ -22,6 +23,15 @@ ATTRIBUTES = (
 )  # fmt: skip
 
 
+@functools.cache
+def _metaclass(base: type) -> type:
+    """A subclass of ``base``, the type of a class. Its instances are pickled as their original classes."""
+    made = type(base.__name__, (base,), {})
+    # pickle finds a class by its name, and refuses one that is not what it finds; copy.copy returns its argument, a class
+    copyreg.pickle(made, lambda cls: (copy.copy, (own_class(cls),)))  # type: ignore[arg-type]
+    return made
+
+
 def subclass(base: type, **members: Any) -> type:
     """A subclass of ``base``, a module's class, with ``members``."""
     construct: Any = base.__init__  # type: ignore[misc]
@@ -33,7 +43,8 @@ def subclass(base: type, **members: Any) -> type:
 
     own: dict[str, Any] = {"__init__": __init__, "__reduce_ex__": pickling(base, remove)}
     named = {"__module__": base.__module__, "__qualname__": base.__qualname__, "_moefx_base": base}
-    return type(base.__name__, (base,), {**own, **named, **members})
+    made: type = _metaclass(type(base))(base.__name__, (base,), {**own, **named, **members})
+    return made
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import warnings
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, CompileConfig
 
 import moefx
@@ -206,3 +208,189 @@ def test_copies_of_data_parallel_run_the_models_own_forward():
     plain(**batch(2, 9)).loss.backward()
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
+
+
+# --- copies ---
+
+FAMILIES = ("qwen3_moe", "gpt_oss", "deepseek_v3")
+cached = pytest.mark.usefixtures("cached_captures")
+
+
+def with_adapter(model: Any) -> Any:
+    torch.manual_seed(5)
+    query = "q_proj" if hasattr(model.model.layers[0].self_attn, "q_proj") else "q_b_proj"
+    return get_peft_model(model, LoraConfig(r=4, target_modules=[query, "o_proj"], init_lora_weights=False))
+
+
+def assert_same_loss(model: Any, other: Any) -> None:
+    torch.testing.assert_close(model(**batch(2, 9)).loss, other(**batch(2, 9)).loss)
+
+
+def of(family: str) -> tuple[Any, Any]:
+    plain = build(family)
+    return moefx.optimize(copy.deepcopy(plain), compile=False), plain
+
+
+@cached
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_in_a_copy(family, called):
+    model, plain = of(family)
+    if called:
+        step(model)
+    copied = copy.deepcopy(model)
+    if called:
+        step(copied)
+    assert_same_step(with_adapter(copied), with_adapter(copy.deepcopy(plain)))
+    assert_same_step(model, plain)
+
+
+@cached
+@pytest.mark.parametrize("family", FAMILIES)
+def test_copies_of_a_model_with_an_adapter(family):
+    plain = with_adapter(build(family))
+    model = moefx.optimize(copy.deepcopy(plain), compile=False)
+    copied, other = copy.deepcopy(model), copy.deepcopy(plain)
+    assert_same_step(copied, other)
+    for m in (copied, other):
+        m.merge_adapter()
+    assert_same_loss(copied, other)
+    again, another = copy.deepcopy(copied), copy.deepcopy(other)
+    for m in (again, another):
+        m.unmerge_adapter()
+    assert_same_step(again, another)
+    assert_same_loss(copied, other)  # still merged
+    assert_same_step(model, plain)
+
+
+@cached
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_copy_of_a_model_in_training(family):
+    """With gradients and hooks; then both are trained in turn, each with batches of its own."""
+    models, plain = [of(family)[0]], [build(family)]
+    for m in (models[0], plain[0]):
+        m.lm_head.register_forward_hook(lambda module, args, out: out * 1.5)
+        step(m)
+    models.append(copy.deepcopy(models[0]))
+    plain.append(copy.deepcopy(plain[0]))
+    for m, p in zip(models, plain, strict=True):
+        torch.testing.assert_close([x.grad for x in m.parameters()], [x.grad for x in p.parameters()], rtol=1e-3, atol=1e-6)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (*models, *plain)]
+    for i in range(3):
+        outs = [m(**batch(2, 9, seed=i + k)) for ms in (models, plain) for k, m in enumerate(ms)]
+        for out in outs:
+            out.loss.backward()
+        for o in optimizers:
+            o.step()
+            o.zero_grad()
+    assert (models[0].lm_head.weight - models[1].lm_head.weight).abs().max() > 1e-3
+    for m, p in zip(models, plain, strict=True):
+        assert_same_step(m, p)
+
+
+@cached
+@pytest.mark.parametrize("family", FAMILIES)
+def test_copies_and_restore(family):
+    model, plain = of(family)
+    copied = copy.deepcopy(copy.deepcopy(model))
+    moefx.restore(model)
+    assert_same_step(copied, plain)
+    assert_same_step(model, plain)
+    assert type(copy.deepcopy(model)) is type(plain)
+    moefx.restore(copied)
+    assert type(copied) is type(plain)
+    assert_same_step(copied, plain)
+    assert_same_step(moefx.optimize(copied, compile=False), plain)
+
+
+@cached
+def test_a_shallow_copy():
+    """It shares its modules with the model, as without moefx."""
+    model, plain = of("qwen3_moe")
+    copied = copy.copy(model)
+    assert copied.lm_head is model.lm_head
+    assert_same_step(copied, plain)
+    moefx.restore(copied)
+    assert_same_step(copied, plain)
+    assert_same_step(model, plain)
+
+
+@cached
+def test_a_copied_block_in_another_place():
+    model, plain = of("qwen3_moe")
+    for m in (model, plain):
+        m.model.layers.append(copy.deepcopy(m.model.layers[0]))
+        m.config.num_hidden_layers = 3
+        m.model.layers[2].self_attn.layer_idx = 2
+    assert_same_step(model, plain)
+
+
+def test_a_copy_of_a_compiled_model():
+    model = moefx.optimize(build("qwen3_moe", num_hidden_layers=1))
+    copied = with_adapter(copy.deepcopy(model))
+    assert_same_step(copied, with_adapter(build("qwen3_moe", num_hidden_layers=1)))
+    assert_same_step(model, build("qwen3_moe", num_hidden_layers=1))
+
+
+# --- pickles ---
+
+
+def _torch_saved(x: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def _module_hook(module: Any, args: Any, out: Any) -> Any:
+    return out * 1.5
+
+
+@cached
+@pytest.mark.parametrize("through", [lambda x: pickle.loads(pickle.dumps(x)), _torch_saved], ids=["pickle", "torch.save"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore:.*_module_hook")
+def test_a_saved_model_is_the_original(family, through):
+    model, plain = of(family)
+    for m in (model, plain):
+        m.lm_head.register_forward_hook(_module_hook)
+        step(m)
+    loaded, optimizer = through([model, torch.optim.SGD(model.parameters(), lr=0.1)])
+    assert all(type(a) is type(b) for a, b in zip(loaded.modules(), plain.modules(), strict=True))
+    assert optimizer.param_groups[0]["params"][0] is next(loaded.parameters())
+    assert not any(n.startswith("_moefx") for m in loaded.modules() for n in vars(m))
+    assert loaded.config.to_dict() == plain.config.to_dict()
+    assert_same_step(loaded, plain)
+    assert_same_step(model, plain)
+    assert_same_step(moefx.optimize(loaded, compile=False), plain)
+
+
+@cached
+def test_a_saved_model_with_an_adapter():
+    plain = with_adapter(build("qwen3_moe"))
+    model = moefx.optimize(copy.deepcopy(plain), compile=False)
+    loaded = _torch_saved(model)
+    assert all(type(a) is type(b) for a, b in zip(loaded.modules(), plain.modules(), strict=True))
+    assert_same_step(loaded, plain)
+    assert_same_step(model, plain)
+
+
+@cached
+def test_what_holds_of_its_class():
+    """As the README says."""
+    model, plain = of("qwen3_moe")
+    cls, own = type(model), type(plain)
+    assert cls is not own and issubclass(cls, own) and isinstance(model, own) and model.__class__ is cls
+    assert (cls.__name__, cls.__qualname__, cls.__module__, repr(cls)) == (
+        own.__name__,
+        own.__qualname__,
+        own.__module__,
+        repr(own),
+    )
+    peft = moefx.optimize(with_adapter(build("qwen3_moe")), compile=False)
+    for m in (*model.modules(), peft, peft.base_model):
+        found = pickle.loads(pickle.dumps(type(m)))
+        assert found is _torch_saved(type(m)) and "moefx" not in repr(vars(found)) and issubclass(type(m), found)
+        assert copy.copy(type(m)) is copy.deepcopy(type(m)) is type(m)
+    assert pickle.loads(pickle.dumps(cls)) is own
+    assert b"moefx" not in pickle.dumps(model) and b"moefx" not in pickle.dumps(cls)
