@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -93,29 +94,50 @@ def _consequence(numbers: int) -> str:
 
 
 def value_of(loss: Callable) -> Any:
-    """A loss function as a comparable value: its code, its defaults, and what it closes over.
+    """A loss function as a comparable value: its code, and what it closes over, has as defaults and names outside of itself.
 
     Raises:
-        CaptureError: it is an object whose state may change unseen.
+        CaptureError: it is, or it uses, something whose state may change unseen.
     """
     inner: Any = loss
     while isinstance(inner, functools.partial):
         inner = inner.func
     if not isinstance(inner, types.FunctionType):
         raise CaptureError(f"its loss function is a {type(inner).__name__}, not a function: what it computes may change")
-    held = [x for f in (loss, inner) for x in _held(f)]
-    module = next((x for x in held if isinstance(getattr(x, "__self__", x), nn.Module)), None)
-    if module is not None:
-        raise CaptureError(f"its loss function uses a {type(module).__name__}: what that computes may change")
-    return Values(nn.Module()).of(loss)
+    values, found, seen, left = Values(nn.Module()), [], set(), [loss]
+    while left:
+        x: Any = left.pop()
+        if id(x) in seen:
+            continue
+        seen.add(id(x))
+        if isinstance(x, types.FunctionType):
+            if _of_library(x.__globals__.get("__name__")):  # not __module__, which functools.wraps copies
+                found.append(x)
+                continue
+            left += [c.cell_contents for c in x.__closure__ or () if c != types.CellType()]
+            left += [*(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values()]
+            left += [x.__globals__[name] for name in _names(x.__code__) if name in x.__globals__]
+        elif isinstance(x, functools.partial):
+            left += [x.func, *x.args, *x.keywords.values()]
+        if isinstance(x, types.ModuleType | type):
+            if not _of_library(x.__name__ if isinstance(x, types.ModuleType) else x.__module__):
+                raise CaptureError(f"its loss function uses {x.__name__}, whose attributes may change")
+        elif isinstance(getattr(x, "__self__", x), nn.Module):
+            raise CaptureError(f"its loss function uses a {type(x).__name__}: what that computes may change")
+        else:
+            found.append(values.of(x))
+    return tuple(found)
 
 
-def _held(f: Any) -> list[Any]:
-    """What a function closes over, and what a partial passes to its function."""
-    if isinstance(f, functools.partial):
-        return [*f.args, *f.keywords.values(), *_held(f.func)]
-    cells = getattr(f, "__closure__", None) or ()
-    return [c.cell_contents for c in cells if c != types.CellType()]
+def _of_library(module: str | None) -> bool:
+    root = (module or "").partition(".")[0]
+    return root in ("torch", "transformers", "numpy", "moefx") or root in sys.stdlib_module_names - {"__main__"}
+
+
+def _names(code: types.CodeType) -> list[str]:
+    """The names in a function's code, and in the functions inside it."""
+    inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
+    return [*code.co_names, *(name for c in inner for name in _names(c))]
 
 
 class FusedLoss:

@@ -17,6 +17,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 import moefx
 from moefx.analysis.report import ShortfallWarning
 from moefx.errors import MoefxError
+from moefx.frontend.export import capture_module
 from moefx.frontend.lazy_logits import LazyLogits
 from tests.frontend.test_head import MODELS
 from tests.frontend.test_head import build as build_scaled
@@ -382,6 +383,48 @@ def test_a_coefficient_that_changes():
                 warnings.simplefilter("ignore", ShortfallWarning)
                 assert_same_step(*models)
     assert any("not a function" in reason for _, reason in moefx.report(models[0]).fallbacks)
+
+
+FACTOR = 1.0
+FACTORS = {"loss": 1.0}
+
+
+class _Settings:
+    factor = 1.0
+
+
+def by_number(*args, **kwargs):
+    return FACTOR * ForCausalLMLoss(*args, **kwargs)
+
+
+def by_container(*args, **kwargs):
+    return (lambda x: FACTORS["loss"] * x)(ForCausalLMLoss(*args, **kwargs))
+
+
+def by_class(*args, **kwargs):
+    return _Settings.factor * ForCausalLMLoss(*args, **kwargs)
+
+
+@functools.wraps(ForCausalLMLoss)
+def decorated(*args, **kwargs):
+    return by_number(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "loss", [by_number, by_container, by_class, decorated, functools.partial(by_number, ignore_index=-100)]
+)
+@pytest.mark.filterwarnings("ignore:.*whose attributes may change")
+def test_a_loss_that_reads_what_changes(loss, monkeypatch):
+    models = twins()
+    monkeypatch.setattr("moefx.frontend.head.capture_module", capture_module)  # the tests' cache does not know these names
+    for factor in (1.0, 2.0, 1.0):
+        monkeypatch.setitem(globals(), "FACTOR", factor)
+        monkeypatch.setitem(FACTORS, "loss", factor)
+        monkeypatch.setattr(_Settings, "factor", factor)
+        for m in models:
+            m.loss_function = loss
+        assert_same_step(*models)
+    assert is_fused(models[0]) == (loss is not by_class)
 
 
 def test_a_new_loss_in_each_step():
