@@ -76,3 +76,29 @@ def test_an_attribute_of_the_configuration_that_a_forward_reads():
         m.config.output_hidden_states = True
     assert_same_step(model, plain)
     assert len(list(model._moefx.program)) == many
+
+
+@pytest.mark.parametrize("name", ["repeat_kv", "eager_attention_forward"])
+@pytest.mark.parametrize("before", [True, False])
+def test_an_attention_function_that_is_replaced(name, before, monkeypatch):
+    """``moefx.attention`` stands for Transformers' own functions, not for what someone has put in their place."""
+    function = getattr(modeling_gpt_oss, name)
+
+    def patch() -> None:
+        def doubled(*args, **kwargs):
+            found = function(*args, **kwargs)
+            return (found[0] * 2, *found[1:]) if isinstance(found, tuple) else found * 2
+
+        monkeypatch.setattr(modeling_gpt_oss, name, doubled)
+
+    model, plain = build("gpt_oss"), build("gpt_oss")
+    if before:
+        patch()
+        moefx.optimize(model, compile=False)
+    else:
+        moefx.optimize(model, compile=False)
+        assert_same_step(model, plain)
+        patch()
+    assert_same_step(model, plain)
+    monkeypatch.undo()
+    assert_same_step(model, plain)

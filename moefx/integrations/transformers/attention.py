@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +47,7 @@ def attention_forward(
         The output [B, S, A, Dv], and None for attention weights.
     """
     callers = recording.callers()
-    if callers is not None and not getattr(module, "_moefx_own_attention", False):
+    if callers is not None and not getattr(module, "_moefx_own_attention", False) and not is_patched(own, type(module)):
         unknown = next((k for k in ("position_bias", "cache", "block_indices") if kwargs.get(k) is not None), None)
         if unknown == "block_indices" and callers.lenient:
             raise OwnAttention("it attends to selected blocks of keys, which moefx.attention cannot express", module)
@@ -56,6 +58,33 @@ def attention_forward(
         if not unknown and not says_more:
             return _emit(callers, kind, module, query, key, value, attention_mask, *args, **kwargs), None
     return own(module, query, key, value, original_masks(attention_mask), *args, **kwargs)
+
+
+def is_patched(f: Any, home: type) -> bool:
+    """Has someone replaced the attention function ``f``, or a function that it names, by one of another package?
+
+    ``home``: the class that looked ``f`` up. ``moefx.attention`` stands for Transformers' functions as they are; another one is
+    captured as what it computes.
+    """
+    known = {"transformers", "torch", "moefx", "math", _package(home)}
+    seen: set[int] = set()
+
+    def replaced(f: Any) -> bool:
+        f = inspect.unwrap(f) if callable(f) else f
+        if not isinstance(f, types.FunctionType) or id(f) in seen:
+            return False
+        seen.add(id(f))
+        if _package(f) not in known:
+            return True
+        if not f.__module__.startswith(("transformers.", home.__module__)):
+            return False
+        return any(replaced(f.__globals__[name]) for name in f.__code__.co_names if name in f.__globals__)
+
+    return replaced(f)
+
+
+def _package(x: Any) -> str:
+    return (getattr(x, "__module__", None) or "").partition(".")[0]
 
 
 def _emit(
