@@ -54,7 +54,7 @@ class BlockForward:
     state: Optimized
     functions: list[Function]
     router_state: RouterState
-    routers: list[str] = field(default_factory=list)
+    routers: tuple[type, ...] = ()  #: classes of the routers whose outputs Transformers records
     kept: list[Any] = field(default_factory=list)  #: recomputation.Kept: routes of forwards that will be recomputed
     snapshots: list[Snapshot] = field(default_factory=list)  #: of the module, the latest first
     now: Snapshot | None = None  #: that of the latest call
@@ -261,8 +261,8 @@ class BlockForward:
         sharded = self.now is not None and self.now.guard.sharded
         found = self.shared.find(module, call, sharded)
         if found is None:
-            inside = dict(module.named_modules())
-            routers = {p: inside[p] for p in self.routers if p in inside}
+            # by class: a module with a router inside may have been replaced by one that has it elsewhere
+            routers = {p: m for p, m in module.named_modules() if p and isinstance(m, self.routers)}
             try:
                 with ambient_modes.disabled(), torch.enable_grad(), unseen():
                     function = self._export(module, call, routers)

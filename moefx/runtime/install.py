@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from moefx.frontend.head import lm_head_of, why_stored
 from moefx.integrations import fsdp
 from moefx.integrations import transformers as hf
-from moefx.internals.subclass import pickling, remove, subclass, with_forward
+from moefx.internals.subclass import own_class, pickling, remove, subclass, with_forward
 from moefx.ir.program import Function
 from moefx.runtime.block import BlockForward, block_forward
 from moefx.runtime.head import HeadForward, loss_function, take_head
@@ -36,7 +36,7 @@ def install(model: Any, state: Optimized) -> None:
     """Makes each instance of each captured function run it. Names and parameters of the model stay the same."""
     recomputation_is_seen()
     hf.activate(model, not state.program.own_attention)
-    routers, router_state = hf.routers(model), RouterState()
+    routers, router_state = tuple({own_class(type(m)) for m in hf.routers(model).values()}), RouterState()
     by_path: dict[str, list[Function]] = {}
     for function in state.program:
         for path in function.instances:
@@ -45,8 +45,7 @@ def install(model: Any, state: Optimized) -> None:
         module = model.get_submodule(path)
         if functions[0].name == "head":
             continue
-        inner = [p.removeprefix(f"{path}.") for p in routers if p.startswith(f"{path}.")]
-        module.__dict__["_moefx_forward"] = BlockForward(path, state, list(functions), router_state, inner)
+        module.__dict__["_moefx_forward"] = BlockForward(path, state, list(functions), router_state, routers)
         module.__class__ = with_forward(type(module), block_forward)  # type: ignore[arg-type]
     _install_head(model, state, router_state)
     for path, functions in by_path.items():

@@ -60,7 +60,7 @@ def find_layouts(module: nn.Module) -> None:
             if is_experts(m):
                 with contextlib.suppress(CaptureError):  # said again, with its reason, where the module is called
                     experts_layout(m)
-            else:
+            elif loops.is_loop(m):
                 m.__dict__["_moefx_layout"] = _activation_of_loop(m)
 
 
