@@ -205,10 +205,13 @@ def autocast(on: bool) -> str:
     return f"\nprobing = {{**probing, 'autocast': {on}}}\n"
 
 
-@action(function=("torch.autograd.graph.save_on_cpu", "torch.autograd.set_detect_anomaly"))
-def ambient_context(function: str) -> str:
-    given = "True, False" if "anomaly" in function else ""
-    return f"\nundo.enter_context({function}({given}))\n"
+CONTEXTS = ("saved_tensors_hooks(torch.clone, lambda t: t)", "set_detect_anomaly(True, False)")
+
+
+@action(context=CONTEXTS)
+def ambient_context(context: str) -> str:
+    where = "torch.autograd" if "anomaly" in context else "torch.autograd.graph"
+    return f"\nundo.enter_context({where}.{context})\n"
 
 
 @action(call=("use_deterministic_algorithms(True)", "set_default_dtype(torch.float64)"))

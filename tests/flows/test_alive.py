@@ -40,6 +40,25 @@ def test_walk(seed):
     assert not found.refused
 
 
+ROUTER_LOGITS = Step("probe_by", {"where": "", "what": {"output_router_logits": True}})
+#: Walks that have failed.
+ONCE_WRONG = {
+    "the router of a wrapped mlp gives no logits": Walk(
+        "gpt_oss",
+        (Step("optimized"), Step("replace_module", {"path": "model.layers.0.mlp", "by": "Wrapped({old}, 0.5)"}), ROUTER_LOGITS),
+    ),
+    "experts on every token have no known layout any more": Walk(
+        "llama4_text", (Step("optimized"), Step("patch_class", {"name": "Llama4TextExperts"}))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ONCE_WRONG)
+def test_walk_that_failed(name):
+    found = result(ONCE_WRONG[name])
+    assert found.failure is None and not found.raised and not found.refused
+
+
 def test_the_drawing_is_fixed_by_the_seed():
     one, other = (Walk.drawn(5, 10, [*FAMILIES], ACTIONS) for _ in range(2))
     assert one == other != Walk.drawn(6, 10, [*FAMILIES], ACTIONS)
