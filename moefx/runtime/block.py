@@ -54,7 +54,7 @@ class BlockForward:
     state: Optimized
     functions: list[Function]
     router_state: RouterState
-    routers: tuple[type, ...] = ()  #: classes of the routers whose outputs Transformers records
+    routers: tuple[type[nn.Module], ...] = ()  #: classes of the routers whose outputs Transformers records
     kept: list[Any] = field(default_factory=list)  #: recomputation.Kept: routes of forwards that will be recomputed
     snapshots: list[Snapshot] = field(default_factory=list)  #: of the module, the latest first
     now: Snapshot | None = None  #: that of the latest call
