@@ -10,6 +10,7 @@ import functools
 import itertools
 import types
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -42,6 +43,7 @@ _PLAIN = (
     range,
     slice,
 )
+_CONTAINERS = (dict, OrderedDict, list, tuple, set, frozenset)
 #: Objects in objects are followed this far, and containers up to this many items; beyond, an object is compared by identity.
 DEPTH, MANY = 6, 4096
 
@@ -157,6 +159,11 @@ class Values:
 def is_library_object(x: Any) -> bool:
     """Is it an object of a class of PyTorch or moefx? These keep caches, so they are compared by identity."""
     return type(x).__module__.partition(".")[0] in ("torch", "moefx")
+
+
+def by_value(x: Any) -> bool:
+    """Is it a number, a string, a function, or one of Python's containers?"""
+    return isinstance(x, (*_PLAIN, float, types.FunctionType, functools.partial)) or type(x) in _CONTAINERS
 
 
 def attributes_of(x: Any) -> dict[str, Any] | None:

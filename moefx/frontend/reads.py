@@ -23,7 +23,9 @@ from moefx.frontend.module_state import (
     HOOKS,
     MISSING,
     PARTS,
+    Same,
     Values,
+    by_value,
     counts,
     global_hooks,
     is_around,
@@ -53,7 +55,7 @@ class Reads:
     whole: set[str] = field(default_factory=set)  #: paths of modules all of whose attributes were asked for
     #: (path of a module, its attribute, the attributes from there to a configuration) -> attributes of that configuration
     configs: dict[tuple[str, ...], set[str]] = field(default_factory=dict)
-    #: what functions of the forward name outside of themselves: (namespace, name, value)
+    #: what functions of the forward name outside of themselves: (namespace, name, comparable value)
     names: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
 
     @contextmanager
@@ -113,12 +115,9 @@ class Reads:
 
     def _follow(self, f: Any, seen: set[int]) -> None:
         """Adds the functions, classes and constants that ``f`` names, and those that these name in the same file."""
-        while True:
-            f = f.fget if isinstance(f, property) else f.func if isinstance(f, functools.partial) else getattr(f, "__func__", f)
-            wrapped = getattr(f, "__wrapped__", None)
-            if wrapped is None:
-                break
-            f = wrapped
+        f = f.fget if isinstance(f, property) else f.func if isinstance(f, functools.partial) else getattr(f, "__func__", f)
+        if hasattr(f, "__wrapped__"):
+            self._follow(f.__wrapped__, seen)
         if not isinstance(f, types.FunctionType) or id(f) in seen or _is_library(f.__module__):
             return
         seen.add(id(f))
@@ -130,7 +129,7 @@ class Reads:
                 x = f.__globals__.get(name, MISSING)
                 if x is MISSING or isinstance(x, types.ModuleType) or _is_library(getattr(x, "__module__", None)):
                     continue
-                self.names.append((f.__globals__, name, x))
+                self.names.append((f.__globals__, name, of_name(x)))
                 self._follow(x, seen)
 
     def of(self, path: str, m: nn.Module) -> list[str]:
@@ -163,9 +162,10 @@ class Reads:
             held = self.config(root, place)
             for name in names:
                 found[(*place, name)] = values.of(held[name]) if name in held else MISSING
-        for namespace, name, x in self.names:
-            if namespace.get(name, MISSING) is not x:
-                found[namespace.get("__name__", ""), name] = values.of(namespace.get(name, MISSING))
+        for namespace, name, before in self.names:
+            now = of_name(namespace.get(name, MISSING))
+            if now != before:
+                found[namespace.get("__name__", ""), name] = now
         found[("torch.get_default_dtype()",)] = values.of(torch.get_default_dtype())
         found[("hooks of all modules",)] = values.of(global_hooks())
         return State(found)
@@ -195,6 +195,11 @@ class Reads:
             {(r, *more): names for (p, *more), names in self.configs.items() if (r := rest(p)) is not None},
             self.names,
         )
+
+
+def of_name(x: Any) -> Any:
+    """The comparable value of what a function names: objects by identity, such as a logger, whose caches change."""
+    return Values(nn.Module()).of(x) if by_value(x) else Same(x)
 
 
 @dataclass(frozen=True)

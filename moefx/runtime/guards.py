@@ -14,7 +14,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 
-from moefx.frontend.module_state import GLOBAL_HOOKS, HOOKS, MANY, MISSING, is_around, is_library_object, of_class, own_classes
+from moefx.frontend.module_state import (
+    GLOBAL_HOOKS,
+    HOOKS,
+    MANY,
+    MISSING,
+    by_value,
+    is_around,
+    is_library_object,
+    of_class,
+    own_classes,
+)
 from moefx.frontend.reads import Reads
 from moefx.integrations import fsdp
 
@@ -83,7 +93,7 @@ class Guard:
             return
         first, *rest = sorted(names)
         for x in self._add(operator.itemgetter(first, *rest, first), held):  # of one name it would not return a tuple
-            if inside:
+            if inside or by_value(x):
                 self._watch_inside(x)
 
     def _watch_inside(self, x: Any) -> None:

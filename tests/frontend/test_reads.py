@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -101,4 +102,24 @@ def test_an_attention_function_that_is_replaced(name, before, monkeypatch):
         patch()
     assert_same_step(model, plain)
     monkeypatch.undo()
+    assert_same_step(model, plain)
+
+
+FACTORS = {"mlp": [0.5, {"b": 2.0}]}
+
+
+def factor():
+    return FACTORS["mlp"][1]["b"]
+
+
+def test_a_global_container_that_is_changed_in_place():
+    model, plain = build("qwen3_moe"), build("qwen3_moe")
+    for m in (model, plain):
+        mlp = m.model.layers[0].mlp
+        mlp.forward = functools.wraps(type(mlp).forward)(lambda h, mlp=mlp: type(mlp).forward(mlp, h) * factor())
+    moefx.optimize(model, compile=False)
+    assert_same_step(model, plain)
+    FACTORS["mlp"][1]["b"] = 3.0
+    assert_same_step(model, plain)
+    FACTORS["mlp"][1]["b"] = 2.0
     assert_same_step(model, plain)
