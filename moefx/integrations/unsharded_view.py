@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -49,7 +50,10 @@ def _without_fsdp_hooks(hooks: dict[int, Any], undo: ExitStack) -> None:
 def _with_own_forward(experts: nn.Module, undo: ExitStack) -> None:
     """Undoes Transformers' expert parallelism, which replaces an experts module's forward and makes ``num_experts`` local."""
     attributes = vars(experts)
-    if "forward" in attributes:
+    replaced: Any = attributes.get("forward")
+    while isinstance(replaced, functools.partial):
+        replaced = replaced.func
+    if getattr(replaced, "__globals__", {}).get("__name__", "").startswith("transformers."):  # not one of the user's
         kept: dict[str, Any] = {k: attributes[k] for k in ("forward", "num_experts") if k in attributes}
         undo.callback(attributes.update, kept)
         del attributes["forward"]

@@ -141,6 +141,12 @@ def _mlp_forward(model: Any) -> None:
     model.model.layers[1].mlp.forward = lambda h: h * 0.5
 
 
+def _experts_forward(model: Any) -> None:
+    experts = model.model.layers[1].mlp.experts
+    own = experts.forward
+    experts.forward = lambda *given: own(*given) * 0.5
+
+
 def _block_forward(model: Any) -> None:
     block = model.model.layers[1]
     around = block.forward
@@ -164,7 +170,8 @@ def _weight_norm(model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [_act_fn, _eps, _norm_topk_prob, _mlp_forward, _block_forward, _other_norm, _default_dtype, _weight_norm]
+    "change",
+    [_act_fn, _eps, _norm_topk_prob, _mlp_forward, _experts_forward, _block_forward, _other_norm, _default_dtype, _weight_norm],
 )
 def test_changed_after_optimize(change):
     model, plain = pair()
