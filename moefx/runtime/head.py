@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from moefx.errors import CaptureError
 from moefx.frontend.call_signature import Call
@@ -206,6 +207,9 @@ def take_head(lm_head: Any, head: HeadForward) -> None:
         name = f"{type(lm_head).__module__}.{type(lm_head).__qualname__}"
         what = f"lm_head was replaced after optimize by a {name}, which is no torch.nn.Linear: its logits are stored"
         head.state.report.fell_back(head.path, what, warn=torch.is_grad_enabled())
+        return
+    if parametrize.is_parametrized(lm_head):  # PyTorch removes parametrizations only from a class of its own making
+        head.state.report.fell_back(head.path, str(why_stored(lm_head)), warn=torch.is_grad_enabled())
         return
     lm_head.__dict__["_moefx_head"] = head
     lm_head.__class__ = with_forward(type(lm_head), _lm_head_forward)  # type: ignore[arg-type]

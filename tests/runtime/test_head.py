@@ -307,6 +307,11 @@ def test_a_computed_weight(change, before):
         change(model.lm_head)
     assert_same_step(model, plain)
     assert not is_fused(model)
+    if torch.nn.utils.parametrize.is_parametrized(plain.lm_head):
+        for m in (model, plain):
+            torch.nn.utils.parametrize.remove_parametrizations(m.lm_head, "weight")
+        assert_same_step(model, plain)
+        assert is_fused(model)
 
 
 @pytest.mark.parametrize("before", [True, False])
