@@ -18,6 +18,15 @@ ROOT = Path(__file__).parent.parent.parent
 STEPS = 8  #: of which WARMUP run eagerly
 
 
+@pytest.fixture(autouse=True)
+def fixed_order():
+    """Without cuDNN's attention, whose backward adds in no fixed order: bits may differ between two runs, on a busy GPU."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def batches(count, vocabulary, device, rank=0):
     """Batches of one shape; the number of items differs, as with gradient accumulation."""
     made = []
@@ -208,6 +217,7 @@ def job() -> None:
     from moefx.backends import deepep
     from tests.support.families import build
 
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as in fixed_order
     rank = int(sys.argv[1])
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
