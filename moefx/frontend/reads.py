@@ -7,9 +7,11 @@ look-ups of attributes are recorded as they happen: of modules, of configuration
 from __future__ import annotations
 
 import functools
+import inspect
+import sys
 import types
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,7 +43,7 @@ from moefx.internals.transformers_patches import config_reads
 #: Attributes that graphs do not depend on: checkpointing wraps a block's call; all implementations of experts compute the same.
 _IGNORED = {"gradient_checkpointing", "_gradient_checkpointing_func", "_experts_implementation_internal"}
 #: Packages whose own functions are not replaced by users, so that what they name is not followed.
-_LIBRARIES = ("torch", "moefx", "builtins", "functools", "typing", "contextlib")
+_LIBRARIES = ("torch", "moefx", "numpy")
 #: Read by ``nn.Module`` itself; covered by :func:`moefx.frontend.module_state.shape_of`.
 _COVERED = {*PARTS, *HOOKS, "_non_persistent_buffers_set", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
             "_forward_pre_hooks_with_kwargs", "_is_full_backward_hook", "__class__"}  # fmt: skip
@@ -127,10 +129,19 @@ class Reads:
         for code in _codes(f.__code__):
             for name in code.co_names:
                 x = f.__globals__.get(name, MISSING)
-                if x is MISSING or isinstance(x, types.ModuleType) or _is_library(getattr(x, "__module__", None)):
-                    continue
-                self.names.append((f.__globals__, name, of_name(x)))
-                self._follow(x, seen)
+                if isinstance(x, types.ModuleType):
+                    if not _is_library(x.__name__):
+                        self._add_names(vars(x), code.co_names, seen)  # of its attributes too
+                elif x is not MISSING:
+                    self._add_names(f.__globals__, (name,), seen)
+
+    def _add_names(self, namespace: dict[str, Any], names: Iterable[str], seen: set[int]) -> None:
+        for name in names:
+            x = namespace.get(name, MISSING)
+            if x is MISSING or isinstance(x, types.ModuleType) or (inspect.isroutine(x) and _is_library(x.__module__)):
+                continue
+            self.names.append((namespace, name, of_name(x)))
+            self._follow(x, seen)
 
     def of(self, path: str, m: nn.Module) -> list[str]:
         """The names that count of a module."""
@@ -262,7 +273,8 @@ class Written:
 
 
 def _is_library(module: str | None) -> bool:
-    return (module or "").partition(".")[0] in _LIBRARIES
+    package = (module or "").partition(".")[0]
+    return package in _LIBRARIES or package in sys.stdlib_module_names
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:

@@ -11,6 +11,7 @@ from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 import moefx
+from tests.support import families as settings
 from tests.support.families import batch, build
 from tests.support.parity import assert_same_step
 
@@ -110,6 +111,18 @@ FACTORS = {"mlp": [0.5, {"b": 2.0}]}
 
 def factor():
     return FACTORS["mlp"][1]["b"]
+
+
+def test_an_attribute_of_an_imported_module(monkeypatch):
+    model, plain = build("qwen3_moe"), build("qwen3_moe")
+    monkeypatch.setattr(settings, "SCALE", 0.5, raising=False)
+    for m in (model, plain):
+        mlp = m.model.layers[0].mlp
+        mlp.forward = lambda h, mlp=mlp: type(mlp).forward(mlp, h) * settings.SCALE
+    moefx.optimize(model, compile=False)
+    assert_same_step(model, plain)
+    monkeypatch.setattr(settings, "SCALE", 3.0)
+    assert_same_step(model, plain)
 
 
 def test_a_global_container_that_is_changed_in_place():
