@@ -48,12 +48,15 @@ def _without_fsdp_hooks(hooks: dict[int, Any], undo: ExitStack) -> None:
 
 
 def _with_own_forward(experts: nn.Module, undo: ExitStack) -> None:
-    """Undoes Transformers' expert parallelism, which replaces an experts module's forward and makes ``num_experts`` local."""
+    """Undoes expert parallelism, Transformers' or moefx's, which replaces an experts module's forward.
+
+    Transformers' makes ``num_experts`` local, too.
+    """
     attributes = vars(experts)
     replaced: Any = attributes.get("forward")
     while isinstance(replaced, functools.partial):
         replaced = replaced.func
-    if getattr(replaced, "__globals__", {}).get("__name__", "").startswith("transformers."):  # not one of the user's
+    if getattr(replaced, "__globals__", {}).get("__name__", "").startswith(("transformers.", "moefx.")):  # not a user's
         kept: dict[str, Any] = {k: attributes[k] for k in ("forward", "num_experts") if k in attributes}
         undo.callback(attributes.update, kept)
         del attributes["forward"]
