@@ -22,8 +22,6 @@ from transformers import PreTrainedConfig
 
 from moefx.integrations import fsdp
 
-#: Dictionaries of a module that stand for themselves: parameters by dtype and shape, submodules by path, hooks by name.
-PARTS = ("_parameters", "_buffers", "_modules")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 #: Hooks that run on every module; these dictionaries live as long as PyTorch does.

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 import types
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,9 +21,7 @@ from transformers import PreTrainedConfig
 
 from moefx.errors import CaptureError
 from moefx.frontend.module_state import (
-    HOOKS,
     MISSING,
-    PARTS,
     Same,
     Values,
     by_value,
@@ -37,16 +34,14 @@ from moefx.frontend.module_state import (
 )
 from moefx.integrations import transformers as hf
 from moefx.internals.assumptions import assumed
+from moefx.internals.functions import is_of, names_in
 from moefx.internals.torch_patches import module_reads
 from moefx.internals.transformers_patches import config_reads
 
 #: Attributes that graphs do not depend on: checkpointing wraps a block's call; all implementations of experts compute the same.
-_IGNORED = {"gradient_checkpointing", "_gradient_checkpointing_func", "_experts_implementation_internal"}
+_IGNORED = {"_gradient_checkpointing_func", "_experts_implementation_internal", "__class__"}
 #: Packages whose own functions are not replaced by users, so that what they name is not followed.
 _LIBRARIES = ("torch", "moefx", "numpy")
-#: Read by ``nn.Module`` itself; covered by :func:`moefx.frontend.module_state.shape_of`.
-_COVERED = {*PARTS, *HOOKS, "_non_persistent_buffers_set", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
-            "_forward_pre_hooks_with_kwargs", "_is_full_backward_hook", "__class__"}  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -68,7 +63,7 @@ class Reads:
 
         def module(m: nn.Module, name: str) -> None:
             path = paths.get(id(m))
-            if path is None or name in _COVERED or name in _IGNORED or name.startswith("_moefx"):
+            if path is None or not counts(name) or name in _IGNORED:
                 return
             if name == "__dict__":
                 self.whole.add(path)
@@ -94,12 +89,9 @@ class Reads:
     def close(self, root: nn.Module) -> None:
         """Ends the recording of ``root``: adds what depends on all that was read."""
         # the layout of experts is found by trying what they compute, their activation too
-        experts = {p for p, m in root.named_modules() if hf.is_experts(m)}
-        self.whole |= {
-            p for p, _ in root.named_modules() if p in experts or any(p.startswith(f"{up}.") for up in experts if up)
-        }
-        if "" in experts:
-            self.whole |= {p for p, _ in root.named_modules()}
+        for path, m in root.named_modules():
+            if hf.is_experts(m):
+                self.whole |= {p for p, _ in m.named_modules(prefix=path)}
         self.modules.setdefault("", set()).add("forward")
         seen: set[int] = set()
         for path in self.modules.keys() | self.whole:
@@ -120,28 +112,23 @@ class Reads:
         f = f.fget if isinstance(f, property) else f.func if isinstance(f, functools.partial) else getattr(f, "__func__", f)
         if hasattr(f, "__wrapped__"):
             self._follow(f.__wrapped__, seen)
-        if not isinstance(f, types.FunctionType) or id(f) in seen or _is_library(f.__module__):
+        if not isinstance(f, types.FunctionType) or id(f) in seen or is_of(f.__module__, _LIBRARIES):
             return
         seen.add(id(f))
         for cell in f.__closure__ or ():
             if cell != types.CellType():  # it has contents
                 self._follow(cell.cell_contents, seen)
-        for code in _codes(f.__code__):
-            for name in code.co_names:
-                x = f.__globals__.get(name, MISSING)
-                if isinstance(x, types.ModuleType):
-                    if not _is_library(x.__name__):
-                        self._add_names(vars(x), code.co_names, seen)  # of its attributes too
-                elif x is not MISSING:
-                    self._add_names(f.__globals__, (name,), seen)
-
-    def _add_names(self, namespace: dict[str, Any], names: Iterable[str], seen: set[int]) -> None:
-        for name in names:
-            x = namespace.get(name, MISSING)
-            if x is MISSING or isinstance(x, types.ModuleType) or (inspect.isroutine(x) and _is_library(x.__module__)):
-                continue
-            self.names.append((namespace, name, of_name(x)))
-            self._follow(x, seen)
+        names = set(names_in(f.__code__))
+        held = [f.__globals__[name] for name in names & f.__globals__.keys()]
+        # attributes of modules that it names, too
+        modules = [vars(x) for x in held if isinstance(x, types.ModuleType) and not is_of(x.__name__, _LIBRARIES)]
+        for namespace in (f.__globals__, *modules):
+            for name in names & namespace.keys():
+                x = namespace[name]
+                if isinstance(x, types.ModuleType) or (inspect.isroutine(x) and is_of(x.__module__, _LIBRARIES)):
+                    continue
+                self.names.append((namespace, name, of_name(x)))
+                self._follow(x, seen)
 
     def of(self, path: str, m: nn.Module) -> list[str]:
         """The names that count of a module."""
@@ -257,7 +244,7 @@ class Written:
         found: dict[tuple[str, str], Any] = {}
         for path, m in self.root.named_modules():
             for name, x in vars(m).items():
-                if not name.startswith("_moefx") and name not in _COVERED:
+                if counts(name):
                     # items of containers too: a forward may append to a list
                     items = (*x, *x.values()) if isinstance(x, dict) else x if isinstance(x, list | set | deque) else ()
                     found[path, name] = x, *map(id, items)
@@ -270,18 +257,6 @@ class Written:
             mine, theirs = self.before.get(key, ()), after.get(key, ())
             if [*map(id, mine[:1]), *mine[1:]] != [*map(id, theirs[:1]), *theirs[1:]]:
                 raise CaptureError(f"its forward writes the attribute {'.'.join(filter(None, key))}, which a graph would not")
-
-
-def _is_library(module: str | None) -> bool:
-    package = (module or "").partition(".")[0]
-    return package in _LIBRARIES or package in sys.stdlib_module_names
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for c in code.co_consts:
-        if isinstance(c, types.CodeType):
-            yield from _codes(c)
 
 
 @assumed(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,9 +23,13 @@ from moefx.frontend.module_state import Values
 from moefx.frontend.reads import Reads
 from moefx.integrations import fsdp
 from moefx.integrations import transformers as hf
+from moefx.internals.functions import is_of, names_in
 from moefx.internals.subclass import with_forward
 from moefx.ir.program import Function
 from moefx.runtime.block import MAX_VARIANTS, BlockForward
+
+#: Packages whose functions are taken to compute what they always do.
+_LIBRARIES = ("torch", "transformers", "numpy", "moefx")
 
 
 @dataclass(eq=False)
@@ -112,33 +115,22 @@ def value_of(loss: Callable) -> Any:
             continue
         seen.add(id(x))
         if isinstance(x, types.FunctionType):
-            if _of_library(x.__globals__.get("__name__")):  # not __module__, which functools.wraps copies
+            if is_of(x.__globals__.get("__name__"), _LIBRARIES):  # not __module__, which functools.wraps copies
                 found.append(x)
                 continue
             left += [c.cell_contents for c in x.__closure__ or () if c != types.CellType()]
             left += [*(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values()]
-            left += [x.__globals__[name] for name in _names(x.__code__) if name in x.__globals__]
+            left += [x.__globals__[name] for name in names_in(x.__code__) if name in x.__globals__]
         elif isinstance(x, functools.partial):
             left += [x.func, *x.args, *x.keywords.values()]
         if isinstance(x, types.ModuleType | type):
-            if not _of_library(x.__name__ if isinstance(x, types.ModuleType) else x.__module__):
+            if not is_of(x.__name__ if isinstance(x, types.ModuleType) else x.__module__, _LIBRARIES):
                 raise CaptureError(f"its loss function uses {x.__name__}, whose attributes may change")
         elif isinstance(getattr(x, "__self__", x), nn.Module):
             raise CaptureError(f"its loss function uses a {type(x).__name__}: what that computes may change")
         else:
             found.append(values.of(x))
     return tuple(found)
-
-
-def _of_library(module: str | None) -> bool:
-    root = (module or "").partition(".")[0]
-    return root in ("torch", "transformers", "numpy", "moefx") or root in sys.stdlib_module_names - {"__main__"}
-
-
-def _names(code: types.CodeType) -> list[str]:
-    """The names in a function's code, and in the functions inside it."""
-    inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
-    return [*code.co_names, *(name for c in inner for name in _names(c))]
 
 
 class FusedLoss:

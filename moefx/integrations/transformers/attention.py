@@ -17,6 +17,7 @@ from moefx.integrations.transformers import recording
 from moefx.integrations.transformers.masks import LazyMask, _lazy, attention_kind, original_masks, pattern_of
 from moefx.integrations.transformers.recording import OwnAttention, _Callers
 from moefx.internals import transformers_patches
+from moefx.internals.functions import is_of, names_in
 
 
 def attention_forward(
@@ -66,7 +67,7 @@ def is_patched(f: Any, home: type) -> bool:
     ``home``: the class that looked ``f`` up. ``moefx.attention`` stands for Transformers' functions as they are; another one is
     captured as what it computes.
     """
-    known = {"transformers", "torch", "moefx", "math", _package(home)}
+    known = ("transformers", "torch", "moefx", home.__module__.partition(".")[0])
     seen: set[int] = set()
 
     def replaced(f: Any) -> bool:
@@ -74,17 +75,13 @@ def is_patched(f: Any, home: type) -> bool:
         if not isinstance(f, types.FunctionType) or id(f) in seen:
             return False
         seen.add(id(f))
-        if _package(f) not in known:
+        if not is_of(f.__module__, known):
             return True
         if not f.__module__.startswith(("transformers.", home.__module__)):
             return False
-        return any(replaced(f.__globals__[name]) for name in f.__code__.co_names if name in f.__globals__)
+        return any(replaced(f.__globals__[name]) for name in names_in(f.__code__) if name in f.__globals__)
 
     return replaced(f)
-
-
-def _package(x: Any) -> str:
-    return (getattr(x, "__module__", None) or "").partition(".")[0]
 
 
 def _emit(
