@@ -10,7 +10,7 @@ import functools
 import itertools
 import types
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -41,7 +41,8 @@ _PLAIN = (
     range,
     slice,
 )
-_CONTAINERS = (dict, OrderedDict, list, tuple, set, frozenset)
+SEQUENCES = list | tuple | set | frozenset | deque
+_CONTAINERS = (dict, OrderedDict, list, tuple, set, frozenset, deque)
 #: Objects in objects are followed this far, and containers up to this many items; beyond, an object is compared by identity.
 DEPTH, MANY = 6, 4096
 
@@ -135,12 +136,12 @@ class Values:
                 return MISSING
         if isinstance(x, slice):
             return self.of((slice, x.start, x.stop, x.step))
-        if isinstance(x, Mapping | list | tuple | set | frozenset) and len(x) > MANY:
+        if isinstance(x, Mapping | SEQUENCES) and len(x) > MANY:
             return Same(x)
         if isinstance(x, Mapping):
             items = [(self.of(k), self.of(v)) for k, v in x.items()]
             return Value((type(x), *items), f"{{{', '.join(f'{k!r}: {v!r}' for k, v in items[:9])}}}")
-        if isinstance(x, set | frozenset | list | tuple):
+        if isinstance(x, SEQUENCES):
             each = [*map(self.of, x)]
             made = (frozenset(each),) if isinstance(x, set | frozenset) else each
             return Value((type(x), *made), f"[{', '.join(map(repr, each[:9]))}]")

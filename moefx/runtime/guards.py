@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import operator
 import types
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,6 +18,8 @@ from moefx.frontend.module_state import (
     HOOKS,
     MANY,
     MISSING,
+    SEQUENCES,
+    attributes_of,
     by_value,
     is_around,
     is_library_object,
@@ -102,25 +103,30 @@ class Guard:
             return
         self._seen.add(id(x))
         if isinstance(x, types.MethodType):
-            return self._watch_inside(x.__self__)
+            return self._watch_each(x.__func__, x.__self__)
         if isinstance(x, types.FunctionType):
             for cell in x.__closure__ or ():
                 if cell != types.CellType():  # it has contents
                     self._kept.append(cell.cell_contents)
                     self._cells.append((cell, id(cell.cell_contents)))
                     self._watch_inside(cell.cell_contents)
-            return None
+            return self._watch_each(x.__defaults__, x.__kwdefaults__, vars(x) or None)
         if isinstance(x, functools.partial):
-            return self._watch_inside((x.func, x.args, x.keywords))
-        if not isinstance(x, Mapping | list | tuple | set | frozenset | deque):
-            x = vars(x) if hasattr(x, "__dict__") and not isinstance(x, types.BuiltinFunctionType) else ()
+            return self._watch_each(x.func, x.args, x.keywords)
+        if not isinstance(x, Mapping | SEQUENCES):
+            attributes = attributes_of(x)
+            if attributes is None or isinstance(x, types.BuiltinFunctionType):
+                return None
+            x = vars(x) if attributes.keys() == getattr(x, "__dict__", {}).keys() else x  # else some are in slots
         items = _items(x)
         if not isinstance(x, tuple):
             self._kept.append(items)
             self._items.append((x, [*map(id, items)]))
-        for item in items[:MANY]:
-            self._watch_inside(item)
-        return None
+        return self._watch_each(*items[:MANY])
+
+    def _watch_each(self, *parts: Any) -> None:
+        for x in parts:
+            self._watch_inside(x)
 
     @property
     def size(self) -> int:
@@ -162,4 +168,7 @@ def of_a_step(model: nn.Module, reads: Reads) -> list[Guard]:
 
 
 def _items(container: Any) -> list:
-    return [*container.keys(), *container.values()] if isinstance(container, Mapping) else [*container]
+    """What a container holds, or an object in its slots and attributes."""
+    if isinstance(container, Mapping):
+        return [*container.keys(), *container.values()]
+    return [*container] if isinstance(container, SEQUENCES) else [*(attributes_of(container) or {}).values()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import gc
 import types
@@ -44,6 +45,10 @@ class Box:
     pass
 
 
+class Slotted:
+    __slots__ = ("number",)
+
+
 def reading(read: Callable[[Any], Any], write: Callable[[Any, float], None]) -> tuple[Callable, Callable]:
     """Sets a number of a layer's mlp that its forward, replaced on the instance, multiplies with; changes it later."""
 
@@ -69,6 +74,20 @@ def _object(mlp: Any, number: float) -> None:
     vars(mlp).setdefault("box", Box()).number = number
 
 
+def _slot(mlp: Any, number: float) -> None:
+    vars(mlp).setdefault("slotted", Slotted()).number = number
+
+
+def _queue(mlp: Any, number: float) -> None:
+    vars(mlp).setdefault("queue", collections.deque(maxlen=1)).append(number)
+
+
+def _default(mlp: Any, number: float) -> None:
+    if "scaled" not in vars(mlp):
+        mlp.scaled = lambda h, factors=[0.0]: h * factors[0]
+    mlp.scaled.__defaults__[0][0] = number
+
+
 def _closure(mlp: Any, number: float) -> None:
     mlp.forward = (lambda number: types.MethodType(lambda self, h: type(self).forward(self, h) * number, mlp))(number)
 
@@ -79,6 +98,9 @@ STATE = {
     "list": reading(lambda m: m.factors[1], _item),
     "nested_dict": reading(lambda m: m._factors["inner"]["a"], _entry),
     "object": reading(lambda m: m.box.number, _object),
+    "slot": reading(lambda m: m.slotted.number, _slot),
+    "deque": reading(lambda m: m.queue[0], _queue),
+    "default": reading(lambda m: m.scaled(1.0), _default),
     "tensor": reading(lambda m: m.factor, lambda m, x: setattr(m, "factor", torch.tensor(x))),
     "all_attributes": reading(lambda m: vars(m)["number"], lambda m, x: setattr(m, "number", x)),
     "closure": (_closure, _closure),
