@@ -1,7 +1,7 @@
-"""Refuses what a captured graph would lose of autograd: custom backwards, hooks, and code that asks for gradients.
+"""Refuses what a captured graph would lose of autograd: custom backwards, hooks, parameters from elsewhere, code that asks.
 
 A graph has operations and PyTorch's derivatives of these. ``torch.export`` silently drops a custom backward and hooks on
-gradients, and its inputs require no gradient.
+gradients; its inputs require no gradient, and tensors that belong neither to the module nor to its call become constants.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from moefx.errors import CaptureError
 from moefx.internals.assumptions import assumed, exported
@@ -76,9 +78,26 @@ def _saving() -> Any:
 
 @contextmanager
 def refusing_custom_gradients() -> Iterator[None]:
-    """Context in which ``autograd.Function``, hooks on gradients, and Python that asks for gradients raise CaptureError."""
+    """Context in which these uses raise CaptureError."""
     with AUTOGRAD_FUNCTION.by(_refuse_function), _Watching():
         yield
+
+
+class _Foreign(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for x in pytree.arg_tree_leaves(*args, **(kwargs or {})):
+            if isinstance(x, Tensor) and not is_fake(x) and (x.requires_grad or isinstance(x, nn.Parameter)):
+                what = "parameter" if isinstance(x, nn.Parameter) else "tensor that requires a gradient"
+                raise CaptureError(
+                    f"it computes with a {what} {list(x.shape)} from outside, of another module perhaps, which would become a "
+                    "constant without a gradient"
+                )
+        return func(*args, **(kwargs or {}))
+
+
+def refusing_foreign_parameters() -> TorchFunctionMode:
+    """Context, inside an export, in which parameters that are not the module's own raise CaptureError when they are used."""
+    return _Foreign()
 
 
 def refuse_no_grad_values(graph_module: fx.GraphModule) -> None:
@@ -97,14 +116,17 @@ def refuse_no_grad_values(graph_module: fx.GraphModule) -> None:
 
 def _refused(attempt: Callable[[], Any]) -> bool:
     try:
-        with refusing_custom_gradients():
+        with refusing_custom_gradients(), refusing_foreign_parameters():
             attempt()
     except CaptureError:
         return True
     return False
 
 
-@assumed("an autograd.Function, hooks on gradients and on saved tensors are seen when they are used", "torch 2.11 to 2.14")
+@assumed(
+    "an autograd.Function, hooks on gradients and on saved tensors, and foreign parameters are seen when they are used",
+    "torch 2.11 to 2.14",
+)
 def custom_gradients_are_seen() -> bool:
     """Each of the refused uses, on a parameter and on an input."""
 
@@ -126,7 +148,8 @@ def custom_gradients_are_seen() -> bool:
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
             pass
 
-    bound, weight = Known.apply, torch.nn.Parameter(torch.ones(3))
+    bound, weight = Known.apply, nn.Parameter(torch.ones(3))
+    frozen, computed, data = nn.Parameter(torch.ones(3), requires_grad=False), weight * 2, torch.ones(3)
     theirs: Any = eval("lambda t: t", {"__name__": "moefx_tried"})
     asks = eval("lambda x: x.requires_grad", {"__name__": "moefx_tried"})
     found: list[bool] = []
@@ -135,20 +158,23 @@ def custom_gradients_are_seen() -> bool:
         with torch.autograd.graph.saved_tensors_hooks(theirs, theirs):
             x.sin()
 
-    def tries(x: Tensor) -> Tensor:
+    def tries(x: Tensor, own: Tensor) -> Tensor:
         attempts: list[Callable[[], Any]] = [
             lambda: bound(x),
             lambda: WithSetup.apply(x),
-            lambda: bound(x * weight),  # type: ignore[no-untyped-call]
-            lambda: (x * weight).register_hook(theirs),
-            lambda: saves(x * weight),
+            lambda: bound(x * own),  # type: ignore[no-untyped-call]
+            lambda: (x * own).register_hook(theirs),
+            lambda: saves(x * own),
             lambda: asks(x),
+            lambda: x * weight,
+            lambda: torch.stack([x, frozen]),
+            lambda: x + computed,
         ]
         found.extend(map(_refused, attempts))
-        found.append(not _refused(lambda: (x * weight).sin()))
+        found.append(not _refused(lambda: (x * own * data).sin()))
         return x * 1
 
-    exported(tries)
+    exported(tries, nn.Parameter(torch.ones(3)))
     return all(found)
 
 

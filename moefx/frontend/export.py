@@ -22,6 +22,7 @@ from moefx.frontend.custom_gradients import (
     no_grad_is_seen,
     refuse_no_grad_values,
     refusing_custom_gradients,
+    refusing_foreign_parameters,
 )
 from moefx.frontend.functionalize import functionalize
 from moefx.frontend.length_guards import questions_are_seen, refuse_limits, refusing_questions
@@ -59,7 +60,7 @@ class _Entry(nn.Module):
             args, kwargs = self.template.fill(tensors, written)
             _, before = flatten(args, kwargs)
             state = Written(self.block)
-            with self.reads.recorded(self.block):
+            with self.reads.recorded(self.block), refusing_foreign_parameters():
                 # of its class: hooks of the block, and a forward put around its own, run around its graph too
                 out = type(self.block).forward(self.block, *args, **kwargs)
             state.refuse_changes()
@@ -228,7 +229,7 @@ def _function(module: nn.Module, exported: Any, call: Call, name: str, callers: 
     made = Function(
         name, type(module).__name__, graph_module, [], parameters, constants, inputs, call, fake, promises(module, callers)
     )
-    made.captured = made.copy() if made.expects.get("experts") else None
+    made.captured = made.copy()
     return made
 
 

@@ -21,6 +21,7 @@ from torch.nn.modules import module as all_modules
 from transformers import PreTrainedConfig
 
 from moefx.integrations import fsdp
+from moefx.internals.functions import home
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -42,7 +43,7 @@ _PLAIN = (
     slice,
 )
 SEQUENCES = list | tuple | set | frozenset | deque
-_CONTAINERS = (dict, OrderedDict, list, tuple, set, frozenset, deque)
+CONTAINERS = (dict, OrderedDict, list, tuple, set, frozenset, deque)
 #: Objects in objects are followed this far, and containers up to this many items; beyond, an object is compared by identity.
 DEPTH, MANY = 6, 4096
 
@@ -152,7 +153,7 @@ class Values:
 
     def _of_function(self, f: types.FunctionType) -> Value:
         parts = (f.__closure__, f.__defaults__, f.__kwdefaults__, vars(f) or None)
-        return Value(("function", f.__code__, f.__module__, *map(self.of, parts)), f.__qualname__)
+        return Value(("function", f.__code__, home(f), *map(self.of, parts)), f.__qualname__)
 
 
 def is_library_object(x: Any) -> bool:
@@ -162,7 +163,7 @@ def is_library_object(x: Any) -> bool:
 
 def by_value(x: Any) -> bool:
     """Is it a number, a string, a function, or one of Python's containers?"""
-    return isinstance(x, (*_PLAIN, float, types.FunctionType, functools.partial)) or type(x) in _CONTAINERS
+    return isinstance(x, (*_PLAIN, float, types.FunctionType, functools.partial)) or type(x) in CONTAINERS
 
 
 def attributes_of(x: Any) -> dict[str, Any] | None:

@@ -6,9 +6,6 @@ look-ups of attributes are recorded as they happen: of modules, of configuration
 
 from __future__ import annotations
 
-import functools
-import inspect
-import types
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,9 +19,7 @@ from transformers import PreTrainedConfig
 from moefx.errors import CaptureError
 from moefx.frontend.module_state import (
     MISSING,
-    Same,
     Values,
-    by_value,
     counts,
     global_hooks,
     is_around,
@@ -32,16 +27,14 @@ from moefx.frontend.module_state import (
     own_classes,
     shape_of,
 )
+from moefx.frontend.names import Name, Names
 from moefx.integrations import transformers as hf
 from moefx.internals.assumptions import assumed
-from moefx.internals.functions import is_of, names_in
 from moefx.internals.torch_patches import module_reads
 from moefx.internals.transformers_patches import config_reads
 
 #: Attributes that graphs do not depend on: checkpointing wraps a block's call; all implementations of experts compute the same.
 _IGNORED = {"_gradient_checkpointing_func", "_experts_implementation_internal", "__class__"}
-#: Packages whose own functions are not replaced by users, so that what they name is not followed.
-_LIBRARIES = ("torch", "moefx", "numpy")
 
 
 @dataclass(eq=False)
@@ -52,8 +45,8 @@ class Reads:
     whole: set[str] = field(default_factory=set)  #: paths of modules all of whose attributes were asked for
     #: (path of a module, its attribute, the attributes from there to a configuration) -> attributes of that configuration
     configs: dict[tuple[str, ...], set[str]] = field(default_factory=dict)
-    #: what functions of the forward name outside of themselves: (namespace, name, comparable value)
-    names: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
+    #: what functions of the forward name outside of themselves
+    names: list[Name] = field(default_factory=list)
 
     @contextmanager
     def recorded(self, root: nn.Module) -> Iterator[None]:
@@ -93,42 +86,22 @@ class Reads:
             if hf.is_experts(m):
                 self.whole |= {p for p, _ in m.named_modules(prefix=path)}
         self.modules.setdefault("", set()).add("forward")
-        seen: set[int] = set()
+        names = Names()
         for path in self.modules.keys() | self.whole:
             m = root.get_submodule(path)
+            names.follow_class(own_classes(type(m))[0])
             for name in self.of(path, m):
                 own = name in vars(m) and not is_around(path, name)
-                self._follow(vars(m)[name] if own else of_class(type(m), name), seen)
+                names.follow(vars(m)[name] if own else of_class(type(m), name))
+        names.finish()
+        self.names += names.found
 
-    def namespaces(self) -> list[tuple[dict[str, Any], set[str]]]:
+    def namespaces(self) -> list[tuple[Mapping[str, Any], set[str]]]:
         """The names that functions of the forward name outside of themselves, by namespace."""
-        found: dict[int, tuple[dict[str, Any], set[str]]] = {}
-        for namespace, name, _ in self.names:
-            found.setdefault(id(namespace), (namespace, set()))[1].add(name)
+        found: dict[int, tuple[Mapping[str, Any], set[str]]] = {}
+        for n in self.names:
+            found.setdefault(id(n.namespace), (n.namespace, set()))[1].add(n.name)
         return list(found.values())
-
-    def _follow(self, f: Any, seen: set[int]) -> None:
-        """Adds the functions, classes and constants that ``f`` names, and those that these name in the same file."""
-        f = f.fget if isinstance(f, property) else f.func if isinstance(f, functools.partial) else getattr(f, "__func__", f)
-        if hasattr(f, "__wrapped__"):
-            self._follow(f.__wrapped__, seen)
-        if not isinstance(f, types.FunctionType) or id(f) in seen or is_of(f.__module__, _LIBRARIES):
-            return
-        seen.add(id(f))
-        for cell in f.__closure__ or ():
-            if cell != types.CellType():  # it has contents
-                self._follow(cell.cell_contents, seen)
-        names = set(names_in(f.__code__))
-        held = [f.__globals__[name] for name in names & f.__globals__.keys()]
-        # attributes of modules that it names, too
-        modules = [vars(x) for x in held if isinstance(x, types.ModuleType) and not is_of(x.__name__, _LIBRARIES)]
-        for namespace in (f.__globals__, *modules):
-            for name in names & namespace.keys():
-                x = namespace[name]
-                if isinstance(x, types.ModuleType) or (inspect.isroutine(x) and is_of(x.__module__, _LIBRARIES)):
-                    continue
-                self.names.append((namespace, name, of_name(x)))
-                self._follow(x, seen)
 
     def of(self, path: str, m: nn.Module) -> list[str]:
         """The names that count of a module."""
@@ -160,10 +133,10 @@ class Reads:
             held = self.config(root, place)
             for name in names:
                 found[(*place, name)] = values.of(held[name]) if name in held else MISSING
-        for namespace, name, before in self.names:
-            now = of_name(namespace.get(name, MISSING))
-            if now != before:
-                found[namespace.get("__name__", ""), name] = now
+        for n in self.names:
+            now = n.now()
+            if now != n.value:
+                found[n.of, n.name] = now
         found[("torch.get_default_dtype()",)] = values.of(torch.get_default_dtype())
         found[("hooks of all modules",)] = values.of(global_hooks())
         return State(found)
@@ -193,11 +166,6 @@ class Reads:
             {(r, *more): names for (p, *more), names in self.configs.items() if (r := rest(p)) is not None},
             self.names,
         )
-
-
-def of_name(x: Any) -> Any:
-    """The comparable value of what a function names: objects by identity, such as a logger, whose caches change."""
-    return Values(nn.Module()).of(x) if by_value(x) else Same(x)
 
 
 @dataclass(frozen=True)

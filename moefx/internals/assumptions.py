@@ -63,11 +63,18 @@ def assumed(what: str, seen: str) -> Callable[[Callable[[], bool]], Assumption]:
     return make
 
 
-def exported(function: Callable[[torch.Tensor], torch.Tensor]) -> torch.export.ExportedProgram:
-    """``function`` of a float32 tensor [n, 3], n dynamic, exported as a block is: the conditions in which checks must work."""
+def exported(function: Callable[..., torch.Tensor], *weights: torch.nn.Parameter) -> torch.export.ExportedProgram:
+    """``function`` of a float32 tensor [n, 3], n dynamic, exported as a block is: the conditions in which checks must work.
+
+    ``weights``: parameters of that block, which the function gets too.
+    """
 
     class Tried(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = torch.nn.ParameterList(weights)
+
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return function(x)
+            return function(x, *self.weights)
 
     return torch.export.export(Tried(), (torch.ones(7, 3),), dynamic_shapes=({0: torch.export.Dim("n")},), strict=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Iterator
+from typing import Any
 
 
 def names_in(code: types.CodeType) -> Iterator[str]:
@@ -15,7 +16,14 @@ def names_in(code: types.CodeType) -> Iterator[str]:
             yield from names_in(inner)
 
 
-def is_of(module: str | None, packages: tuple[str, ...]) -> bool:
+def home(f: Any) -> str:
+    """Name of the module that a function, a method or a class was written in (``functools.wraps`` copies ``__module__``)."""
+    f = getattr(f, "__func__", f)
+    found = f.__globals__.get("__name__") if isinstance(f, types.FunctionType) else getattr(f, "__module__", None)
+    return found if isinstance(found, str) else ""
+
+
+def is_of(module: str, packages: tuple[str, ...]) -> bool:
     """Does the module of this name belong to one of ``packages``, or to Python itself?"""
-    package = (module or "").partition(".")[0]
+    package = module.partition(".")[0]
     return package in packages or package in sys.stdlib_module_names

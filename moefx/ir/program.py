@@ -66,7 +66,7 @@ class Function:
     expects: dict[str, int] = field(default_factory=dict)  #: operation -> how many one instance has, by its modules
     placeholders: list[str] = field(default_factory=list)
     routes: tuple[RouterOutputs, ...] = ()
-    captured: Function | None = None  #: a copy from before the passes, if it has experts
+    captured: Function | None = None  #: a copy from before the passes
     forced_inputs: tuple[str, ...] = ()  #: of a replaying function: its inputs that force routes
     reads: Any = None  #: reads.Reads: the Python state that the graph depends on
     state: Any = None  #: reads.State: what it was

@@ -208,6 +208,9 @@ class Pattern:
         missing = [t for t in self.tensors if t not in state.bound]
         if missing:
             return Miss(reason=f"nothing in the graph is bound to the pattern's {', '.join(missing)}", depth=self.size)
+        other = self._other_shape(state.bound)
+        if other:
+            return Miss(reason=other, depth=self.size)
         first = dtype_of(state.bound[self.tensors[0]])
         for at, dtype in state.like_input:
             if dtype != first:
@@ -223,6 +226,25 @@ class Pattern:
                     depth=self.size,
                 )
         return Match(self, state.bound, nodes, tuple(outputs), state.loose)
+
+    def _other_shape(self, bound: Mapping[str, Any]) -> str | None:
+        """What is not shaped as in the example, where broadcasting would hide it: an operation's kernels do not broadcast.
+
+        Vectors are vectors, what has one shape in the example has one shape, and so have last dimensions of one size.
+        """
+        shapes: dict[Any, tuple[str, list[str]]] = {}
+        for name in self.tensors:
+            wanted, found = self.example[name].shape, [*map(str, getattr(value(bound[name]), "shape", ()))]
+            if len(wanted) == 1 and len(found) != 1:
+                return f"{describe(bound[name])} is {name}, of shape [{', '.join(found)}], not a vector"
+            for key, part in ((wanted, found), (wanted[-1:], found[-1:])):
+                first, before = shapes.setdefault((len(key) > 1, key), (name, part))
+                if before != part:
+                    return (
+                        f"{name} {describe(bound[name])} and {first} {describe(bound[first])} have the sizes "
+                        f"[{', '.join(part)}] and [{', '.join(before)}], which must be equal"
+                    )
+        return None
 
     def _fail(self, best: list[Miss], state: _State, expected: Any, found: Any, at: Any = None) -> bool:
         depth = sum(p.target in self.distinctive for p in state.pairs)

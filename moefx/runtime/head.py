@@ -23,7 +23,7 @@ from moefx.frontend.module_state import Values
 from moefx.frontend.reads import Reads
 from moefx.integrations import fsdp
 from moefx.integrations import transformers as hf
-from moefx.internals.functions import is_of, names_in
+from moefx.internals.functions import home, is_of, names_in
 from moefx.internals.subclass import with_forward
 from moefx.ir.program import Function
 from moefx.runtime.block import MAX_VARIANTS, BlockForward
@@ -115,7 +115,7 @@ def value_of(loss: Callable) -> Any:
             continue
         seen.add(id(x))
         if isinstance(x, types.FunctionType):
-            if is_of(x.__globals__.get("__name__"), _LIBRARIES):  # not __module__, which functools.wraps copies
+            if is_of(home(x), _LIBRARIES):
                 found.append(x)
                 continue
             left += [c.cell_contents for c in x.__closure__ or () if c != types.CellType()]
@@ -124,7 +124,7 @@ def value_of(loss: Callable) -> Any:
         elif isinstance(x, functools.partial):
             left += [x.func, *x.args, *x.keywords.values()]
         if isinstance(x, types.ModuleType | type):
-            if not is_of(x.__name__ if isinstance(x, types.ModuleType) else x.__module__, _LIBRARIES):
+            if not is_of(x.__name__ if isinstance(x, types.ModuleType) else home(x), _LIBRARIES):
                 raise CaptureError(f"its loss function uses {x.__name__}, whose attributes may change")
         elif isinstance(getattr(x, "__self__", x), nn.Module):
             raise CaptureError(f"its loss function uses a {type(x).__name__}: what that computes may change")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from typing import Any
 
 import pytest
@@ -81,12 +82,14 @@ def test_an_attribute_of_the_configuration_that_a_forward_reads():
 
 
 @pytest.mark.parametrize("name", ["repeat_kv", "eager_attention_forward"])
+@pytest.mark.parametrize("wraps", [True, False])
 @pytest.mark.parametrize("before", [True, False])
-def test_an_attention_function_that_is_replaced(name, before, monkeypatch):
+def test_an_attention_function_that_is_replaced(name, before, wraps, monkeypatch):
     """``moefx.attention`` stands for Transformers' own functions, not for what someone has put in their place."""
     function = getattr(modeling_gpt_oss, name)
 
     def patch() -> None:
+        @(functools.wraps(function) if wraps else lambda f: f)
         def doubled(*args, **kwargs):
             found = function(*args, **kwargs)
             return (found[0] * 2, *found[1:]) if isinstance(found, tuple) else found * 2
@@ -101,6 +104,83 @@ def test_an_attention_function_that_is_replaced(name, before, monkeypatch):
         moefx.optimize(model, compile=False)
         assert_same_step(model, plain)
         patch()
+    assert_same_step(model, plain)
+    monkeypatch.undo()
+    assert_same_step(model, plain)
+
+
+class Scale:
+    """A plain object, which a forward calls."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, h):
+        return self.scaled(h)
+
+    def scaled(self, h):
+        return h * self.factor * factor()
+
+
+SCALE = Scale(0.5)
+
+
+def calls_its_class(self, h):
+    return type(self).forward(self, h)
+
+
+def calls_the_class_above(self, h):
+    return super(type(self), self).forward(h)
+
+
+def calls_an_object(self, h):
+    return SCALE(h)
+
+
+def calls_what_it_holds(self, h):
+    return self.scales[0]["a"].scaled(h)
+
+
+def subclass(module):
+    """Its class gets an empty subclass."""
+    module.__class__ = type(type(module).__name__, (type(module),), {})
+
+
+@pytest.mark.parametrize("forward", [calls_its_class, calls_the_class_above, calls_an_object, calls_what_it_holds])
+def test_code_that_is_reached_in_other_ways_than_by_a_global(forward, monkeypatch):
+    model, plain = build("qwen3_moe"), build("qwen3_moe")
+    for m in (model, plain):
+        mlp = m.model.layers[0].mlp
+        if forward is calls_the_class_above:
+            subclass(mlp)
+        mlp.scales = ({"a": SCALE},)
+        mlp.forward = types.MethodType(forward, mlp)
+    moefx.optimize(model, compile=False)
+    assert_same_step(model, plain)
+    cls = modeling_qwen3_moe.Qwen3MoeSparseMoeBlock
+    own = cls.forward
+    changes = [
+        (SCALE, "factor", 2.0),
+        (Scale, "scaled", lambda self, h: h * self.factor * 3),
+        (Scale, "__call__", lambda self, h: h * 0.1),
+        (cls, "forward", functools.wraps(own)(lambda self, h: own(self, h) * 0.5)),
+    ]
+    for change in changes:
+        monkeypatch.setattr(*change)
+        assert_same_step(model, plain)
+    monkeypatch.undo()
+    assert_same_step(model, plain)
+
+
+def test_a_function_that_a_forward_reaches_through_its_class(monkeypatch):
+    model, plain = build("qwen3_moe"), build("qwen3_moe")
+    for m in (model, plain):
+        attention = m.model.layers[0].self_attn
+        attention.forward = types.MethodType(lambda self, *a, **k: type(self).forward(self, *a, **k), attention)
+    moefx.optimize(model, compile=False)
+    assert_same_step(model, plain)
+    rotary = modeling_qwen3_moe.apply_rotary_pos_emb
+    monkeypatch.setattr(modeling_qwen3_moe, "apply_rotary_pos_emb", lambda q, k, *a, **b: rotary(q * 2, k, *a, **b))
     assert_same_step(model, plain)
     monkeypatch.undo()
     assert_same_step(model, plain)

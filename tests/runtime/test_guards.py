@@ -398,3 +398,18 @@ def test_a_capture_that_failed_keeps_nothing_of_its_step():
         assert_same_step(model, plain)
     finally:
         gc.enable()
+
+
+@pytest.mark.filterwarnings("ignore::moefx.ShortfallWarning")
+def test_a_forward_that_runs_the_experts_of_another_module_under_checkpointing():
+    """As in a deep copy, whose patched forward closes over the module of the original: its routes are replayed all the same."""
+    model, plain = build("qwen3_moe"), build("qwen3_moe")
+    for m in (model, plain):
+        other = m.model.layers[0].mlp
+        m.model.layers[1].mlp.forward = lambda h, other=other: type(other).forward(other, h) * 0.7
+    moefx.optimize(model, compile=False)
+    for m in (model, plain):
+        m.gradient_checkpointing_enable()
+    assert_same_step(model, plain)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t):
+        assert_same_step(*copy.deepcopy((model, plain)))

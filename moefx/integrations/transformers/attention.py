@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +16,7 @@ from moefx.integrations.transformers import recording
 from moefx.integrations.transformers.masks import LazyMask, _lazy, attention_kind, original_masks, pattern_of
 from moefx.integrations.transformers.recording import OwnAttention, _Callers
 from moefx.internals import transformers_patches
-from moefx.internals.functions import is_of, names_in
+from moefx.internals.functions import home, is_of, names_in
 
 
 def attention_forward(
@@ -61,23 +60,22 @@ def attention_forward(
     return own(module, query, key, value, original_masks(attention_mask), *args, **kwargs)
 
 
-def is_patched(f: Any, home: type) -> bool:
+def is_patched(f: Any, asking: type) -> bool:
     """Has someone replaced the attention function ``f``, or a function that it names, by one of another package?
 
-    ``home``: the class that looked ``f`` up. ``moefx.attention`` stands for Transformers' functions as they are; another one is
-    captured as what it computes.
+    ``asking``: the class that looked ``f`` up. ``moefx.attention`` stands for Transformers' functions as they are; another one
+    is captured as what it computes.
     """
-    known = ("transformers", "torch", "moefx", home.__module__.partition(".")[0])
+    known = ("transformers", "torch", "moefx", asking.__module__.partition(".")[0])
     seen: set[int] = set()
 
     def replaced(f: Any) -> bool:
-        f = inspect.unwrap(f) if callable(f) else f
         if not isinstance(f, types.FunctionType) or id(f) in seen:
             return False
         seen.add(id(f))
-        if not is_of(f.__module__, known):
+        if not is_of(home(f), known) or replaced(getattr(f, "__wrapped__", None)):
             return True
-        if not f.__module__.startswith(("transformers.", home.__module__)):
+        if not home(f).startswith(("transformers.", asking.__module__)):
             return False
         return any(replaced(f.__globals__[name]) for name in names_in(f.__code__) if name in f.__globals__)
 

@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from moefx import ops
 from moefx.integrations.transformers import recording
 from moefx.internals import transformers_patches
+from moefx.internals.functions import home
 
 #: Set in the forward of an optimized model and while a model is recorded: Transformers then makes :class:`LazyMask` objects.
 _lazy: ContextVar[bool] = ContextVar("moefx_saying_masks", default=False)
@@ -219,7 +220,7 @@ _PACKED = "packed_sequence_mask_function.<locals>.inner_mask"
 
 def _parts(mask_function: Callable) -> dict[str, dict[str, Any]]:
     """The functions that a mask function of Transformers joins by "and": their names, and what each closes over."""
-    if not inspect.isfunction(mask_function) or mask_function.__module__ != masking_utils.__name__:
+    if not inspect.isfunction(mask_function) or home(mask_function) != masking_utils.__name__:
         return {repr(mask_function): {}}  # a partial or an object: a user's own
     name, known = mask_function.__qualname__, dict(inspect.getclosurevars(mask_function).nonlocals)
     if name == "and_masks.<locals>.and_mask":
