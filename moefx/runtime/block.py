@@ -26,6 +26,7 @@ from moefx.internals import ambient_modes
 from moefx.ir.program import Function
 from moefx.ops import exchange
 from moefx.runtime.guards import Guard
+from moefx.runtime.recomputation import Originals
 from moefx.runtime.router_state import RouterState
 from moefx.runtime.state import Optimized, unseen
 from moefx.runtime.tracing import only_graphs, untraced
@@ -56,6 +57,7 @@ class BlockForward:
     router_state: RouterState
     routers: tuple[type[nn.Module], ...] = ()  #: classes of the routers whose outputs Transformers records
     kept: list[Any] = field(default_factory=list)  #: recomputation.Kept: routes of forwards that will be recomputed
+    originals: Originals = field(default_factory=Originals)
     snapshots: list[Snapshot] = field(default_factory=list)  #: of the module, the latest first
     now: Snapshot | None = None  #: that of the latest call
     failed: list[Reads] = field(default_factory=list)  #: what captures read that failed
@@ -74,7 +76,7 @@ class BlockForward:
         requested = hf.requested()
         if self.state.bypass or hf.is_emitting():
             return original(*args, **kwargs)
-        if "attentions" in requested:
+        if self.originals.run("attentions" in requested, args, kwargs):
             return original(*hf.original_masks(args), **hf.original_masks(kwargs))
         now = self.snapshot(module)
         call, tensors = call_key(args, kwargs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,6 +21,30 @@ class Kept:
     where: tuple
     index: list[Tensor]
     dispatches: RecordedDispatches  #: where its tokens were dispatched
+
+
+@dataclass
+class Originals:
+    """Which checkpointed calls ran the original forward: their recomputations must too, or would save other tensors."""
+
+    #: (storage, memory) of inputs -> did the original forward run? Empty as long as none did.
+    calls: list[tuple[StorageWeakRef, tuple, bool]] = field(default_factory=list)
+    latest: dict[tuple, bool] = field(default_factory=dict)  #: of the latest call with an input of this shape and dtype
+
+    def run(self, asked: bool, args: tuple, kwargs: dict) -> bool:
+        """Must a call run the original forward? ``asked``: it must for another reason."""
+        if not (asked or self.latest) or not checkpointed():
+            return asked
+        x = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        here, kind = where(x), (x.shape, x.dtype)
+        self.calls = [k for k in self.calls if not k[0].expired()]
+        if recomputing():
+            known = next((original for _, at, original in self.calls if at == here), None)
+            # hooks of saved tensors may have copied the input, or moved it to the CPU and back
+            return self.latest.get(kind, False) if known is None else known
+        self.calls = [*(k for k in self.calls if k[1] != here), (StorageWeakRef(x.untyped_storage()), here, asked)]
+        self.latest[kind] = asked
+        return asked
 
 
 def recomputing() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import gc
 import types
@@ -413,3 +414,27 @@ def test_a_forward_that_runs_the_experts_of_another_module_under_checkpointing()
     assert_same_step(model, plain)
     with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t):
         assert_same_step(*copy.deepcopy((model, plain)))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("hooks", ["none", "copies"])
+@pytest.mark.filterwarnings("ignore:.*sdpa.*")
+def test_output_attentions_under_checkpointing(reentrant, hooks):
+    """Attention weights are asked for in the forward only: the recomputation runs the same forward."""
+    copies = torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t)
+    model, plain = pair()
+    for m in (model, plain):
+        m.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        m.enable_input_require_grads()
+    given = [{"output_attentions": True}, {}, {"output_attentions": True}, {"output_attentions": True}, {}]
+    found = []
+    for m in (model, plain):
+        with copies if hooks == "copies" else contextlib.nullcontext():
+            for more in given:
+                m(**batch(2, 9), **more).loss.backward()
+            if hooks == "none":
+                losses = [m(**batch(2, 9), **more).loss for more in given[:2]]  # two forwards are waiting for their backwards
+                for loss in losses:
+                    loss.backward()
+        found.append([p.grad.clone() for p in m.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
