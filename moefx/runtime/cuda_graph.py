@@ -27,7 +27,7 @@ from moefx.integrations import transformers as hf
 from moefx.integrations.peft import unwrap
 from moefx.kernels import attention
 from moefx.runtime import guards
-from moefx.runtime.guards import Guard
+from moefx.runtime.guards import StepGuard
 from moefx.runtime.state import state_of
 
 #: Steps that run eagerly before one is recorded: they compile, load kernels and allocate buffers that later steps reuse.
@@ -43,7 +43,7 @@ class Recorded:
     loss: Tensor
     gradients: dict[nn.Parameter, Tensor]
     places: list[int]  #: addresses of the parameters
-    guards: list[Guard] = field(default_factory=list)  #: of the Python state of the model
+    guards: list[StepGuard] = field(default_factory=list)  #: of the Python state of the model
 
     def replay(self, batch: Mapping[str, Any]) -> Tensor:
         """The loss of ``batch`` []; adds its gradients to ``.grad``."""
@@ -113,11 +113,11 @@ class GraphedStep:
                 "parameters were moved in memory after the step was recorded, which would read the old ones: make a new step "
                 "with moefx.cuda_graph(model)"
             )
-        if any(guard.changed() for guard in found.guards):
+        changed = next((difference for guard in found.guards if (difference := guard.difference())), None)
+        if changed:
             raise MoefxError(
-                f"{type(unwrap(self.model)).__name__} is not as it was when the step was recorded: a hook, an attribute that a "
-                "forward reads, an adapter's state or a submodule is another, which a replay would not see; change it back, or "
-                "make a new step with moefx.cuda_graph(model)"
+                f"{type(unwrap(self.model)).__name__} is not as it was when the step was recorded ({changed}), and a replay "
+                "would not see it: change it back, or make a new step with moefx.cuda_graph(model)"
             )
         if not fsdp.reduces_gradients(self.model):
             raise MoefxError(
@@ -146,11 +146,11 @@ class GraphedStep:
         torch.cuda.synchronize()
         gc.collect()
         torch.cuda.empty_cache()  # the graph's pool cannot use what earlier steps reserved
-        graph, inner, reads = torch.cuda.CUDAGraph(), unwrap(self.model), Reads()
+        graph, watched, reads = torch.cuda.CUDAGraph(), guards.as_inside(self.model), Reads()
         try:
             # thread_local: other threads (NCCL's, moefx's) may call CUDA meanwhile
             recording = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-            with recording, hf.packed(), attention.recorded(), reads.recorded(inner):
+            with recording, hf.packed(), attention.recorded(), reads.recorded(watched):
                 loss = self._forward_backward(**{**batch, **inputs})
             gradients = {p: p.grad for p in self._parameters if p.grad is not None}
         except Exception as error:
@@ -169,9 +169,9 @@ class GraphedStep:
         finally:
             for p, gradient in zip(self._parameters, before, strict=True):
                 p.grad = gradient
-        reads.close(inner)
+        reads.close(watched)
         places = [_local(p).data_ptr() for p in self._parameters]
-        return Recorded(graph, inputs, loss, gradients, places, guards.of_a_step(inner, reads))
+        return Recorded(graph, inputs, loss, gradients, places, guards.of_a_step(watched, reads))
 
 
 def _ran_out(error: BaseException | None) -> bool:

@@ -161,10 +161,41 @@ class Guard:
         return None if any(type(p.data) is DTensor for p in found) else [(p.dtype, p.shape) for p in found]
 
 
-def of_a_step(model: nn.Module, reads: Reads) -> list[Guard]:
-    """Guards of all that a step of an optimized model depends on: ``reads`` are those outside of the blocks."""
-    blocks = [vars(m)["_moefx_forward"] for m in model.modules() if "_moefx_forward" in vars(m)]
-    return [Guard(model, [reads]), *(b.now.guard for b in blocks if b.now is not None)]
+class StepGuard:
+    """What a recorded step depends on, in a model or in one of its blocks: names what is not as it was."""
+
+    def __init__(self, path: str, module: nn.Module, reads: Iterable[Reads]):
+        self.path, self.module = path, module
+        self.states = [(r, r.state(module)) for r in reads]
+        self.guard = Guard(module, (r for r, _ in self.states))
+
+    def difference(self) -> str | None:
+        """What differs, in words; None if nothing does."""
+        if not self.guard.changed():
+            return None
+        for reads, state in self.states:
+            found = state.difference(reads.state(self.module), self.guard.sharded)
+            if found:
+                return f"{self.path}: {found}" if self.path else found
+        self.guard = Guard(self.module, (r for r, _ in self.states))  # other objects, but the same values
+        return None
+
+
+def as_inside(model: nn.Module) -> nn.Module:
+    """A module that holds ``model``: what would run around the model itself, its hooks, counts there as what is inside."""
+    holder = nn.Module()
+    holder.add_module(type(model).__name__, model)
+    return holder
+
+
+def of_a_step(holder: nn.Module, reads: Reads) -> list[StepGuard]:
+    """Guards of all that a step of an optimized model depends on.
+
+    ``holder``: see :func:`as_inside`. ``reads``: those outside of the blocks.
+    """
+    blocks = [(path, m, vars(m)["_moefx_forward"]) for path, m in holder.named_modules() if "_moefx_forward" in vars(m)]
+    inside = [StepGuard(path, m, [f.reads for f in b.now.functions]) for path, m, b in blocks if b.now is not None]
+    return [StepGuard("", holder, [reads]), *inside]
 
 
 def _items(container: Any) -> list:

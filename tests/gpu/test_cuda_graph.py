@@ -20,7 +20,7 @@ STEPS = 8  #: of which WARMUP run eagerly
 
 @pytest.fixture(autouse=True)
 def fixed_order():
-    """Without cuDNN's attention, whose backward adds in no fixed order: bits may differ between two runs, on a busy GPU."""
+    """Without cuDNN's attention, whose backward adds in no fixed order (kernels/attention.py): bits may differ between runs."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     yield
@@ -39,6 +39,7 @@ def batches(count, vocabulary, device, rank=0):
 def train(model, step, given, every=1):
     """Losses, and the weights after: an optimizer's step each ``every`` batches, whose gradients add up."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-3)
+    optimizer.zero_grad()  # an earlier training may have ended between two of its steps
     losses = []
     for i, batch in enumerate(given):
         losses.append(float(step(**batch)))

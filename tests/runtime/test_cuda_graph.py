@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 
 import pytest
 import torch
@@ -120,7 +121,35 @@ def _loss(model):
     model.router_aux_loss_coef = 0.5
 
 
-@pytest.mark.parametrize("change", [_hook, _embedding_hook, _top_k, _loss])
+def _model_hook(model):
+    model.register_forward_hook(lambda *_: None)
+
+
+def _layer_hook(model):
+    model.model.layers[0].register_full_backward_hook(lambda *_: None)
+
+
+def _forward(module):
+    own = module.forward
+    module.forward = lambda *args, **kwargs: own(*args, **kwargs)
+
+
+def _layer_forward(model):
+    _forward(model.model.layers[1])
+
+
+def _model_forward(model):
+    _forward(model)
+
+
+def _submodule(model):
+    model.model.norm = torch.nn.Identity()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_hook, _embedding_hook, _top_k, _loss, _model_hook, _layer_hook, _layer_forward, _model_forward, _submodule],
+)
 @pytest.mark.usefixtures("recording", "cached_captures")
 def test_a_model_that_was_changed_is_not_replayed(change):
     model = moefx.optimize(build("qwen3_moe", output_router_logits=True), compile=False)
@@ -134,6 +163,23 @@ def test_a_model_that_was_changed_is_not_replayed(change):
     change(model)
     with pytest.raises(moefx.MoefxError, match="not as it was when the step was recorded"):
         step(**batch(2, 9))
+
+
+@pytest.mark.usefixtures("recording", "cached_captures")
+def test_an_error_names_what_was_changed_and_ends_when_it_is_changed_back():
+    model = moefx.optimize(build("qwen3_moe"), compile=False)
+    step = GraphedStep(model, warmup=2, most=1)
+    gate = model.model.layers[1].mlp.gate
+    for _ in range(3):
+        step(**batch(2, 9))
+    gate.top_k = 1
+    with pytest.raises(moefx.MoefxError, match=re.escape("MoeForCausalLM.model.layers.1: mlp.gate.top_k was 2, is 1")):
+        step(**batch(2, 9))
+    gate.top_k = 2
+    step(**batch(2, 9))
+    model.config.architectures = ["another list"]  # another object; nothing reads it
+    gate.top_k = int("2")
+    step(**batch(2, 9))
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3", "gemma4_text", "nemotron_h", "llama4_text"])
