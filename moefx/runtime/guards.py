@@ -28,6 +28,7 @@ from moefx.frontend.module_state import (
 )
 from moefx.frontend.reads import Reads
 from moefx.integrations import fsdp
+from moefx.runtime.blocks import blocks_of
 
 #: What is inside of these is no part of the value: they are compared by identity, or what is read of them stands beside them.
 _NAMED_APART = (Tensor, nn.Module, PreTrainedConfig, type, types.ModuleType, str, bytes)
@@ -193,8 +194,7 @@ def of_a_step(holder: nn.Module, reads: Reads) -> list[StepGuard]:
 
     ``holder``: see :func:`as_inside`. ``reads``: those outside of the blocks.
     """
-    blocks = [(path, m, vars(m)["_moefx_forward"]) for path, m in holder.named_modules() if "_moefx_forward" in vars(m)]
-    inside = [StepGuard(path, m, [f.reads for f in b.now.functions]) for path, m, b in blocks if b.now is not None]
+    inside = [StepGuard(path, m, [f.reads for f in b.now.functions]) for path, m, b in blocks_of(holder) if b.now is not None]
     return [StepGuard("", holder, [reads]), *inside]
 
 

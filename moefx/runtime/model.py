@@ -41,7 +41,7 @@ def model_forward(base: type) -> Callable:
 
     def forward_here(self, args, kwargs):
         state: Optimized = self._moefx
-        self._moefx_router_state.start()
+        self._moefx_router_state.start(self, state)
         if state.shards_experts and state.plan.mesh is not None and torch.is_grad_enabled():
             expert_sharding.average_over_replicas(self, expert_sharding.replicas_of(state.plan.mesh))
         mean = kwargs.get("num_items_in_batch") is None
@@ -62,7 +62,8 @@ def model_forward(base: type) -> Callable:
             kwargs = hf.count_as_tensor(args, kwargs)
         training = kwargs.get("labels") is not None or (self.training and torch.is_grad_enabled())
         ignores_packing = False
-        if training and not state.bypass and kwargs.get("use_cache") is None:
+        reads_cache = self._moefx_router_state.blocks.share_cache and _fills_a_cache(self)
+        if training and not state.bypass and kwargs.get("use_cache") is None and not reads_cache:
             positions = len(args) > 1 or kwargs.get("position_ids") is not None
             beside_cache, packs = positions and _fills_a_cache(self), state.program.packs_beside_cache
             if not beside_cache or packs is not None:  # else the model fills its cache, and the report says so

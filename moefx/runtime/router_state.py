@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moefx.errors import MoefxError
 from moefx.ops.exchange import RecordedDispatches
+from moefx.runtime.blocks import Blocks
 from moefx.runtime.recomputation import Kept, checkpointed, recomputing, where
 from moefx.runtime.state import Optimized
 
@@ -49,6 +50,7 @@ class RouterState:
     nonfinite: list[tuple[str, Tensor]] = field(default_factory=list)
     forwards: int = 0
     differentiates: bool = False  #: does the running forward of the model record gradients?
+    blocks: Blocks = field(default_factory=Blocks)
     step: int | None = None  #: the optimizer step, set by moefx.trainer
 
     def __deepcopy__(self, memo: dict) -> RouterState:
@@ -144,8 +146,18 @@ class RouterState:
 
     # --- around a forward of the model ---
 
-    def start(self) -> None:
+    def find_blocks(self, model: nn.Module, state: Optimized) -> None:
+        """Follows layers that were added, removed or exchanged since: counts of tokens begin anew."""
+        added = None if getattr(model, "_is_replica", False) else self.blocks.update(model, self)
+        if added is not None:
+            self.tokens_per_expert, self.reported = {}, {}
+        for path in added or ():
+            why = "it was added after optimize: call moefx.restore(model), then moefx.optimize(model) again"
+            state.report.fell_back(path, why, warn=True)
+
+    def start(self, model: nn.Module, state: Optimized) -> None:
         """Begins a forward of the model."""
+        self.find_blocks(model, state)
         self.logits, self.nonfinite, self.z_loss = [], [], None
         self.forwards += 1
         self.differentiates = torch.is_grad_enabled()

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from moefx.errors import MoefxError
 from moefx.integrations import fsdp
 from moefx.integrations.peft import unwrap
+from moefx.runtime.blocks import blocks_of
 from moefx.runtime.router_state import RouterState, Routes
 from moefx.runtime.state import Optimized, state_of
 
@@ -29,7 +30,9 @@ def _of(model: Any) -> tuple[Any, Optimized, RouterState]:
         raise MoefxError(
             f"no function of {type(inner).__name__} returns its routers' choices: is the pass 'expose_routes' in the pipeline?"
         )
-    return inner, state, inner._moefx_router_state
+    router_state: RouterState = inner._moefx_router_state
+    router_state.find_blocks(inner, state)
+    return inner, state, router_state
 
 
 @contextmanager
@@ -176,9 +179,8 @@ def update_router_bias(model: Any, rate: float = 1e-3, load: Mapping[str, Tensor
 
 def _routes(model: Any) -> Iterator[tuple[str, RouterOutputs]]:
     """(path of the block, outputs of the router) of each router of the model, in the order of the model."""
-    for path, module in model.named_modules():
-        block = vars(module).get("_moefx_forward")
-        if block is not None and block.functions and block.functions[0].routes:
+    for path, _, block in blocks_of(model):
+        if block.functions and block.functions[0].routes:
             yield from ((path, r) for r in block.functions[0].routes)
 
 

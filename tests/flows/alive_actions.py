@@ -543,6 +543,11 @@ def tie(tie: bool) -> str:
     return f"\nbare(model).get_output_embeddings().weight = {embedding if tie else f'nn.Parameter({embedding}.detach().clone())'}\n"
 
 
+@action(what=("swap", "repeat", "copy", "delete"), weight=0.7)
+def layers(what: str) -> str:
+    return f"\nedit_layers(bare(model), {what!r})\n"
+
+
 @action(dtype=("bfloat16", "float64", "float32"), weight=1.5)
 def to_dtype(dtype: str) -> str:
     looped = "bare(model).set_experts_implementation('eager')\n" if dtype == "float64" else ""  # grouped_mm has no float64

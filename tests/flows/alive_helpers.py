@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 __all__ = [
     "LoraConfig", "contextlib", "copy", "functools", "get_peft_model", "io", "mock", "nn", "parametrize", "pickle", "tempfile",
-    "torch", "types", "SEEN", "Extra", "First", "Scaled", "Wrapped", "at", "bare", "batch", "fill", "fresh", "loss_of", "modeling",
+    "torch", "types", "SEEN", "Extra", "First", "Scaled", "Wrapped", "at", "bare", "batch", "edit_layers", "fill", "fresh", "loss_of", "modeling",
     "note", "probe", "scaled", "scaled_forward", "see", "steered", "with_forward",
 ]  # fmt: skip
 
@@ -49,6 +49,22 @@ def bare(model: Any) -> Any:
 def at(model: Any, path: str) -> Any:
     """The module ``path`` of the Transformers model."""
     return bare(model).get_submodule(path)
+
+
+def edit_layers(model: Any, what: str) -> None:
+    """Exchanges the first layer and the last one, puts the first one or a copy of it in the last one's place, or deletes it."""
+    layers: Any = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
+    if what == "swap":
+        layers[0], layers[len(layers) - 1] = layers[len(layers) - 1], layers[0]
+    elif what == "delete":
+        del layers[0]
+        for i, m in ((i, m) for i, layer in enumerate(layers) for m in layer.modules() if hasattr(m, "layer_idx")):
+            m.layer_idx = i
+        model.config.num_hidden_layers -= 1
+        if getattr(model.config, "layer_types", None):
+            model.config.layer_types = model.config.layer_types[1:]
+    else:
+        layers[len(layers) - 1] = layers[0] if what == "repeat" else copy.deepcopy(layers[0])
 
 
 def modeling(model: Any) -> Any:

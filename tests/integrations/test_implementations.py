@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -18,6 +19,7 @@ from moefx.integrations import transformers as hf
 from moefx.integrations.transformers.tiny_config import tiny_config
 from moefx.runtime.verify import against
 from tests.support.families import batch, build
+from tests.support.parity import assert_same_step
 
 LEFT = (torch.arange(9) >= torch.tensor([[0], [4]])).long()
 
@@ -174,3 +176,13 @@ def test_models_that_nothing_was_done_to_compile_whole():
     torch.compile(model.model.layers[0].self_attn, fullgraph=True, backend="eager")(
         torch.zeros(1, 4, 64), (torch.ones(1, 4, 16), torch.zeros(1, 4, 16)), None
     )
+
+
+def test_an_implementation_of_experts_that_is_set_later_stays():
+    model, plain = moefx.optimize(build("mixtral"), compile=False), build("mixtral")
+    assert_same_step(model, plain)
+    model.set_experts_implementation("eager")
+    assert_same_step(model, plain)
+    assert pickle.loads(pickle.dumps(model)).config._experts_implementation == "eager"
+    assert moefx.restore(model).config._experts_implementation == "eager"
+    assert_same_step(model, plain)

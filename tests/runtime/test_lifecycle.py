@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM, CompileConfig
 
 import moefx
@@ -394,3 +395,70 @@ def test_what_holds_of_its_class():
         assert copy.copy(type(m)) is copy.deepcopy(type(m)) is type(m)
     assert pickle.loads(pickle.dumps(cls)) is own
     assert b"moefx" not in pickle.dumps(model) and b"moefx" not in pickle.dumps(cls)
+
+
+def _append(model):
+    layers = model.model.layers
+    layers.append(copy.deepcopy(layers[1]))
+    layers[2].self_attn.layer_idx = 2
+    model.config.num_hidden_layers = 3
+
+
+def _delete(model):
+    del model.model.layers[0]
+    model.model.layers[0].self_attn.layer_idx = 0
+    model.config.num_hidden_layers = 1
+
+
+def _swap(model):
+    model.model.layers = nn.ModuleList(reversed(model.model.layers))
+
+
+def _repeat(model):
+    model.model.layers[1] = model.model.layers[0]
+
+
+def _copy_without_a_new_index(model):
+    model.model.layers[1] = copy.deepcopy(model.model.layers[0])
+
+
+@pytest.mark.parametrize("edit", [_append, _delete, _swap, _repeat, _copy_without_a_new_index])
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.filterwarnings("ignore::moefx.ShortfallWarning")  # of the cache that layers with one index share
+def test_layers_that_are_added_removed_and_exchanged(edit, before):
+    """They count, are recorded and replayed under the names that they have now, and share a cache as without moefx."""
+    model, plain = build("qwen3_moe"), build("qwen3_moe")
+    if before:
+        edit(model)
+    model = moefx.optimize(model, compile=False)
+    moefx.enable_load_tracking(model)
+    if not before:
+        assert_same_step(model, plain)
+        edit(model)
+    edit(plain)
+    for _ in range(2):
+        assert_same_step(model, plain)
+    if edit not in (_repeat, _copy_without_a_new_index):  # whose blocks run in Python, as long as they fill the cache
+        names = [f"model.layers.{i}.mlp.experts" for i in range(len(model.model.layers))]
+        assert {n: int(t.sum()) for n, t in moefx.expert_load(model).items()} == dict.fromkeys(names, 2 * 2 * 9 * 2)
+        with moefx.record_routes(model) as routes:
+            model(**batch(2, 9))
+        assert list(routes) == names
+        fewer = {n: routes[n] for n in names[:-1]}
+        with pytest.raises(moefx.MoefxError, match=f"no routes to replay for {names[-1]}"), moefx.replay_routes(model, fewer):
+            model(**batch(2, 9))
+    model.config.use_cache = plain.config.use_cache = False
+    for _ in range(2):
+        assert_same_step(model, plain)
+
+
+def test_a_layer_that_is_no_block_is_named():
+    model, plain = build("qwen3_moe"), build("qwen3_moe")
+    model = moefx.optimize(model, compile=False)
+    assert_same_step(model, plain)
+    other = build("qwen3_moe").model.layers[1]
+    for m in (model, plain):
+        m.model.layers[1] = copy.deepcopy(other)
+    with pytest.warns(moefx.ShortfallWarning, match="model.layers.1 in this call: it was added after optimize"):
+        assert_same_step(model, plain)
+    assert list(moefx.expert_load(moefx.enable_load_tracking(model) or model)) == ["model.layers.0.mlp.experts"]

@@ -28,6 +28,7 @@ from moefx.integrations.transformers.model_structure import (
     reads_layer_index,
     requested,
     routers,
+    share_cache,
     without_index,
 )
 from moefx.integrations.transformers.recording import (
@@ -50,6 +51,6 @@ __all__ = [
     "drops_cache", "experts_layout", "experts_modules", "find_layouts", "is_checkpointed", "is_dense_experts", "is_emitting",
     "is_experts", "is_language_model", "is_norm", "is_recurrent", "is_traced", "is_transformed", "lazy_masks", "named",
     "noticing_packing", "original_implementations", "original_masks", "outputs_are_collected", "packed", "pattern_of",
-    "reads_layer_index", "requested", "restore", "routers", "transforms_are_seen", "unpacked", "unpacked_on_meta",
-    "without_index", "without_packages",
+    "reads_layer_index", "requested", "restore", "routers", "share_cache", "transforms_are_seen", "unpacked",
+    "unpacked_on_meta", "without_index", "without_packages",
 ]  # fmt: skip

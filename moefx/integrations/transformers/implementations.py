@@ -100,13 +100,14 @@ def activate(model: PreTrainedModel, attention: bool = True) -> None:
 
 
 def restore(model: PreTrainedModel, before: Names) -> None:
-    """Undoes :func:`activate`; ``before``: the names to restore."""
+    """Undoes :func:`activate`; ``before``: the names to restore where nobody has chosen another one since."""
     for module in model.modules():
         for name in ("_moefx_original_implementation", "_moefx_layout", "_moefx_own_attention"):
             module.__dict__.pop(name, None)
         if adapters.is_wrapper(module) or loops.is_loop(module):
             module.__class__ = own_class(type(module))  # type: ignore[assignment]
-    _set_names(model, before)
+    now = _names(model)
+    _set_names(model, [old if name == "moefx" else name for old, name in zip(before, now, strict=True)])
 
 
 def _set_names(model: PreTrainedModel, names: Names) -> None:

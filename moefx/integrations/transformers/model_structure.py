@@ -37,6 +37,23 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def share_cache(model: nn.Module) -> bool:
+    """Do layers of a stack have one address in the key-value cache, so that one reads what another one wrote in the same step?
+
+    So it is with a layer that runs several times, and with copies of a layer whose ``layer_idx`` nobody changed.
+    """
+    for stack in model.modules():
+        seen: set[tuple[str, str, int]] = set()
+        for layer in stack if isinstance(stack, nn.ModuleList) else ():
+            for path, m in layer.named_modules():
+                for name in INDEX_NAMES & vars(m).keys():
+                    address = path, name, vars(m)[name]
+                    if address in seen:
+                        return True
+                    seen.add(address)
+    return False
+
+
 def routers(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The modules whose output Transformers records as ``router_logits``, by path."""
     found = {}  # type: ignore[var-annotated]

@@ -1,0 +1,65 @@
+"""Where a model's blocks are now: layers are added, removed and exchanged after ``optimize``."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from moefx.integrations import transformers as hf
+
+if TYPE_CHECKING:
+    from moefx.runtime.block import BlockForward
+    from moefx.runtime.router_state import RouterState
+
+
+class Blocks:
+    """The blocks of one model, each told its path and the state of the model's routers."""
+
+    def __init__(self) -> None:
+        #: of the modules above the blocks: path, its children, and what these were
+        self._above: list[tuple[str, dict[str, nn.Module | None], list[weakref.ref | None]]] = []
+        self.share_cache = False  #: does a block of a step read what another one wrote to the cache in that step?
+
+    def update(self, model: nn.Module, router_state: RouterState) -> list[str] | None:
+        """Looks for the blocks if the modules above them have other children than before.
+
+        Returns:
+            None if they have not, else the paths of new layers that are no blocks, beside others that are.
+        """
+        if self._above and all(_are(children, before) for _, children, before in self._above):
+            return None
+        found = list(blocks_of(model))
+        for path, _, block in found:
+            block.path, block.router_state = path, router_state
+        added = [
+            f"{path}.{name}"
+            for path, children, before in self._above
+            for name, m in children.items()
+            if m is not None and not any(r is not None and r() is m for r in before) and not any(blocks_of(m))
+        ]
+        above = dict.fromkeys(path.rpartition(".")[0] for path, _, _ in found)
+        for path in [*above]:
+            while path:
+                path = path.rpartition(".")[0]
+                above[path] = None
+        modules = [(path, model.get_submodule(path)) for path in above]
+        self._above = [
+            (p, m._modules, [None if c is None else weakref.ref(c) for c in m._modules.values()]) for p, m in modules
+        ]
+        self.share_cache = hf.share_cache(model)
+        return added
+
+
+def _are(children: dict[str, nn.Module | None], before: list[weakref.ref | None]) -> bool:
+    return len(children) == len(before) and all(m is (r and r()) for m, r in zip(children.values(), before, strict=True))
+
+
+def blocks_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, BlockForward]]:
+    """(path, module, its block's forward) in the order of the model."""
+    for path, module in model.named_modules():
+        block = vars(module).get("_moefx_forward")
+        if block is not None:
+            yield path, module, block
