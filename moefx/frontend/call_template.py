@@ -255,6 +255,8 @@ def _leaf(x: Any, path: Path, tensors: list[Tensor], is_call: bool) -> Leaf:
     if isinstance(x, UserDict) and is_call and len(path) == 2:
         # Gemma 4 hands keys and values from layer to layer in one: what a module leaves there is part of its results
         return WrittenDict(vars(type(x)).get("_moefx_base", type(x)), path[1])
+    if isinstance(x, hf.AttentionWeights):
+        raise CaptureError("it returns the weights of eager attention, which a graph does not compute")
     name = f"argument {argument_name(path)}" if is_call else _output_name(path)
     raise CaptureError(f"its {name} is a {type(x).__name__}, neither tensor nor constant")
 

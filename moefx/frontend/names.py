@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from moefx.frontend.module_state import CONTAINERS, MANY, MISSING, Same, Values, by_value
-from moefx.internals.functions import home, is_of, names_in
+from moefx.internals.functions import home, is_installed, is_of, names_in
 
-#: Packages whose own functions are not replaced by users, so that what they name is not followed.
+#: Packages whose functions name nothing that a graph depends on.
 _LIBRARIES = ("torch", "moefx", "numpy")
-#: Packages whose objects are not followed either: registries, which hold all that a forward might call.
-_REGISTRIES = (*_LIBRARIES, "transformers", "peft", "packaging")
+#: Packages whose objects are not followed: registries, which hold all that a forward might call.
+_REGISTRIES = ("transformers", "peft")
 _HOLDERS = property | functools.cached_property | staticmethod | classmethod | functools.partial | types.MethodType
 #: What these hold is compared elsewhere, or is data.
 _NOT_FOLLOWED = (Tensor, nn.Module, PreTrainedConfig, str, bytes)
@@ -44,10 +44,14 @@ class Name:
 
 
 class Names:
-    """Follows functions; :attr:`found` has what they name."""
+    """Follows functions; :attr:`found` has what they name.
 
-    def __init__(self) -> None:
+    ``packages``: those of the modules that a graph is of. What else was installed is not followed: tqdm's monitor, say.
+    """
+
+    def __init__(self, packages: set[str]) -> None:
         self.found: list[Name] = []
+        self._packages = packages
         self._named: set[str] = set()
         self._namespaces: dict[int, tuple[str, Mapping[str, Any]]] = {}  #: of classes, modules and objects
         self._seen: dict[int, Any] = {}
@@ -64,12 +68,12 @@ class Names:
         elif isinstance(x, types.FunctionType):
             self._follow_function(x)
         elif isinstance(x, types.ModuleType):
-            if not is_of(x.__name__, _LIBRARIES):
+            if self._counts(x.__name__):
                 self._namespaces.setdefault(id(x), (x.__name__, vars(x)))
         elif type(x) in CONTAINERS:
             for item in () if len(x) > MANY else x.values() if isinstance(x, dict) else x:
                 self.follow(item)
-        elif not is_of(home(x if isinstance(x, type) else type(x)), _REGISTRIES):
+        elif self._counts(of := home(x if isinstance(x, type) else type(x))) and not is_of(of, _REGISTRIES):
             self.follow_class(x if isinstance(x, type) else type(x))
             if hasattr(x, "__dict__") and not isinstance(x, type):
                 self._namespaces.setdefault(id(x), (f"a {type(x).__qualname__}", vars(x)))
@@ -77,7 +81,7 @@ class Names:
     def follow_class(self, cls: type) -> None:
         """Adds what the class and its bases define under names that the code has; what Python calls without a name, too."""
         for c in cls.__mro__:
-            if not is_of(home(c), _LIBRARIES):
+            if self._counts(home(c)):
                 self._namespaces.setdefault(id(c), (c.__qualname__, c.__dict__))
                 self._seen[id(c)] = c
                 if not issubclass(cls, nn.Module):
@@ -85,7 +89,7 @@ class Names:
 
     def _follow_function(self, f: types.FunctionType) -> None:
         self.follow(getattr(f, "__wrapped__", None))
-        if is_of(home(f), _LIBRARIES):
+        if not self._counts(home(f)):
             return
         for cell in f.__closure__ or ():
             if cell != types.CellType():  # it has contents
@@ -93,6 +97,10 @@ class Names:
         names = {*names_in(f.__code__)}
         self._named |= names
         self._add(home(f), f.__globals__, names)
+
+    def _counts(self, module: str) -> bool:
+        package = module.partition(".")[0]
+        return not is_of(module, _LIBRARIES) and (package in self._packages or not is_installed(package))
 
     def finish(self) -> None:
         """Looks up all names in all that was followed, until there is nothing new."""
@@ -107,7 +115,7 @@ class Names:
                 continue
             self._added.add((id(namespace), name))
             x = namespace[name]
-            library = inspect.isroutine(x) and is_of(home(x), _LIBRARIES)
+            library = inspect.isroutine(x) and not self._counts(home(x))
             if not library and not isinstance(x, types.ModuleType):
                 self.found.append(Name(of, namespace, name, of_name(x)))
             self.follow(x)

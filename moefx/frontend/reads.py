@@ -86,7 +86,7 @@ class Reads:
             if hf.is_experts(m):
                 self.whole |= {p for p, _ in m.named_modules(prefix=path)}
         self.modules.setdefault("", set()).add("forward")
-        names = Names()
+        names = Names({own_classes(type(m))[0].__module__.partition(".")[0] for m in root.modules()})
         for path in self.modules.keys() | self.whole:
             m = root.get_submodule(path)
             names.follow_class(own_classes(type(m))[0])

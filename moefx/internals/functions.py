@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 
@@ -21,6 +23,13 @@ def home(f: Any) -> str:
     f = getattr(f, "__func__", f)
     found = f.__globals__.get("__name__") if isinstance(f, types.FunctionType) else getattr(f, "__module__", None)
     return found if isinstance(found, str) else ""
+
+
+@functools.cache
+def is_installed(package: str) -> bool:
+    """Was the package of this name installed, other than for its development?"""
+    file = getattr(sys.modules.get(package), "__file__", None) or ""
+    return not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
 
 
 def is_of(module: str, packages: tuple[str, ...]) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.core_model_loading import Transpose
 from transformers.integrations import hub_kernels
+from transformers.integrations.moe import ExpertsInterface
 from transformers.utils.generic import GeneralInterface
 
 from moefx.internals.patches import Patch
@@ -69,6 +70,23 @@ def intercept_attention(found: Callable[[str, Callable], Callable], eager: Calla
 
     AttentionInterface.__getitem__ = getitem  # type: ignore[method-assign]
     AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
+
+
+def intercept_experts(forward: Callable) -> None:
+    """Gives ``forward``, registered in ``ExpertsInterface``, the forward that the class of the experts has: as ``own``.
+
+    Someone may have replaced the class's forward since, by one that calls this one.
+
+    Seen in transformers 5.23 to 5.24. Symptom: a RecursionError of experts whose class is patched, where no graph covers them.
+    """
+    own_get = ExpertsInterface.get_interface
+
+    @functools.wraps(own_get)
+    def get_interface(self: ExpertsInterface, experts_implementation: str, default: Callable) -> Callable:
+        implementation = own_get(self, experts_implementation, default)
+        return functools.partial(forward, own=default) if implementation is forward else implementation
+
+    ExpertsInterface.get_interface = get_interface  # type: ignore[method-assign]
 
 
 def intercept_masks(found: Callable[[str, Callable], Callable]) -> None:

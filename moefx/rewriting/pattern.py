@@ -235,6 +235,8 @@ class Pattern:
         shapes: dict[Any, tuple[str, list[str]]] = {}
         for name in self.tensors:
             wanted, found = self.example[name].shape, [*map(str, getattr(value(bound[name]), "shape", ()))]
+            while len(wanted) == 1 and len(found) > 1 and found[0] == "1":  # a row
+                del found[0]
             if len(wanted) == 1 and len(found) != 1:
                 return f"{describe(bound[name])} is {name}, of shape [{', '.join(found)}], not a vector"
             for key, part in ((wanted, found), (wanted[-1:], found[-1:])):

@@ -216,3 +216,18 @@ def test_a_global_container_that_is_changed_in_place():
     assert_same_step(model, plain)
     FACTORS["mlp"][1]["b"] = 2.0
     assert_same_step(model, plain)
+
+
+@pytest.mark.filterwarnings("ignore::moefx.ShortfallWarning")
+def test_experts_of_a_patched_class_where_no_graph_covers_them(monkeypatch):
+    model, plain = build("glm4_moe"), build("glm4_moe")
+    for m in (model, plain):
+        m.set_experts_implementation("eager")
+    moefx.optimize(model, compile=False)
+    assert_same_step(model, plain)
+    cls = type(plain.model.layers[1].mlp.experts)
+    own = cls.forward
+    monkeypatch.setattr(cls, "forward", lambda self, *args, **kwargs: own(self, *args, **kwargs) * 0.7)
+    for m in (model, plain):
+        m.model.layers[1].mlp.experts.act_fn = nn.Sequential(nn.SiLU(), nn.Tanh())
+    assert_same_step(model, plain)

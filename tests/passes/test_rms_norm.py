@@ -75,7 +75,7 @@ def test_rms_norm_refuses_another_power():
     assert calls(f, ops.rms_norm) == [] and any("expected exponent=2, found the constant 4" in c.what for c in changes.missed)
 
 
-@pytest.mark.parametrize("weight", [(), (1,), (3, 17, 16), (17, 1)])
+@pytest.mark.parametrize("weight", [(), (1,), (1, 1)])
 def test_a_factor_that_broadcasts_is_no_weight(weight):
     """Kernels read a weight [H]: a factor of any other shape stays a product after a norm without weight."""
     factor = nn.Parameter(torch.randn(weight))

@@ -438,3 +438,31 @@ def test_output_attentions_under_checkpointing(reentrant, hooks):
                     loss.backward()
         found.append([p.grad.clone() for p in m.parameters()])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.filterwarnings("ignore::moefx.ShortfallWarning")
+def test_a_hook_on_attention_sees_its_weights(implementation, before):
+    """Eager attention returns them; ``moefx.attention`` does not, so that such a module has no graph of its own."""
+    model, plain, seen = build("qwen3_moe"), build("qwen3_moe"), {}
+    for m in (model, plain):
+        m.config._attn_implementation = implementation
+
+    def watch(m: Any) -> None:
+        seen[m] = []
+        m.model.layers[0].self_attn.register_forward_hook(lambda _, __, out: seen[m].append(out[1]))
+
+    if before:
+        watch(model)
+    moefx.optimize(model, compile=False)
+    if not before:
+        assert_same_step(model, plain)
+        watch(model)
+    watch(plain)
+    seen[model].clear()
+    assert_same_step(model, plain)
+    (found,), (wanted,) = seen[model], seen[plain]
+    assert (found is None) == (wanted is None)
+    if wanted is not None:
+        torch.testing.assert_close(found, wanted)

@@ -14,7 +14,7 @@ from moefx import ops
 from moefx.errors import CaptureError
 from moefx.integrations.transformers import recording
 from moefx.integrations.transformers.masks import LazyMask, _lazy, attention_kind, original_masks, pattern_of
-from moefx.integrations.transformers.recording import OwnAttention, _Callers
+from moefx.integrations.transformers.recording import AttentionWeights, OwnAttention, _Callers
 from moefx.internals import transformers_patches
 from moefx.internals.functions import home, is_of, names_in
 
@@ -44,7 +44,7 @@ def attention_forward(
         kwargs: further arguments of the interface.
 
     Returns:
-        The output [B, S, A, Dv], and None for attention weights.
+        The output [B, S, A, Dv], and attention weights: those of ``own``; in a capture None, or what stands for them.
     """
     callers = recording.callers()
     if callers is not None and not getattr(module, "_moefx_own_attention", False) and not is_patched(own, type(module)):
@@ -56,7 +56,8 @@ def attention_forward(
         # eager attention adds any mask, and a query whose keys are all masked attends to all of them: no kernel does so
         says_more = kind == "eager" and attention_mask is not None and pattern_of(attention_mask) is None
         if not unknown and not says_more:
-            return _emit(callers, kind, module, query, key, value, attention_mask, *args, **kwargs), None
+            out = _emit(callers, kind, module, query, key, value, attention_mask, *args, **kwargs)
+            return out, AttentionWeights() if kind == "eager" and not callers.lenient else None
     return own(module, query, key, value, original_masks(attention_mask), *args, **kwargs)
 
 

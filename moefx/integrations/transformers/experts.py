@@ -120,8 +120,10 @@ def _expressible(module: nn.Module) -> bool:
     return True
 
 
-def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The "moefx" entry of Transformers' experts interface.
+def experts_forward(
+    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, own: Callable | None = None
+) -> Tensor:
+    """The "moefx" entry of Transformers' experts interface; ``own``: the forward that the experts' class was written with.
 
     Emits ``moefx.experts`` during capture. Otherwise no captured graph covers this call (generation with a cache, for
     instance), and the original implementation runs, or for sharded experts dispatch, grouped MLP and combine.
@@ -136,7 +138,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     if layout is not None:
         return experts_over_ranks(hidden_states, top_k_index, top_k_weights, self, layout)
     original = self.__dict__.get("_moefx_original_implementation") or "grouped_mm"
-    own = inspect.unwrap(type(self).forward)
+    own = own or inspect.unwrap(type(self).forward)
     return ExpertsInterface().get(original, own)(self, hidden_states, top_k_index, top_k_weights)
 
 

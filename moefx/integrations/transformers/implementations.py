@@ -16,9 +16,11 @@ from moefx.integrations.transformers import loop_experts as loops
 from moefx.integrations.transformers.experts import _activation_of_loop, _emitter, experts_forward, experts_layout, is_experts
 from moefx.integrations.transformers.masks import lazy_masks
 from moefx.integrations.transformers.recording import is_emitting
+from moefx.internals import transformers_patches
 from moefx.internals.subclass import own_class
 
 ExpertsInterface.register("moefx", experts_forward)
+transformers_patches.intercept_experts(experts_forward)
 
 #: The names of a model's implementations of experts, one for each configuration in it.
 Names = list[str | None]

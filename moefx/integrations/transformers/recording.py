@@ -92,6 +92,13 @@ def packed() -> AbstractContextManager[None]:
     return PACKED_SEQUENCES.by(number)
 
 
+class AttentionWeights:
+    """Stands in a graph for the weights that eager attention returns beside its output, and that ``moefx.attention`` does not.
+
+    Nothing can be done with it. A module that returns it has no graph.
+    """
+
+
 class OwnAttention(CaptureError):
     """The model's attention computes more than its arguments to Transformers' interface tell."""
 
