@@ -19,8 +19,8 @@ class Blocks:
     """The blocks of one model, each told its path and the state of the model's routers."""
 
     def __init__(self) -> None:
-        #: of the modules above the blocks: path, its children, and what these were
-        self._above: list[tuple[str, dict[str, nn.Module | None], list[weakref.ref | None]]] = []
+        #: of the modules above the blocks: the path if it is a list, the children, and what these were
+        self._above: list[tuple[str | None, dict[str, nn.Module | None], list[weakref.ref | None]]] = []
         self.share_cache = False  #: does a block of a step read what another one wrote to the cache in that step?
 
     def update(self, model: nn.Module, router_state: RouterState) -> list[str] | None:
@@ -38,7 +38,10 @@ class Blocks:
             f"{path}.{name}"
             for path, children, before in self._above
             for name, m in children.items()
-            if m is not None and not any(r is not None and r() is m for r in before) and not any(blocks_of(m))
+            if path is not None
+            and m is not None
+            and not any(r is not None and r() is m for r in before)
+            and not any(blocks_of(m))
         ]
         above = dict.fromkeys(path.rpartition(".")[0] for path, _, _ in found)
         for path in [*above]:
@@ -47,7 +50,12 @@ class Blocks:
                 above[path] = None
         modules = [(path, model.get_submodule(path)) for path in above]
         self._above = [
-            (p, m._modules, [None if c is None else weakref.ref(c) for c in m._modules.values()]) for p, m in modules
+            (
+                path if isinstance(m, nn.ModuleList) else None,
+                m._modules,
+                [None if child is None else weakref.ref(child) for child in m._modules.values()],
+            )
+            for path, m in modules
         ]
         self.share_cache = hf.share_cache(model)
         return added

@@ -452,6 +452,15 @@ def test_layers_that_are_added_removed_and_exchanged(edit, before):
         assert_same_step(model, plain)
 
 
+@pytest.mark.filterwarnings("error::moefx.ShortfallWarning")
+def test_other_embeddings_are_no_layers():
+    model, plain = moefx.optimize(build("qwen3_moe"), compile=False), build("qwen3_moe")
+    assert_same_step(model, plain)
+    for m in (model, plain):
+        m.model.embed_tokens = copy.deepcopy(m.model.embed_tokens)
+    assert_same_step(model, plain)
+
+
 def test_a_layer_that_is_no_block_is_named():
     model, plain = build("qwen3_moe"), build("qwen3_moe")
     model = moefx.optimize(model, compile=False)
