@@ -78,7 +78,7 @@ def _saving() -> Any:
 
 @contextmanager
 def refusing_custom_gradients() -> Iterator[None]:
-    """Context in which these uses raise CaptureError."""
+    """Context in which ``autograd.Function``, hooks on gradients, and Python that asks for gradients raise CaptureError."""
     with AUTOGRAD_FUNCTION.by(_refuse_function), _Watching():
         yield
 

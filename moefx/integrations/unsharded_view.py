@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from moefx.integrations import transformers as hf
 from moefx.integrations.fsdp import is_fsdp_hook
+from moefx.internals.functions import home
 
 
 @contextmanager
@@ -56,7 +57,7 @@ def _with_own_forward(experts: nn.Module, undo: ExitStack) -> None:
     replaced: Any = attributes.get("forward")
     while isinstance(replaced, functools.partial):
         replaced = replaced.func
-    if getattr(replaced, "__globals__", {}).get("__name__", "").startswith(("transformers.", "moefx.")):  # not a user's
+    if home(replaced).startswith(("transformers.", "moefx.")):  # not a user's
         kept: dict[str, Any] = {k: attributes[k] for k in ("forward", "num_experts") if k in attributes}
         undo.callback(attributes.update, kept)
         del attributes["forward"]
