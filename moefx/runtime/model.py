@@ -50,7 +50,7 @@ def model_forward(base: type) -> Callable:
         def total(x: Tensor) -> Tensor:
             return aux_loss.SumOverRanks.apply(x, aux_loss.gradient_scale(mean))  # type: ignore[no-untyped-call]
 
-        with rank_monitor.named(), state.masks(), _aux_loss(self, state, mean, everywhere):
+        with rank_monitor.named(), state.masks(self), _aux_loss(self, state, mean, everywhere):
             out = run(self, args, kwargs)
             return self._moefx_router_state.finish(
                 state, out, kwargs.get("attention_mask"), total if everywhere else lambda x: x
@@ -112,7 +112,7 @@ def part_forward(base: type) -> Callable:
     def forward(self, *args, **kwargs):
         if hf.is_traced():
             return plain(self, *args, **kwargs)
-        with self._moefx_state.masks():
+        with self._moefx_state.masks(self):
             return plain(self, *args, **kwargs)
 
     return forward

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from moefx.analysis.report import Report
@@ -49,10 +50,10 @@ class Optimized:
     def __deepcopy__(self, memo: dict) -> Optimized:
         return self  # a copied model shares graphs and compiled code; parameters are read from the module that is called
 
-    def masks(self) -> contextlib.AbstractContextManager[None]:
-        """Context in which Transformers makes lazy masks for the graphs."""
+    def masks(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Context in which ``model``, or a model inside it, makes lazy masks for the graphs."""
         plain = self.bypass or self.program.own_attention or hf.is_emitting()
-        return contextlib.nullcontext() if plain else hf.lazy_masks()
+        return contextlib.nullcontext() if plain else hf.lazy_masks(hf.masks_are_seen(model))
 
     def runner(self, function: Function) -> Callable:
         """The function as a callable, compiled once however many instances share it."""

@@ -66,3 +66,41 @@ def test_sinks_need_a_cuda_device_in_16_bits():
     moefx.rewrite(program, moefx.Plan(resolve("torch")), moefx.passes.default())
     notes = [n.meta["moefx"] for f in program for n in f.graph.nodes if n.meta.get("semantic") is ops.attention]
     assert [n.kernel for n in notes] == ["reference", "reference"] and all("float32 on cpu" in n.why for n in notes)
+
+
+@pytest.mark.parametrize("when", ["before", "after", "a patched forward"])
+def test_code_on_a_layer_sees_the_masks_of_transformers(when):
+    """SDPA attention is called without a mask if the sequence is shorter than its window."""
+    seen = []
+
+    def look(kwargs):
+        mask = kwargs["attention_mask"]
+        seen.append(None if mask is None else mask.clone())
+
+    def hook(module, args, kwargs):
+        look(kwargs)
+
+    def watched(model):
+        layer = model.get_submodule("model.layers.0")
+        if when == "a patched forward":
+            own = layer.forward
+            layer.forward = lambda *args, **kwargs: (look(kwargs), own(*args, **kwargs))[1]
+        else:
+            layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def run(model):
+        seen.clear()
+        for length in (1, 5, 9, 5):
+            model(**batch(2, length))
+        return list(seen)
+
+    wanted_model, model = build("gemma4_text"), build("gemma4_text")
+    watched(wanted_model)
+    if when == "before":
+        watched(model)
+    moefx.optimize(model, compile=False)
+    if when != "before":
+        watched(model)
+    wanted, found = run(wanted_model), run(model)
+    assert [w is None for w in wanted] == [f is None for f in found] == [True, True, False, True]
+    assert torch.equal(wanted[2], found[2])

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import masking_utils
+from torch import Tensor, nn
+from transformers import PreTrainedModel, masking_utils
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -22,10 +22,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from moefx import ops
 from moefx.integrations.transformers import recording
 from moefx.internals import transformers_patches
-from moefx.internals.functions import home
+from moefx.internals.functions import home, is_of
 
 #: Set in the forward of an optimized model and while a model is recorded: Transformers then makes :class:`LazyMask` objects.
 _lazy: ContextVar[bool] = ContextVar("moefx_saying_masks", default=False)
+#: Set beside it while code of the user sees the masks.
+_seen: ContextVar[bool] = ContextVar("moefx_masks_are_seen", default=False)
 
 
 #: Implementations of attention that compute what ``moefx.attention`` does. They differ in what a call without a mask means.
@@ -38,13 +40,39 @@ def attention_kind(function: Any) -> str | None:
 
 
 @contextmanager
-def lazy_masks() -> Iterator[None]:
-    """Context in which Transformers' mask functions return a :class:`LazyMask` where attention in a graph needs no tensor."""
-    token = _lazy.set(True)
+def lazy_masks(seen: bool = False) -> Iterator[None]:
+    """Context in which Transformers' mask functions return a :class:`LazyMask` where attention in a graph needs no tensor.
+
+    With ``seen``, code of the user is given the masks: None stays None where Transformers' SDPA attention is causal by itself.
+    """
+    lazy, was_seen = _lazy.set(True), _seen.set(seen)
     try:
         yield
     finally:
-        _lazy.reset(token)
+        _seen.reset(was_seen)
+        _lazy.reset(lazy)
+
+
+def masks_are_seen(model: nn.Module) -> bool:
+    """Does a hook of the user, or a ``forward`` set by the user, see the masks that a layer of the model is called with?"""
+    return any(
+        "forward" in vars(m) or any(not is_of(home(h), ("torch", "transformers", "moefx")) for h in _hooks(m))
+        for m in _layers(model)
+    )
+
+
+def _hooks(m: nn.Module) -> Iterator[Callable]:
+    if m._forward_pre_hooks or m._forward_hooks:
+        yield from m._forward_pre_hooks.values()
+        yield from m._forward_hooks.values()
+
+
+def _layers(model: nn.Module) -> Iterator[nn.Module]:
+    for m in model._modules.values():
+        if isinstance(m, nn.ModuleList):
+            yield from (layer for layer in m._modules.values() if layer is not None)
+        elif isinstance(m, PreTrainedModel):
+            yield from _layers(m)
 
 
 @dataclass(frozen=True)
@@ -153,6 +181,8 @@ def attention_mask(own: Callable, **kwargs: Any) -> Any:
         pattern = _pattern(torch.bool, kwargs)
         if pattern is None or (pattern.window is None and pattern.starts is None):
             return own(**kwargs)  # None, where attention is causal by itself
+        if _seen.get() and own(**kwargs) is None:
+            return None
         # a sequence shorter than its window needs no mask, but would then be another kind of call than a longer one
         return _mask(pattern, lambda: own(**kwargs | {"allow_is_causal_skip": False}), lambda: own(**kwargs), kwargs)
     if own is eager_mask:
