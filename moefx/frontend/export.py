@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -150,7 +151,7 @@ def capture_module(module: nn.Module, call: Call, routers: dict[str, nn.Module],
         error.reads = reads
         raise
     except Exception as error:
-        raise untraceable(error, call.template.names(), call.sizes).having_read(reads) from error
+        raise _refusal(error, call).having_read(reads) from error
     finally:
         reads.close(module)
     outputs, written, of_routers = returned[-1]
@@ -171,11 +172,31 @@ def _export(entry: _Entry, tensors: list[Tensor], call: Call) -> Any:
     try:
         # one Dim a letter: batch and sequence are the same in every input
         return export(lambda n: named.get(n, Dim.DYNAMIC))
-    except torch._dynamo.exc.UserError:
+    except torch._dynamo.exc.UserError as error:
+        _forget_locals(error)
         # a named Dim must satisfy every guard for all values; torch 2.11 has guards that always hold and that it cannot prove
         exported = export(lambda n: Dim.DYNAMIC)
         refuse_limits(exported)
         return exported
+
+
+def _refusal(error: Exception, call: Call) -> CaptureError:
+    found = untraceable(error, call.template.names(), call.sizes)
+    _forget_locals(error)
+    return found
+
+
+def _forget_locals(error: BaseException | None) -> None:
+    """Clears the frames that an error came through.
+
+    One that is a variable of such a frame is a reference cycle (``ShapeEnv.produce_guards_verbose`` of torch 2.11 keeps its
+    own), and it holds the frames above as well: with a capture inside a step, the hidden states of that step.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _function(module: nn.Module, exported: Any, call: Call, name: str, callers: list) -> Function:

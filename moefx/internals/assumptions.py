@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from moefx.errors import CaptureError
+from moefx.internals import torch_patches
 
 
 @dataclass(eq=False)
@@ -28,6 +29,7 @@ class Assumption:
     def holds(self) -> bool:
         """Tests the assumption, the first time, and returns whether it holds."""
         if self.reason is None:
+            torch_patches.keep_fake_device_guard()
             # in a thread of its own, which the modes, hooks and contexts around this call do not reach
             trial = threading.Thread(target=self._try, name="moefx-trial")
             trial.start()

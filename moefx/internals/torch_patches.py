@@ -64,6 +64,38 @@ def module_reads(seen: Callable[[nn.Module, str], None]) -> Iterator[None]:
         del nn.Module.__getattribute__
 
 
+# --- fake tensors without a GPU --------------------------------------------------------------------------------------
+
+_guard_lock = threading.Lock()
+_guard_thread: threading.Thread | None = None
+
+
+def keep_fake_device_guard() -> None:
+    """Lets threads that end make fake tensors, where PyTorch was built for CUDA and sees no device.
+
+    The first thread that enters a FakeTensorMode there leaves a pointer to an object of its own (``tls_fake_device_guard`` of
+    c10/core/impl/DeviceGuardImplInterface.cpp); after its end the next one reads freed memory. So a thread that does not end
+    comes first. Seen in torch 2.11, no longer in 2.14. Symptom: ``optimize`` ends in a segmentation fault.
+    """
+    global _guard_thread
+    ensure = getattr(torch._C, "_ensureCUDADeviceGuardSet", None)
+    if ensure is None or not torch.backends.cuda.is_built() or torch.cuda.device_count():
+        return
+    with _guard_lock:
+        if _guard_thread is not None:
+            return
+        done = threading.Event()
+
+        def hold() -> None:
+            ensure()
+            done.set()
+            threading.Event().wait()
+
+        _guard_thread = threading.Thread(target=hold, name="moefx-device-guard", daemon=True)
+        _guard_thread.start()
+        done.wait()
+
+
 # --- DTensor ---------------------------------------------------------------------------------------------------------
 
 Handler = Callable[[Any, tuple, dict[str, Any]], Any]

@@ -247,13 +247,13 @@ class BlockForward:
     def capture_one_of(self, module: nn.Module, calls: list[Call]) -> Function:
         """The function of the first of ``calls``, readings of one call, that can be captured; else raises the first error."""
         first: CaptureError | None = None
-        for call in calls:
-            try:
-                return self.capture(module, call)
-            except CaptureError as error:
-                first = first or error
-        assert first is not None
         try:
+            for call in calls:
+                try:
+                    return self.capture(module, call)
+                except CaptureError as error:
+                    first = first or error
+            assert first is not None
             raise first
         finally:
             del first  # a frame that holds its own error keeps the step's tensors until the garbage collector runs

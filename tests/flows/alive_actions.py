@@ -51,7 +51,8 @@ class Anatomy:
     parameters: tuple[str, ...]  #: of experts
     attributes: tuple[tuple[str, str, Any], ...]  #: (path, name, another value)
     configured: tuple[tuple[str, Any], ...]
-    classes: tuple[str, ...]
+    layer_classes: tuple[str, ...]
+    classes: tuple[str, ...]  #: of what is inside layers
     functions: tuple[str, ...]
 
     @property
@@ -97,7 +98,8 @@ def anatomy(family: str) -> Anatomy:
         parameters=tuple(n for n, p in modules[experts[0]].named_parameters(recurse=False) if p.dim() == 3),
         attributes=tuple(a for a in attributes if getattr(modules[a[0]], a[1]) is not None),
         configured=tuple((n, v) for n, many in CONFIGURED.items() if hasattr(model.config, n) for v in many),
-        classes=tuple(dict.fromkeys(kinds[p] for p in (*layers, *around, *experts, *attentions, *ending("Norm", "Router")))),
+        layer_classes=tuple(dict.fromkeys(kinds[p] for p in layers)),
+        classes=tuple(dict.fromkeys(kinds[p] for p in (*around, *experts, *attentions, *ending("Norm", "Router")))),
         functions=tuple(sorted(named)),
     )
 
@@ -258,7 +260,7 @@ for name, p in model.named_parameters():
 """
 
 
-@action(reentrant=(False, True))
+@action(unless="patched layers", gives="checkpointed", reentrant=(False, True))
 def checkpointing(reentrant: bool) -> str:
     return f"\nbare(model).gradient_checkpointing_enable({{'use_reentrant': {reentrant}}})\nbare(model).enable_input_require_grads()\n"
 
@@ -461,6 +463,12 @@ def patch_class(name: str) -> str:
 cls = modeling(model).{name}
 undo.enter_context(mock.patch.object(cls, "forward", scaled_forward(cls.forward, 0.7)))
 """
+
+
+# Transformers recomputes no layer whose class is patched so (``is_outermost`` of GradientCheckpointingLayer); moefx does
+@action(name=lambda a: a.layer_classes, unless="checkpointed", gives="patched layers")
+def patch_layer_class(name: str) -> str:
+    return patch_class(name)
 
 
 @action(name=lambda a: a.functions, weight=1.0)

@@ -383,15 +383,34 @@ def test_no_comparison_of_other_code_runs():
 
 
 @pytest.mark.filterwarnings("ignore::moefx.ShortfallWarning")
-def test_a_capture_that_failed_keeps_nothing_of_its_step():
-    """Else the embedding has an autograd node of its old size in the next step."""
+@pytest.mark.parametrize("errors", [0, 1, 2])
+def test_a_capture_keeps_nothing_of_its_step(errors, monkeypatch):
+    """Else the embedding has an autograd node of its old size in the next step.
+
+    ``errors``: how many exports raise an error that is a variable of its own frame; the second one's end is that of the capture.
+    """
     model, plain = pair()
+    own, raised = torch.export.export, []
+
+    def export(*args, **kwargs):
+        if len(raised) == errors:
+            return own(*args, **kwargs)
+        try:
+            raise ValueError("Constraints violated")
+        except ValueError as error:
+            kept = error  # a cycle of this frame, as torch 2.11 makes one
+        raised.append(None)
+        raise torch._dynamo.exc.UserError(torch._dynamo.exc.UserErrorType.CONSTRAINT_VIOLATION, str(kept)) from kept
+
+    monkeypatch.setattr(torch.export, "export", export)
     gc.collect()
     gc.disable()
     try:
         for m in (model, plain):
-            m.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+            m.model.layers[0].self_attn.scaling = 0.31 + errors  # no other test captured that
+            m.model.layers[1].mlp.register_forward_hook(lambda *_: None)
         assert_same_step(model, plain)
+        assert len(raised) == errors
         for m in (model, plain):
             m.zero_grad()
             torch.manual_seed(1)
