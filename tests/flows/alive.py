@@ -90,7 +90,7 @@ def _drawn(r: random.Random, of: Anatomy, actions: list[Any], state: set[str]) -
     possible = []
     for a in actions:
         choices = a.values(of)
-        if set(a.needs.split()) <= state and a.unless not in state and all(choices.values()):
+        if set(a.needs.split()) <= state and state.isdisjoint(a.unless.split()) and all(choices.values()):
             possible.append((a, choices))
     action, choices = r.choices(possible, [a.weight for a, _ in possible])[0]
     state |= set(action.gives.split())

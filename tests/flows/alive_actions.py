@@ -260,7 +260,7 @@ for name, p in model.named_parameters():
 """
 
 
-@action(unless="patched layers", gives="checkpointed", reentrant=(False, True))
+@action(unless="patched_layers", gives="checkpointed", reentrant=(False, True))
 def checkpointing(reentrant: bool) -> str:
     return f"\nbare(model).gradient_checkpointing_enable({{'use_reentrant': {reentrant}}})\nbare(model).enable_input_require_grads()\n"
 
@@ -465,8 +465,9 @@ undo.enter_context(mock.patch.object(cls, "forward", scaled_forward(cls.forward,
 """
 
 
-# Transformers recomputes no layer whose class is patched so (``is_outermost`` of GradientCheckpointingLayer); moefx does
-@action(name=lambda a: a.layer_classes, unless="checkpointed", gives="patched layers")
+# Transformers recomputes no layer whose class is patched so (``is_outermost`` of GradientCheckpointingLayer); moefx does. A
+# forward that was put around a layer's own before that calls the new one with moefx, and the old one without (docs: guards)
+@action(name=lambda a: a.layer_classes, unless="checkpointed patched", gives="patched_layers")
 def patch_layer_class(name: str) -> str:
     return patch_class(name)
 

@@ -105,3 +105,9 @@ def test_code_block(block, checkpoint, tmp_path):
 def test_program(page, tmp_path):
     (tmp_path / "program.py").write_text("\n".join(code_of(page)))
     shell("python program.py", tmp_path)
+
+
+@pytest.mark.parametrize("command", ["moefx doctor", "python examples/custom_pass.py", "python examples/train_ep.py --steps 2"])
+def test_command_without_a_visible_gpu(command, tmp_path):
+    """PyTorch is built for CUDA, and the GPU is hidden: people debug on the CPU of such a machine."""
+    shell(f"CUDA_VISIBLE_DEVICES= {command}", tmp_path)
