@@ -24,7 +24,10 @@ from moefx.internals.functions import home, is_installed, is_of, names_in
 _LIBRARIES = ("torch", "moefx", "numpy")
 #: Packages whose objects are not followed: registries, which hold all that a forward might call.
 _REGISTRIES = ("transformers", "peft")
-_HOLDERS = property | functools.cached_property | staticmethod | classmethod | functools.partial | types.MethodType
+_HOLDERS = (
+    property | functools.cached_property | staticmethod | classmethod | functools.partial | types.MethodType
+    | type(functools.cache(len))
+)  # fmt: skip
 #: What these hold is compared elsewhere, or is data.
 _NOT_FOLLOWED = (Tensor, nn.Module, PreTrainedConfig, str, bytes)
 
@@ -63,7 +66,7 @@ class Names:
             return
         self._seen[id(x)] = x
         if isinstance(x, _HOLDERS):
-            for part in ("fget", "func", "__func__", "__self__", "args", "keywords"):
+            for part in ("fget", "func", "__func__", "__self__", "args", "keywords", "__wrapped__"):
                 self.follow(getattr(x, part, None))
         elif isinstance(x, types.FunctionType):
             self._follow_function(x)
@@ -77,6 +80,8 @@ class Names:
             self.follow_class(x if isinstance(x, type) else type(x))
             if hasattr(x, "__dict__") and not isinstance(x, type):
                 self._namespaces.setdefault(id(x), (f"a {type(x).__qualname__}", vars(x)))
+            for slot in [] if isinstance(x, type) else [n for c in type(x).__mro__ for n in vars(c).get("__slots__", ())]:
+                self.follow(getattr(x, slot, None))
 
     def follow_class(self, cls: type) -> None:
         """Adds what the class and its bases define under names that the code has; what Python calls without a name, too."""
@@ -94,6 +99,8 @@ class Names:
         for cell in f.__closure__ or ():
             if cell != types.CellType():  # it has contents
                 self.follow(cell.cell_contents)
+        for given in (*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values(), *vars(f).values()):
+            self.follow(given)
         names = {*names_in(f.__code__)}
         self._named |= names
         self._add(home(f), f.__globals__, names)

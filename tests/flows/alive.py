@@ -229,7 +229,7 @@ def compared(step: int, wanted: Outcome, found: Outcome) -> Failure | None:
     for (name, a), (_, b) in zip(wanted.seen, found.seen):
         said = _apart(a, b, wanted.loose)
         if said:
-            return Failure(step, "seen", f"{name}: {said}")
+            return Failure(step, "value", f"{name}: {said}")
     if wanted.loose and wanted.found.keys() == found.found.keys():
         wanted, found = _together(wanted), _together(found)
     scale = max((float(g.abs().max()) for n, g in wanted.found.items() if n.startswith("gradient") and g.numel()), default=0.0)
@@ -307,14 +307,15 @@ def _result(walk: Walk, compile: bool) -> Result:
         with contextlib.closing(ours):
             try:
                 for n, (a, (b, model)) in enumerate(zip(wanted, ours)):
-                    if b.probe_error is None and any(limit in _said(a.probe_error) for limit in _LIMITS):
-                        found.raised[n] = _said(a.probe_error)
-                        return found
+                    for error, of_ours in ((a.error, b.error), (a.probe_error, b.probe_error)):
+                        if of_ours is None and any(limit in _said(error) for limit in _LIMITS):
+                            found.raised[n] = _said(error)
+                            return found
                     if a.error:
                         found.raised[n] = _said(a.error)
                     found.failure = compared(n, a, b)
                     if found.failure:
-                        numbers = found.failure.kind in ("parameter", "loss", "gradient", "output")
+                        numbers = found.failure.kind in ("parameter", "value", "loss", "gradient", "output")
                         found.failure = replace(found.failure, loose=a.loose and numbers)
                         return found
                     _follow(model, a.parameters)

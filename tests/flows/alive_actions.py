@@ -324,7 +324,7 @@ torch.manual_seed(1)
 {reference + policy if first else policy + reference}loss = (logits.exp() * (logits - reference)).sum(-1).mean()
 see("KL", loss)
 loss.backward()
-for name, p in model.named_parameters():
+for name, p in sorted(model.named_parameters(), key=lambda found: found[0]):  # PEFT's parametrizations change their order
     see(f"gradient of {{name}}", p.grad if p.grad is not None else None){update if train else ""}
 model.zero_grad()
 """

@@ -186,6 +186,75 @@ def test_a_function_that_a_forward_reaches_through_its_class(monkeypatch):
     assert_same_step(model, plain)
 
 
+def _in_a_default(own):
+    return lambda *args, own=own, **kwargs: own(*args, **kwargs)
+
+
+def _in_a_positional_default(own):
+    return lambda q, k, cos, sin, unsqueeze_dim=1, own=own: own(q, k, cos, sin, unsqueeze_dim)
+
+
+def _in_an_attribute(own):
+    def call(*args, **kwargs):
+        return call.own(*args, **kwargs)
+
+    call.own = own
+    return call
+
+
+def _in_a_container(own):
+    return lambda *args, held=({"own": own},), **kwargs: held[0]["own"](*args, **kwargs)
+
+
+def _in_a_cache(own):
+    @functools.cache
+    def find():
+        return own
+
+    return lambda *args, **kwargs: find()(*args, **kwargs)
+
+
+def _in_an_object(own):
+    class Call:
+        def __init__(self, own):
+            self.own = own
+
+        def __call__(self, *args, **kwargs):
+            return self.own(*args, **kwargs)
+
+    return Call(own)
+
+
+def _in_slots(own):
+    class Call:
+        __slots__ = ("own",)
+
+        def __call__(self, *args, **kwargs):
+            return self.own(*args, **kwargs)
+
+    call = Call()
+    call.own = own
+    return call
+
+
+HELD = [
+    _in_a_default, _in_a_positional_default, _in_an_attribute, _in_a_container, _in_a_cache, _in_an_object, _in_slots,
+    functools.partial,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("hold", HELD)
+def test_a_replaced_function_that_holds_the_original_in_some_way(hold, monkeypatch):
+    """What the original names counts however it is reached."""
+    model, plain = build("qwen3_moe"), build("qwen3_moe")
+    monkeypatch.setattr(modeling_qwen3_moe, "apply_rotary_pos_emb", hold(modeling_qwen3_moe.apply_rotary_pos_emb))
+    moefx.optimize(model, compile=False)
+    assert_same_step(model, plain)
+    half = modeling_qwen3_moe.rotate_half
+    monkeypatch.setattr(modeling_qwen3_moe, "rotate_half", lambda x: half(x) * 0.5)
+    assert_same_step(model, plain)
+
+
 FACTORS = {"mlp": [0.5, {"b": 2.0}]}
 
 
