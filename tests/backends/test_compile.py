@@ -17,6 +17,8 @@ from moefx.backends import compile
 from moefx.ir.plan import Plan
 from tests.support.families import batch, build
 
+pytestmark = pytest.mark.usefixtures("cached_captures")
+
 
 def _graph() -> fx.GraphModule:
     graph = fx.Graph()

@@ -19,6 +19,8 @@ from moefx.backends import fa4
 from moefx.kernels import attention, flash_attention_4
 from tests.support.families import batch, build
 
+pytestmark = pytest.mark.usefixtures("cached_captures")
+
 
 def _scores(q, k, softmax_scale, window_size_left):
     """[B, A, S, S], of q and k [B, S, A, D]."""

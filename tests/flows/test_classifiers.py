@@ -21,6 +21,8 @@ from moefx.runtime.verify import against
 from tests.support.parity import distances_in_bf16, of_a_checkpoint
 from tests.support.spawn import run
 
+pytestmark = pytest.mark.usefixtures("cached_captures")
+
 KINDS = {"sequence": AutoModelForSequenceClassification, "token": AutoModelForTokenClassification}
 
 

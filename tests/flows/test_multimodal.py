@@ -17,6 +17,8 @@ from moefx.runtime.verify import against
 from tests.support.parity import distances_in_bf16, of_a_checkpoint
 from tests.support.spawn import run
 
+pytestmark = pytest.mark.usefixtures("cached_captures")
+
 FAMILIES = ["qwen3_vl_moe", "glm4v_moe"]
 IMAGE, START, END = 200, 202, 203
 

@@ -13,24 +13,21 @@ from transformers import AutoModelForCausalLM
 
 import moefx
 from tests.support.families import build
+from tests.support.spawn import run_script
 
 SCRIPT = Path(__file__).parent / "one_script.py"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
-def printed(folder: Path, *launcher: str, ep_size: int = 1) -> list[str]:
-    command = [sys.executable, *launcher, str(SCRIPT), "--out", str(folder), "--ep-size", str(ep_size)]
+def test_one_script(tmp_path):
+    one = run_script(SCRIPT, ["--out", "one", "--ep-size", "1"], folder=tmp_path)
+    assert one.startswith("losses and norms:") and len(one.splitlines()) == 5
+    assert run_script(SCRIPT, ["--out", "torchrun-1", "--ep-size", "1"], folder=tmp_path, torchrun=True) == one
+    command = [sys.executable, *TORCHRUN, "2", str(SCRIPT), "--out", str(tmp_path / "torchrun-2"), "--ep-size", "2"]
     env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()
-
-
-def test_one_script(tmp_path):
-    one = printed(tmp_path / "one")
-    assert one[0] == "losses and norms:" and len(one) == 5
-    assert printed(tmp_path / "torchrun-1", *TORCHRUN, "1") == one
-    assert printed(tmp_path / "torchrun-2", *TORCHRUN, "2", ep_size=2) == one
+    assert done.stdout == one
     states = [AutoModelForCausalLM.from_pretrained(tmp_path / n / "model").state_dict() for n in ("one", "torchrun-2")]
     assert all(torch.allclose(t, states[1][n], atol=1e-4) for n, t in states[0].items())
 

@@ -18,6 +18,8 @@ from moefx.integrations.transformers.auto import auto_class
 from moefx.integrations.transformers.tiny_config import tiny_config
 from tests.support.families import build
 
+pytestmark = pytest.mark.usefixtures("cached_captures")
+
 PARTS = (15, 1, 24)
 
 

@@ -15,6 +15,8 @@ from moefx.integrations.transformers.tiny_config import tiny_config
 from moefx.runtime.verify import against
 from tests.support.families import batch
 
+pytestmark = pytest.mark.usefixtures("cached_captures")
+
 
 @pytest.fixture(scope="module", params=["deepseek_v32", "hy_v4"])  # hy_v4: with sinks, and indices that layers share
 def pair(request):

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import moefx
 from moefx.integrations.transformers.tiny_config import tiny_config
 
+pytestmark = pytest.mark.usefixtures("cached_captures")
+
 pytest.importorskip("trl")
 
 PREFERENCES = [

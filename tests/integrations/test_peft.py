@@ -12,6 +12,8 @@ import moefx
 from tests.support.families import batch, build
 from tests.support.parity import assert_same_step
 
+pytestmark = pytest.mark.usefixtures("cached_captures")
+
 peft = pytest.importorskip("peft")
 
 

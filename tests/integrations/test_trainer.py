@@ -18,6 +18,8 @@ from moefx.integrations import trainer
 from moefx.integrations import transformers as hf
 from tests.support.families import batch, build
 
+pytestmark = pytest.mark.usefixtures("cached_captures")
+
 
 class Step:
     """As GraphedStep to the Trainer; notes what it is called with."""

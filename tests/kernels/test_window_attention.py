@@ -11,6 +11,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from moefx import ops
 from moefx.kernels import window_attention as kernels
 
+pytestmark = pytest.mark.usefixtures("cached_captures")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: Triton's interpreter multiplies matrices in float16 and float32; on a GPU these kernels run in 16 bits.
 DTYPES = {"cpu": [torch.float32, torch.float16], "cuda": [torch.bfloat16, torch.float16]}[DEVICE]

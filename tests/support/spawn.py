@@ -53,19 +53,32 @@ def run(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60
     return _run(fn, world_size, args, timeout, group=True, known=set(_strings(args)), all_calls=all_calls)
 
 
-def run_script(path: Path, args: list[str], world_size: int = 1, *, folder: Path, timeout: float = 300.0) -> str:
-    """Runs a script as the main program in ``folder``, in one process or in ranks as torchrun starts them; returns what it printed."""
+def run_script(
+    path: Path, args: list[str], world_size: int = 1, *, folder: Path, torchrun: bool | None = None, timeout: float = 300.0
+) -> str:
+    """Runs a script as the main program in ``folder``; returns what it printed.
+
+    ``torchrun``: with the environment that torchrun gives its ranks; by default if there are several.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    _run(_script, world_size, (str(path), args, str(folder), port), timeout, group=False, known={"examples"}, all_calls=True)
+    _run(
+        _script,
+        world_size,
+        (str(path), args, str(folder), port, torchrun),
+        timeout,
+        group=False,
+        known={"examples"},
+        all_calls=True,
+    )
     return "".join((folder / f".printed-{rank}").read_text() for rank in range(world_size))
 
 
-def _script(rank: int, world_size: int, path: str, args: list[str], folder: str, port: int) -> None:
+def _script(rank: int, world_size: int, path: str, args: list[str], folder: str, port: int, torchrun: bool | None) -> None:
     os.chdir(folder)
     os.dup2(os.open(f".printed-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
-    if world_size > 1:
+    if world_size > 1 if torchrun is None else torchrun:
         where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
         os.environ.update({k: str(v) for k, v in where.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     sys.argv = [path, *args]
