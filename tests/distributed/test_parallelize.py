@@ -216,7 +216,6 @@ FEW = "fewer experts than ranks"  #: of tests/support/families.py
                 (QWEN, 2, 1, 3, True),
                 (QWEN, 2, 2, 1, True),
                 (QWEN, 4, 1, 3, False),
-                (QWEN, 1, 2, 3, False),
                 ("gpt_oss", 2, 1, 1, False),
                 (FEW, 2, 1, 1, True),
                 (FEW, 1, 1, 1, False),
