@@ -186,17 +186,20 @@ def _refusal(error: Exception, call: Call) -> CaptureError:
     return found
 
 
-def _forget_locals(error: BaseException | None) -> None:
-    """Clears the frames that an error came through.
+def _forget_locals(error: BaseException) -> None:
+    """Clears the frames that an error, and those that led to it, came through.
 
     One that is a variable of such a frame is a reference cycle (``ShapeEnv.produce_guards_verbose`` of torch 2.11 keeps its
     own), and it holds the frames above as well: with a capture inside a step, the hidden states of that step.
     """
     seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+    left: list[BaseException | None] = [error]
+    while left:
+        found = left.pop()
+        if found is not None and id(found) not in seen:
+            seen.add(id(found))
+            traceback.clear_frames(found.__traceback__)
+            left += [found.__cause__, found.__context__]
 
 
 def _function(module: nn.Module, exported: Any, call: Call, name: str, callers: list) -> Function:

@@ -87,8 +87,10 @@ def keep_fake_device_guard() -> None:
         done = threading.Event()
 
         def hold() -> None:
-            ensure()
-            done.set()
+            try:
+                ensure()
+            finally:
+                done.set()
             threading.Event().wait()
 
         _guard_thread = threading.Thread(target=hold, name="moefx-device-guard", daemon=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextvars import ContextVar
 from importlib import import_module
 
@@ -134,3 +135,20 @@ def _node_hooked(h):
 def _saved(h):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t * 2, lambda t: t):
         return h.sin()
+
+
+def test_a_thread_that_does_not_end_is_the_first_to_make_fake_tensors(monkeypatch):
+    """Where torch is built for CUDA and sees no device, each thread would else leave a pointer to freed memory (torch 2.11)."""
+    called = []
+    monkeypatch.setattr(torch._C, "_ensureCUDADeviceGuardSet", lambda: called.append(threading.current_thread()))
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch_patches, "_guard_thread", None)
+    for _ in range(2):
+        torch_patches.keep_fake_device_guard()
+    (thread,) = called
+    assert thread is not threading.current_thread() and thread.is_alive() and thread.daemon
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch_patches, "_guard_thread", None)
+    torch_patches.keep_fake_device_guard()
+    assert len(called) == 1
