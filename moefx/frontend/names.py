@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from moefx.frontend.module_state import CONTAINERS, MANY, MISSING, Same, Values, by_value
+from moefx.frontend.module_state import CONTAINERS, MANY, MISSING, Same, Values, attributes_of, by_value
 from moefx.internals.functions import home, is_installed, is_of, names_in
 
 #: Packages whose functions name nothing that a graph depends on.
@@ -78,10 +78,13 @@ class Names:
                 self.follow(item)
         elif self._counts(of := home(x if isinstance(x, type) else type(x))) and not is_of(of, _REGISTRIES):
             self.follow_class(x if isinstance(x, type) else type(x))
-            if hasattr(x, "__dict__") and not isinstance(x, type):
-                self._namespaces.setdefault(id(x), (f"a {type(x).__qualname__}", vars(x)))
-            for slot in [] if isinstance(x, type) else [n for c in type(x).__mro__ for n in vars(c).get("__slots__", ())]:
-                self.follow(getattr(x, slot, None))
+            if not isinstance(x, type):
+                # one in slots has no dictionary that could be looked up again: what it held is compared with the object
+                held = vars(x) if hasattr(x, "__dict__") else {}
+                self._namespaces.setdefault(id(x), (f"a {type(x).__qualname__}", held))
+                for name, item in (attributes_of(x) or {}).items():
+                    if name not in held:
+                        self.follow(item)
 
     def follow_class(self, cls: type) -> None:
         """Adds what the class and its bases define under names that the code has; what Python calls without a name, too."""

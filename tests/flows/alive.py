@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._inductor.config
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -485,7 +484,9 @@ def main() -> int:
 
     capture_cache.start(state_of)
     if args.compile:  # else Inductor draws dropout's random numbers in an order of its own
-        torch._inductor.config.fallback_random = True
+        from torch._inductor import config
+
+        config.fallback_random = True
     raised, refused, failed = Counter[str](), Counter[str](), 0
     for seed in tqdm(args.seeds, unit="walk", disable=None):
         walk = Walk.drawn(seed, args.actions, args.families, names)
