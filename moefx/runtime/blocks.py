@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers import PreTrainedModel
 
+from moefx.frontend.module_state import foreign_hooks
 from moefx.integrations import transformers as hf
 
 if TYPE_CHECKING:
@@ -71,3 +73,16 @@ def blocks_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, BlockForward]]
         block = vars(module).get("_moefx_forward")
         if block is not None:
             yield path, module, block
+
+
+def masks_are_seen(model: nn.Module) -> bool:
+    """Does a hook of the user, or a ``forward`` set by the user, see the masks that a layer of the model is called with?"""
+    return any("forward" in vars(m) or not all(backward for _, backward in foreign_hooks(m)) for m in _layers(model))
+
+
+def _layers(model: nn.Module) -> Iterator[nn.Module]:
+    for m in model._modules.values():
+        if isinstance(m, nn.ModuleList):
+            yield from (layer for layer in m._modules.values() if layer is not None)
+        elif isinstance(m, PreTrainedModel):
+            yield from _layers(m)

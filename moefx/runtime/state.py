@@ -21,6 +21,7 @@ from moefx.internals import ambient_modes
 from moefx.ir.plan import Plan
 from moefx.ir.program import Function, Program
 from moefx.rewriting.pipeline import Pipeline
+from moefx.runtime.blocks import masks_are_seen
 
 
 def unseen() -> contextlib.AbstractContextManager:
@@ -53,7 +54,7 @@ class Optimized:
     def masks(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Context in which ``model``, or a model inside it, makes lazy masks for the graphs."""
         plain = self.bypass or self.program.own_attention or hf.is_emitting()
-        return contextlib.nullcontext() if plain else hf.lazy_masks(hf.masks_are_seen(model))
+        return contextlib.nullcontext() if plain else hf.lazy_masks(masks_are_seen(model))
 
     def runner(self, function: Function) -> Callable:
         """The function as a callable, compiled once however many instances share it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from transformers import masking_utils
@@ -68,7 +70,7 @@ def test_sinks_need_a_cuda_device_in_16_bits():
     assert [n.kernel for n in notes] == ["reference", "reference"] and all("float32 on cpu" in n.why for n in notes)
 
 
-@pytest.mark.parametrize("when", ["before", "after", "a patched forward"])
+@pytest.mark.parametrize("when", ["before", "after", "a partial", "a patched forward"])
 def test_code_on_a_layer_sees_the_masks_of_transformers(when):
     """SDPA attention is called without a mask if the sequence is shorter than its window."""
     seen = []
@@ -86,7 +88,7 @@ def test_code_on_a_layer_sees_the_masks_of_transformers(when):
             own = layer.forward
             layer.forward = lambda *args, **kwargs: (look(kwargs), own(*args, **kwargs))[1]
         else:
-            layer.register_forward_pre_hook(hook, with_kwargs=True)
+            layer.register_forward_pre_hook(functools.partial(hook) if when == "a partial" else hook, with_kwargs=True)
 
     def run(model):
         seen.clear()

@@ -11,15 +11,7 @@ from moefx.integrations.transformers.implementations import (
     restore,
 )
 from moefx.integrations.transformers.layout import ExpertsLayout
-from moefx.integrations.transformers.masks import (
-    LazyMask,
-    MaskPattern,
-    attention_mask,
-    lazy_masks,
-    masks_are_seen,
-    original_masks,
-    pattern_of,
-)
+from moefx.integrations.transformers.masks import LazyMask, MaskPattern, attention_mask, lazy_masks, original_masks, pattern_of
 from moefx.integrations.transformers.model_structure import (
     INDEX_NAMES,
     blocks,
@@ -58,8 +50,8 @@ __all__ = [
     "AttentionWeights", "ExpertsLayout", "INDEX_NAMES", "LazyMask", "MaskPattern", "Names", "OwnAttention", "activate",
     "activated", "attention_forward", "attention_mask", "blocks", "check", "count_as_tensor", "emitting", "experts_in",
     "drops_cache", "experts_layout", "experts_modules", "find_layouts", "is_checkpointed", "is_dense_experts", "is_emitting",
-    "is_experts", "is_language_model", "is_norm", "is_recurrent", "is_traced", "is_transformed", "lazy_masks", "masks_are_seen",
-    "named", "noticing_packing", "original_implementations", "original_masks", "outputs_are_collected", "packed", "pattern_of",
+    "is_experts", "is_language_model", "is_norm", "is_recurrent", "is_traced", "is_transformed", "lazy_masks", "named",
+    "noticing_packing", "original_implementations", "original_masks", "outputs_are_collected", "packed", "pattern_of",
     "reads_layer_index", "requested", "restore", "routers", "share_cache", "transforms_are_seen", "unpacked",
     "unpacked_on_meta", "without_index", "without_packages",
 ]  # fmt: skip

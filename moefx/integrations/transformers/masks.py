@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel, masking_utils
+from torch import Tensor
+from transformers import masking_utils
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from moefx import ops
 from moefx.integrations.transformers import recording
 from moefx.internals import transformers_patches
-from moefx.internals.functions import home, is_of
+from moefx.internals.functions import home
 
 #: Set in the forward of an optimized model and while a model is recorded: Transformers then makes :class:`LazyMask` objects.
 _lazy: ContextVar[bool] = ContextVar("moefx_saying_masks", default=False)
@@ -51,28 +51,6 @@ def lazy_masks(seen: bool = False) -> Iterator[None]:
     finally:
         _seen.reset(was_seen)
         _lazy.reset(lazy)
-
-
-def masks_are_seen(model: nn.Module) -> bool:
-    """Does a hook of the user, or a ``forward`` set by the user, see the masks that a layer of the model is called with?"""
-    return any(
-        "forward" in vars(m) or any(not is_of(home(h), ("torch", "transformers", "moefx")) for h in _hooks(m))
-        for m in _layers(model)
-    )
-
-
-def _hooks(m: nn.Module) -> Iterator[Callable]:
-    if m._forward_pre_hooks or m._forward_hooks:
-        yield from m._forward_pre_hooks.values()
-        yield from m._forward_hooks.values()
-
-
-def _layers(model: nn.Module) -> Iterator[nn.Module]:
-    for m in model._modules.values():
-        if isinstance(m, nn.ModuleList):
-            yield from (layer for layer in m._modules.values() if layer is not None)
-        elif isinstance(m, PreTrainedModel):
-            yield from _layers(m)
 
 
 @dataclass(frozen=True)
