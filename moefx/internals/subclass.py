@@ -56,6 +56,8 @@ def with_forward(base: type, make: Callable[[type], Callable]) -> type:
 def pickling(base: type, undo: Callable[[Any], None]) -> Callable:
     """A ``__reduce_ex__`` that pickles a copy of the module after ``undo``; parameters and buffers are not copied for it.
 
+    Parts that are pickled in a way of their own, such as a Transformers model inside a PEFT model, are undone in that way.
+
     ``copy`` calls it as well, and gets the module as it is. A ``__deepcopy__`` would not do: PEFT's wrappers pass attributes
     that they lack on to the model inside, and copying a wrapper would copy that model only.
     """
@@ -65,9 +67,14 @@ def pickling(base: type, undo: Callable[[Any], None]) -> Callable:
             return own_class(base).__reduce_ex__(self, protocol)
         kept = {id(t): t for m in self.modules() for t in (*m._parameters.values(), *m._buffers.values())}
         copied = copy.deepcopy(self, kept)
+        for m in [*copied.modules()][1:]:
+            own = getattr(type(m).__reduce_ex__, "undo", undo)
+            if own is not undo:
+                own(m)
         undo(copied)
         return copied.__reduce_ex__(1)  # from protocol 2 on, pickle compares its class with type(self)
 
+    __reduce_ex__.undo = undo  # type: ignore[attr-defined]
     return __reduce_ex__
 
 

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask, sdpa_mask
@@ -186,3 +187,14 @@ def test_an_implementation_of_experts_that_is_set_later_stays():
     assert pickle.loads(pickle.dumps(model)).config._experts_implementation == "eager"
     assert moefx.restore(model).config._experts_implementation == "eager"
     assert_same_step(model, plain)
+
+
+def test_an_implementation_of_experts_stays_when_an_adapted_model_is_pickled():
+    """PEFT's model holds the configuration too; a name lost in it would run other experts, in float64 none at all."""
+    model = get_peft_model(build("mixtral", experts_implementation="eager"), LoraConfig(r=2, target_modules=["q_proj"]))
+    again = pickle.loads(pickle.dumps(moefx.optimize(model, compile=False)))
+    base = again.get_base_model()
+    assert base.config._experts_implementation == again.config._experts_implementation == "eager"
+    assert again.config is base.config and not hasattr(base, "_moefx")
+    moefx.restore(moefx.optimize(again, compile=False))
+    assert base.config._experts_implementation == "eager"
