@@ -144,7 +144,7 @@ class _Site:
             given = self.inputs()
             schema = self.node.target._schema.arguments  # type: ignore[union-attr]
             args = [given[a.name] for a in schema if not a.kwarg_only]
-            kwargs = {a.name: given[a.name] for a in schema if a.kwarg_only and a.name in given}
+            kwargs = {a.name: given[a.name] for a in schema if a.kwarg_only and a.name in self.node.kwargs}
             leaves = [t for t in given.values() if isinstance(t, Tensor) and t.requires_grad]
             times: list[tuple[float, float]] = []
             with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(bool(leaves)):

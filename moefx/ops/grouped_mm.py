@@ -54,31 +54,37 @@ def _(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[2])
 
 
-@torch.library.custom_op("moefx::grouped_mm_backward", mutates_args=())
-def grouped_mm_backward(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x [R, a] and weight [E, a, b], the latter in weight's own memory order."""
-    to_x = grouped_gemm(grad, weight.transpose(1, 2), offsets)
-    if weight.stride(1) < weight.stride(2):  # a transposed view of [E, b, a]: so its gradient lies the same way
-        return to_x, grouped_outer(grad, x, offsets).transpose(1, 2)
-    return to_x, grouped_outer(x, grad, offsets)
+@torch.library.custom_op("moefx::grouped_mm_outer", mutates_args=())
+def grouped_mm_outer(x: Tensor, grad: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """The gradient of weight [E, a, b], in weight's own memory order; x [R, a], grad [R, b]."""
+    if _is_transposed(weight):
+        return grouped_outer(grad, x, offsets).transpose(1, 2)
+    return grouped_outer(x, grad, offsets)
 
 
-@grouped_mm_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+def _is_transposed(weight: Tensor) -> bool:
+    """Whether it is a transposed view of [E, b, a]."""
+    return weight.stride(1) < weight.stride(2)
+
+
+@grouped_mm_outer.register_fake
+def _(x: Tensor, grad: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     e, a, b = weight.shape
-    if weight.stride(1) < weight.stride(2):
-        return torch.empty_like(x), x.new_empty(e, b, a).transpose(1, 2)
-    return torch.empty_like(x), x.new_empty(e, a, b)
+    return x.new_empty(e, b, a).transpose(1, 2) if _is_transposed(weight) else x.new_empty(e, a, b)
 
 
 def _save_mm(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
+    x, weight, offsets = inputs
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, offsets)  # frozen: x is not kept
 
 
 def _backward_mm(ctx, grad: Tensor):
     refuse_second_derivatives("grouped_mm")
     x, weight, offsets = ctx.saved_tensors
-    return (*torch.ops.moefx.grouped_mm_backward(grad.contiguous(), x, weight, offsets), None)
+    grad, (of_x, of_weight) = grad.contiguous(), ctx.needs_input_grad[:2]
+    to_x = torch.ops.moefx.grouped_mm(grad, weight.transpose(1, 2), offsets) if of_x else None
+    to_weight = torch.ops.moefx.grouped_mm_outer(x, grad, weight, offsets) if of_weight else None
+    return to_x, to_weight, None
 
 
 grouped_mm.register_autograd(_backward_mm, setup_context=_save_mm)
