@@ -80,27 +80,33 @@ def _update_of(node: fx.Node) -> tuple[fx.Node, _Update] | None:
     """(matrices, update) if ``node`` is their sum."""
     if is_call(node, aten.baddbmm.default):
         matrices, left, right = node.args
-        alpha, beta = (node.kwargs.get(n, 1) for n in ("alpha", "beta"))
-        if beta != 1 or value(matrices).shape != value(node).shape:
-            return None
-        return matrices, _Update(left, right, alpha)  # type: ignore[arg-type]
+        update = _update(left, right, node.kwargs.get("alpha", 1))
+        return _sum(node, matrices, update) if node.kwargs.get("beta", 1) == 1 else None
     if is_call(node, aten.add.Tensor):
-        for matrices, product in (node.args, node.args[::-1]):
-            scale = node.kwargs.get("alpha", 1) if product is node.args[1] else 1
-            if matrices is node.args[1] and node.kwargs.get("alpha", 1) != 1:
-                continue
-            while is_call(product, aten.mul.Tensor) and isinstance(product.args[1], int | float):  # type: ignore[union-attr]
-                product, scale = product.args[0], scale * product.args[1]  # type: ignore[union-attr, operator]
-            if _is_product(product, node) and isinstance(matrices, fx.Node) and value(matrices).shape == value(node).shape:
-                return matrices, _Update(*product.args, scale)  # type: ignore[union-attr, arg-type, return-value]
+        first, second = node.args
+        alpha = node.kwargs.get("alpha", 1)
+        found = _sum(node, first, _product(second, alpha))
+        return found or (_sum(node, second, _product(first, 1)) if alpha == 1 else None)
     return None
 
 
-def _is_product(node: Any, total: fx.Node) -> bool:
-    """Whether ``node`` is a product of a matrix of each expert with another, as large and exact as ``total``."""
-    if not is_call(node, aten.bmm.default, aten.matmul.default) or any(value(a).dim() != 3 for a in node.args):
-        return False
-    return value(node).shape == value(total).shape and value(node).dtype == value(total).dtype
+def _sum(node: fx.Node, matrices: Any, update: _Update | None) -> tuple[fx.Node, _Update] | None:
+    if update is None or not isinstance(matrices, fx.Node) or value(matrices).shape != value(node).shape:
+        return None
+    return (matrices, update) if value(matrices).dtype == value(update.left).dtype == value(node).dtype else None
+
+
+def _product(node: Any, scale: Any) -> _Update | None:
+    """The update that ``scale`` times ``node`` is: a product of two matrices for each expert, perhaps scaled."""
+    while is_call(node, aten.mul.Tensor) and isinstance(node.args[1], int | float):
+        node, scale = node.args[0], scale * node.args[1]
+    return _update(*node.args, scale) if is_call(node, aten.bmm.default, aten.matmul.default) else None
+
+
+def _update(left: Any, right: Any, scale: Any) -> _Update | None:
+    shapes = [value(t).shape for t in (left, right)]
+    batched = all(len(s) == 3 for s in shapes) and shapes[0][0] == shapes[1][0]
+    return _Update(left, right, scale) if batched else None
 
 
 def _factors(at: fx.Node, update: _Update, transposed: bool) -> tuple[fx.Node, fx.Node]:

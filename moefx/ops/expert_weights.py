@@ -47,6 +47,11 @@ class ExpertWeights(NamedTuple):
         """The update of down."""
         return _low_rank("down", self.down_lora_a, self.down_lora_b)
 
+    def padded(self, multiple: int) -> ExpertWeights:
+        """The same with updates of ranks that are multiples of ``multiple``."""
+        updates = [None if u is None else u.padded(multiple) for u in (self.gate_up_lora, self.down_lora)]
+        return ExpertWeights(*self[:4], *[t for u in updates for t in (u or (None, None))])
+
 
 def _low_rank(name: str, a: Tensor | None, b: Tensor | None) -> LowRank | None:
     if a is None and b is None:

@@ -75,6 +75,10 @@ def activate_backward(
     return to_h.to(h.dtype).contiguous(), scale_rows(a, permuted_probs).to(h.dtype).contiguous(), to_weights
 
 
+#: Grouped GEMMs of 16 bits want rows of whole 16 bytes: ranks are multiples of this.
+_RANKS = 8
+
+
 class Products(Protocol):
     """Products of rows [R, n] that lie expert by expert with the experts' matrices, as a model stores them."""
 
@@ -102,6 +106,7 @@ def mlp(
     spec: GroupedMLPSpec,
 ) -> tuple[Tensor, Tensor]:
     """The experts' output [R, H], and the pre-activations [R, 2I or I]."""
+    weights = weights.padded(_RANKS)
     gate_up, gate_up_bias, down, down_bias, *_ = weights
     biased = gate_up_bias is not None or down_bias is not None
     expert = experts_of_rows(tokens_per_expert, permuted_tokens.shape[0]) if biased else tokens_per_expert
@@ -166,6 +171,7 @@ def mlp_gradients(
     The activation is computed again. A row's weight gets <its activation, its gradient times ``down``> + <bias, gradient>: no
     output is needed.
     """
+    given, weights = weights, weights.padded(_RANKS)
     gate_up, down, down_bias = weights.gate_up, weights.down, weights.down_bias
     of_rows, *of_weights, of_probs = needs
     wanted = dict(zip(ExpertWeights._fields, of_weights, strict=True))
@@ -188,6 +194,9 @@ def mlp_gradients(
         return kept.restore(h.shape[0], matrices_of(gate_up, spec.transposed).shape[1]).to(gate_up.dtype)
 
     gradients.of_weights("gate_up", rows, to_h, inner, lora)
+    for name, factor in zip(ExpertWeights._fields[4:], given[4:], strict=True):
+        if name in found and factor is not None and found[name].shape != factor.shape:  # without what was padded
+            found[name] = found[name][:, : factor.shape[1], : factor.shape[2]].contiguous()
     return [
         to_rows.to(kept.dtype) if of_rows and to_rows is not None else None,
         *[found.get(name) for name in ExpertWeights._fields],

@@ -1,6 +1,7 @@
 """Grouped matrix products: rows that lie expert by expert, each group times its own matrix.
 
-On CUDA in bf16 they run torch's grouped GEMM, with the offsets on the device; elsewhere a loop over the experts.
+On CUDA in bf16 they run torch's grouped GEMM, with the offsets on the device; elsewhere, and for sizes that are no multiples
+of 8, a loop over the experts.
 """
 
 from __future__ import annotations
@@ -11,9 +12,14 @@ from torch import Tensor
 from moefx.ops.custom_op import refuse_second_derivatives
 
 
+def _by_torch(x: Tensor, *sizes: int) -> bool:
+    """Whether torch's grouped GEMM takes the rows x and matrices of these sizes: it wants whole 16 bytes."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[0] > 0 and all(n % 8 == 0 for n in sizes)
+
+
 def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """x [R, a] times weight [E, a, b] group by group; group e is rows offsets[e-1] to offsets[e]. -> [R, b]."""
-    if x.is_cuda and x.dtype == torch.bfloat16 and x.shape[0]:
+    if _by_torch(x, *weight.shape[1:]):
         return torch._grouped_mm(x, weight, offs=offsets)
     out = x.new_empty(x.shape[0], weight.shape[2])
     start = 0
@@ -27,7 +33,7 @@ def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 def grouped_outer(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
     """x [R, a], y [R, b] -> [E, a, b]: x.T @ y of each group; zeros for an empty one."""
-    if x.is_cuda and x.dtype == torch.bfloat16 and x.shape[0]:
+    if _by_torch(x, x.shape[1], y.shape[1]):
         return torch._grouped_mm(x.transpose(0, 1), y, offs=offsets)
     out = x.new_empty(offsets.shape[0], x.shape[1], y.shape[1])
     start = 0

@@ -89,8 +89,8 @@ def factors(given, transposed, ranks=(3, 5), dtype=torch.float32, seed=9):
     made = []
     for weight, rank in ((given[3], ranks[0]), (given[5], ranks[1])):
         shape = weight.transpose(1, 2).shape if transposed else weight.shape
-        made.append((torch.randn(shape[0], rank, shape[2], generator=g) * 0.5).to(dtype).double())
-        made.append((torch.randn(shape[0], shape[1], rank, generator=g) * 0.5).to(dtype).double())
+        made.append((torch.randn(shape[0], rank, shape[2], generator=g) * 0.3).to(dtype).double())
+        made.append((torch.randn(shape[0], shape[1], rank, generator=g) * 0.3).to(dtype).double())
     return made
 
 
@@ -110,7 +110,7 @@ def split(fn, *given, **options):
 LAYOUTS = {
     "swiglu": {"activation": "swiglu"},
     "relu2": {"activation": "relu2"},
-    "gpt_oss": {"activation": "oai_swiglu", "alpha": 1.7, "limit": 0.6, "transposed": True, "interleaved": True},
+    "gpt_oss": {"activation": "oai_swiglu", "alpha": 1.7, "limit": 7.0, "transposed": True, "interleaved": True},
 }
 KERNELS = {"body": ops.BODIES[ops.experts], "torch": torch_backend.experts, "triton": EXPERTS, "again": RECOMPUTE}
 
