@@ -394,9 +394,11 @@ class Pair:
             if step == 0 and self.case.merged_between:
                 self.merge("between steps")
                 self.unmerge("between steps")
+            wanted, found = ({n: whole(p) for n, p in m.named_parameters()} for m in (self.plain, self.ours))
+            self.near(f"weights after step {step}", wanted, found, 0.1)
+            self.follow()  # else rounding grows from step to step
         self.in_its_graphs("after training")
         self.called = self.ours  # DDP is for training
-        self.follow()
 
     def merge(self, what: str) -> None:
         self.do(f"merging {what}", lambda m: m.merge_adapter(safe_merge=self.case.safe))
