@@ -100,7 +100,10 @@ def _product(node: Any, scale: Any) -> _Update | None:
     """The update that ``scale`` times ``node`` is: a product of two matrices for each expert, perhaps scaled."""
     while is_call(node, aten.mul.Tensor) and isinstance(node.args[1], int | float):
         node, scale = node.args[0], scale * node.args[1]
-    return _update(*node.args, scale) if is_call(node, aten.bmm.default, aten.matmul.default) else None
+    if not is_call(node, aten.bmm.default, aten.matmul.default):
+        return None
+    left, right = node.args
+    return _update(left, right, scale)
 
 
 def _update(left: Any, right: Any, scale: Any) -> _Update | None:
