@@ -7,6 +7,7 @@ bf16 is.
 from __future__ import annotations
 
 import contextlib
+import copy
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,9 +15,8 @@ from typing import Any
 import common
 import routing
 import torch
-from models import MODELS, config, mamba_in_torch
+from models import MODELS, mamba_in_torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 FARTHER = 1.5  #: moefx's distance from fp32 over that of Transformers in bf16
 #: A distance that rounding the result alone can make (bf16: half a unit in the last place): below it nothing is wrong.
@@ -42,24 +42,23 @@ def exact_fp32() -> Iterator[None]:
         torch.set_float32_matmul_precision(kept)
 
 
-def reference(name: str, balanced: bool, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[float, dict, list[Tensor]]:
-    """Loss, gradients and choices of the same weights (each bf16 number is an fp32 number) computed in fp32."""
-    with torch.device("meta"):
-        exact = AutoModelForCausalLM.from_config(
-            config(name, model.config.num_hidden_layers),
-            dtype=torch.float32,
-            attn_implementation=MODELS[name].check_attention or MODELS[name].attention,
-        )
-    # assign: the meta parameters are replaced, and no random initialization is drawn that nobody uses
-    exact.load_state_dict({n: t.float() for n, t in model.state_dict().items()}, assign=True)
-    # rotary frequencies are buffers outside of the state dict, and fp32 in every model
-    for path, module in exact.named_modules():
+def exact_twin(name: str, model: nn.Module) -> nn.Module:
+    """A copy of the model in fp32 (each bf16 number is an fp32 number), which computes attention and experts by their definitions."""
+    exact: Any = copy.deepcopy(
+        model, {id(p): nn.Parameter(p.detach().float(), requires_grad=p.requires_grad) for p in model.parameters()}
+    )
+    for module in exact.modules():
         for n, b in module.named_buffers(recurse=False):
-            if b.is_meta:
-                setattr(module, n, model.get_submodule(path).get_buffer(n).clone())
+            module._buffers[n] = b.float() if b.is_floating_point() else b
+    exact.set_attn_implementation(MODELS[name].check_attention or MODELS[name].attention)
     if exact._can_set_experts_implementation():
         exact.set_experts_implementation("eager")  # the loop over experts: the model's own definition
-    exact.train()
+    return exact.train()
+
+
+def reference(name: str, balanced: bool, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[float, dict, list[Tensor]]:
+    """Loss, gradients and choices of the same weights computed in fp32."""
+    exact = exact_twin(name, model)
     if balanced:
         routing.balance(exact)
     # one sequence at a time, so that fp32 activations fit; all have as many labels, so the mean of losses is the loss
@@ -71,7 +70,7 @@ def reference(name: str, balanced: bool, model: nn.Module, batch: Mapping[str, T
                 part.backward()
             loss += float(part.detach())
             picked.append(list(seen.values()))
-    grads = {n: p.grad for n, p in exact.named_parameters()}
+    grads = {n: p.grad for n, p in exact.named_parameters() if p.requires_grad}
     common.drop_gradients(exact)
     return loss, grads, [torch.cat(layer) for layer in zip(*picked)]
 
@@ -159,7 +158,7 @@ def one_rounding_off(model: nn.Module) -> nn.Module:
     table = off.get_input_embeddings()
     moved = table.weight.detach().clone()
     moved.view(-1)[::64] *= 1 + torch.finfo(moved.dtype).eps
-    table.weight = nn.Parameter(moved)
+    table.weight = nn.Parameter(moved, requires_grad=table.weight.requires_grad)
     return off
 
 
@@ -236,7 +235,7 @@ def show(depths: Sequence[Mapping[str, Any]]) -> None:
                         f"{gap:.1e}",
                         f"{found['max']:.1e}",
                         f"{found['mean']:.1e}",
-                        found["worst"].removeprefix("model."),
+                        found["worst"].removeprefix("base_model.model.").removeprefix("model."),
                         f"{share:.2%}",
                     )
                 )

@@ -32,7 +32,16 @@ RESULTS = HERE / "results"
 #: Whole records, with what is too long for the repository.
 DETAILED = HERE.parent / "build/benchmarks"
 #: Packages that are in a record where they are installed.
-OPTIONAL = ("transformer-engine", "quack-kernels", "nemo-automodel", "mamba-ssm", "causal-conv1d", "deep-ep", "flash-attn-4")
+OPTIONAL = (
+    "peft",
+    "transformer-engine",
+    "quack-kernels",
+    "nemo-automodel",
+    "mamba-ssm",
+    "causal-conv1d",
+    "deep-ep",
+    "flash-attn-4",
+)
 _START = time.perf_counter()
 
 
@@ -93,6 +102,7 @@ class Timing:
     steps_ms: list[float] = field(default_factory=list)
     warmup_s: float = 0.0
     peak_gib: float | None = None  #: above weights and gradients; None where the device does not tell
+    allocated_gib: float | None = None  #: all that tensors took at the peak
     clock: dict[str, float] | None = None  #: of the device in the timed steps: clocks.Readings.summary
 
     @property
@@ -123,21 +133,42 @@ def time_once(step: Callable[[], Any], device: torch.device) -> float:
     return begin.elapsed_time(end)
 
 
-def warm(model: nn.Module, run: Callable, batch: Mapping[str, Tensor], device: torch.device, steps: int) -> float:
+def warm(
+    model: nn.Module,
+    run: Callable,
+    batch: Mapping[str, Tensor],
+    device: torch.device,
+    steps: int,
+    after: Callable[[], Any] = lambda: None,
+) -> float:
     """Seconds of the first steps, where code is compiled and memory is reserved."""
     started = time.perf_counter()
     for _ in range(steps):
         drop_gradients(model)
         train_step(run, batch)
+        after()
     synchronize(device)
     return time.perf_counter() - started
 
 
 def measure(
-    model: nn.Module, run: Callable, batch: Mapping[str, Tensor], device: torch.device, *, warmup: int, steps: int
+    model: nn.Module,
+    run: Callable,
+    batch: Mapping[str, Tensor],
+    device: torch.device,
+    *,
+    warmup: int,
+    steps: int,
+    after: Callable[[], Any] = lambda: None,
 ) -> Timing:
-    """Times ``run`` (the model, compiled or recorded). Gradients are None before each step, outside the clock."""
+    """Times ``run`` (the model, compiled or recorded) and what is to follow ``after`` each backward, such as an optimizer's step.
+    Gradients are None before each step, outside the clock.
+    """
     graphed = isinstance(run, GraphedStep)
+
+    def step() -> None:
+        train_step(run, batch)
+        after()
 
     def from_now_on() -> int:
         """Bytes of weights and whatever the benchmark itself keeps; the peak is counted from here."""
@@ -147,18 +178,20 @@ def measure(
     if device.type == "cuda" and graphed:
         others = from_now_on()  # a replay allocates nothing: what counts is what it was recorded with
     with clocks.reading(device) as clock:
-        timing = Timing(warmup_s=warm(model, run, batch, device, max(warmup, run.warmup + 1) if graphed else warmup))
+        first = max(warmup, run.warmup + 1) if graphed else warmup
+        timing = Timing(warmup_s=warm(model, run, batch, device, first, after))
         drop_gradients(model)
         if device.type == "cuda" and not graphed:
             others = from_now_on()
         clock.since_now()
         for _ in range(steps):
             drop_gradients(model)
-            timing.steps_ms.append(time_once(lambda: train_step(run, batch), device))
+            timing.steps_ms.append(time_once(step, device))
         timing.clock = clock.summary()
     if device.type == "cuda":
         gradients = sum(local(p.grad).nbytes for p in model.parameters() if p.grad is not None)
-        timing.peak_gib = (torch.cuda.max_memory_allocated(device) - others - gradients) / 2**30
+        most = torch.cuda.max_memory_allocated(device)
+        timing.peak_gib, timing.allocated_gib = (most - others - gradients) / 2**30, most / 2**30
     drop_gradients(model)
     return timing
 

@@ -11,7 +11,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GptOssConfig, Llama4TextConfig, NemotronHConfig, PreTrainedConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    GptOssConfig,
+    Llama4TextConfig,
+    NemotronHConfig,
+    PreTrainedConfig,
+    Qwen3MoeConfig,
+)
 from transformers.models.nemotron_h import modeling_nemotron_h
 
 
@@ -28,6 +36,7 @@ class Model:
     #: What differs in the check against fp32, which keeps the weights and their gradients in fp32 beside those in bf16.
     check_seq: int | None = None  #: shorter sequences (None: the timed ones)
     check_attention: str | None = None  #: for Transformers, where the timed one is not the model's definition
+    check_model: str | None = None  #: another of MODELS, which lora.py checks where one layer in fp32 does not fit
 
 
 _QWEN3 = dict(norm_topk_prob=True, rope_theta=1e6, tie_word_embeddings=False)
@@ -95,6 +104,32 @@ def _llama4(**widths: Any) -> Callable[[int], PreTrainedConfig]:
     return lambda layers: Llama4TextConfig(num_hidden_layers=layers, interleave_moe_layer_step=1, **widths)
 
 
+#: The first layers of DeepSeek-V3 have a dense MLP instead of experts: three in the whole, one in any other depth that has room.
+_DEEPSEEK_LAYERS = 61
+
+
+def _deepseek_dense(layers: int) -> int:
+    return 3 if layers == _DEEPSEEK_LAYERS else int(layers > 1)
+
+
+def _deepseek(**widths: Any) -> Callable[[int], PreTrainedConfig]:
+    # without the module that predicts a second token
+    return lambda layers: DeepseekV3Config(
+        num_hidden_layers=layers, first_k_dense_replace=_deepseek_dense(layers), num_mtp_layers=0, **widths
+    )
+
+
+_YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "original_max_position_embeddings": 4096, "beta_fast": 32,
+    "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
+}  # fmt: skip
+
+
+def _deepseek_units(layers: int) -> Counter[str]:
+    dense = _deepseek_dense(layers)
+    return Counter({"dense": dense, "MoE": layers - dense})
+
+
 MODELS = {
     # Qwen/Qwen3-30B-A3B: config.json. Its 48 layers are alike.
     "qwen3_30b": Model(
@@ -130,6 +165,17 @@ MODELS = {
         _llama4(hidden_size=5120, intermediate_size=8192, intermediate_size_mlp=16384, num_local_experts=16),
         _alike(48), _alike, 48, depths=(1, 3), check_seq=1024,
     ),
+    # deepseek-ai/DeepSeek-V3: config.json, whose widths are the class's defaults, and its longer rotary embedding.
+    "deepseek_v3": Model(
+        _deepseek(max_position_embeddings=163840, rope_parameters=_YARN),
+        _deepseek_units(_DEEPSEEK_LAYERS), _deepseek_units, _DEEPSEEK_LAYERS, depths=(1, 2, 3), check_seq=1024,
+        check_model="deepseek_v3_32_experts",
+    ),
+    # the same widths with an eighth of the experts, of which a token still visits 8
+    "deepseek_v3_32_experts": Model(
+        _deepseek(max_position_embeddings=163840, rope_parameters=_YARN, n_routed_experts=32),
+        _deepseek_units(_DEEPSEEK_LAYERS), _deepseek_units, _DEEPSEEK_LAYERS, depths=(1, 2, 3), check_seq=1024,
+    ),
     # the same classes in sizes that run anywhere: do the benchmarks run?
     "tiny": Model(
         _qwen3(
@@ -159,6 +205,15 @@ MODELS = {
             num_key_value_heads=2, head_dim=16, vocab_size=500, bos_token_id=None, eos_token_id=None, pad_token_id=None,
         ),
         _alike(4), _alike, 4,
+    ),
+    "tiny_deepseek_v3": Model(
+        _deepseek(
+            hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_attention_heads=4, num_key_value_heads=4,
+            n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2, q_lora_rank=24, kv_lora_rank=16,
+            qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, vocab_size=500, max_position_embeddings=163840,
+            rope_parameters=_YARN,
+        ),
+        _deepseek_units(_DEEPSEEK_LAYERS), _deepseek_units, _DEEPSEEK_LAYERS, depths=(1, 2, 3),
     ),
     "demo": Model(
         _qwen3(

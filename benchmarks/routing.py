@@ -51,7 +51,7 @@ def _qwen3(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return logits, weights.to(logits.dtype), index
 
 
-def _nemotron(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _sigmoid(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     logits = F.linear(hidden_states.view(-1, self.hidden_dim).float(), self.weight.float())
     index = balanced_index(len(logits), self.top_k, self.num_experts, logits.device)
     weights = logits.sigmoid().gather(1, index)
@@ -74,7 +74,8 @@ def _llama4(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _BALANCED = {
-    "Qwen3MoeTopKRouter": _qwen3, "NemotronHTopkRouter": _nemotron, "GptOssTopKRouter": _gpt_oss, "Llama4Router": _llama4,
+    "Qwen3MoeTopKRouter": _qwen3, "NemotronHTopkRouter": _sigmoid, "DeepseekV3TopkRouter": _sigmoid,
+    "GptOssTopKRouter": _gpt_oss, "Llama4Router": _llama4,
 }  # fmt: skip
 
 

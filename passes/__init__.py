@@ -16,6 +16,7 @@ from moefx.passes.residual_rms_norm import ResidualRMSNorm
 from moefx.passes.rms_norm import RMSNorm
 from moefx.passes.rotary import Rotary
 from moefx.passes.route import Route
+from moefx.passes.split_lora import SplitLoRA
 from moefx.passes.swiglu import SwiGLU
 from moefx.rewriting.pipeline import Change, Changes, Pass, Pipeline
 
@@ -23,7 +24,7 @@ __all__ = [
     # Raise what a model writes to operations
     "Canonicalize", "DenseExperts", "RMSNorm", "Route", "Rotary", "SwiGLU", "LinearCrossEntropy",
     # Transform
-    "ResidualRMSNorm", "NormRotary", "LinearToFP32", "ExposeRoutes", "ExpertParallel",
+    "ResidualRMSNorm", "NormRotary", "LinearToFP32", "SplitLoRA", "ExposeRoutes", "ExpertParallel",
     # Lower to kernels
     "Lower", "NormStreams", "Overlap",
     # Opt-in
@@ -46,6 +47,7 @@ def default() -> Pipeline:
         ResidualRMSNorm(),     # add, rms_norm -> add_rms_norm
         NormRotary(),          # rms_norm of query and key, rotary -> norm_rotary of each
         LinearToFP32(),        # casts to fp32, linear -> linear_to_fp32
+        SplitLoRA(),           # experts of W + B A -> experts with the factors
         ExposeRoutes(),        # each router's experts -> an output of the function (replaying: an input)
         ExpertParallel(),      # experts -> dispatch, grouped_mlp, combine
         Lower(),               # each operation -> a backend's kernel

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import fx
 
 from moefx import ops
@@ -18,6 +17,7 @@ from moefx.ops import grouped_mlp as grouped
 from moefx.rewriting.pipeline import Changes
 
 _WEIGHTS = ("gate_up", "gate_up_bias", "down", "down_bias")
+_FACTORS = ("gate_up_lora_a", "gate_up_lora_b", "down_lora_a", "down_lora_b")
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,10 @@ class ExpertParallel:
     Numerics: a row's weight multiplies its activation instead of its result (see ``grouped_mlp``), without another rounding; in
     16 bits a token's sum is rounded once per rank before it is sent (see ``combine``). Sums over tokens in a weight's gradient
     are taken per rank. ``grad_scale`` = 1/ep makes experts' gradients the average over the ranks' losses, as DDP and FSDP
-    average the dense ones. LoRA updates of the weights (PEFT's ``target_parameters``) are added locally, on each rank those of
-    its own experts. With ``plan.dispatch_dtype`` "fp8" (opt-in) tokens are quantized to be sent: a relative error of up to
-    2**-4, see :mod:`moefx.transports.fp8_rows`.
+    average the dense ones. Low-rank updates of the weights are replicated on every rank, like dense parameters, and each takes
+    the factors of its own experts: their gradients are not scaled, since the mean over ranks divides them already. With
+    ``plan.dispatch_dtype`` "fp8" (opt-in) tokens are quantized to be sent: a relative error of up to 2**-4, see
+    :mod:`moefx.transports.fp8_rows`.
     """
 
     name: ClassVar[str] = "expert_parallel"
@@ -63,10 +64,10 @@ class ExpertParallel:
         if num_experts % plan.ep_size:
             return f"{num_experts} experts cannot be sharded across ep_size={plan.ep_size} ranks"
         owners = {w: given[w] for w in _WEIGHTS if given[w] is not None}
-        strange = [w for w in owners.values() if not (w.op == "placeholder" or self._is_adapted(w))]
+        strange = [w for w in owners.values() if w.op != "placeholder"]
         if strange:
             return f"the experts' weight {describe(strange[0])} is computed in the block, not a parameter of the model"
-        local = {w: self._local(function, node, n, plan) for w, n in owners.items()}
+        local = {w: self._local(function, n, plan) for w, n in owners.items()}
         where = {"num_experts": num_experts, "group": plan.ep_group}
         limited = {**where, "capacity": plan.dispatch_capacity} if plan.dispatch_capacity else dict(where)
         if plan.dispatch_dtype:
@@ -78,6 +79,7 @@ class ExpertParallel:
         weights = tuple(local.get(w) for w in _WEIGHTS)
         options |= {"grad_scale": plan.experts_gradient_scale, "permuted_probs": probs}
         options["arrived"] = [received, row_id_map, cpu_metadata]
+        options |= {f: self._slice(node, given[f], plan) for f in _FACTORS if given[f] is not None}
         done = emit(node, grouped.grouped_mlp, rows, tokens_per_expert, *weights, **options)
         back = emit(node, dispatch_combine.combine, done, given["topk_ids"], *route, **where)
         if value(back).dtype != value(node).dtype:
@@ -89,28 +91,17 @@ class ExpertParallel:
         return None
 
     @staticmethod
-    def _is_adapted(w: fx.Node) -> bool:
-        """Is it a parameter plus products of LoRA factors, as moefx.integrations.peft adds them?"""
-        while is_call(w, aten.baddbmm.default):
-            w = w.args[0]  # type: ignore[assignment]
-        return w.op == "placeholder"
-
-    def _local(self, function: Function, at: fx.Node, w: fx.Node, plan: Plan) -> fx.Node:
-        """This rank's part of a weight.
-
-        LoRA factors are replicated on every rank, like dense parameters: each rank's gradient of them is that of its own
-        experts, and the mean over ranks must not divide it twice.
-        """
-        many = value(w).shape[0] // plan.ep_size
-        if w.op == "placeholder":
-            with function.fake_mode:
-                w.meta["val"] = value(w).new_empty((many, *value(w).shape[1:]))
-            return w
-        inner, *factors = w.all_input_nodes
+    def _slice(at: fx.Node, factor: fx.Node, plan: Plan) -> fx.Node:
+        """The factors of this rank's experts."""
+        many = value(factor).shape[0] // plan.ep_size
         first = plan.ep_rank * many
-        parts = [emit(at, aten.slice.Tensor, f, 0, first, first + many) for f in factors]
-        scaled = [emit(at, torch.ops.moefx.scale_gradient.default, p, 1.0 / plan.experts_gradient_scale) for p in parts]
-        local = emit(at, aten.baddbmm.default, self._local(function, at, inner, plan), *scaled, **w.kwargs)
-        for new in (*parts, *scaled, local):
-            inherit(new, [w])
-        return local
+        new = emit(at, aten.slice.Tensor, factor, 0, first, first + many)
+        inherit(new, [factor])
+        return new
+
+    @staticmethod
+    def _local(function: Function, w: fx.Node, plan: Plan) -> fx.Node:
+        """A weight, of which this rank has its own experts."""
+        with function.fake_mode:
+            w.meta["val"] = value(w).new_empty((value(w).shape[0] // plan.ep_size, *value(w).shape[1:]))
+        return w

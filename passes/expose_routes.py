@@ -94,10 +94,7 @@ class ExposeRoutes:
             nonfinite = put(emit(route, ops.nonfinite, of_router["logits"])) if plan.check_numerics else None
             bias = self._name(function, of_router["bias"])
         output.args = (tuple(results),)
-        gate_up = given["gate_up"]
-        while is_call(gate_up, aten.baddbmm.default):  # a parameter and its LoRA update
-            gate_up = gate_up.args[0]
-        path = (self._name(function, gate_up) or experts.name).rpartition(".")[0]
+        path = (self._name(function, given["gate_up"]) or experts.name).rpartition(".")[0]
         num_experts, top_k = value(given["gate_up"]).shape[0], value(given["topk_ids"]).shape[1]
         return RouterOutputs(path, index, num_experts, top_k, bias, logits, nonfinite, not_replayable)
 

@@ -11,12 +11,14 @@ A table may have variants of kernels, under (operation, variant): passes ask for
     "fp8"           of experts, grouped_mlp: products in 8 bits
     "fp8_<recipe>"  of aten.linear: the same, by a recipe of Transformer Engine
 
-A variant takes the operation's arguments, and may take more after them. Variants of variants have longer keys: (operation,
-"fp8", "recompute").
+A kernel may lack arguments of its operation that are optional tensors, such as the factors of low-rank updates: it is not asked
+where they are given. A variant takes the operation's arguments, and may take more after them. Variants of variants have longer
+keys: (operation, "fp8", "recompute").
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -136,23 +138,17 @@ def check_signature(backend: str, key: Any, kernel: Kernel) -> None:
         raise MoefxError(
             f"backend {backend!r} has a kernel for {op!r}, which is not an operation (torch.ops.moefx.<name>.default)"
         )
-    if isinstance(kernel.fn, OpOverload):
-        theirs = [(a.name, a.kwarg_only) for a in kernel.fn._schema.arguments]
-    else:
-        try:
-            parameters = inspect.signature(kernel.fn).parameters.values()
-        except (TypeError, ValueError):
-            return  # a builtin that does not tell
-        if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
-            return
-        theirs = [(p.name, p.kind is p.KEYWORD_ONLY) for p in parameters]
+    theirs = _signature(kernel.fn)
+    if theirs is None:
+        return
     ours = [(a.name, a.kwarg_only) for a in op._schema.arguments]
     # positional arguments by position, keyword-only ones by name
     (plain, named), (their_plain, their_named) = ((sum(not k for _, k in of), {n for n, k in of if k}) for of in (ours, theirs))
+    required = named - {a.name for a in op._schema.arguments if _may_lack(a)}
     if variants:
-        same = plain <= their_plain and named <= their_named
+        same = plain <= their_plain and required <= their_named
     else:
-        same = plain == their_plain and named == their_named
+        same = plain == their_plain and required <= their_named <= named
     if not same:
         what = op_name(op) + "".join(f", variant {v!r}" for v in variants)
         hint = "give it the operation's signature"
@@ -161,6 +157,32 @@ def check_signature(backend: str, key: Any, kernel: Kernel) -> None:
         raise MoefxError(
             f"backend {backend!r}: the kernel of {what} takes {_text(theirs)}, the operation has {_text(ours)}: {hint}"
         )
+
+
+def _may_lack(argument: Any) -> bool:
+    """Whether kernels need not have that argument: those without are not asked where it is given."""
+    return argument.kwarg_only and argument.has_default_value() and argument.default_value is None
+
+
+@functools.lru_cache(1024)
+def _signature(fn: Callable[..., Any]) -> list[tuple[str, bool]] | None:
+    """Name of each parameter, and whether it is keyword-only; None: any, or it does not tell."""
+    if isinstance(fn, OpOverload):
+        return [(a.name, a.kwarg_only) for a in fn._schema.arguments]
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):
+        return None  # a builtin
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        return None
+    return [(p.name, p.kind is p.KEYWORD_ONLY) for p in parameters]
+
+
+def _lacks(kernel: Kernel, node: fx.Node) -> str | None:
+    """Which optional arguments of ``node`` the kernel does not have."""
+    theirs = _signature(kernel.fn)
+    lacking = [] if theirs is None else [n for n in node.kwargs if n not in dict(theirs)]
+    return f"its kernel has no argument {', '.join(lacking)}" if lacking else None
 
 
 def _text(signature: list[tuple[str, bool]]) -> str:
@@ -185,7 +207,7 @@ def accepting(node: fx.Node, backends: Sequence[Backend], *variants: str) -> tup
         kernel = backend.kernel(op, *variants)
         if kernel is None:
             continue
-        sentence = kernel.available() or kernel.refuses(node)
+        sentence = kernel.available() or _lacks(kernel, node) or kernel.refuses(node)
         if sentence is None:
             found.append(Choice(backend, kernel, kernel.why, list(refusals), variants))
         else:
@@ -251,5 +273,5 @@ def variant_of(node: fx.Node, variant: str) -> Choice | str:
         have = [b.name for b in builtin().values() if b.kernel(op, *choice.variants, variant)]
         others = f": {', '.join(have)} has one" if len(have) == 1 else f": {', '.join(have)} have one" if have else ""
         return f"{op_name(op)} by {origin(node).kernel} has no variant {variant!r}{others}"
-    problem = kernel.available() or kernel.refuses(node)
+    problem = kernel.available() or _lacks(kernel, node) or kernel.refuses(node)
     return problem or Choice(choice.backend, kernel, kernel.why or choice.why, choice.refusals, (*choice.variants, variant))

@@ -218,13 +218,17 @@ def experts(
     down: Tensor,
     down_bias: Tensor | None,
     *,
+    gate_up_lora_a: Tensor | None = None,
+    gate_up_lora_b: Tensor | None = None,
+    down_lora_a: Tensor | None = None,
+    down_lora_b: Tensor | None = None,
     spec: ExpertsSpec,
 ) -> Tensor:
     """The kernel of ``moefx.experts``: Transformer Engine's permutation around grouped GEMMs and activation of ``triton``."""
     flat = topk_ids.reshape(-1)
     counts = torch.zeros(gate_up.shape[0], dtype=torch.int64, device=x.device).scatter_add(0, flat, torch.ones_like(flat))
     rows, where = permute.te_permute(x.to(gate_up.dtype), topk_ids.to(torch.int32))
-    weights = (gate_up, gate_up_bias, down, down_bias)
+    weights = (gate_up, gate_up_bias, down, down_bias, gate_up_lora_a, gate_up_lora_b, down_lora_a, down_lora_b)
     mlp = grouped.GroupedMLPSpec.of(spec)
     rows = fused_grouped_mlp(rows, counts, *weights, None, *grouped.parts_of(None), mlp, "torch", True)[0]
     return permute.te_unpermute(rows, where, topk_weights.float()).to(x.dtype)
@@ -251,15 +255,18 @@ def grouped_mlp(
     down: Tensor,
     down_bias: Tensor | None,
     *,
+    gate_up_lora_a: Tensor | None = None,
+    gate_up_lora_b: Tensor | None = None,
+    down_lora_a: Tensor | None = None,
+    down_lora_b: Tensor | None = None,
     permuted_probs: Tensor | None = None,
     arrived: list[Tensor] | None = None,
     spec: grouped.GroupedMLPSpec,
 ) -> Tensor:
     """The kernel of ``moefx.grouped_mlp``."""
+    weights = (gate_up, gate_up_bias, down, down_bias, gate_up_lora_a, gate_up_lora_b, down_lora_a, down_lora_b)
     parts = grouped.parts_of(arrived)
-    return te_grouped.te_grouped_mlp(
-        permuted_tokens, tokens_per_expert, gate_up, gate_up_bias, down, down_bias, permuted_probs, *parts, spec
-    )[0]
+    return te_grouped.te_grouped_mlp(permuted_tokens, tokens_per_expert, *weights, permuted_probs, *parts, spec)[0]
 
 
 def _refuses_grouped_mlp(node: fx.Node) -> str | None:

@@ -18,6 +18,7 @@ from moefx.kernels.linear_to_fp32 import linear_to_fp32
 from moefx.ops import AttentionSpec, ExpertsSpec, NormSpec, dispatch_combine, takes_spec
 from moefx.ops import grouped_mlp as grouped
 from moefx.ops.activations import ACTIVATIONS
+from moefx.ops.expert_weights import ExpertWeights, LowRank
 from moefx.ops.grouped_mm import grouped_mm
 
 # --- norms -----------------------------------------------------------------------------------------------------------
@@ -183,6 +184,10 @@ class _BiasOfRows(torch.autograd.Function):
         return chosen.to(grad.dtype) @ grad, None
 
 
+#: Numbers of 16 bits: torch's grouped GEMM wants rows of whole 16 bytes.
+_BY_16_BYTES = 8
+
+
 @takes_spec
 def experts(
     x: Tensor,
@@ -193,6 +198,10 @@ def experts(
     down: Tensor,
     down_bias: Tensor | None,
     *,
+    gate_up_lora_a: Tensor | None = None,
+    gate_up_lora_b: Tensor | None = None,
+    down_lora_a: Tensor | None = None,
+    down_lora_b: Tensor | None = None,
     spec: ExpertsSpec,
 ) -> Tensor:
     """The kernel of ``moefx.experts``: tokens are sorted by expert, multiplied by grouped GEMMs and summed without atomics."""
@@ -203,16 +212,26 @@ def experts(
     expert = flat[order]
     offsets, computed = ops.expert_offsets(expert, gate_up, down), ops.computed_row_mask(expert, gate_up, down)
 
-    def project(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    weights = ExpertWeights(gate_up, gate_up_bias, down, down_bias, gate_up_lora_a, gate_up_lora_b, down_lora_a, down_lora_b)
+
+    def project(h: Tensor, weight: Tensor, bias: Tensor | None, update: LowRank | None) -> Tensor:
         matrix, ends = weight if spec.transposed else weight.transpose(-2, -1), offsets[: weight.shape[0]]
-        if h.is_cuda and weight.dtype == torch.bfloat16:
-            out = torch._grouped_mm(h.to(weight.dtype), matrix, offs=ends)
-        else:
-            out = grouped_mm(h.to(weight.dtype), matrix, ends)
+        by_torch = h.is_cuda and weight.dtype == torch.bfloat16
+
+        def mm(x: Tensor, matrix: Tensor) -> Tensor:
+            return torch._grouped_mm(x, matrix, offs=ends) if by_torch else grouped_mm(x, matrix, ends)
+
+        h = h.to(weight.dtype)
+        out = mm(h, matrix)
+        if update is not None:
+            a, b = update.padded(_BY_16_BYTES) if by_torch else update
+            out = out + mm(mm(h, a.transpose(-2, -1)), b.transpose(-2, -1))
         return out if bias is None else out + _BiasOfRows.apply(bias, expert)
 
-    h = project(ops.zero_uncomputed_rows(_GatherTokens.apply(x, order, inverse, top_k), computed), gate_up, gate_up_bias)
-    h = project(ACTIVATIONS[spec.activation].forward(h, spec.alpha, spec.limit, spec.interleaved), down, down_bias)
+    h = ops.zero_uncomputed_rows(_GatherTokens.apply(x, order, inverse, top_k), computed)
+    h = project(h, gate_up, gate_up_bias, weights.gate_up_lora)
+    h = ACTIVATIONS[spec.activation].forward(h, spec.alpha, spec.limit, spec.interleaved)
+    h = project(h, down, down_bias, weights.down_lora)
     h = ops.zero_uncomputed_rows(h, computed)
     h = _Permute.apply(h, inverse, order).view(tokens, top_k, h.shape[-1])
     return _sum_of_tokens(h, topk_weights).to(x.dtype)

@@ -27,6 +27,8 @@ from moefx.ops import grouped_mlp as grouped
 #: Below Hopper torch's grouped GEMM is a loop over the experts, which reads the counts back (pytorch#186620).
 CAPABILITY = (9, 0)
 MAX_EXPERTS, MAX_TOP_K = 1024, 32
+#: Of low-rank updates, whose factors a program holds in registers.
+MAX_RANK = 256
 #: Of shorter rows, such as heads, there are too many for a program to hold few: Inductor fuses those with what is around them.
 MIN_NORM, MAX_NORM = 512, 16384
 ROTARY_LAYOUTS = ("half", "half_table", "interleaved")  #: those of moefx.rotary that the kernel knows
@@ -80,9 +82,14 @@ def experts_by(gemm: str, keep: bool = True) -> Callable[..., Tensor]:
         down: Tensor,
         down_bias: Tensor | None,
         *,
+        gate_up_lora_a: Tensor | None = None,
+        gate_up_lora_b: Tensor | None = None,
+        down_lora_a: Tensor | None = None,
+        down_lora_b: Tensor | None = None,
         spec: ExpertsSpec,
     ) -> Tensor:
-        return fused_experts(x, topk_ids, topk_weights, gate_up, gate_up_bias, down, down_bias, spec, gemm, keep)[0]
+        weights = (gate_up, gate_up_bias, down, down_bias, gate_up_lora_a, gate_up_lora_b, down_lora_a, down_lora_b)
+        return fused_experts(x, topk_ids, topk_weights, *weights, spec, gemm, keep)[0]
 
     return experts
 
@@ -100,14 +107,17 @@ def grouped_mlp_by(gemm: str, keep: bool = True) -> Callable[..., Tensor]:
         down: Tensor,
         down_bias: Tensor | None,
         *,
+        gate_up_lora_a: Tensor | None = None,
+        gate_up_lora_b: Tensor | None = None,
+        down_lora_a: Tensor | None = None,
+        down_lora_b: Tensor | None = None,
         permuted_probs: Tensor | None = None,
         arrived: list[Tensor] | None = None,
         spec: grouped.GroupedMLPSpec,
     ) -> Tensor:
+        weights = (gate_up, gate_up_bias, down, down_bias, gate_up_lora_a, gate_up_lora_b, down_lora_a, down_lora_b)
         parts = grouped.parts_of(arrived)
-        return fused_grouped_mlp(
-            permuted_tokens, tokens_per_expert, gate_up, gate_up_bias, down, down_bias, permuted_probs, *parts, spec, gemm, keep
-        )[0]
+        return fused_grouped_mlp(permuted_tokens, tokens_per_expert, *weights, permuted_probs, *parts, spec, gemm, keep)[0]
 
     return grouped_mlp
 
@@ -179,6 +189,10 @@ def refuses_experts(node: fx.Node) -> str | None:
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < CAPABILITY:
         have = ".".join(map(str, torch.cuda.get_device_capability()))
         return f"its grouped GEMM needs compute capability 9.0, this device has {have}"
+    for name in ("gate_up_lora_a", "down_lora_a"):
+        factor = value(given[name])
+        if factor is not None and factor.shape[1] > MAX_RANK:
+            return f"it holds low-rank updates of rank {MAX_RANK} at most in registers, {name} has rank {factor.shape[1]}"
     return _torch_refuses(node)
 
 

@@ -102,7 +102,8 @@ class _Site:
         def shape(val: Tensor) -> list[int]:
             return [int(e.subs({s: numbers[str(s)] for s in e.free_symbols})) for e in map(sizes.size, val.shape)]
 
-        given = arguments(node)
+        optional = {a.name for a in node.target._schema.arguments if a.kwarg_only and a.has_default_value()}  # type: ignore[union-attr]
+        given = {k: v for k, v in arguments(node).items() if v is not None or k not in optional}
         self.given = {k: (shape(value(v)), value(v).dtype) if isinstance(v, fx.Node) else v for k, v in given.items()}
         self.where = name_of(device)
         inputs = {k: [v[0], str(v[1])] if isinstance(v, tuple) else v for k, v in self.given.items()}

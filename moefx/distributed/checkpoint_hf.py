@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Transpose, WeightConverter, revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
@@ -25,6 +26,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from moefx.distributed import rank_monitor
 from moefx.distributed.process_group import barrier, rank_and_world
 from moefx.errors import MoefxError
+from moefx.integrations import fsdp
 from moefx.integrations import transformers as hf
 
 _WEIGHTS, _INDEX = "model{suffix}.safetensors", "model.safetensors.index.json"
@@ -55,14 +57,14 @@ def save_pretrained(
     sharded = model.state_dict()
     whole = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in sharded.items()}
     whole = remove_tied_weights_from_state_dict(whole, model)
-    written = revert_weight_conversion(model, dict(whole)) if save_original_format else whole
+    written = _checkpoint_format(model, dict(whole)) if save_original_format else whole
     plan = _plan(written, max_shard_size)
     owner = {file: i % world for i, file in enumerate(plan.filename_to_tensors)}
     waiting: dict[str, dict[str, Tensor]] = {file: {} for file, r in owner.items() if r == rank}
     groups = list(_groups(model, list(whole)))
     for names in tqdm(groups, desc="saving", disable=rank > 0):
         here = {name: _gathered(sharded[name]) for name in names}  # on every rank: gathering is collective
-        for name, t in (revert_weight_conversion(model, here) if save_original_format else here).items():
+        for name, t in (_checkpoint_format(model, here) if save_original_format else here).items():
             file = plan.tensor_to_filename[name]
             if owner[file] == rank:
                 waiting[file][name] = t.cpu().contiguous().clone()
@@ -79,6 +81,12 @@ def save_pretrained(
         (folder / _CONFIG).unlink(missing_ok=True)  # from here on the new files count
         _rename_files(folder)
     barrier()
+
+
+def _checkpoint_format(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with the names and layouts of the model's checkpoints."""
+    with fsdp.own_classes(model, PreTrainedModel):
+        return revert_weight_conversion(model, tensors)
 
 
 def _plan(written: dict[str, Tensor], max_shard_size: int | str) -> Any:
@@ -171,7 +179,7 @@ def check_files(folder: Path, model: Any) -> None:
     found = _shapes(folder)
     whole = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in model.state_dict().items()}
     own = {name: tuple(t.shape) for name, t in whole.items()}
-    written = revert_weight_conversion(model, remove_tied_weights_from_state_dict(whole, model))
+    written = _checkpoint_format(model, remove_tied_weights_from_state_dict(whole, model))
     wanted = {name: tuple(t.shape) for name, t in written.items()}
     # Transformers also takes the model's own names, and either without the prefix of the base model
     prefix = f"{model.base_model_prefix}."
@@ -187,6 +195,11 @@ def check_files(folder: Path, model: Any) -> None:
             raise MoefxError(f"{problem}: {_ADVICE}")
 
 
+def _conversions(model: Any) -> list[Any]:
+    with fsdp.own_classes(model, PreTrainedModel):
+        return get_model_conversion_mapping(model)
+
+
 def _is_transposed(model: Any, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     """Does Transformers' loading transpose a tensor of shape ``found``, unless it has the shape ``wanted`` already?"""
 
@@ -195,7 +208,7 @@ def _is_transposed(model: Any, name: str, found: tuple[int, ...], wanted: tuple[
 
     return any(
         isinstance(op, Transpose) and op.check_dims and transposed(op) == wanted
-        for c in get_model_conversion_mapping(model)
+        for c in _conversions(model)
         if isinstance(c, WeightConverter) and any(re.search(pattern, name) for pattern in c.source_patterns)
         for op in c.operations
     )

@@ -5,7 +5,8 @@ A captured graph does not call the modules inside its block, so the runtime call
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,11 +16,39 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from moefx.errors import MoefxError
+from moefx.internals import subclass
 
 
 def is_fsdp_hook(hook: Callable) -> bool:
     """Is this one of FSDP2's forward hooks?"""
     return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.fsdp")
+
+
+def own_class(cls: type) -> type:
+    """The class that ``fully_shard`` and moefx made ``cls`` of."""
+    while True:
+        inner = subclass.own_class(cls)
+        if issubclass(inner, FSDPModule):
+            inner = next(c for c in inner.__mro__ if not issubclass(c, FSDPModule))
+        if inner is cls:
+            return cls
+        cls = inner
+
+
+@contextmanager
+def own_classes(model: nn.Module, kind: type) -> Iterator[None]:
+    """Context in which the modules of a ``kind`` in a sharded model have their own classes.
+
+    Transformers finds a checkpoint's names by a model's class, and takes the one that ``fully_shard`` makes for custom code.
+    """
+    changed = [(m, type(m)) for m in model.modules() if isinstance(m, kind) and own_class(type(m)) is not type(m)]
+    try:
+        for m, cls in changed:
+            m.__class__ = own_class(cls)
+        yield
+    finally:
+        for m, cls in changed:
+            m.__class__ = cls
 
 
 def units(module: nn.Module) -> list[nn.Module]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -188,6 +188,23 @@ def weight(experts: nn.Module, name: str) -> Tensor:
     for left, right, scaling in factors:
         found = torch.baddbmm(found, left[mine], right[mine], alpha=scaling)
     return found
+
+
+def without_wrappers(module: Any) -> Any:
+    """The module inside PEFT's wrappers of its parameters."""
+    while is_wrapper(module):
+        module = module.base_layer
+    return module
+
+
+def adapted_parameter(module: Any, name: str) -> Any:
+    """A parameter of a module whose forward is not called, with the updates that PEFT's wrappers around it would add."""
+    with ExitStack() as inside:
+        while is_wrapper(module):
+            if not (module.disable_adapters or module.merged):
+                inside.enter_context(_adapted(module))
+            module = module.base_layer
+        return getattr(module, name, None)
 
 
 def layers(module: nn.Module) -> list[Any]:

@@ -14,6 +14,7 @@ two shared cores of an EPYC).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,8 @@ from torch import Tensor
 from moefx.kernels import grouped_gemm
 from moefx.ops import ExpertsSpec, has_zero_computation_experts
 from moefx.ops.custom_op import FIRST_INPUT, opaque
-from moefx.ops.grouped_mlp import GroupedMLPSpec, matrices_of, save_for_backward
+from moefx.ops.expert_weights import ExpertWeights
+from moefx.ops.grouped_mlp import GroupedMLPSpec, matrices_of, save_for_backward, wanted
 from moefx.transports.permute import SavedRows
 
 #: The activations that :mod:`moefx.kernels.expert_activation` has kernels for.
@@ -43,16 +45,20 @@ KNOWN = frozenset(
     }
 )
 
-#: In the operations below: gate_up, gate_up_bias, down, down_bias.
-Weights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
+
+class _Input(NamedTuple):
+    """The input of gate_up, for a backward that may need none of it."""
+
+    whole: Callable[[], Tensor]  #: [R, H]
+    gathered: Callable[[], tuple[Tensor, Tensor | None]]  #: [T, H], and the token of each row [R]; or [R, H] and None
 
 
 def _gradients(
     to_out: Tensor,
     h: Tensor,
-    rows: Callable[[], Tensor],
+    given: _Input,
     bounds: Tensor,
-    weights: Weights,
+    weights: ExpertWeights,
     spec: ExpertsSpec,
     gemm: str,
     needs: Sequence[bool],
@@ -61,20 +67,28 @@ def _gradients(
     by_down: Callable[[Tensor], Tensor] | None = None,
     grad_scale: float = 1.0,
 ) -> tuple[Tensor | None, list[Tensor | None], Tensor | None]:
-    """Gradients of the rows [R, H], of the four ``weights`` and of ``permuted_probs``; None for those not in ``needs``.
+    """Gradients of the rows [R, H], of each of ``weights`` and of ``permuted_probs``; None for those not in ``needs``.
 
     They follow from to_out [R, H], the gradient of the weighted rows, not yet multiplied by ``permuted_probs``. The gradient of
     ``permuted_probs`` is [R], or [T, K] with ``order`` [R], the flat positions of the rows, and lacks the part of down's bias.
     ``by_down`` multiplies to_out with matrices [E, H, I] group by group, where there are fewer tokens to round than rows. The
-    gradients of the four weights are multiplied by ``grad_scale``.
+    gradients of matrices and biases are multiplied by ``grad_scale``, not those of factors of updates.
     """
     from moefx.kernels import expert_activation as act
+    from moefx.kernels import low_rank
 
-    gate_up, gate_up_bias, down, down_bias = weights
+    gate_up, gate_up_bias, down, down_bias, *_ = weights
+    of_rows, *of_weights = needs
+    need = dict(zip(ExpertWeights._fields, of_weights))
+    found: dict[str, Tensor] = {}
     offsets = bounds[1:]
     of_down = bounds[: down.shape[0] + 1]
     matrices = matrices_of(down, spec.transposed).transpose(1, 2)
     to_a = by_down(matrices) if by_down else grouped_gemm.rows(gemm, to_out, matrices, of_down)
+    update = weights.down_lora
+    if update is not None:
+        inner = low_rank.into(to_out, update.b.transpose(1, 2), of_down)
+        low_rank.add_(to_a, inner, update.a, of_down)
     to_h, weighted, to_weights = act.backward(h, gate_up_bias, offsets, to_a, spec, permuted_probs, order)
     del to_a
 
@@ -82,28 +96,53 @@ def _gradients(
         pair = (of_in, of_out) if spec.transposed else (of_out, of_in)
         return grouped_gemm.outer(gemm, *pair, bounds, grad_scale)
 
-    found: list[Tensor | None] = [None] * 4
-    if needs[3]:
-        found[2] = outer(weighted, to_out, of_down)
-    if needs[4]:
+    if need["down"]:
+        found["down"] = outer(weighted, to_out, of_down)
+    if update is not None and need["down_lora_a"]:
+        found["down_lora_a"] = low_rank.outer(inner, weighted, of_down)
+    if update is not None and need["down_lora_b"]:
+        reduced = low_rank.into(weighted, update.a, of_down)
+        found["down_lora_b"] = low_rank.outer(reduced, to_out, of_down, transposed=True)
+    if need["down_bias"]:
         assert down_bias is not None
-        found[3] = act.segment_sum(to_out, offsets, down_bias.dtype, permuted_probs, order)
+        found["down_bias"] = act.segment_sum(to_out, offsets, down_bias.dtype, permuted_probs, order)
     del weighted
-    if needs[1]:
-        found[0] = outer(rows().to(gate_up.dtype), to_h, bounds)
-    if needs[2]:
+    update = weights.gate_up_lora
+    if update is not None:
+        inner = low_rank.into(to_h, update.b.transpose(1, 2), bounds)
+    if need["gate_up"] or need["gate_up_lora_a"] or need["gate_up_lora_b"]:
+        x, index = (given.whole(), None) if need["gate_up"] else given.gathered()
+        x = x.to(gate_up.dtype)
+        if need["gate_up"]:
+            found["gate_up"] = outer(x, to_h, bounds)
+        if update is not None and need["gate_up_lora_a"]:
+            found["gate_up_lora_a"] = low_rank.outer(inner, x, bounds, index)
+        if update is not None and need["gate_up_lora_b"]:
+            reduced = low_rank.into(x, update.a, bounds, index)
+            found["gate_up_lora_b"] = low_rank.outer(reduced, to_h, bounds, transposed=True)
+        del x
+    if need["gate_up_bias"]:
         assert gate_up_bias is not None
-        found[1] = act.segment_sum(to_h, offsets, gate_up_bias.dtype)
-    for of_bias in (found[1], found[3]):
-        if of_bias is not None and grad_scale != 1.0:
-            of_bias.mul_(grad_scale)
-    if not needs[0]:
-        return None, found, to_weights
-    return grouped_gemm.rows(gemm, to_h, matrices_of(gate_up, spec.transposed).transpose(1, 2), bounds), found, to_weights
+        found["gate_up_bias"] = act.segment_sum(to_h, offsets, gate_up_bias.dtype)
+    for name in ("gate_up_bias", "down_bias"):
+        if name in found and grad_scale != 1.0:
+            found[name].mul_(grad_scale)
+    to_rows = None
+    if of_rows:
+        to_rows = grouped_gemm.rows(gemm, to_h, matrices_of(gate_up, spec.transposed).transpose(1, 2), bounds)
+        if update is not None:
+            low_rank.add_(to_rows, inner, update.a, bounds)
+    return to_rows, [found.get(name) for name in ExpertWeights._fields], to_weights
 
 
-def _or_empty(found: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
-    return [like.new_empty(0) if t is None else t for t in found]
+def _found(*gradients: Tensor | None) -> list[Tensor]:
+    return [t for t in gradients if t is not None]
+
+
+def _by_need(made: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """What :func:`_found` left, each in its place again."""
+    left = iter(made)
+    return [next(left) if need else None for need in needs]
 
 
 # --- experts ---------------------------------------------------------------------------------------------------------
@@ -118,6 +157,10 @@ def fused_experts(
     gate_up_bias: Tensor | None,
     down: Tensor,
     down_bias: Tensor | None,
+    gate_up_lora_a: Tensor | None,
+    gate_up_lora_b: Tensor | None,
+    down_lora_a: Tensor | None,
+    down_lora_b: Tensor | None,
     spec: ExpertsSpec,
     gemm: str,
     keep: bool,
@@ -128,23 +171,49 @@ def fused_experts(
     recomputes it.
     """
     from moefx.kernels import expert_activation as act
+    from moefx.kernels import low_rank
     from moefx.kernels.counting_sort import sort_by_expert
     from moefx.kernels.permute import reduce
 
+    weights = ExpertWeights(gate_up, gate_up_bias, down, down_bias, gate_up_lora_a, gate_up_lora_b, down_lora_a, down_lora_b)
     top_k, experts = topk_ids.shape[1], down.shape[0] if has_zero_computation_experts(gate_up, down) else 0
     order, inverse, bounds = sort_by_expert(topk_ids, gate_up.shape[0])
     if experts:
         bounds = torch.minimum(bounds, bounds[experts])
-    h = grouped_gemm.of_tokens(gemm, x.to(gate_up.dtype), order, inverse, top_k, matrices_of(gate_up, spec.transposed), bounds)
+    h = _pre_activations(gemm, x, order, inverse, top_k, weights, bounds, spec)
     a = act.forward(h, gate_up_bias, bounds[1:], spec)
-    rows = grouped_gemm.rows(gemm, a, matrices_of(down, spec.transposed), bounds[: down.shape[0] + 1])
+    of_down = bounds[: down.shape[0] + 1]
+    rows = grouped_gemm.rows(gemm, a, matrices_of(down, spec.transposed), of_down)
+    if weights.down_lora is not None:
+        low_rank.update_(rows, a, weights.down_lora, of_down)
     del a
     y = reduce(rows, inverse, top_k, x.dtype, weights=topk_weights, index=topk_ids, bias=down_bias, experts=experts)
     return y, h if keep else h.new_empty(0), order, inverse, bounds
 
 
+def _pre_activations(
+    gemm: str,
+    x: Tensor,
+    order: Tensor,
+    inverse: Tensor,
+    top_k: int,
+    weights: ExpertWeights,
+    bounds: Tensor,
+    spec: ExpertsSpec,
+) -> Tensor:
+    """h [T*K, 2I or I] of tokens x [T, H]."""
+    from moefx.kernels import low_rank
+
+    x = x.to(weights.gate_up.dtype)
+    h = grouped_gemm.of_tokens(gemm, x, order, inverse, top_k, matrices_of(weights.gate_up, spec.transposed), bounds)
+    if weights.gate_up_lora is not None:
+        low_rank.update_(h, x, weights.gate_up_lora, bounds, order // top_k)
+    return h
+
+
 @fused_experts.register_fake
-def _(x, topk_ids, topk_weights, gate_up, gate_up_bias, down, down_bias, spec, gemm, keep):
+def _(x, topk_ids, topk_weights, gate_up, *others):
+    *_, spec, _, keep = others
     rows = topk_ids.shape[0] * topk_ids.shape[1]
     integers = [topk_ids.new_empty(n, dtype=torch.int32) for n in (rows, rows, gate_up.shape[0] + 1)]
     h = gate_up.new_empty(rows, matrices_of(gate_up, spec.transposed).shape[2]) if keep else gate_up.new_empty(0)
@@ -165,91 +234,72 @@ def fused_experts_backward(
     gate_up_bias: Tensor | None,
     down: Tensor,
     down_bias: Tensor | None,
+    gate_up_lora_a: Tensor | None,
+    gate_up_lora_b: Tensor | None,
+    down_lora_a: Tensor | None,
+    down_lora_b: Tensor | None,
     spec: ExpertsSpec,
     gemm: str,
     keep: bool,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, topk_weights, gate_up, gate_up_bias, down, down_bias.
-
-    ``needs``: of which of them, without topk_weights, which always gets one; the others are empty.
-    """
+) -> list[Tensor]:
+    """Gradients of x, topk_weights and each of the weights: of those that ``needs`` says."""
     from moefx.kernels.permute import expand, reduce
 
+    weights = ExpertWeights(gate_up, gate_up_bias, down, down_bias, gate_up_lora_a, gate_up_lora_b, down_lora_a, down_lora_b)
     top_k, experts = topk_ids.shape[1], down.shape[0] if has_zero_computation_experts(gate_up, down) else 0
     grad = grad.to(gate_up.dtype)
     if not keep:
-        h = grouped_gemm.of_tokens(
-            gemm, x.to(gate_up.dtype), order, inverse, top_k, matrices_of(gate_up, spec.transposed), bounds
-        )
+        h = _pre_activations(gemm, x, order, inverse, top_k, weights, bounds, spec)
 
     def of_tokens(matrices: Tensor) -> Tensor:
         return grouped_gemm.of_tokens(gemm, grad, order, inverse, top_k, matrices, bounds[: down.shape[0] + 1])
 
-    to_rows, found, to_weights = _gradients(
+    of_x, of_probs, *of_weights = needs
+    to_rows, found, to_probs = _gradients(
         expand(grad, inverse, top_k),
         h,
-        lambda: expand(x.to(gate_up.dtype), inverse, top_k),
+        _Input(lambda: expand(x.to(gate_up.dtype), inverse, top_k), lambda: (x, order // top_k)),
         bounds,
-        (gate_up, gate_up_bias, down, down_bias),
+        weights,
         spec,
         gemm,
-        needs,
+        (of_x, *of_weights),
         topk_weights,
         order,
         of_tokens if gemm == "fp8" else None,
     )
-    assert to_weights is not None
-    if down_bias is not None:  # what a row's weight multiplies has the bias in it
-        to_weights += F.linear(grad, down_bias).float().gather(1, topk_ids)
+    assert to_probs is not None
+    if of_probs and down_bias is not None:  # what a row's weight multiplies has the bias in it
+        to_probs += F.linear(grad, down_bias).float().gather(1, topk_ids)
     if experts:
-        to_weights.masked_fill_(topk_ids >= experts, 0.0)
+        to_probs.masked_fill_(topk_ids >= experts, 0.0)
     to_x = None if to_rows is None else reduce(to_rows, inverse, top_k, x.dtype, index=topk_ids, experts=experts)
-    first, *rest = _or_empty([to_x, *found], h)
-    return first, to_weights.to(topk_weights.dtype), *rest  # type: ignore[return-value]
+    return _found(to_x, to_probs.to(topk_weights.dtype) if of_probs else None, *found)
 
 
 @fused_experts_backward.register_fake
-def _(
-    grad,
-    h,
-    order,
-    inverse,
-    bounds,
-    x,
-    topk_ids,
-    topk_weights,
-    gate_up,
-    gate_up_bias,
-    down,
-    down_bias,
-    spec,
-    gemm,
-    keep,
-    needs,
-):
-    made = [
-        torch.empty_like(t) if need else h.new_empty(0) for t, need in zip((x, gate_up, gate_up_bias, down, down_bias), needs)
-    ]
-    return made[0], torch.empty_like(topk_weights), *made[1:]
+def _(grad, h, order, inverse, bounds, x, topk_ids, topk_weights, *others):
+    *weights, _, _, _, needs = others
+    return [torch.empty_like(t) for t, need in zip((x, topk_weights, *weights), needs, strict=True) if need]
 
 
 def _save(ctx, inputs, keyword_only_inputs, output) -> None:
     ctx.set_materialize_grads(False)  # else autograd would write zeros for h's
-    x, topk_ids, topk_weights, gate_up, gate_up_bias, down, down_bias, *ctx.options = inputs
-    ctx.save_for_backward(*output[1:], x, topk_ids, topk_weights, gate_up, gate_up_bias, down, down_bias)
+    *tensors, spec, gemm, keep = inputs
+    ctx.options = spec, gemm, keep
+    ctx.save_for_backward(*output[1:], *tensors)
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx, grad: Tensor | None, *_: Tensor | None):
-    asked = ctx.needs_input_grad[FIRST_INPUT:]
     if grad is None:
-        return (None,) * 10
-    needs = [asked[0], *asked[3:7]]
+        return (None,) * 14
+    of_x, _, *others = ctx.needs_input_grad[FIRST_INPUT:][:11]
+    needs = [of_x, *others]
     found = fused_experts_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options, needs)
-    to_x, to_weights, *rest = found
-    rest = [t if need else None for t, need in zip(rest, needs[1:])]
-    return to_x if needs[0] else None, None, to_weights if asked[2] else None, *rest, None, None, None
+    to_x, *rest = _by_need(found, needs)
+    return to_x, None, *rest, None, None, None
 
 
 fused_experts.register_autograd(_backward, setup_context=_save)
@@ -263,6 +313,17 @@ def _bounds(tokens_per_expert: Tensor) -> Tensor:
     return F.pad(tokens_per_expert.cumsum(0), (1, 0)).to(torch.int32)
 
 
+def _pre_activations_of_rows(gemm: str, rows: Tensor, weights: ExpertWeights, bounds: Tensor, spec: ExpertsSpec) -> Tensor:
+    """h [R, 2I or I] of rows [R, H]."""
+    from moefx.kernels import low_rank
+
+    rows = rows.to(weights.gate_up.dtype)
+    h = grouped_gemm.rows(gemm, rows, matrices_of(weights.gate_up, spec.transposed), bounds)
+    if weights.gate_up_lora is not None:
+        low_rank.update_(h, rows, weights.gate_up_lora, bounds)
+    return h
+
+
 @opaque("fused_grouped_mlp")
 def fused_grouped_mlp(
     permuted_tokens: Tensor,
@@ -271,6 +332,10 @@ def fused_grouped_mlp(
     gate_up_bias: Tensor | None,
     down: Tensor,
     down_bias: Tensor | None,
+    gate_up_lora_a: Tensor | None,
+    gate_up_lora_b: Tensor | None,
+    down_lora_a: Tensor | None,
+    down_lora_b: Tensor | None,
     permuted_probs: Tensor | None,
     tokens: Tensor | None,
     row_id_map: Tensor | None,
@@ -285,32 +350,23 @@ def fused_grouped_mlp(
     empty, and recomputed there.
     """
     from moefx.kernels import expert_activation as act
+    from moefx.kernels import low_rank
 
+    weights = ExpertWeights(gate_up, gate_up_bias, down, down_bias, gate_up_lora_a, gate_up_lora_b, down_lora_a, down_lora_b)
     bounds = _bounds(tokens_per_expert)
-    h = grouped_gemm.rows(gemm, permuted_tokens.to(gate_up.dtype), matrices_of(gate_up, spec.transposed), bounds)
+    h = _pre_activations_of_rows(gemm, permuted_tokens, weights, bounds, spec)
     a = act.forward(h, gate_up_bias, bounds[1:], spec, permuted_probs)
     out = grouped_gemm.rows(gemm, a, matrices_of(down, spec.transposed), bounds)
+    if weights.down_lora is not None:
+        low_rank.update_(out, a, weights.down_lora, bounds)
     if down_bias is not None:
         act.add_bias_(out, down_bias, bounds[1:], permuted_probs)
     return out, h if keep else h.new_empty(0)
 
 
 @fused_grouped_mlp.register_fake
-def _(
-    permuted_tokens,
-    tokens_per_expert,
-    gate_up,
-    gate_up_bias,
-    down,
-    down_bias,
-    permuted_probs,
-    tokens,
-    row_id_map,
-    cpu_metadata,
-    spec,
-    gemm,
-    keep,
-):
+def _(permuted_tokens, tokens_per_expert, gate_up, gate_up_bias, down, *others):
+    *_, spec, _, keep = others
     wide, out = matrices_of(gate_up, spec.transposed).shape[2], matrices_of(down, spec.transposed).shape[2]
     return gate_up.new_empty(permuted_tokens.shape[0], out), gate_up.new_empty(
         permuted_tokens.shape[0], wide
@@ -330,81 +386,66 @@ def fused_grouped_mlp_backward(
     gate_up_bias: Tensor | None,
     down: Tensor,
     down_bias: Tensor | None,
+    gate_up_lora_a: Tensor | None,
+    gate_up_lora_b: Tensor | None,
+    down_lora_a: Tensor | None,
+    down_lora_b: Tensor | None,
     permuted_probs: Tensor | None,
     spec: GroupedMLPSpec,
     gemm: str,
     keep: bool,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of permuted_tokens, gate_up, gate_up_bias, down, down_bias, permuted_probs.
-
-    ``needs``: of which of them; the others are empty.
-    """
+) -> list[Tensor]:
+    """Gradients of permuted_tokens, each of the weights, and permuted_probs: of those that ``needs`` says."""
     from moefx.kernels import expert_activation as act
 
+    weights = ExpertWeights(gate_up, gate_up_bias, down, down_bias, gate_up_lora_a, gate_up_lora_b, down_lora_a, down_lora_b)
     bounds = _bounds(tokens_per_expert)
     kept, hidden = SavedRows(permuted_tokens, tokens, row_id_map, cpu_metadata), matrices_of(gate_up, spec.transposed).shape[1]
     if not keep:
         kept = SavedRows(kept.restore(grad.shape[0], hidden))
-        h = grouped_gemm.rows(
-            gemm, kept.restore(grad.shape[0], hidden).to(gate_up.dtype), matrices_of(gate_up, spec.transposed), bounds
-        )
-    to_rows, found, to_weights = _gradients(
+        h = _pre_activations_of_rows(gemm, kept.restore(grad.shape[0], hidden), weights, bounds, spec)
+
+    def rows() -> Tensor:
+        return kept.restore(grad.shape[0], hidden)
+
+    *of_rows_and_weights, of_probs = needs
+    to_rows, found, to_probs = _gradients(
         grad,
         h,
-        lambda: kept.restore(grad.shape[0], hidden),
+        _Input(rows, lambda: (rows(), None)),
         bounds,
-        (gate_up, gate_up_bias, down, down_bias),
+        weights,
         spec,
         gemm,
-        needs,
+        of_rows_and_weights,
         permuted_probs,
         grad_scale=spec.grad_scale,
     )
-    if not needs[5]:
-        to_weights = None
-    if to_weights is not None:
+    if not of_probs:
+        to_probs = None
+    if to_probs is not None:
         assert permuted_probs is not None
         if down_bias is not None:  # what a row's weight multiplies has the bias in it
-            act.add_dot_(to_weights, grad, down_bias, bounds[1:])
-        to_weights = to_weights.to(permuted_probs.dtype)
-    to_rows = None if to_rows is None else to_rows.to(kept.dtype)
-    return tuple(_or_empty([to_rows, *found, to_weights], h))  # type: ignore[return-value]
+            act.add_dot_(to_probs, grad, down_bias, bounds[1:])
+        to_probs = to_probs.to(permuted_probs.dtype)
+    return _found(None if to_rows is None else to_rows.to(kept.dtype), *found, to_probs)
 
 
 @fused_grouped_mlp_backward.register_fake
-def _(
-    grad,
-    h,
-    permuted_tokens,
-    tokens,
-    row_id_map,
-    cpu_metadata,
-    tokens_per_expert,
-    gate_up,
-    gate_up_bias,
-    down,
-    down_bias,
-    permuted_probs,
-    spec,
-    gemm,
-    keep,
-    needs,
-):
-    to_rows = h.new_empty(
-        grad.shape[0], matrices_of(gate_up, spec.transposed).shape[1], dtype=SavedRows(permuted_tokens, tokens).dtype
-    )
-    given = zip((to_rows, gate_up, gate_up_bias, down, down_bias, permuted_probs), needs)
-    return tuple(torch.empty_like(t) if need else h.new_empty(0) for t, need in given)
+def _(grad, h, permuted_tokens, tokens, row_id_map, cpu_metadata, tokens_per_expert, gate_up, *others):
+    *weights, spec, _, _, needs = others
+    hidden, dtype = matrices_of(gate_up, spec.transposed).shape[1], SavedRows(permuted_tokens, tokens).dtype
+    to_rows = h.new_empty(grad.shape[0], hidden, dtype=dtype)
+    return [torch.empty_like(t) for t, need in zip((to_rows, gate_up, *weights), needs, strict=True) if need]
 
 
 def _backward_mlp(ctx, grad: Tensor | None, _: Tensor | None):
-    asked = ctx.needs_input_grad[FIRST_INPUT:]
     if grad is None:
-        return (None,) * 13
-    needs = [asked[0], *asked[2:7]]
+        return (None,) * 17
+    needs = wanted(ctx)
     found = fused_grouped_mlp_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options, needs)
-    to_rows, *rest = [t if need else None for t, need in zip(found, needs)]
+    to_rows, *rest = _by_need(found, needs)
     return to_rows, None, *rest, *[None] * 6
 
 

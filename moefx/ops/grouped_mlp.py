@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,31 +11,14 @@ from torch import Tensor
 
 from moefx.errors import MoefxError
 from moefx.ops.activations import ACTIVATIONS
-from moefx.ops.custom_op import opaque
+from moefx.ops.custom_op import FIRST_INPUT, opaque
+from moefx.ops.expert_weights import ExpertWeights, LowRank
 from moefx.ops.grouped_mm import grouped_gemm, grouped_outer
-from moefx.ops.moe import ExpertsSpec
+from moefx.ops.moe import LORA_SCHEMA, ExpertsSpec
 from moefx.ops.registry import LIBRARY
 from moefx.ops.spec import schema, takes_spec
 from moefx.transports import accumulation_dtype
 from moefx.transports.permute import SavedRows
-
-
-@torch.library.custom_op("moefx::scale_gradient", mutates_args=())
-def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """x; its gradient is multiplied by ``scale``."""
-    return x.clone()
-
-
-@scale_gradient.register_fake
-def _(x: Tensor, scale: float) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _save_scale(ctx, inputs, output) -> None:
-    ctx.scale = inputs[1]
-
-
-scale_gradient.register_autograd(lambda ctx, grad: (grad * ctx.scale, None), setup_context=_save_scale)
 
 
 def matrices_of(weight: Tensor, transposed: bool) -> Tensor:
@@ -58,7 +41,7 @@ def scale_rows(x: Tensor, permuted_probs: Tensor | None) -> Tensor:
 class GroupedMLPSpec(ExpertsSpec):
     """The options of ``moefx.experts``, and the scale of a rank's gradients."""
 
-    #: Multiplies the gradients of the matrices and biases, not those of permuted_probs.
+    #: Multiplies the gradients of the matrices and biases, not those of permuted_probs and of the factors of updates.
     grad_scale: float = 1.0
 
     @classmethod
@@ -92,6 +75,10 @@ def activate_backward(
     return to_h.to(h.dtype).contiguous(), scale_rows(a, permuted_probs).to(h.dtype).contiguous(), to_weights
 
 
+#: Grouped GEMMs of 16 bits want rows of whole 16 bytes: ranks are multiples of this.
+_RANKS = 8
+
+
 class Products(Protocol):
     """Products of rows [R, n] that lie expert by expert with the experts' matrices, as a model stores them."""
 
@@ -105,26 +92,67 @@ class Products(Protocol):
         """x [R, a], y [R, b] -> [E, a, b], contiguous: x.T @ y of each expert's rows; zeros where there are none."""
 
 
+def _project(products: Products, x: Tensor, weight: Tensor, update: LowRank | None, transposed: bool) -> Tensor:
+    out = products.forward(x, weight, transposed)
+    return out if update is None else out + products.forward(products.forward(x, update.a, False), update.b, False)
+
+
 def mlp(
     products: Products,
     permuted_tokens: Tensor,
     tokens_per_expert: Tensor,
-    gate_up: Tensor,
-    gate_up_bias: Tensor | None,
-    down: Tensor,
-    down_bias: Tensor | None,
+    weights: ExpertWeights,
     permuted_probs: Tensor | None,
     spec: GroupedMLPSpec,
 ) -> tuple[Tensor, Tensor]:
     """The experts' output [R, H], and the pre-activations [R, 2I or I]."""
+    weights = weights.padded(_RANKS)
+    gate_up, gate_up_bias, down, down_bias, *_ = weights
     biased = gate_up_bias is not None or down_bias is not None
     expert = experts_of_rows(tokens_per_expert, permuted_tokens.shape[0]) if biased else tokens_per_expert
-    h = products.forward(permuted_tokens.to(gate_up.dtype), gate_up, spec.transposed)
+    h = _project(products, permuted_tokens.to(gate_up.dtype), gate_up, weights.gate_up_lora, spec.transposed)
     h = h if gate_up_bias is None else h + gate_up_bias[expert]
-    out = products.forward(activate(h, permuted_probs, spec), down, spec.transposed)
+    out = _project(products, activate(h, permuted_probs, spec), down, weights.down_lora, spec.transposed)
     if down_bias is not None:
         out = (out + scale_rows(down_bias[expert], permuted_probs)).to(out.dtype)
     return out, h
+
+
+class _Gradients:
+    """Gradients of projections with low-rank updates: of their inputs, and of the weights that ``needs`` names."""
+
+    def __init__(self, products: Products, spec: GroupedMLPSpec, needs: dict[str, bool]):
+        self.products, self.spec, self.needs = products, spec, needs
+        self.found: dict[str, Tensor] = {}
+
+    def scaled(self, grad: Tensor) -> Tensor:
+        """``grad`` times the scale of a rank's gradients, in place."""
+        return grad if self.spec.grad_scale == 1.0 else grad.mul_(self.spec.grad_scale)
+
+    def through(self, grad: Tensor, weight: Tensor, update: LowRank | None) -> tuple[Tensor, Tensor | None]:
+        """The gradient of a projection's input, and that of x a' [R, r], which its update has between the factors."""
+        to_x = self.products.backward(grad, weight, self.spec.transposed)
+        if update is None:
+            return to_x, None
+        inner = self.products.backward(grad, update.b, False)
+        return to_x + self.products.backward(inner, update.a, False), inner
+
+    def of_weights(
+        self, name: str, x: Callable[[], Tensor], grad: Tensor, inner: Tensor | None, update: LowRank | None
+    ) -> None:
+        """Those of the weight ``name`` and of the factors of its update; x(): the projection's input."""
+        outer, a, b = self.products.outer, f"{name}_lora_a", f"{name}_lora_b"
+        if not any(self.needs[n] for n in (name, a, b)):
+            return
+        rows = x()
+        if self.needs[name]:
+            self.found[name] = self.scaled(outer(rows, grad) if self.spec.transposed else outer(grad, rows))
+        if self.needs[a]:
+            assert inner is not None
+            self.found[a] = outer(inner, rows)
+        if self.needs[b]:
+            assert update is not None
+            self.found[b] = outer(grad, self.products.forward(rows, update.a, False))
 
 
 def mlp_gradients(
@@ -133,35 +161,47 @@ def mlp_gradients(
     h: Tensor,
     kept: SavedRows,
     tokens_per_expert: Tensor,
-    gate_up: Tensor,
-    gate_up_bias: Tensor | None,
-    down: Tensor,
-    down_bias: Tensor | None,
+    weights: ExpertWeights,
     permuted_probs: Tensor | None,
     spec: GroupedMLPSpec,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of permuted_tokens, gate_up, gate_up_bias, down, down_bias, permuted_probs (empty where there is none).
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of permuted_tokens, of each of ``weights``, and of permuted_probs; None for those not in ``needs``.
 
     The activation is computed again. A row's weight gets <its activation, its gradient times ``down``> + <bias, gradient>: no
     output is needed.
     """
-    to_a = products.backward(grad, down, spec.transposed)
-    to_h, a, to_weights = activate_backward(h, to_a, permuted_probs, spec)
-    to_down = products.outer(a, grad) if spec.transposed else products.outer(grad, a)
-    x = kept.restore(h.shape[0], matrices_of(gate_up, spec.transposed).shape[1]).to(gate_up.dtype)
-    to_up = products.outer(x, to_h) if spec.transposed else products.outer(to_h, x)
-    to_rows = products.backward(to_h, gate_up, spec.transposed).to(kept.dtype)
-    to_up_bias = sum_by_expert(to_h, tokens_per_expert) if gate_up_bias is not None else h.new_empty(0)
-    to_down_bias = h.new_empty(0)
-    if down_bias is not None:
-        to_down_bias = sum_by_expert(grad, tokens_per_expert, permuted_probs)
-        if permuted_probs is not None:
-            bias = down_bias[experts_of_rows(tokens_per_expert, h.shape[0])]
-            to_weights += (grad.to(accumulation_dtype(grad.dtype)) * bias).sum(1)
-    if spec.grad_scale != 1.0:
-        for g in (to_up, to_up_bias, to_down, to_down_bias):
-            g.mul_(spec.grad_scale)
-    return to_rows, to_up, to_up_bias, to_down, to_down_bias, to_weights
+    given, weights = weights, weights.padded(_RANKS)
+    gate_up, down, down_bias = weights.gate_up, weights.down, weights.down_bias
+    of_rows, *of_weights, of_probs = needs
+    wanted = dict(zip(ExpertWeights._fields, of_weights, strict=True))
+    gradients = _Gradients(products, spec, wanted)
+    to_a, inner = gradients.through(grad, down, weights.down_lora)
+    to_h, a, to_probs = activate_backward(h, to_a, permuted_probs, spec)
+    gradients.of_weights("down", lambda: a, grad, inner, weights.down_lora)
+    found = gradients.found
+    if wanted["down_bias"]:
+        found["down_bias"] = gradients.scaled(sum_by_expert(grad, tokens_per_expert, permuted_probs))
+    if of_probs and down_bias is not None:
+        bias = down_bias[experts_of_rows(tokens_per_expert, h.shape[0])]
+        to_probs += (grad.to(accumulation_dtype(grad.dtype)) * bias).sum(1)
+    if wanted["gate_up_bias"]:
+        found["gate_up_bias"] = gradients.scaled(sum_by_expert(to_h, tokens_per_expert))
+    lora = weights.gate_up_lora
+    to_rows, inner = gradients.through(to_h, gate_up, lora) if of_rows or lora is not None else (None, None)
+
+    def rows() -> Tensor:
+        return kept.restore(h.shape[0], matrices_of(gate_up, spec.transposed).shape[1]).to(gate_up.dtype)
+
+    gradients.of_weights("gate_up", rows, to_h, inner, lora)
+    for name, factor in zip(ExpertWeights._fields[4:], given[4:], strict=True):
+        if name in found and factor is not None and found[name].shape != factor.shape:  # without what was padded
+            found[name] = found[name][:, : factor.shape[1], : factor.shape[2]].contiguous()
+    return [
+        to_rows.to(kept.dtype) if of_rows and to_rows is not None else None,
+        *[found.get(name) for name in ExpertWeights._fields],
+        to_probs if of_probs else None,
+    ]
 
 
 def sum_by_expert(grad: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor | None = None) -> Tensor:
@@ -188,19 +228,25 @@ def define(name: str, products: Callable[[Tensor], Products]) -> Callable[..., t
         gate_up_bias: Tensor | None,
         down: Tensor,
         down_bias: Tensor | None,
+        gate_up_lora_a: Tensor | None,
+        gate_up_lora_b: Tensor | None,
+        down_lora_a: Tensor | None,
+        down_lora_b: Tensor | None,
         permuted_probs: Tensor | None,
         tokens: Tensor | None,
         row_id_map: Tensor | None,
         cpu_metadata: Tensor | None,
         spec: GroupedMLPSpec,
     ) -> tuple[Tensor, Tensor]:
-        weights = (gate_up, gate_up_bias, down, down_bias)
-        return mlp(products(tokens_per_expert), permuted_tokens, tokens_per_expert, *weights, permuted_probs, spec)
+        weights = ExpertWeights(
+            gate_up, gate_up_bias, down, down_bias, gate_up_lora_a, gate_up_lora_b, down_lora_a, down_lora_b
+        )
+        return mlp(products(tokens_per_expert), permuted_tokens, tokens_per_expert, weights, permuted_probs, spec)
 
     @forward.register_fake
-    def _(permuted_tokens, _, gate_up, __, down, ___, ____, tokens, row_id_map, cpu_metadata, spec):
+    def _(permuted_tokens, _, gate_up, __, down, *others):
         def rows(weight: Tensor) -> Tensor:
-            return gate_up.new_empty(permuted_tokens.shape[0], matrices_of(weight, spec.transposed).shape[2])
+            return gate_up.new_empty(permuted_tokens.shape[0], matrices_of(weight, others[-1].transposed).shape[2])
 
         return rows(down), rows(gate_up)
 
@@ -217,38 +263,59 @@ def define(name: str, products: Callable[[Tensor], Products]) -> Callable[..., t
         gate_up_bias: Tensor | None,
         down: Tensor,
         down_bias: Tensor | None,
+        gate_up_lora_a: Tensor | None,
+        gate_up_lora_b: Tensor | None,
+        down_lora_a: Tensor | None,
+        down_lora_b: Tensor | None,
         permuted_probs: Tensor | None,
         spec: GroupedMLPSpec,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        needs: list[bool],
+    ) -> list[Tensor]:
         kept = SavedRows(permuted_tokens, tokens, row_id_map, cpu_metadata)
-        weights = (gate_up, gate_up_bias, down, down_bias)
-        return mlp_gradients(products(tokens_per_expert), grad, h, kept, tokens_per_expert, *weights, permuted_probs, spec)
+        weights = ExpertWeights(
+            gate_up, gate_up_bias, down, down_bias, gate_up_lora_a, gate_up_lora_b, down_lora_a, down_lora_b
+        )
+        found = mlp_gradients(
+            products(tokens_per_expert), grad, h, kept, tokens_per_expert, weights, permuted_probs, spec, needs
+        )
+        return [t for t in found if t is not None]
 
     @backward.register_fake
     def _(grad, h, permuted_tokens, tokens, row_id_map, cpu_metadata, tokens_per_expert, gate_up, *others):
-        *others, spec = others
+        *others, spec, needs = others
         dtype, hidden = SavedRows(permuted_tokens, tokens).dtype, matrices_of(gate_up, spec.transposed).shape[1]
-        given = (h.new_empty(0) if t is None else t.new_empty(t.shape) for t in (gate_up, *others))
-        return h.new_empty(h.shape[0], hidden, dtype=dtype), *given
+        rows = h.new_empty(h.shape[0], hidden, dtype=dtype)
+        return [t.new_empty(t.shape) for t, need in zip((rows, gate_up, *others), needs, strict=True) if need]
 
     def gradients(ctx, grad: Tensor | None, _: Tensor | None):
-        saved = ctx.saved_tensors
         if grad is None:
-            return (None,) * 11
-        to_rows, *found = backward(grad.contiguous(), *saved, *ctx.options)
-        rest = (None if t is None else g for t, g in zip(saved[6:], found))
+            return (None,) * 15
+        needs = wanted(ctx)
+        found = iter(backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options, needs))
+        to_rows, *rest = [next(found) if need else None for need in needs]
         return to_rows, None, *rest, *[None] * 4
 
     forward.register_autograd(gradients, setup_context=save_for_backward)
     return forward
 
 
+def wanted(ctx) -> list[bool]:
+    """Of a backward: whether permuted_tokens, each of the eight weights, and permuted_probs need a gradient."""
+    asked = ctx.needs_input_grad[FIRST_INPUT:]
+    return [asked[0], *asked[2:11]]
+
+
 def save_for_backward(ctx, inputs, _, output) -> None:
-    """Saves what a backward reads: pre-activations, rows or what they were permuted from, tokens_per_expert, weights, probs."""
+    """Saves what a backward reads: pre-activations, rows or what they were permuted from, tokens_per_expert, weights, probs.
+
+    No rows where gate_up is frozen and has no update, unless pre-activations are computed again (``keep`` is False).
+    """
     ctx.set_materialize_grads(False)  # else autograd would write zeros for the pre-activations'
-    permuted_tokens, tokens_per_expert, *weights_and_probs = inputs[:7]
-    ctx.options = inputs[10:]
-    saved = SavedRows.smallest(permuted_tokens, *inputs[7:10])
+    permuted_tokens, tokens_per_expert, *weights_and_probs = inputs[:11]
+    ctx.options = inputs[14:]
+    needs = dict(zip(ExpertWeights._fields, wanted(ctx)[1:]))
+    read = needs["gate_up"] or needs["gate_up_lora_a"] or needs["gate_up_lora_b"] or ctx.options[-1] is False
+    saved = SavedRows.smallest(permuted_tokens, *inputs[11:14]) if read else SavedRows(permuted_tokens.new_empty(0))
     ctx.save_for_backward(output[1], *saved, tokens_per_expert, *weights_and_probs)
     ctx.mark_non_differentiable(output[1])
 
@@ -284,6 +351,10 @@ def _grouped_mlp(
     down: Tensor,
     down_bias: Tensor | None,
     *,
+    gate_up_lora_a: Tensor | None = None,
+    gate_up_lora_b: Tensor | None = None,
+    down_lora_a: Tensor | None = None,
+    down_lora_b: Tensor | None = None,
     permuted_probs: Tensor | None = None,
     arrived: list[Tensor] | None = None,
     spec: GroupedMLPSpec,
@@ -297,14 +368,14 @@ def _grouped_mlp(
     gets a gradient, zeros where no row came. Rows after the last of ``tokens_per_expert``, and their weights, may hold
     anything: what they give means nothing, and no gradient of a parameter has any of it.
 
+    Low-rank updates are those of ``moefx.experts``, of this rank's experts.
+
     ``arrived``: tokens, row_id_map and cpu_metadata that ``dispatch`` gave with these rows. The backward then keeps them
     instead of the rows, which it restores from them: a token has a row for each of its experts here, and a capacity's worst
     case is mostly rows.
     """
-    parts = parts_of(arrived)
-    return grouped_mlp_forward(
-        permuted_tokens, tokens_per_expert, gate_up, gate_up_bias, down, down_bias, permuted_probs, *parts, spec
-    )[0]
+    weights = (gate_up, gate_up_bias, down, down_bias, gate_up_lora_a, gate_up_lora_b, down_lora_a, down_lora_b)
+    return grouped_mlp_forward(permuted_tokens, tokens_per_expert, *weights, permuted_probs, *parts_of(arrived), spec)[0]
 
 
 def parts_of(arrived: list[Tensor] | None) -> list[Tensor | None]:
@@ -318,7 +389,8 @@ def parts_of(arrived: list[Tensor] | None) -> list[Tensor | None]:
 
 LIBRARY.define(
     "grouped_mlp(Tensor permuted_tokens, Tensor tokens_per_expert, Tensor gate_up, Tensor? gate_up_bias, Tensor down, "
-    f"Tensor? down_bias, *, Tensor? permuted_probs=None, Tensor[]? arrived=None, {schema(GroupedMLPSpec)}) -> Tensor"
+    f"Tensor? down_bias, *, {LORA_SCHEMA}, Tensor? permuted_probs=None, Tensor[]? arrived=None, {schema(GroupedMLPSpec)}) "
+    "-> Tensor"
 )
 LIBRARY.impl("grouped_mlp", _grouped_mlp, "CompositeImplicitAutograd")
 #: See :func:`_grouped_mlp`.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moefx.ops.activations import ACTIVATIONS
+from moefx.ops.expert_weights import ExpertWeights, LowRank
 from moefx.ops.grouped_mm import grouped_mm
 from moefx.ops.registry import op
 from moefx.ops.spec import schema, takes_spec
@@ -54,9 +55,13 @@ def zero_uncomputed_rows(rows: Tensor, computed: Tensor | None) -> Tensor:
     return rows if computed is None else torch.where(computed, rows, 0)
 
 
+#: The factors of low-rank updates, as arguments of an operation.
+LORA_SCHEMA = "Tensor? gate_up_lora_a=None, Tensor? gate_up_lora_b=None, Tensor? down_lora_a=None, Tensor? down_lora_b=None"
+
+
 @op(
     "experts(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor gate_up, Tensor? gate_up_bias, Tensor down, "
-    f"Tensor? down_bias, *, {schema(ExpertsSpec)}) -> Tensor"
+    f"Tensor? down_bias, *, {LORA_SCHEMA}, {schema(ExpertsSpec)}) -> Tensor"
 )
 @takes_spec
 def experts(
@@ -68,6 +73,10 @@ def experts(
     down: Tensor,
     down_bias: Tensor | None,
     *,
+    gate_up_lora_a: Tensor | None = None,
+    gate_up_lora_b: Tensor | None = None,
+    down_lora_a: Tensor | None = None,
+    down_lora_b: Tensor | None = None,
     spec: ExpertsSpec,
 ) -> Tensor:
     """The routed experts: ``y[t] = sum_k topk_weights[t, k] * mlp_{topk_ids[t, k]}(x[t])``; x [T, H] -> [T, H] in x's dtype.
@@ -78,6 +87,9 @@ def experts(
     down projection, in the promoted dtype, and summed in the order of k (Transformers' grouped_mm experts,
     integrations/moe.py).
 
+    Low-rank updates of the matrices (:class:`moefx.ops.expert_weights.LowRank`), one for each matrix of gate_up or down: a
+    [E, r, in], b [E, out, r], whichever way the matrices lie. They add (x a') b' to the projection, before the bias.
+
     An expert that down has no matrix for is a zero-computation expert: tokens routed to it get nothing from it (LongCat-Flash,
     arXiv 2509.01322). gate_up may have matrices for such experts, which are not read; they have no biases.
     """
@@ -86,14 +98,19 @@ def experts(
     order = torch.argsort(flat, stable=True)
     expert = flat[order]
     offsets, computed = expert_offsets(expert, gate_up, down), computed_row_mask(expert, gate_up, down)
+    weights = ExpertWeights(gate_up, gate_up_bias, down, down_bias, gate_up_lora_a, gate_up_lora_b, down_lora_a, down_lora_b)
 
-    def project(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        matrices = weight if spec.transposed else weight.transpose(-2, -1)
-        out = grouped_mm(h.to(weight.dtype), matrices, offsets[: weight.shape[0]])
+    def project(h: Tensor, weight: Tensor, bias: Tensor | None, update: LowRank | None) -> Tensor:
+        h, ends = h.to(weight.dtype), offsets[: weight.shape[0]]
+        out = grouped_mm(h, weight if spec.transposed else weight.transpose(-2, -1), ends)
+        if update is not None:
+            out = out + grouped_mm(grouped_mm(h, update.a.transpose(-2, -1), ends), update.b.transpose(-2, -1), ends)
         return out if bias is None else out + bias[expert]
 
-    h = project(zero_uncomputed_rows(x[order // top_k], computed), gate_up, gate_up_bias)
+    h = project(zero_uncomputed_rows(x[order // top_k], computed), gate_up, gate_up_bias, weights.gate_up_lora)
     h = ACTIVATIONS[spec.activation].forward(h, spec.alpha, spec.limit, spec.interleaved)
-    h = zero_uncomputed_rows(project(h, down, down_bias), computed) * topk_weights.reshape(-1)[order].unsqueeze(-1)
+    h = zero_uncomputed_rows(project(h, down, down_bias, weights.down_lora), computed) * topk_weights.reshape(-1)[
+        order
+    ].unsqueeze(-1)
     inverse = torch.empty_like(order).scatter(0, order, torch.arange(order.shape[0], device=x.device))
     return h[inverse].view(-1, top_k, h.shape[-1]).sum(dim=1).to(x.dtype)

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import itertools
 
+import adapters
 import breakdown
 import chart
 import checks
@@ -27,6 +28,7 @@ import contenders
 import dispatch
 import extrapolate
 import footprint
+import lora
 import models
 import multi_gpu
 import overlap_trace
@@ -38,7 +40,7 @@ import tunings
 import moefx
 
 
-@pytest.mark.parametrize("name", ["qwen3_30b", "gpt_oss_20b", "nemotron_nano"])
+@pytest.mark.parametrize("name", ["qwen3_30b", "gpt_oss_20b", "nemotron_nano", "deepseek_v3"])
 def test_default_depths_determine_the_whole_model(name: str) -> None:
     model = models.MODELS[name]
     units = {d: model.units(d) for d in model.depths}
@@ -181,7 +183,7 @@ def test_routings_of_a_model(name: str, layers: int) -> None:
         assert router.weight.grad.abs().sum() > 0  # the weights of the given experts still come from it
 
 
-@pytest.mark.parametrize(("name", "layers"), [("tiny", 1), ("tiny_nemotron", 2), ("tiny_gpt_oss", 2)])
+@pytest.mark.parametrize(("name", "layers"), [("tiny", 1), ("tiny_nemotron", 2), ("tiny_gpt_oss", 2), ("tiny_deepseek_v3", 1)])
 def test_balanced_router_gives_the_weights_of_its_experts(name: str, layers: int) -> None:
     """Told the experts that it would have chosen, it is the router itself."""
     model = models.build(name, layers, torch.float32, "cpu")
@@ -534,6 +536,75 @@ def test_what_triton_chose_is_handed_to_the_next_process(tmp_path: Path, monkeyp
     assert tunings.load(tmp_path / "kept.json") == 1
     assert module.first.fn.cache == {(16, "torch.bfloat16"): module.first.fn.configs[2]}
     assert tunings.load(tmp_path / "kept.json") == 0  # has them
+
+
+# --- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+def run_lora(monkeypatch: pytest.MonkeyPatch, options: str) -> tuple[int, dict[str, Any]]:
+    saved: dict[str, Any] = {}
+    monkeypatch.setattr(common, "save", lambda name, record: saved.update(record))
+    monkeypatch.setattr(common, "elapsed", lambda: 0.0)  # since the import of the module, which is that of other tests too
+    common_options = "--model tiny --device cpu --layers 1 --seq 32 --mbs 1 --warmup 1 --steps 2 --no-compile"
+    return lora.main([*common_options.split(), *options.split()]), saved
+
+
+def test_lora_rows_are_checked_and_running_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(case: lora.Case, adapted: Any, batch: int) -> None:
+        if case.targets == "both":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        plain(case, adapted, batch)
+
+    plain = lora.Case.time_hf
+    monkeypatch.setattr(lora.Case, "time_hf", full)
+    code, record = run_lora(monkeypatch, "--targets attention both --peers unsloth --max-ratio 1000")
+    (depth,) = record["depths"]
+    assert code == 0 and record["problems"] == []
+    assert [(r["who"], r["targets"]) for r in depth["rows"]] == [("hf", "attention"), ("moefx", "attention"), ("moefx", "both")]
+    assert [(s["who"], s["targets"], s["kind"]) for s in depth["skipped"]] == [("hf", "both", "memory")]
+    attention, both = depth["rows"][1:]
+    assert both["ratio"] == pytest.approx(both["median_ms"] / attention["median_ms"]) and both["speedup"] is None
+    # q, k, v and o; and an adapter of rank 16 of each of 8 experts on both of its matrices
+    assert attention["adapters_millions"] * 1e6 == 16 * (4 * 64 + 2 * 64 + 2 * 32)
+    assert both["adapters_millions"] * 1e6 == attention["adapters_millions"] * 1e6 + 16 * 8 * ((64 + 64) + (32 + 64))
+    checked = depth["checks"]
+    assert [(name, c["moefx"]["tensors"]) for name, c in checked.items()] == [("attention, mbs 1", 8), ("both, mbs 1", 12)]
+    assert all(0 < c["hf"]["mean"] < 0.1 for c in checked.values())
+
+
+def test_lora_bounds_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    code, record = run_lora(monkeypatch, "--no-check --max-ratio 1e-6 --min-speedup 1e6 --checkpointing --adapters float32")
+    assert code == 1 and [p.rpartition(": ")[2].partition(" ")[2] for p in record["problems"]] == [
+        "times Transformers + PEFT, 1000000.0 wanted",
+        "times Transformers + PEFT, 1000000.0 wanted",
+        "times attention alone, 1e-06 allowed",
+    ]
+
+
+def test_a_wrong_gradient_of_an_adapter_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(args: Any, adapted: Any) -> Any:
+        other = common.twin(adapted)
+        for path, module in other.named_modules():
+            if path.endswith("v_proj"):
+                module.scaling["default"] *= 2
+        return plain(args, other)
+
+    plain = lora.optimized
+    monkeypatch.setattr(lora, "optimized", wrong)
+    with pytest.warns(UserWarning, match="balanced_routing=True"):
+        code, record = run_lora(monkeypatch, "--targets attention --routing balanced")
+    assert code == 1 and any("v_proj.lora_A" in p for p in record["problems"])
+
+
+def test_a_depth_without_attention_has_no_adapters_on_it() -> None:
+    empty = models.build("tiny_nemotron", 2, torch.bfloat16, "meta")
+    assert adapters.targets(empty, "attention") == {}
+    assert adapters.targets(empty, "both") == {"target_parameters": ["experts.down_proj", "experts.up_proj"]}
+    args = lora.arguments(["--model", "tiny_nemotron", "--device", "cpu"])
+    assert args.check_layers == 3
+    # the check of a model that does not fit in fp32 has a model of its own, and comes first
+    args = lora.arguments(["--model", "deepseek_v3", "--device", "cpu", "--layers", "2"])
+    assert list(lora.plan(args)) == [("deepseek_v3_32_experts", 1, False, True), ("deepseek_v3", 2, True, False)]
 
 
 RESULTS = sorted(p for p in common.RESULTS.iterdir() if not p.name.startswith("first_contact-"))  # of tests/gpu/check.py

@@ -23,6 +23,7 @@ from moefx.kernels import (  # noqa: E402
     fp8_quantize,
     fp8_rows,
     heads,
+    low_rank,
     norm,
     permute,
     router,
@@ -101,6 +102,15 @@ def launch_all(dtype: torch.dtype) -> None:
         expert_activation.segment_sum(many, offsets, dtype, *given)
     expert_activation.add_bias_(many, many[:experts], offsets, of_rows)
     expert_activation.add_dot_(of_rows, many, many[:experts], offsets)
+
+    bounds, inner = torch.zeros(experts + 1, dtype=torch.int32), x[:, :16].contiguous()
+    for factor in (many.view(4, 16, -1), many.view(4, -1, 16).transpose(1, 2)):
+        low_rank.add_(x.clone(), inner, factor[:, :, :width], bounds[:5])
+        for at in (None, flat[:tokens]):
+            low_rank.into(x, factor[:, :, :width], bounds[:5], at)
+    for at in (None, flat[:tokens]):
+        low_rank.outer(inner, x, bounds, at)
+        low_rank.outer(inner, x, bounds, at, transposed=True)
 
     row_kernels_with_moves(x, index.int(), weights, experts)
     q, scales = torch.empty(tokens, width, dtype=torch.float8_e4m3fn), torch.empty(tokens, width // 128)

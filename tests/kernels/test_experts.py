@@ -357,7 +357,7 @@ def test_fakes_are_the_operations_shapes_and_dtypes(name, keep):
     rows, counts = x[:5], torch.tensor([2, 0, 1, 0, 2], device=DEVICE)
     options = "swiglu", 0.0, 0.0, False, False
     given = {
-        "fused_experts": (x, index, scores, up, None, down, None, *options, "torch", keep),
+        "fused_experts": (x, index, scores, up, None, down, None, *[None] * 4, *options, "torch", keep),
         "fused_grouped_mlp": (
             rows,
             counts,
@@ -365,6 +365,7 @@ def test_fakes_are_the_operations_shapes_and_dtypes(name, keep):
             None,
             down,
             None,
+            *[None] * 4,
             scores[:5, 0].contiguous(),
             None,
             None,

@@ -239,7 +239,7 @@ def test_grouped_mlp_passes_gradcheck_and_opcheck():
                 transports.make_header(transports.Header("all_to_all"), 1),
             ],
         ):
-            plain = (rows, counts, up, None, down, None, weights, *arrived, "swiglu", 0.0, 0.0, False, False, 1.0)
+            plain = (rows, counts, up, None, down, None, *[None] * 4, weights, *arrived, "swiglu", 0.0, 0.0, False, False, 1.0)
             torch.library.opcheck(torch.ops.moefx.grouped_mlp_forward.default, plain)
 
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from moefx import ops
+from moefx.errors import CaptureError
+from moefx.integrations import peft as adapters
 from moefx.internals.subclass import subclass
 
 
@@ -27,10 +29,21 @@ class Loop(NamedTuple):
     activation: Callable[[Any], nn.Module] | None = None
 
 
+def _parameter(module: Any, holder: str, name: str, kind: str) -> Tensor:
+    """The parameter of a module's submodule ``holder``, of class ``kind``, whose forward is not called; with its adapters."""
+    inside = getattr(module, holder)
+    found = adapters.adapted_parameter(inside, name)
+    if found is None or type(adapters.without_wrappers(inside)).__name__ != kind:
+        raise CaptureError(
+            f"{type(module).__name__}.{holder} is a {type(inside).__name__}: moefx reads its {name} as that of {kind}"
+        )
+    return found
+
+
 def _dbrx(module: Any, emit: Callable, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Flat w1 (gates), v1 and w2 [E * I, H]: the first two are concatenated into a copy, w2 is used in place."""
     experts = module.num_experts, module.ffn_hidden_size, module.hidden_size
-    gate, up, down = (w.view(experts) for w in (module.mlp.w1, module.mlp.v1, module.mlp.w2))
+    gate, up, down = (_parameter(module, "mlp", name, "DbrxExpertGLU").view(experts) for name in ("w1", "v1", "w2"))
     x = hidden_states.reshape(-1, module.hidden_size)
     both = torch.cat((gate.transpose(1, 2), up.transpose(1, 2)), 2)
     return emit(x, index, weights, both, down, True).view(hidden_states.shape)
@@ -50,7 +63,8 @@ def _jetmoe(module: Any, emit: Callable, layer_input: Tensor) -> Tensor:
     *_, logits = module.router(x)
     scores, index = logits.topk(module.router.top_k, dim=1)
     weights = torch.softmax(scores, dim=1).type_as(x)
-    out = emit(x, index, weights, module.input_linear.weight, module.output_linear.weight, False)
+    up, down = (_parameter(module, name, "weight", "JetMoeParallelExperts") for name in ("input_linear", "output_linear"))
+    out = emit(x, index, weights, up, down, False)
     return out.view(layer_input.shape) + module.bias
 
 
@@ -72,7 +86,7 @@ def _jetmoe_linear(module: Any, emit: Callable, inputs: Tensor, counts: Tensor) 
 
 #: By the name of the class.
 LOOPS = {
-    "DbrxExperts": Loop(_dbrx, lambda m: m.mlp.activation_fn),
+    "DbrxExperts": Loop(_dbrx, lambda m: adapters.without_wrappers(m.mlp).activation_fn),
     "LongcatFlashExperts": Loop(_longcat_flash, lambda m: m.act_fn),
     "JetMoeMoE": Loop(_jetmoe, lambda m: m.activation),
     "JetMoeTopKGating": Loop(_jetmoe_router),
