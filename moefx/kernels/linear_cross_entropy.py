@@ -56,12 +56,14 @@ def _chunked(
     labels: Tensor,
     ignore_index: int,
     mean: bool,
-    grads: bool,
+    needs: list[bool],
     scale: float = 1.0,
     softcap: float = 0.0,
     gemm: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss (fp32 scalar) and, if ``grads``, its gradients by hidden [T, H], weight [V, H], bias [V]; else empty tensors.
+    """The loss (fp32 scalar), and its gradients by hidden [T, H], weight [V, H], bias [V]: of those that ``needs`` says.
+
+    The others are empty: a frozen weight costs no product, and no memory for its gradient.
 
     ``gemm``: one of :mod:`moefx.kernels.gemm`; with a bias torch's.
     """
@@ -75,18 +77,20 @@ def _chunked(
     count = valid.sum() if mean else torch.ones((), device=hidden.device)
     share = valid.float() / count.clamp(min=1)  # no label at all: the loss is NaN, the gradients zeros, as torch's
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    if not grads:
+    of_hidden, of_weight, of_bias = needs
+    if not any(needs):
         for start in range(0, tokens, rows):
             part = slice(start, start + rows)
             logits, _ = _scaled(F.linear(hidden[part], weight, bias), scale, softcap)
             loss = logits.logsumexp(dim=1) - logits.gather(1, target[part].unsqueeze(1)).squeeze(1)
             total += (loss * valid[part]).sum()
         return total / count, hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0)
-    to_hidden = torch.empty_like(hidden)
-    to_weight = torch.empty_like(weight, dtype=weight.dtype if chunks <= PLAIN_SUMS else torch.float32)
+    to_hidden = torch.empty_like(hidden) if of_hidden else hidden.new_empty(0)
+    sums = weight.dtype if chunks <= PLAIN_SUMS else torch.float32
+    to_weight = torch.empty_like(weight, dtype=sums) if of_weight else weight.new_empty(0)
     if not tokens:
         to_weight.zero_()
-    to_bias = torch.zeros(0 if bias is None else vocabulary, dtype=torch.float32, device=hidden.device)
+    to_bias = torch.zeros(vocabulary if of_bias else 0, dtype=torch.float32, device=hidden.device)
     for start in range(0, tokens, rows):
         part = slice(start, start + rows)
         if bias is None and gemm != "torch":
@@ -95,39 +99,35 @@ def _chunked(
             logits = F.linear(hidden[part], weight, bias)
         losses, to_logits = _losses_and_gradient(logits, target[part], share[part], scale, softcap)
         total += (losses * valid[part]).sum()
-        mm(gemm, to_logits, weight, to_hidden[part])
-        if to_weight.dtype == weight.dtype:
+        if of_hidden:
+            mm(gemm, to_logits, weight, to_hidden[part])
+        if of_weight and sums == weight.dtype:
             mm(gemm, to_logits.T, hidden[part], to_weight, add=start > 0)
-        elif not start:
+        elif of_weight and not start:
             to_weight.copy_(to_logits.T @ hidden[part])
-        else:
+        elif of_weight:
             to_weight += to_logits.T @ hidden[part]
-        if bias is not None:
+        if of_bias:
             to_bias += to_logits.sum(dim=0, dtype=torch.float32)
     return total / count, to_hidden, to_weight.to(weight.dtype), to_bias.to(weight.dtype)
 
 
 @_chunked.register_fake
-def _(hidden, weight, bias, labels, ignore_index, mean, grads, scale=1.0, softcap=0.0, gemm="torch"):
-    empty = hidden.new_empty(0)
-    loss = hidden.new_empty((), dtype=torch.float32)
-    if not grads:
-        return loss, empty, weight.new_empty(0), weight.new_empty(0)
-    to_bias = weight.new_empty(0) if bias is None else weight.new_empty(weight.shape[0])
-    return loss, torch.empty_like(hidden), torch.empty_like(weight), to_bias
+def _(hidden, weight, bias, labels, ignore_index, mean, needs, scale=1.0, softcap=0.0, gemm="torch"):
+    found = (hidden, weight, weight if bias is None else bias)
+    gradients = [torch.empty_like(t) if need else t.new_empty(0) for t, need in zip(found, needs, strict=True)]
+    return hidden.new_empty((), dtype=torch.float32), *gradients
 
 
 def _save(ctx, inputs, _, output) -> None:
-    ctx.has_bias = inputs[2] is not None
+    ctx.needs = inputs[6]
     ctx.save_for_backward(*output[1:])
 
 
 def _backward(ctx, grad: Tensor, *_):
-    to_hidden, to_weight, to_bias = ctx.saved_tensors
     # in fp32: a factor such as 1/3 rounded to 16 bits would bend all gradients the same way
-    found = (to_hidden, to_weight, to_bias if ctx.has_bias else None)
-    scaled = [None if t is None else (t.float() * grad).to(t.dtype) for t in found]
-    return (*scaled, *[None] * 7)
+    found = zip(ctx.saved_tensors, ctx.needs, strict=True)
+    return *((t.float() * grad).to(t.dtype) if need else None for t, need in found), *[None] * 7
 
 
 _chunked.register_autograd(_backward, setup_context=_save)
@@ -146,7 +146,8 @@ def linear_cross_entropy_by(gemm: str) -> Callable[..., Tensor]:
         logits, outside of torch.compile, which it would leave. In fp16 the gradients have to be computed after the loss is
         scaled up, so all logits are built, as the operation itself does.
         """
-        grads = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+        needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+        grads = any(needs)
         if torch.is_autocast_enabled(hidden.device.type):  # opaque to autocast: cast as F.linear would be
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -168,7 +169,7 @@ def linear_cross_entropy_by(gemm: str) -> Callable[..., Tensor]:
             logits, _ = _scaled(F.linear(hidden, weight, bias), spec.scale, spec.softcap)
             return F.cross_entropy(logits, labels, ignore_index=spec.ignore_index, reduction=spec.reduction)
         mean = spec.reduction == "mean"
-        return _chunked(hidden, weight, bias, labels, spec.ignore_index, mean, grads, spec.scale, spec.softcap, gemm)[0]
+        return _chunked(hidden, weight, bias, labels, spec.ignore_index, mean, needs, spec.scale, spec.softcap, gemm)[0]
 
     return linear_cross_entropy
 

@@ -296,7 +296,9 @@ def test_linear_cross_entropy(reduction, bias, ignored, dtype, chunk, monkeypatc
     floats.append(_random(vocabulary, dtype=dtype, seed=3).requires_grad_() if bias else None)
 
     def chunks(hidden, weight, bias, labels, *, ignore_index=-100, reduction="mean"):
-        return chunked._chunked(hidden, weight, bias, labels, ignore_index, reduction == "mean", True)[0]
+        return chunked._chunked(
+            hidden, weight, bias, labels, ignore_index, reduction == "mean", [True, True, bias is not None]
+        )[0]
 
     for kernel in (torch_backend.linear_cross_entropy, chunks):
         # no label that counts: the mean is 0 / 0, the gradients are zeros, as torch's
@@ -322,9 +324,18 @@ def test_linear_cross_entropy_in_fp16_with_a_loss_scale():
     _compare(torch_backend.linear_cross_entropy, ops.linear_cross_entropy, inputs, {}, grad_of=65536.0)
 
 
-def test_linear_cross_entropy_with_only_the_bias_trained():
-    inputs = (_random(10, H).bfloat16(), _random(33, H, seed=1).bfloat16(), _random(33).bfloat16().requires_grad_())
+@pytest.mark.parametrize("chunk", [1 << 27, 4 * 33], ids=["one chunk", "four rows a chunk"])
+@pytest.mark.parametrize("trained", [s for s in itertools.product([False, True], repeat=3) if any(s)], ids=str)
+def test_linear_cross_entropy_with_frozen_inputs(trained, chunk, monkeypatch):
+    """What is frozen gets no gradient, and none is computed or kept for it."""
+    monkeypatch.setattr(chunked, "CHUNK", chunk)
+    shapes = (10, H), (33, H), (33,)
+    inputs = [_random(*s, seed=i).bfloat16().requires_grad_(t) for i, (s, t) in enumerate(zip(shapes, trained, strict=True))]
     _compare(torch_backend.linear_cross_entropy, ops.linear_cross_entropy, (*inputs, torch.arange(10)), {})
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        torch_backend.linear_cross_entropy(*inputs, torch.arange(10))
+    assert sorted(n for n in kept if n) == sorted(t.numel() for t in inputs if t.requires_grad)
 
 
 def test_linear_cross_entropy_never_has_more_logits_than_a_chunk(monkeypatch):

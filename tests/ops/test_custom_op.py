@@ -58,7 +58,8 @@ def test_opcheck(arguments):
 @pytest.mark.parametrize("bias", [None, leaf(7)])
 def test_opcheck_of_the_head(bias):
     labels = torch.tensor([0, 3, -100, 6, 2])
-    torch.library.opcheck(chunked._chunked.overload, (leaf(5, 4), leaf(7, 4), bias, labels, -100, True, True, 0.5, 30.0))
+    needs = [True, True, bias is not None]
+    torch.library.opcheck(chunked._chunked.overload, (leaf(5, 4), leaf(7, 4), bias, labels, -100, True, needs, 0.5, 30.0))
 
 
 def test_modes_see_the_operation():
