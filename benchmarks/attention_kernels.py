@@ -72,7 +72,7 @@ def calls(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, by: str) -> tuple[Calla
     given = None, scale, None, None, by
     forward = partial(flash_attention, q, k, v, *given)
     out, lse = forward()
-    return forward, partial(flash_attention_backward, grad.transpose(1, 2).contiguous(), q, k, v, out, lse, *given)
+    return forward, partial(flash_attention_backward, grad.transpose(1, 2).contiguous(), q, k, v, out, lse, *given, False)
 
 
 def error(name: str, by: str) -> float:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import attention as torch_attention
 
-from moefx.ops.custom_op import opaque
+from moefx.ops.custom_op import FIRST_INPUT, opaque
 
 aten = torch.ops.aten
 
@@ -156,8 +156,9 @@ def flash_attention_backward(
     window: int | None,
     starts: Tensor | None,
     by: str,
+    of_sinks: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, laid out like them, and of sinks, empty if there are none."""
+    """Gradients of q, k and v, laid out like them, and of sinks, empty if not asked."""
     by_q, by_k, by_v = (t.transpose(1, 2) for t in (q, k, v))
     delta = None
     if _by_fa4(q, v, by):
@@ -172,7 +173,7 @@ def flash_attention_backward(
     else:
         found = _torchs_backward(grad, q, k, v, out, lse, scale, window)
     to_sinks = q.new_empty(0)
-    if sinks is not None:
+    if sinks is not None and of_sinks:
         from moefx.kernels import sinks as sinks_
 
         to_sinks = sinks_.gradient(sinks, lse, sinks_.delta(grad, out) if delta is None else delta)
@@ -207,8 +208,8 @@ def _laid_out_like(t: Tensor, like: Tensor) -> Tensor:
 
 
 @flash_attention_backward.register_fake
-def _(grad, q, k, v, out, lse, sinks, scale, window, starts, by):
-    to_sinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
+def _(grad, q, k, v, out, lse, sinks, scale, window, starts, by, of_sinks):
+    to_sinks = torch.empty_like(sinks) if of_sinks else q.new_empty(0)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), to_sinks
 
 
@@ -220,9 +221,10 @@ def _save(ctx, inputs, _, output) -> None:
 
 def _backward(ctx, grad: Tensor, _: Tensor):
     q, k, v, sinks, out, lse, starts = ctx.saved_tensors
-    grad = grad.contiguous()
-    *found, to_sinks = flash_attention_backward(grad, q, k, v, out, lse, sinks, ctx.scale, ctx.window, starts, ctx.by)
-    return *found, None if sinks is None else to_sinks, None, None, None, None
+    of_sinks = ctx.needs_input_grad[FIRST_INPUT + 3]
+    options = ctx.scale, ctx.window, starts, ctx.by, of_sinks
+    *found, to_sinks = flash_attention_backward(grad.contiguous(), q, k, v, out, lse, sinks, *options)
+    return *found, to_sinks if of_sinks else None, None, None, None, None
 
 
 flash_attention.register_autograd(_backward, setup_context=_save)

@@ -120,6 +120,7 @@ def _backward(
     LAYOUT: tl.constexpr,
     WEIGHTED: tl.constexpr,
     HEADS: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
     first, second, at_first, at_second = _columns(HALF, LAYOUT)
     weight_a, weight_b = _weights(weight, first, second, offset, WEIGHTED)
@@ -142,14 +143,15 @@ def _backward(
             back_b = grad_b * cos_b[None, :] - grad_a * sin_a[None, :]
             norm = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / (2 * HALF) + eps)[:, None]
             a, b = a * norm, b * norm
-            total_a += tl.sum(back_a * a, axis=0)
-            total_b += tl.sum(back_b * b, axis=0)
+            if SUMS:
+                total_a += tl.sum(back_a * a, axis=0)
+                total_b += tl.sum(back_b * b, axis=0)
             back_a, back_b = back_a * weight_a[None, :], back_b * weight_b[None, :]
             mean = ((tl.sum(back_a * a, axis=1) + tl.sum(back_b * b, axis=1)) / (2 * HALF))[:, None]
             to = to_x + (token * heads + head)[:, None] * (2 * HALF)
             tl.store(to + first[None, :], ((back_a - a * mean) * norm).to(to_x.dtype.element_ty), mask=there)
             tl.store(to + second[None, :], ((back_b - b * mean) * norm).to(to_x.dtype.element_ty), mask=there)
-    if WEIGHTED:
+    if SUMS:
         row = to_weight + tl.program_id(0) * (2 * HALF)
         tl.store(row + first, total_a)
         tl.store(row + second, total_b)
@@ -206,6 +208,7 @@ def _launch_backward(
     offset: float,
     layout: str,
     weighted: bool,
+    sums: bool,
 ) -> Launch:
     batch, length, heads, size = shape
     tokens = batch * length
@@ -220,6 +223,7 @@ def _launch_backward(
         eps,
         offset,
         **_constants(size, heads, table[2], layout, weighted, min(32, BACKWARD_TILE // size), BACKWARD_WARPS),
+        SUMS=sums,
     )
 
 
@@ -237,15 +241,23 @@ def forward(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: flo
 
 
 def backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float, offset: float, layout: str
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    offset: float,
+    layout: str,
+    of_weight: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of x, contiguous, and of the weight, from grad [B, S, A, D] (any strides)."""
-    to_x = x.new_empty(x.shape)
+    """Gradients of x, contiguous, and, if asked, of the weight, from grad [B, S, A, D] (any strides)."""
+    to_x, sums = x.new_empty(x.shape), weight is not None and of_weight
     if not to_x.numel():
-        return to_x, None if weight is None else torch.zeros_like(weight)
+        return to_x, torch.zeros_like(weight) if weight is not None and sums else None
     grad, x, cos, sin = _dense(grad), _dense(x), cos.contiguous(), sin.contiguous()
     programs, weighted = min(x.shape[0] * x.shape[1], PROGRAMS), weight is not None
-    parts = x.new_empty((programs, x.shape[3]) if weighted else 0, dtype=torch.float32)
-    launch = _launch_backward(x.shape, grad.stride(), x.stride(), cos.shape, eps, offset, layout, weighted)
+    parts = x.new_empty((programs, x.shape[3]) if sums else 0, dtype=torch.float32)
+    launch = _launch_backward(x.shape, grad.stride(), x.stride(), cos.shape, eps, offset, layout, weighted, sums)
     launch((programs, 1, 1), grad, x, x if weight is None else weight, cos, sin, to_x, parts)
-    return to_x, None if weight is None else partial_sums(parts, weight.dtype)
+    return to_x, partial_sums(parts, weight.dtype) if weight is not None and sums else None

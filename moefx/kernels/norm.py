@@ -83,12 +83,14 @@ def _backward(
     offset,
     ADDS: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    SUMS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     column = tl.arange(0, BLOCK)
     if WEIGHTED:
         w = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32) + offset
+    if SUMS:
         sums = tl.zeros((BLOCK,), tl.float32)
     for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)
@@ -99,14 +101,15 @@ def _backward(
             more = _read(to_total, row, to_total_stride, column, there)
         norm = tl.rsqrt(tl.sum(h * h, axis=1) / width + eps)[:, None]
         h *= norm
-        if WEIGHTED:
+        if SUMS:
             sums += tl.sum(g * h, axis=0)
+        if WEIGHTED:
             g *= w[None, :]
         g = (g - h * (tl.sum(g * h, axis=1) / width)[:, None]) * norm
         if ADDS:
             g += more
         _write(to_x, row, width, column, there, g)
-    if WEIGHTED:
+    if SUMS:
         tl.store(to_weight + tl.program_id(0) * width + column, sums, mask=column < width)
 
 
@@ -135,9 +138,10 @@ def _launch_forward(
 
 @functools.lru_cache(KEPT)
 def _launch_backward(
-    rows: int, width: int, strides: tuple[int, ...], eps: float, offset: float, adds: bool, weighted: bool
+    rows: int, width: int, strides: tuple[int, ...], eps: float, offset: float, adds: bool, weighted: bool, sums: bool
 ) -> Launch:
-    return Launch(_backward, *strides, rows, width, eps, offset, ADDS=adds, WEIGHTED=weighted, **_sizes(width))
+    constants = {"ADDS": adds, "WEIGHTED": weighted, "SUMS": sums, **_sizes(width)}
+    return Launch(_backward, *strides, rows, width, eps, offset, **constants)
 
 
 def forward(
@@ -168,18 +172,19 @@ def forward(
 
 
 def backward(
-    grad: Tensor, to_total: Tensor | None, x: Tensor, weight: Tensor | None, eps: float, spec: NormSpec
+    grad: Tensor, to_total: Tensor | None, x: Tensor, weight: Tensor | None, eps: float, spec: NormSpec, of_weight: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of x, whose norm's gradient is ``grad`` and to whose own ``to_total`` is added, and of the weight."""
+    """Gradients of x, whose norm's gradient is ``grad`` and to whose own ``to_total`` is added, and of the weight, if asked."""
     to_x, width, weighted = x.new_empty(x.shape), x.shape[-1], weight is not None
     rows = to_x.numel() // width
     if not rows:
-        return to_x, None if weight is None else torch.zeros_like(weight)
+        return to_x, torch.zeros_like(weight) if weight is not None and of_weight else None
     (x, stride), (grad, grad_stride) = _rows(x), _rows(grad)
     more, more_stride = (x, stride) if to_total is None else _rows(to_total)
     strides = grad_stride, more_stride, stride
-    launch = _launch_backward(rows, width, strides, eps, spec.offset, to_total is not None, weighted)
+    sums = weighted and of_weight
+    launch = _launch_backward(rows, width, strides, eps, spec.offset, to_total is not None, weighted, sums)
     programs = min(cdiv(rows, launch.constants["ROWS"]), PROGRAMS)
-    parts = x.new_empty((programs, width) if weighted else 0, dtype=torch.float32)
+    parts = x.new_empty((programs, width) if sums else 0, dtype=torch.float32)
     launch((programs, 1, 1), grad, more, x, x if weight is None else weight.contiguous(), to_x, parts)
-    return to_x, None if weight is None else partial_sums(parts, weight.dtype)
+    return to_x, partial_sums(parts, weight.dtype) if weight is not None and of_weight else None

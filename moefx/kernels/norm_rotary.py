@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moefx.ops.custom_op import opaque
+from moefx.ops.custom_op import FIRST_INPUT, opaque
 
 
 @opaque("fused_norm_rotary")
@@ -25,18 +25,26 @@ def _(x, weight, cos, sin, eps, offset, layout):
 
 @opaque("fused_norm_rotary_backward", once=True)
 def fused_norm_rotary_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float, offset: float, layout: str
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    offset: float,
+    layout: str,
+    of_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the weight (empty if there is none) from that of the result [B, A, S, D]."""
+    """Gradients of x and of the weight (empty if not asked) from that of the result [B, A, S, D]."""
     from moefx.kernels import heads
 
-    to_x, to_weight = heads.backward(grad.transpose(1, 2), x, weight, cos, sin, eps, offset, layout)
+    to_x, to_weight = heads.backward(grad.transpose(1, 2), x, weight, cos, sin, eps, offset, layout, of_weight)
     return to_x, x.new_empty(0) if to_weight is None else to_weight
 
 
 @fused_norm_rotary_backward.register_fake
-def _(grad, x, weight, cos, sin, eps, offset, layout):
-    return x.new_empty(x.shape), x.new_empty(0) if weight is None else torch.empty_like(weight)
+def _(grad, x, weight, cos, sin, eps, offset, layout, of_weight):
+    return x.new_empty(x.shape), torch.empty_like(weight) if of_weight else x.new_empty(0)
 
 
 def _save(ctx, inputs, _, output) -> None:
@@ -45,9 +53,9 @@ def _save(ctx, inputs, _, output) -> None:
 
 
 def _backward(ctx, grad: Tensor):
-    x, weight, cos, sin = ctx.saved_tensors
-    to_x, to_weight = fused_norm_rotary_backward(grad, x, weight, cos, sin, ctx.eps, ctx.offset, ctx.layout)
-    return to_x, None if weight is None else to_weight, *[None] * 5
+    of_weight = ctx.needs_input_grad[FIRST_INPUT + 1]
+    to_x, to_weight = fused_norm_rotary_backward(grad, *ctx.saved_tensors, ctx.eps, ctx.offset, ctx.layout, of_weight)
+    return to_x, to_weight if of_weight else None, *[None] * 5
 
 
 fused_norm_rotary.register_autograd(_backward, setup_context=_save)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moefx.ops import NormSpec
-from moefx.ops.custom_op import opaque, refuse_second_derivatives
+from moefx.ops.custom_op import FIRST_INPUT, opaque, refuse_second_derivatives
 
 
 def dtypes(x: Tensor, residual: Tensor | None, weight: Tensor | None, spec: NormSpec) -> tuple[torch.dtype, torch.dtype]:
@@ -37,18 +37,18 @@ def _(x, residual, weight, eps, spec):
 
 @opaque("fused_rms_norm_backward", once=True)
 def fused_rms_norm_backward(
-    grad: Tensor, to_total: Tensor | None, total: Tensor, weight: Tensor | None, eps: float, spec: NormSpec
+    grad: Tensor, to_total: Tensor | None, total: Tensor, weight: Tensor | None, eps: float, spec: NormSpec, of_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of ``total`` from that of its norm and its own (None: there is none); the weight's (empty: it has none)."""
+    """The gradient of ``total`` from that of its norm and its own (None: there is none); the weight's, empty if not asked."""
     from moefx.kernels import norm
 
-    to_x, to_weight = norm.backward(grad, to_total, total, weight, eps, spec)
+    to_x, to_weight = norm.backward(grad, to_total, total, weight, eps, spec, of_weight)
     return to_x, total.new_empty(0) if to_weight is None else to_weight
 
 
 @fused_rms_norm_backward.register_fake
-def _(grad, to_total, total, weight, eps, spec):
-    return total.new_empty(total.shape), total.new_empty(0) if weight is None else torch.empty_like(weight)
+def _(grad, to_total, total, weight, eps, spec, of_weight):
+    return total.new_empty(total.shape), torch.empty_like(weight) if of_weight else total.new_empty(0)
 
 
 def _save(ctx, inputs, _, output) -> None:
@@ -61,15 +61,16 @@ def _save(ctx, inputs, _, output) -> None:
 def _backward(ctx, grad: Tensor | None, to_total: Tensor | None):
     total, weight = ctx.saved_tensors
     of_x, of_residual = ctx.dtypes
-    to_weight = None
+    of_weight, to_weight = ctx.needs_input_grad[FIRST_INPUT + 2], None
     if grad is None:
         to_total = to_total if of_residual else None
     else:
-        to_total, to_weight = fused_rms_norm_backward(grad, to_total if of_residual else None, total, weight, ctx.eps, ctx.spec)
+        to_total = to_total if of_residual else None
+        to_total, to_weight = fused_rms_norm_backward(grad, to_total, total, weight, ctx.eps, ctx.spec, of_weight)
     if to_total is None:
         return (None,) * 5
     to_residual = None if of_residual is None else to_total.to(of_residual)
-    return to_total.to(of_x), to_residual, None if weight is None else to_weight, None, None
+    return to_total.to(of_x), to_residual, to_weight if of_weight else None, None, None
 
 
 fused_rms_norm.register_autograd(_backward, setup_context=_save)
@@ -88,8 +89,9 @@ class _Stream(torch.autograd.Function):
     def backward(ctx, grad, to_x):  # type: ignore[override]
         refuse_second_derivatives("rms_norm")
         x, weight = ctx.saved_tensors
-        to_x, to_weight = fused_rms_norm_backward(grad, to_x, x, weight, ctx.eps, NormSpec(ctx.cast_first, ctx.offset))
-        return to_x, None if weight is None else to_weight, None, None, None
+        spec, of_weight = NormSpec(ctx.cast_first, ctx.offset), ctx.needs_input_grad[1]
+        to_x, to_weight = fused_rms_norm_backward(grad, to_x, x, weight, ctx.eps, spec, of_weight)
+        return to_x, to_weight if of_weight else None, None, None, None
 
 
 def normed_stream(x: Tensor, weight: Tensor | None, eps: float, spec: NormSpec) -> tuple[Tensor, Tensor]:

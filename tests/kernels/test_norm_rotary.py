@@ -62,3 +62,18 @@ def test_tables_of_their_own_per_sequence_no_weight_an_offset_and_strides():
     check(2, 4, 2, 16, weighted=False)
     check(2, 4, 2, 16, offset=1.0)
     check(2, 4, 2, 16, strided=True)
+
+
+def test_a_frozen_weight(monkeypatch):
+    """Its sums are not computed; the other gradient is the same."""
+    g = torch.Generator().manual_seed(0)
+    x, weight, angle = (torch.randn(shape, generator=g).to(DEVICE) for shape in ((2, 4, 3, 16), (16,), (2, 4, 16)))
+
+    def gradient(trained):
+        leaf = x.clone().requires_grad_()
+        out = backend.norm_rotary(leaf, weight.clone().requires_grad_(trained), angle.cos(), angle.sin(), 1e-3, layout="half")
+        return torch.autograd.grad(out.square().sum(), leaf)[0]
+
+    wanted = gradient(True)
+    monkeypatch.setattr(heads_kernel, "partial_sums", None)
+    assert torch.equal(gradient(False), wanted)

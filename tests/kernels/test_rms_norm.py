@@ -92,6 +92,22 @@ def test_sizes(kind, shape, monkeypatch):
     kernels._launch_backward.cache_clear()
 
 
+@pytest.mark.parametrize("kind", NORMS)
+def test_a_frozen_weight(kind, monkeypatch):
+    """Its sums are not computed; the other gradients are the same numbers."""
+    g = torch.Generator().manual_seed(0)
+    x, residual, weight = (torch.randn(*shape, generator=g).to(DEVICE) for shape in ((2, 5, 72), (2, 5, 72), (72,)))
+
+    def gradients(trained):
+        leaves = [t.clone().requires_grad_() for t in ((x, residual) if kind == "sum" else (x,))]
+        out = NORMS[kind][0](*leaves, weight.clone().requires_grad_(trained), 1e-3)
+        return torch.autograd.grad(sum(t.square().sum() for t in (out if isinstance(out, tuple) else (out,))), leaves)
+
+    wanted = gradients(True)
+    monkeypatch.setattr(kernels, "partial_sums", None)
+    assert all(map(torch.equal, gradients(False), wanted))
+
+
 @pytest.mark.parametrize("options", [{}, {"cast_first": False}, {"offset": 1.0}], ids=str)
 @pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("compiled", [False, True])

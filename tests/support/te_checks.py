@@ -410,6 +410,7 @@ def calls(op, device):
                     None,
                     leaf(3, 96, 16, dtype=half),
                     None,
+                    *[None] * 4,
                     leaf(6, seed=4),
                     None,
                     None,
