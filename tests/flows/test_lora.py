@@ -19,7 +19,7 @@ from tests.support.spawn import run
 pytestmark = pytest.mark.usefixtures("cached_captures")
 
 
-@pytest.mark.parametrize("seed", [2, 3, 7, 9])
+@pytest.mark.parametrize("seed", [3, 7])
 def test_drawn_case(seed):
     assert outcome(Case.drawn(seed)) == Outcome()
 

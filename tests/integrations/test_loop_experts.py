@@ -57,11 +57,10 @@ def test_router_logits_and_the_auxiliary_loss_are_the_models(family):
         torch.testing.assert_close(ours.aux_loss, own.aux_loss)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_recomputation_and_autocast(family, compiled):
+def test_recomputation_and_autocast(family):
     """Under autocast Transformers' own loop of DBRX adds bf16 to float32, which index_add_ refuses: float32 is the measure."""
     _, plain, _ = family
-    model = moefx.optimize(copy.deepcopy(plain), compile=compiled and "aot_eager")  # Inductor takes a minute for each
+    model = moefx.optimize(copy.deepcopy(plain), compile="aot_eager")  # Inductor takes a minute for each
     found = []
     for m, on in ((plain, False), (model, False), (model, True)):
         m.zero_grad()
