@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from moefx.errors import MoefxError
-from moefx.internals import subclass
 
 
 def is_fsdp_hook(hook: Callable) -> bool:
@@ -26,13 +25,7 @@ def is_fsdp_hook(hook: Callable) -> bool:
 
 def own_class(cls: type) -> type:
     """The class that ``fully_shard`` and moefx made ``cls`` of."""
-    while True:
-        inner = subclass.own_class(cls)
-        if issubclass(inner, FSDPModule):
-            inner = next(c for c in inner.__mro__ if not issubclass(c, FSDPModule))
-        if inner is cls:
-            return cls
-        cls = inner
+    return next(c for c in cls.__mro__ if "_moefx_base" not in vars(c) and not issubclass(c, FSDPModule))
 
 
 @contextmanager
