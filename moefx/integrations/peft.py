@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moefx.integrations import fsdp
-from moefx.internals.subclass import own_class, subclass
+from moefx.internals.subclass import forward_around, own_class, subclass
 
 #: Attribute of an experts module while its wrapper's forward runs: parameter -> factors of its updates.
 _FACTORS = "_moefx_factors"
@@ -40,17 +40,16 @@ def is_wrapper(module: nn.Module) -> bool:
 @functools.cache
 def adapting(base: type, emitting: Callable[[], bool]) -> type:
     """A subclass of a wrapper's class: PEFT's own forward, except during capture and for sharded experts."""
-    plain = base.forward  # type: ignore[attr-defined]
 
-    def forward(self, x, *args, **kwargs):
-        spread = isinstance(self.get_param(), DTensor)
-        if not (emitting() or spread) or self.disable_adapters or self.merged:
-            return plain(self, x, *args, **kwargs)
-        with _adapted(self):
-            return self.base_layer(x, *args, **kwargs)
+    def run(wrapper: Any, plain: Callable, args: tuple, kwargs: dict) -> Any:
+        spread = isinstance(wrapper.get_param(), DTensor)
+        if not (emitting() or spread) or wrapper.disable_adapters or wrapper.merged:
+            return plain(*args, **kwargs)
+        with _adapted(wrapper):
+            return wrapper.base_layer(*args, **kwargs)
 
     def get_delta_weight(self, adapter_name, *args, **kwargs):
-        weight = self.get_param()
+        weight, plain_delta = self.get_param(), base.get_delta_weight  # type: ignore[attr-defined]
         if not isinstance(weight, DTensor):
             return plain_delta(self, adapter_name, *args, **kwargs)
         part = fsdp.local_slices(weight)
@@ -62,8 +61,7 @@ def adapting(base: type, emitting: Callable[[], bool]) -> type:
         how = {"run_check": False, "shape": weight.shape, "stride": weight.stride()}
         return DTensor.from_local(delta.to(weight.dtype).contiguous(), weight.device_mesh, weight.placements, **how)
 
-    plain_delta = base.get_delta_weight  # type: ignore[attr-defined]
-    return subclass(base, forward=forward, get_delta_weight=get_delta_weight)
+    return forward_around(base, run, get_delta_weight=get_delta_weight)
 
 
 def _delta_of_experts(wrapper: Any, adapter: str, experts: slice) -> Tensor:
@@ -103,10 +101,9 @@ def merging(base: type) -> type:
     """
 
     def on_shards(name: str) -> Callable:
-        plain = getattr(base, name)
-
-        @functools.wraps(plain)
+        @functools.wraps(getattr(base, name))
         def call(self, *args, **kwargs):
+            plain = getattr(base, name)
             fsdp.reshard(self)
             if name == "disable_adapter_layers" and any(getattr(m, "merged_adapters", ()) for m in layers(self)):
                 self.unmerge_adapter()
@@ -121,9 +118,9 @@ def merging(base: type) -> type:
 @functools.cache
 def saving(base: type) -> type:
     """A subclass of a PEFT model's class whose ``save_pretrained`` gathers sharded adapters: all ranks call it, 0 writes."""
-    plain = base.save_pretrained  # type: ignore[attr-defined]
 
     def save_pretrained(self, save_directory, *args, **kwargs):
+        plain = base.save_pretrained  # type: ignore[attr-defined]
         if kwargs.get("state_dict") is None and any(isinstance(p, DTensor) for p in self.parameters()):
             parameters = dict(self.named_parameters(remove_duplicate=False))
             state = {n: t for n, t in self.state_dict().items() if n not in parameters or _is_adapter(n, parameters[n])}
@@ -131,7 +128,7 @@ def saving(base: type) -> type:
             kwargs.setdefault("is_main_process", torch.distributed.get_rank() == 0)
         return plain(self, save_directory, *args, **kwargs)
 
-    return subclass(base, save_pretrained=functools.wraps(plain)(save_pretrained))
+    return subclass(base, save_pretrained=functools.wraps(base.save_pretrained)(save_pretrained))  # type: ignore[attr-defined]
 
 
 def wrap(model: Any) -> None:

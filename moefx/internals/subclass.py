@@ -23,6 +23,10 @@ ATTRIBUTES = (
 )  # fmt: skip
 
 
+#: That of a module with a forward of its own: its class's forward when it was given that.
+_FORMER = "_moefx_former_forward"
+
+
 @functools.cache
 def _metaclass(base: type) -> type:
     """A subclass of ``base``, the type of a class. Its instances are pickled as their original classes."""
@@ -47,10 +51,34 @@ def subclass(base: type, **members: Any) -> type:
     return made
 
 
-@functools.cache
-def with_forward(base: type, make: Callable[[type], Callable]) -> type:
-    """A subclass of ``base`` with the forward ``make(base)``."""
-    return subclass(base, forward=functools.wraps(base.forward)(make(base)))  # type: ignore[attr-defined]
+def forward_around(base: type, run: Callable[..., Any], kept: Callable[..., Any] | None = None, **members: Any) -> type:
+    """A subclass of ``base`` with ``members`` and the forward ``run(module, plain, args, kwargs)`` around that of ``base``.
+
+    ``plain`` is the forward that the class has at the time of the call: someone may have given it another one. A module that
+    was given a forward of its own before that, around what ``module.forward`` was then, goes on to use the class's former one
+    as ``plain``, in ``kept`` (default: ``run``).
+    """
+    original, run_kept = own_class(base), kept or run
+
+    @functools.wraps(base.forward)  # type: ignore[attr-defined]
+    def forward(self, *args, **kwargs):
+        former = self.__dict__.get(_FORMER) if "forward" in self.__dict__ else None
+        if not isinstance(self, made):  # restored, but someone has kept this method
+            return (former or original.forward)(self, *args, **kwargs)  # type: ignore[attr-defined]
+        if former is None or former is original.forward:  # type: ignore[attr-defined]
+            return run(self, functools.partial(base.forward, self), args, kwargs)  # type: ignore[attr-defined]
+        return run_kept(self, functools.partial(former, self), args, kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward" and name not in self.__dict__:
+            self.__dict__[_FORMER] = original.forward  # type: ignore[attr-defined]
+        base.__setattr__(self, name, value)  # type: ignore[call-arg]
+
+    made = subclass(base, forward=forward, __setattr__=__setattr__, **members)
+    return made
+
+
+with_forward = functools.cache(forward_around)
 
 
 def pickling(base: type, undo: Callable[[Any], None]) -> Callable:
@@ -82,7 +110,7 @@ def remove(module: nn.Module) -> None:
     """Restores the original classes of ``module`` and of all modules in it."""
     for m in module.modules():
         m.__class__ = own_class(type(m))
-        for name in ATTRIBUTES:
+        for name in (*ATTRIBUTES, *(() if "forward" in m.__dict__ else (_FORMER,))):
             m.__dict__.pop(name, None)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -179,6 +178,12 @@ class BlockForward:
         """Drops the functions, so that calls are captured again."""
         self.functions, self.failed, self.snapshots = [], [], []
 
+    def runs_kept(self, module: nn.Module, args: tuple) -> None:
+        """Reports a call of a forward that is not the module's any more."""
+        if not (hf.is_traced() or self.state.bypass or hf.is_emitting()):
+            reason = "it calls a forward that was looked up before its class was given another one"
+            self._fell_back(module, reason, consequence=self.consequence(module, args))
+
     def _fell_back(self, module: nn.Module, reason: str, detail: str = "", consequence: str = "") -> None:
         warn = module.training and torch.is_grad_enabled()
         self.state.report.fell_back(self.path, reason, warn, detail, consequence)
@@ -282,12 +287,12 @@ class BlockForward:
         return capture_module(module, call, routers, type(module).__name__)
 
 
-def block_forward(base: type) -> Callable:
-    """The forward of the class of an optimized block whose own class is ``base``."""
-    # GradientCheckpointingLayer.__init_subclass__ wraps this forward as well, so checkpointing still works
+def run_block(module: Any, plain: Callable, args: tuple, kwargs: dict) -> Any:
+    """The forward of an optimized block, around its own class's (``plain``)."""
+    return module._moefx_forward(module, args, kwargs, plain)
 
-    def forward(self, *args, **kwargs):
-        # looked up in each call: someone may have replaced it since
-        return self._moefx_forward(self, args, kwargs, functools.partial(base.forward, self))  # type: ignore[attr-defined]
 
-    return forward
+def run_kept_block(module: Any, plain: Callable, args: tuple, kwargs: dict) -> Any:
+    """A forward that someone has kept of an optimized block, whose class has another one now, which graphs are captured of."""
+    module._moefx_forward.runs_kept(module, args)
+    return plain(*hf.original_masks(args), **hf.original_masks(kwargs))

@@ -174,23 +174,23 @@ def loss_function(base: type) -> property:
     plain: Any = base.loss_function  # type: ignore[attr-defined]
 
     def get(self):
-        loss, head = plain.fget(self), vars(self).get("_moefx_head")
+        now = plain if hf.is_traced() else base.loss_function  # type: ignore[attr-defined]  # Dynamo knows the former only
+        loss, head = now.fget(self), vars(self).get("_moefx_head")
         return FusedLoss(head, self.get_output_embeddings(), loss) if head is not None and head.active else loss
 
     return property(get, plain.fset, plain.fdel, plain.__doc__)
 
 
-def _lm_head_forward(base: type) -> Callable:
-    def forward(self, hidden):
-        plain, head = functools.partial(base.forward, self), self._moefx_head  # type: ignore[attr-defined]
-        elsewhere = hf.is_emitting() or hf.is_traced() or fsdp.reshards_after_forward(self)
-        if not head.active or head.stored is not None or elsewhere:
-            return plain(hidden)
-        lazy = LazyLogits(hidden, Projection(self))
-        autocast = lazy.modes.autocast is not None and lazy.modes.autocast[0]
-        return lazy if autocast or hidden.dtype == self.weight.dtype else plain(hidden)  # the latter raises PyTorch's error
-
-    return forward
+def _run_lm_head(module: Any, plain: Callable, args: tuple, kwargs: dict) -> Any:
+    """The forward of a head, around its own class's (``plain``): in a forward with labels, lazy logits."""
+    head = module._moefx_head
+    elsewhere = hf.is_emitting() or hf.is_traced() or fsdp.reshards_after_forward(module)
+    if not head.active or head.stored is not None or elsewhere or len(args) != 1 or kwargs:
+        return plain(*args, **kwargs)
+    (hidden,) = args
+    lazy = LazyLogits(hidden, Projection(module))
+    autocast = lazy.modes.autocast is not None and lazy.modes.autocast[0]
+    return lazy if autocast or hidden.dtype == module.weight.dtype else plain(hidden)  # the latter raises PyTorch's error
 
 
 def take_head(lm_head: Any, head: HeadForward) -> None:
@@ -204,5 +204,5 @@ def take_head(lm_head: Any, head: HeadForward) -> None:
         head.state.report.fell_back(head.path, str(why_stored(lm_head)), warn=torch.is_grad_enabled())
         return
     lm_head.__dict__["_moefx_head"] = head
-    lm_head.__class__ = with_forward(type(lm_head), _lm_head_forward)  # type: ignore[arg-type]
+    lm_head.__class__ = with_forward(type(lm_head), _run_lm_head)  # type: ignore[arg-type]
     head.forget()

@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 from moefx.frontend.head import lm_head_of, why_stored
 from moefx.integrations import fsdp
 from moefx.integrations import transformers as hf
-from moefx.internals.subclass import own_class, pickling, remove, subclass, with_forward
+from moefx.internals.subclass import forward_around, own_class, pickling, remove, with_forward
 from moefx.ir.program import Function
-from moefx.runtime.block import BlockForward, block_forward
+from moefx.runtime.block import BlockForward, run_block, run_kept_block
 from moefx.runtime.head import HeadForward, loss_function, take_head
-from moefx.runtime.model import model_forward, part_forward, reshard_without_backward, sharded_save_pretrained
+from moefx.runtime.model import reshard_without_backward, run_model, run_part, sharded_save_pretrained
 from moefx.runtime.recomputation import recomputation_is_seen
 from moefx.runtime.router_state import RouterState
 from moefx.runtime.state import Optimized
@@ -23,9 +23,9 @@ from moefx.runtime.state import Optimized
 @functools.cache
 def _model_class(base: type) -> type:
     """The class of an optimized model whose own class is ``base``."""
-    return subclass(
+    return forward_around(
         base,
-        forward=functools.wraps(base.forward)(model_forward(base)),  # type: ignore[attr-defined]
+        run_model,
         save_pretrained=functools.wraps(base.save_pretrained)(sharded_save_pretrained(base)),  # type: ignore[attr-defined]
         loss_function=loss_function(base),
         __reduce_ex__=pickling(base, uninstall),
@@ -46,7 +46,7 @@ def install(model: Any, state: Optimized) -> None:
         if functions[0].name == "head":
             continue
         module.__dict__["_moefx_forward"] = BlockForward(path, state, list(functions), router_state, routers)
-        module.__class__ = with_forward(type(module), block_forward)  # type: ignore[arg-type]
+        module.__class__ = with_forward(type(module), run_block, run_kept_block)  # type: ignore[arg-type]
     _install_head(model, state, router_state)
     for path, functions in by_path.items():
         if functions[0].name != "head":
@@ -55,7 +55,7 @@ def install(model: Any, state: Optimized) -> None:
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and part is not model and not hasattr(type(part), "_moefx_base"):
             part.__dict__["_moefx_state"] = state
-            part.__class__ = with_forward(type(part), part_forward)  # type: ignore[arg-type]
+            part.__class__ = with_forward(type(part), run_part)  # type: ignore[arg-type]
     model.__dict__["_moefx"], model.__dict__["_moefx_router_state"] = state, router_state
     if fsdp.is_unit(model):
         state.hooks.append(model.register_forward_hook(reshard_without_backward))

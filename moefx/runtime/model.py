@@ -20,73 +20,69 @@ from moefx.runtime.state import Optimized
 from moefx.runtime.tracing import TRANSFORMED, only_graphs, refuse_replica, untraced, warn_compiled
 
 
-def model_forward(base: type) -> Callable:
-    """The forward of the class of an optimized model whose own class is ``base``."""
-    plain = base.forward  # type: ignore[attr-defined]
+def run_model(model: Any, plain: Callable, args: tuple, kwargs: dict) -> Any:
+    """The forward of an optimized model, around its own class's (``plain``)."""
+    state: Optimized = model._moefx
+    if hf.is_traced():
+        if only_graphs(state, model._moefx_router_state, model.training):
+            return untraced(_run_here, model, plain, args, kwargs)
+        if hf.is_transformed():
+            state.report.fell_back("the model", TRANSFORMED, warn=model.training)
+        elif model.training:
+            warn_compiled()
+        return plain(*args, **kwargs)
+    if getattr(model, "_is_replica", False):
+        refuse_replica(state, model._moefx_router_state, model.training)
+        return plain(*args, **kwargs)
+    return _run_here(model, plain, args, kwargs)
 
-    def forward(self, *args, **kwargs):
-        state: Optimized = self._moefx
-        if hf.is_traced():
-            if only_graphs(state, self._moefx_router_state, self.training):
-                return untraced(forward_here, self, args, kwargs)
-            if hf.is_transformed():
-                state.report.fell_back("the model", TRANSFORMED, warn=self.training)
-            elif self.training:
-                warn_compiled()
-            return plain(self, *args, **kwargs)
-        if getattr(self, "_is_replica", False):
-            refuse_replica(state, self._moefx_router_state, self.training)
-            return plain(self, *args, **kwargs)
-        return forward_here(self, args, kwargs)
 
-    def forward_here(self, args, kwargs):
-        state: Optimized = self._moefx
-        self._moefx_router_state.start(self, state)
-        if state.shards_experts and state.plan.mesh is not None and torch.is_grad_enabled():
-            expert_sharding.average_over_replicas(self, expert_sharding.replicas_of(state.plan.mesh))
-        mean = kwargs.get("num_items_in_batch") is None
-        everywhere = state.global_aux_loss and self.training and not state.bypass
+def _run_here(model: Any, plain: Callable, args: tuple, kwargs: dict) -> Any:
+    state: Optimized = model._moefx
+    model._moefx_router_state.start(model, state)
+    if state.shards_experts and state.plan.mesh is not None and torch.is_grad_enabled():
+        expert_sharding.average_over_replicas(model, expert_sharding.replicas_of(state.plan.mesh))
+    mean = kwargs.get("num_items_in_batch") is None
+    everywhere = state.global_aux_loss and model.training and not state.bypass
 
-        def total(x: Tensor) -> Tensor:
-            return aux_loss.SumOverRanks.apply(x, aux_loss.gradient_scale(mean))  # type: ignore[no-untyped-call]
+    def total(x: Tensor) -> Tensor:
+        return aux_loss.SumOverRanks.apply(x, aux_loss.gradient_scale(mean))  # type: ignore[no-untyped-call]
 
-        with rank_monitor.named(), state.masks(self), _aux_loss(self, state, mean, everywhere):
-            out = run(self, args, kwargs)
-            return self._moefx_router_state.finish(
-                state, out, kwargs.get("attention_mask"), total if everywhere else lambda x: x
-            )
+    with rank_monitor.named(), state.masks(model), _aux_loss(model, state, mean, everywhere):
+        out = _run(model, plain, args, kwargs)
+        given = total if everywhere else lambda x: x
+        return model._moefx_router_state.finish(state, out, kwargs.get("attention_mask"), given)
 
-    def run(self, args, kwargs):
-        state: Optimized = self._moefx
-        if not state.bypass:
-            kwargs = hf.count_as_tensor(args, kwargs)
-        training = kwargs.get("labels") is not None or (self.training and torch.is_grad_enabled())
-        ignores_packing = False
-        reads_cache = self._moefx_router_state.blocks.share_cache and _fills_a_cache(self)
-        if training and not state.bypass and kwargs.get("use_cache") is None and not reads_cache:
-            positions = len(args) > 1 or kwargs.get("position_ids") is not None
-            beside_cache, packs = positions and _fills_a_cache(self), state.program.packs_beside_cache
-            if not beside_cache or packs is not None:  # else the model fills its cache, and the report says so
-                kwargs["use_cache"] = False  # nothing reads the cache of a training step
-                ignores_packing = beside_cache and not packs
-            if ignores_packing:
-                state.report.ignored_packing(kwargs.get("position_ids"))
-        head = None if state.bypass else vars(self).get("_moefx_head")
-        unasked = not state.bypass and all(kwargs.get(k) is None for k in ("use_cache", "past_key_values", "cache"))
-        lm_head = None if head is None else self.get_output_embeddings()
-        if head is not None and not hasattr(lm_head, "_moefx_head"):
-            take_head(lm_head, head)
-        numbered = len(args) <= 1 and kwargs.get("position_ids") is None and kwargs.get("past_key_values") is None
-        with hf.unpacked() if (numbered and training) or ignores_packing else contextlib.nullcontext():
-            if head is not None and kwargs.get("labels") is not None and hasattr(lm_head, "_moefx_head"):
-                with head.lazily(lm_head):
-                    return plain(self, *args, **kwargs)
-            out = plain(self, *args, **kwargs)
-            if unasked and any(getattr(out, k, None) is not None for k in ("past_key_values", "cache")):
-                state.report.filled_a_cache()
-            return out
 
-    return forward
+def _run(model: Any, plain: Callable, args: tuple, kwargs: dict) -> Any:
+    state: Optimized = model._moefx
+    if not state.bypass:
+        kwargs = hf.count_as_tensor(args, kwargs)
+    training = kwargs.get("labels") is not None or (model.training and torch.is_grad_enabled())
+    ignores_packing = False
+    reads_cache = model._moefx_router_state.blocks.share_cache and _fills_a_cache(model)
+    if training and not state.bypass and kwargs.get("use_cache") is None and not reads_cache:
+        positions = len(args) > 1 or kwargs.get("position_ids") is not None
+        beside_cache, packs = positions and _fills_a_cache(model), state.program.packs_beside_cache
+        if not beside_cache or packs is not None:  # else the model fills its cache, and the report says so
+            kwargs["use_cache"] = False  # nothing reads the cache of a training step
+            ignores_packing = beside_cache and not packs
+        if ignores_packing:
+            state.report.ignored_packing(kwargs.get("position_ids"))
+    head = None if state.bypass else vars(model).get("_moefx_head")
+    unasked = not state.bypass and all(kwargs.get(k) is None for k in ("use_cache", "past_key_values", "cache"))
+    lm_head = None if head is None else model.get_output_embeddings()
+    if head is not None and not hasattr(lm_head, "_moefx_head"):
+        take_head(lm_head, head)
+    numbered = len(args) <= 1 and kwargs.get("position_ids") is None and kwargs.get("past_key_values") is None
+    with hf.unpacked() if (numbered and training) or ignores_packing else contextlib.nullcontext():
+        if head is not None and kwargs.get("labels") is not None and hasattr(lm_head, "_moefx_head"):
+            with head.lazily(lm_head):
+                return plain(*args, **kwargs)
+        out = plain(*args, **kwargs)
+        if unasked and any(getattr(out, k, None) is not None for k in ("past_key_values", "cache")):
+            state.report.filled_a_cache()
+        return out
 
 
 def _aux_loss(model: Any, state: Optimized, mean_of_ranks: bool, everywhere: bool) -> contextlib.AbstractContextManager:
@@ -105,24 +101,19 @@ def _fills_a_cache(model: Any) -> bool:
     return bool(getattr(model.config.get_text_config(), "use_cache", False)) and not recomputes
 
 
-def part_forward(base: type) -> Callable:
+def run_part(model: Any, plain: Callable, args: tuple, kwargs: dict) -> Any:
     """The forward of a model inside the model: called directly, it makes the same lazy masks for its graphs."""
-    plain = base.forward  # type: ignore[attr-defined]
-
-    def forward(self, *args, **kwargs):
-        if hf.is_traced():
-            return plain(self, *args, **kwargs)
-        with self._moefx_state.masks(self):
-            return plain(self, *args, **kwargs)
-
-    return forward
+    if hf.is_traced():
+        return plain(*args, **kwargs)
+    with model._moefx_state.masks(model):
+        return plain(*args, **kwargs)
 
 
 def sharded_save_pretrained(base: type) -> Callable:
     """``save_pretrained`` of an optimized model: of a sharded one, each rank writes its part."""
-    plain = base.save_pretrained  # type: ignore[attr-defined]
 
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs):
+        plain = base.save_pretrained  # type: ignore[attr-defined]
         if state_dict is not None or not fsdp.is_sharded(self) or kwargs.get("distributed_checkpoint"):
             return plain(self, save_directory, is_main_process, state_dict, **kwargs)
         unknown = set(kwargs) - {"max_shard_size", "save_original_format"}

@@ -52,7 +52,7 @@ class Anatomy:
     attributes: tuple[tuple[str, str, Any], ...]  #: (path, name, another value)
     configured: tuple[tuple[str, Any], ...]
     layer_classes: tuple[str, ...]
-    classes: tuple[str, ...]  #: of what is inside layers
+    classes: tuple[str, ...]  #: of the models and of what is inside layers
     functions: tuple[str, ...]
 
     @property
@@ -99,7 +99,9 @@ def anatomy(family: str) -> Anatomy:
         attributes=tuple(a for a in attributes if getattr(modules[a[0]], a[1]) is not None),
         configured=tuple((n, v) for n, many in CONFIGURED.items() if hasattr(model.config, n) for v in many),
         layer_classes=tuple(dict.fromkeys(kinds[p] for p in layers)),
-        classes=tuple(dict.fromkeys(kinds[p] for p in (*around, *experts, *attentions, *ending("Norm", "Router")))),
+        classes=tuple(
+            dict.fromkeys(kinds[p] for p in (*around, *experts, *attentions, *ending("Norm", "Router"), "", "model"))
+        ),
         functions=tuple(sorted(named)),
     )
 
@@ -444,7 +446,11 @@ for m in model.modules():
 """
 
 
-@action(weight=2, path=lambda a: (*a.layers, *a.mlps, *a.attentions, *a.experts, *a.linears, *a.norms), gives="patched")
+@action(
+    weight=2,
+    path=lambda a: (*a.layers, *a.mlps, *a.attentions, *a.experts, *a.linears, *a.norms, "lm_head", "model"),
+    gives="patched",
+)
 def patch_forward(path: str) -> str:
     return f"\nwith_forward(at(model, {path!r}), 0.7)\n"
 
@@ -465,9 +471,8 @@ undo.enter_context(mock.patch.object(cls, "forward", scaled_forward(cls.forward,
 """
 
 
-# Transformers recomputes no layer whose class is patched so (``is_outermost`` of GradientCheckpointingLayer); moefx does. A
-# forward that was put around a layer's own before that calls the new one with moefx, and the old one without (docs: guards)
-@action(name=lambda a: a.layer_classes, unless="checkpointed patched", gives="patched_layers")
+# Transformers recomputes no layer whose class is patched so (``is_outermost`` of GradientCheckpointingLayer); moefx does
+@action(name=lambda a: a.layer_classes, unless="checkpointed", gives="patched_layers")
 def patch_layer_class(name: str) -> str:
     return patch_class(name)
 

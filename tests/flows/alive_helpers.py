@@ -129,8 +129,13 @@ def fill(model: Any, adapter: str) -> None:
 
 
 def scaled(value: Any, factor: Any) -> Any:
-    """``value`` times ``factor``; of a tuple its first element."""
-    return (scaled(value[0], factor), *value[1:]) if isinstance(value, tuple) else value * factor
+    """``value`` times ``factor``; of a tuple or a model's output its first element."""
+    if isinstance(value, tuple):
+        return (scaled(value[0], factor), *value[1:])
+    if isinstance(value, dict):
+        first = next(iter(value))
+        return type(value)(**{**value, first: scaled(value[first], factor)})
+    return value * factor
 
 
 def note(name: str, factor: float, module: Any, *given: Any) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moefx import ops
 from moefx.errors import CaptureError
 from moefx.integrations import peft as adapters
-from moefx.internals.subclass import subclass
+from moefx.internals.subclass import forward_around
 
 
 class Loop(NamedTuple):
@@ -118,10 +118,10 @@ class Gated(nn.Module):
 @functools.cache
 def emitting_class(base: type, emitter: Callable[[nn.Module], Callable | None]) -> type:
     """A subclass of such a module's class. ``emitter(module)`` returns how to emit, or None for its own forward."""
-    plain, loop = base.forward, LOOPS[base.__name__]  # type: ignore[attr-defined]
+    loop = LOOPS[base.__name__]
 
-    def forward(self, *args, **kwargs):
-        emit = emitter(self)
-        return plain(self, *args, **kwargs) if emit is None else loop.forward(self, emit, *args, **kwargs)
+    def run(module: nn.Module, plain: Callable, args: tuple, kwargs: dict) -> Any:
+        emit = emitter(module)
+        return plain(*args, **kwargs) if emit is None else loop.forward(module, emit, *args, **kwargs)
 
-    return subclass(base, forward=forward)
+    return forward_around(base, run)

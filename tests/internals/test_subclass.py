@@ -1,0 +1,94 @@
+"""Forwards under moefx behave like methods: a class's new one is called, and one that was wrapped before stays what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+import moefx
+from tests.flows.alive_helpers import scaled_forward, with_forward
+from tests.support.families import batch, build
+
+#: A module of each kind that has a subclass under moefx, and one inside a block.
+PATHS = ("", "model", "model.layers.0", "lm_head", "model.norm", "model.layers.0.mlp")
+
+
+def losses(path: str, act: Callable[[Any, Callable[[], None]], None], optimize: bool) -> list[float]:
+    """The losses that ``act(module, see)`` sees of a model, whose module ``path`` it is given."""
+    model, found = build("qwen3_moe", num_hidden_layers=1), []
+    model = moefx.optimize(model, compile=False) if optimize else model
+
+    def see() -> None:
+        out = model(**batch(2, 7))
+        found.append(float(out.loss))
+        out.loss.backward()
+
+    see()
+    act(model.get_submodule(path), see)
+    return found
+
+
+def own_class(module: nn.Module) -> Any:
+    return next(c for c in type(module).__mro__ if "_moefx_base" not in vars(c))
+
+
+def replaced(module: nn.Module) -> Any:
+    cls = own_class(module)
+    return mock.patch.object(cls, "forward", scaled_forward(cls.forward, 0.7))
+
+
+def in_the_class(module: nn.Module, see: Callable[[], None]) -> None:
+    with replaced(module):
+        see()
+    see()
+
+
+def around_it_before(module: nn.Module, see: Callable[[], None]) -> None:
+    with_forward(module, 0.6)
+    with replaced(module):
+        see()
+    del module.forward
+    see()
+
+
+def around_it_after(module: nn.Module, see: Callable[[], None]) -> None:
+    with replaced(module):
+        with_forward(module, 0.6)
+        see()
+    see()  # what it wraps stays the patched one
+
+
+def dropped_by_vars(module: nn.Module, see: Callable[[], None]) -> None:
+    with_forward(module, 0.6)
+    vars(module).pop("forward")
+    with replaced(module):
+        see()
+        with_forward(module, 0.6)
+        see()
+
+
+@pytest.mark.filterwarnings("ignore::moefx.ShortfallWarning")
+@pytest.mark.parametrize("act", [in_the_class, around_it_before, around_it_after, dropped_by_vars])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_forward_is_that_of_plain_python(path, act):
+    wanted = losses(path, act, False)
+    torch.testing.assert_close(losses(path, act, True), wanted, rtol=1e-5, atol=1e-6)
+    assert len({round(x, 6) for x in wanted}) > 1, "it changes nothing"
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_forward_that_was_kept_outlives_restore(path):
+    model = moefx.optimize(build("qwen3_moe", num_hidden_layers=1), compile=False)
+    module, given = model.get_submodule(path), batch(2, 7)
+    with_forward(module, 0.6)
+    wanted = float(model(**given).loss)
+    moefx.restore(model)
+    assert "_moefx_forward" not in vars(module)
+    torch.testing.assert_close(float(model(**given).loss), wanted, rtol=1e-5, atol=1e-6)
+    again = moefx.optimize(model, compile=False)
+    torch.testing.assert_close(float(again(**given).loss), wanted, rtol=1e-5, atol=1e-6)
