@@ -20,8 +20,8 @@ from transformers import PreTrainedConfig
 from moefx.frontend.module_state import CONTAINERS, MANY, MISSING, Same, Values, attributes_of, by_value
 from moefx.internals.functions import home, is_installed, is_of, names_in
 
-#: Packages whose functions name nothing that a graph depends on.
-_LIBRARIES = ("torch", "moefx", "numpy")
+#: Packages and modules whose functions name nothing that a graph depends on; Transformers' two convert checkpoints.
+_LIBRARIES = ("torch", "moefx", "numpy", "transformers.conversion_mapping", "transformers.core_model_loading")
 #: Packages whose objects are not followed: registries, which hold all that a forward might call.
 _REGISTRIES = ("transformers", "peft")
 _HOLDERS = (

@@ -33,6 +33,6 @@ def is_installed(package: str) -> bool:
 
 
 def is_of(module: str, packages: tuple[str, ...]) -> bool:
-    """Does the module of this name belong to one of ``packages``, or to Python itself?"""
+    """Is the module of this name one of ``packages``, or in one, or of Python itself?"""
     package = module.partition(".")[0]
-    return package in packages or package in sys.stdlib_module_names
+    return package in packages or module in packages or package in sys.stdlib_module_names

@@ -45,12 +45,20 @@ class Recorded:
     places: list[int]  #: addresses of the parameters
     guards: list[StepGuard] = field(default_factory=list)  #: of the Python state of the model
 
-    def replay(self, batch: Mapping[str, Any]) -> Tensor:
-        """The loss of ``batch`` []; adds its gradients to ``.grad``."""
+    def replay(self, batch: Mapping[str, Any], check: Callable[[], None]) -> Tensor:
+        """The loss of ``batch`` []; adds its gradients to ``.grad``. ``check`` is called while the device computes them: where
+        it raises, they are left out.
+        """
         for name, t in self.inputs.items():
             t.copy_(batch[name], non_blocking=True)
         before = {p: _moved(p.grad, self.gradients[p]) for p in self.gradients if p.grad is not None}
         self.graph.replay()
+        try:
+            check()
+        except BaseException:
+            for p, gradient in before.items():
+                p.grad = gradient
+            raise
         for p, gradient in self.gradients.items():
             p.grad = gradient
         if before:
@@ -86,9 +94,10 @@ class GraphedStep:
                 self.eager += 1
                 return self._step(batch)
             found = self.recorded[kind] = self._record(batch)
-        self._check(found)
+        self._check_memory(found)
+        loss = found.replay(batch, lambda: self._check_state(found))
         self.replays += 1
-        return found.replay(batch)
+        return loss
 
     def close(self) -> None:
         """Frees the graphs and their memory.
@@ -107,22 +116,24 @@ class GraphedStep:
         asked = state.tracks_load, state.recorded_routes is None, state.replayed_routes is None, hf.is_checkpointed(inner)
         return *parts, inner.training, *asked, *(p.requires_grad for p in self._parameters)
 
-    def _check(self, found: Recorded) -> None:
+    def _check_memory(self, found: Recorded) -> None:
         if found.places != [_local(p).data_ptr() for p in self._parameters]:
             raise MoefxError(
                 "parameters were moved in memory after the step was recorded, which would read the old ones: make a new step "
                 "with moefx.cuda_graph(model)"
             )
+        if not fsdp.reduces_gradients(self.model):
+            raise MoefxError(
+                "set_requires_gradient_sync(False) is on, and a recorded step reduces gradients each time: leave it out, "
+                "gradients of several steps are summed in .grad anyway"
+            )
+
+    def _check_state(self, found: Recorded) -> None:
         changed = next((difference for guard in found.guards if (difference := guard.difference())), None)
         if changed:
             raise MoefxError(
                 f"{type(unwrap(self.model)).__name__} is not as it was when the step was recorded ({changed}), and a replay "
                 "would not see it: change it back, or make a new step with moefx.cuda_graph(model)"
-            )
-        if not fsdp.reduces_gradients(self.model):
-            raise MoefxError(
-                "set_requires_gradient_sync(False) is on, and a recorded step reduces gradients each time: leave it out, "
-                "gradients of several steps are summed in .grad anyway"
             )
 
     def _step(self, batch: Mapping[str, Any]) -> Tensor:

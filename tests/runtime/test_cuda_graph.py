@@ -33,13 +33,21 @@ def recorded(w):
     return made
 
 
+def passes():
+    pass
+
+
+def fails():
+    raise moefx.MoefxError("it has changed")
+
+
 def test_gradients_add_up_until_they_are_none():
     w = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
     step, plain = recorded(w), nn.Parameter(w.detach().clone())
     losses = []
     for i in range(6):
         x = torch.tensor([1.0, -1.0, 0.5]) * (i + 1)
-        losses.append(step.replay({"x": x}))
+        losses.append(step.replay({"x": x}, passes))
         loss = (plain * x).sum()
         loss.backward()
         assert torch.equal(losses[-1], loss.detach()) and torch.equal(w.grad, plain.grad)
@@ -56,8 +64,21 @@ def test_a_gradient_of_another_step_is_kept():
     step = recorded(w)
     (w * 10).sum().backward()
     before = w.grad
-    step.replay({"x": torch.ones(3)})
+    step.replay({"x": torch.ones(3)}, passes)
     assert w.grad is before and torch.equal(w.grad, torch.full((3,), 11.0))
+
+
+@pytest.mark.parametrize("earlier", [None, "a replay's", "another step's"])
+def test_a_step_that_must_not_be_replayed_leaves_gradients_alone(earlier):
+    w = nn.Parameter(torch.ones(3))
+    step = recorded(w)
+    if earlier == "a replay's":
+        step.replay({"x": torch.ones(3)}, passes)
+    elif earlier:
+        w.sum().backward()
+    with pytest.raises(moefx.MoefxError, match="it has changed"):
+        step.replay({"x": torch.full((3,), 5.0)}, fails)
+    assert w.grad is None if earlier is None else torch.equal(w.grad, torch.ones(3))
 
 
 def test_memory_that_ran_out_is_found_behind_the_error_that_hides_it():
