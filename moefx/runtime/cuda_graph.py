@@ -46,8 +46,9 @@ class Recorded:
     guards: list[StepGuard] = field(default_factory=list)  #: of the Python state of the model
 
     def replay(self, batch: Mapping[str, Any], check: Callable[[], None]) -> Tensor:
-        """The loss of ``batch`` []; adds its gradients to ``.grad``. ``check`` is called while the device computes them: where
-        it raises, they are left out.
+        """The loss of ``batch`` []; adds its gradients to ``.grad``.
+
+        ``check`` is called while the device computes them: where it raises, they are left out.
         """
         for name, t in self.inputs.items():
             t.copy_(batch[name], non_blocking=True)
