@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,34 @@ def is_installed(package: str) -> bool:
     """Was the package of this name installed, other than for its development?"""
     file = getattr(sys.modules.get(package), "__file__", None) or ""
     return not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
+
+
+#: Objects, one inside another, that :func:`calls_method` looks into.
+_DEEPEST = 8
+
+
+def calls_method(x: Any, of: Any, function: Any, depth: int = 0) -> bool:
+    """Does the callable ``x`` hold ``function`` as a bound method of ``of``: in its closure, a default, an attribute?"""
+    if depth > _DEEPEST or isinstance(x, type | types.ModuleType | str | bytes):
+        return False
+    if isinstance(x, types.MethodType):
+        if x.__self__ is of:
+            return x.__func__ is function or calls_method(x.__func__, of, function, depth + 1)
+        parts: Iterable[Any] = (x.__func__, x.__self__)
+    elif isinstance(x, types.FunctionType):
+        cells = [c.cell_contents for c in x.__closure__ or () if c != types.CellType()]
+        parts = (*cells, *(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values(), *vars(x).values())
+    elif isinstance(x, functools.partial):
+        parts = (x.func, *x.args, *x.keywords.values())
+    elif isinstance(x, Mapping):
+        parts = x.values()
+    elif isinstance(x, list | tuple | set | frozenset):
+        parts = x
+    elif callable(x) and hasattr(x, "__dict__") and x is not of:
+        parts = vars(x).values()
+    else:
+        return False
+    return any(calls_method(part, of, function, depth + 1) for part in parts)
 
 
 def is_of(module: str, packages: tuple[str, ...]) -> bool:

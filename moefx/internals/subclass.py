@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import nn
 
+from moefx.internals.functions import calls_method
+
 #: Attributes that moefx sets on modules.
 ATTRIBUTES = (
     "_moefx", "_moefx_forward", "_moefx_head", "_moefx_layout", "_moefx_original_implementation", "_moefx_own_attention",
@@ -56,7 +58,7 @@ def forward_around(base: type, run: Callable[..., Any], kept: Callable[..., Any]
 
     ``plain`` is the forward that the class has at the time of the call: someone may have given it another one. A module that
     was given a forward of its own before that, around what ``module.forward`` was then, goes on to use the class's former one
-    as ``plain``, in ``kept`` (default: ``run``).
+    as ``plain``, in ``kept`` (default: ``run``). (A descriptor would know when a method is bound; Dynamo traces none.)
     """
     original, run_kept = own_class(base), kept or run
 
@@ -71,7 +73,8 @@ def forward_around(base: type, run: Callable[..., Any], kept: Callable[..., Any]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "forward" and name not in self.__dict__:
-            self.__dict__[_FORMER] = original.forward  # type: ignore[attr-defined]
+            keeps = calls_method(value, self, type(self).forward)
+            self.__dict__[_FORMER] = original.forward if keeps else None  # type: ignore[attr-defined]
         base.__setattr__(self, name, value)  # type: ignore[call-arg]
 
     made = subclass(base, forward=forward, __setattr__=__setattr__, **members)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -11,7 +13,7 @@ import torch
 from torch import nn
 
 import moefx
-from tests.flows.alive_helpers import scaled_forward, with_forward
+from tests.flows.alive_helpers import scaled, scaled_forward, with_forward
 from tests.support.families import batch, build
 
 #: A module of each kind that has a subclass under moefx, and one inside a block.
@@ -63,6 +65,37 @@ def around_it_after(module: nn.Module, see: Callable[[], None]) -> None:
     see()  # what it wraps stays the patched one
 
 
+def calling_its_class(module: nn.Module, see: Callable[[], None]) -> None:
+    module.forward = types.MethodType(
+        lambda self, *args, **kwargs: scaled(type(self).forward(self, *args, **kwargs), 0.6), module
+    )
+    with replaced(module):
+        see()
+    see()
+
+
+class Wrapper:
+    def __init__(self, plain: Callable) -> None:
+        self.plain = [plain]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return scaled(self.plain[0](*args, **kwargs), 0.6)
+
+
+def by_an_object(module: nn.Module, see: Callable[[], None]) -> None:
+    module.forward = Wrapper(module.forward)
+    with replaced(module):
+        see()
+    see()
+
+
+def by_a_default(module: nn.Module, see: Callable[[], None]) -> None:
+    kept = functools.partial(module.forward)
+    module.forward = lambda *args, plain=kept, **kwargs: scaled(plain(*args, **kwargs), 0.6)
+    with replaced(module):
+        see()
+
+
 def dropped_by_vars(module: nn.Module, see: Callable[[], None]) -> None:
     with_forward(module, 0.6)
     vars(module).pop("forward")
@@ -72,8 +105,11 @@ def dropped_by_vars(module: nn.Module, see: Callable[[], None]) -> None:
         see()
 
 
+ACTS = [in_the_class, around_it_before, around_it_after, calling_its_class, by_an_object, by_a_default, dropped_by_vars]
+
+
 @pytest.mark.filterwarnings("ignore::moefx.ShortfallWarning")
-@pytest.mark.parametrize("act", [in_the_class, around_it_before, around_it_after, dropped_by_vars])
+@pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("path", PATHS)
 def test_a_forward_is_that_of_plain_python(path, act):
     wanted = losses(path, act, False)
