@@ -3,6 +3,7 @@
 import operator
 
 import pytest
+import sympy
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -40,6 +41,17 @@ def test_a_new_node_has_value_source_and_pass(graph):
 def test_a_graph_is_written_at_its_end(graph):
     new = emit(graph, aten.neg.default, named(graph, aten.cos.default))
     assert new.next.op == "output"
+
+
+def test_an_operation_that_asks_for_a_size_fixes_none(graph):
+    def asks(x):
+        assert x.shape[0] != 0 and int(x.shape[0]) == 3
+        return x.neg()
+
+    cosine = named(graph, aten.cos.default)
+    emit(graph, asks, cosine)
+    (x,) = (n for n in graph.nodes if n.op == "placeholder")
+    assert isinstance(value(x).shape[0].node.expr, sympy.Symbol) and not value(x).fake_mode.shape_env.replacements
 
 
 def test_nodes_within_lists_are_arguments(graph):
