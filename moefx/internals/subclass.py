@@ -64,7 +64,9 @@ def forward_around(base: type, run: Callable[..., Any], kept: Callable[..., Any]
 
     @functools.wraps(base.forward)  # type: ignore[attr-defined]
     def forward(self, *args, **kwargs):
-        former = self.__dict__.get(_FORMER) if "forward" in self.__dict__ else None
+        former = getattr(self, _FORMER, None)  # not by vars(self), which would be recorded as a read of all attributes
+        if former is not None and "forward" not in vars(self):
+            former = None
         if not isinstance(self, made):  # restored, but someone has kept this method
             return (former or original.forward)(self, *args, **kwargs)  # type: ignore[attr-defined]
         if former is None or former is original.forward:  # type: ignore[attr-defined]
@@ -77,7 +79,7 @@ def forward_around(base: type, run: Callable[..., Any], kept: Callable[..., Any]
             self.__dict__[_FORMER] = original.forward if keeps else None  # type: ignore[attr-defined]
         base.__setattr__(self, name, value)  # type: ignore[call-arg]
 
-    made = subclass(base, forward=forward, __setattr__=__setattr__, **members)
+    made = subclass(base, forward=forward, __setattr__=__setattr__, **{_FORMER: None}, **members)
     return made
 
 

@@ -45,6 +45,12 @@ def test_adapted_parameters_are_captured(case):
     assert not moefx.report(model).fallbacks
 
 
+def test_adapted_layers_share_one_graph():
+    options = {"target_modules": "all-linear", "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    program = adapted("qwen3_moe", True, **options).get_base_model()._moefx.program
+    assert ["model.layers.0", "model.layers.1"] in [f.instances for f in program]
+
+
 def test_adapters_that_are_switched():
     """A graph holds the update of one state: off (DPO's reference), another adapter, merged, scaled."""
     options = {"target_modules": ["q_proj", "gate"], "target_parameters": ["mlp.experts.gate_up_proj"]}

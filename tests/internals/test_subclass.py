@@ -128,3 +128,13 @@ def test_a_forward_that_was_kept_outlives_restore(path):
     torch.testing.assert_close(float(model(**given).loss), wanted, rtol=1e-5, atol=1e-6)
     again = moefx.optimize(model, compile=False)
     torch.testing.assert_close(float(again(**given).loss), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_method_that_is_kept_elsewhere_outlives_restore(path):
+    model = moefx.optimize(build("qwen3_moe", num_hidden_layers=1), compile=False)
+    module = model.get_submodule(path)
+    kept, given = module.forward, batch(2, 7)
+    wanted = float(moefx.restore(model)(**given).loss)
+    module.forward = lambda *args, **kwargs: kept(*args, **kwargs)
+    assert float(model(**given).loss) == wanted
