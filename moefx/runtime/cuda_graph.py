@@ -80,6 +80,9 @@ class GraphedStep:
         self._seen: dict[tuple, int] = {}
         fsdp.reshard(model)  # an FSDP root shows other parameters after a forward without a backward
         self._parameters = [p for p in model.parameters() if p.requires_grad]
+        # looking through all modules takes the host 5 ms a step for 48 layers with adapters; a module that is replaced later
+        # is an error of its own
+        self._checkpointable = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         # one stream for all steps: autograd waits for the streams that used a parameter before, which a recording must not
         self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
@@ -114,19 +117,15 @@ class GraphedStep:
         parts = [(n, (v.shape, v.dtype, v.device) if isinstance(v, Tensor) else v) for n, v in sorted(batch.items())]
         inner = unwrap(self.model)
         state = inner._moefx_router_state
-        asked = state.tracks_load, state.recorded_routes is None, state.replayed_routes is None, hf.is_checkpointed(inner)
-        return *parts, inner.training, *asked, *(p.requires_grad for p in self._parameters)
+        asked = state.tracks_load, state.recorded_routes is None, state.replayed_routes is None
+        checkpointed = any(m.gradient_checkpointing for m in self._checkpointable)
+        return *parts, inner.training, *asked, checkpointed, *(p.requires_grad for p in self._parameters)
 
     def _check_memory(self, found: Recorded) -> None:
         if found.places != [_local(p).data_ptr() for p in self._parameters]:
             raise MoefxError(
                 "parameters were moved in memory after the step was recorded, which would read the old ones: make a new step "
                 "with moefx.cuda_graph(model)"
-            )
-        if not fsdp.reduces_gradients(self.model):
-            raise MoefxError(
-                "set_requires_gradient_sync(False) is on, and a recorded step reduces gradients each time: leave it out, "
-                "gradients of several steps are summed in .grad anyway"
             )
 
     def _check_state(self, found: Recorded) -> None:
@@ -135,6 +134,11 @@ class GraphedStep:
             raise MoefxError(
                 f"{type(unwrap(self.model)).__name__} is not as it was when the step was recorded ({changed}), and a replay "
                 "would not see it: change it back, or make a new step with moefx.cuda_graph(model)"
+            )
+        if not fsdp.reduces_gradients(self.model):
+            raise MoefxError(
+                "set_requires_gradient_sync(False) is on, and a recorded step reduces gradients each time: leave it out, "
+                "gradients of several steps are summed in .grad anyway"
             )
 
     def _step(self, batch: Mapping[str, Any]) -> Tensor:
