@@ -20,7 +20,6 @@ from moefx.integrations.transformers.model_structure import (
     drops_cache,
     experts_in,
     experts_modules,
-    is_checkpointed,
     is_language_model,
     is_norm,
     is_recurrent,
@@ -49,7 +48,7 @@ from moefx.integrations.transformers.recording import (
 __all__ = [
     "AttentionWeights", "ExpertsLayout", "INDEX_NAMES", "LazyMask", "MaskPattern", "Names", "OwnAttention", "activate",
     "activated", "attention_forward", "attention_mask", "blocks", "check", "count_as_tensor", "emitting", "experts_in",
-    "drops_cache", "experts_layout", "experts_modules", "find_layouts", "is_checkpointed", "is_dense_experts", "is_emitting",
+    "drops_cache", "experts_layout", "experts_modules", "find_layouts", "is_dense_experts", "is_emitting",
     "is_experts", "is_language_model", "is_norm", "is_recurrent", "is_traced", "is_transformed", "lazy_masks", "named",
     "noticing_packing", "original_implementations", "original_masks", "outputs_are_collected", "packed", "pattern_of",
     "reads_layer_index", "requested", "restore", "routers", "share_cache", "transforms_are_seen", "unpacked",

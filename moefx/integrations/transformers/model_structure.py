@@ -182,11 +182,6 @@ def without_index(cls: type) -> frozenset[str]:
     return frozenset() if reads_layer_index(cls) else frozenset(INDEX_NAMES)
 
 
-def is_checkpointed(model: nn.Module) -> bool:
-    """Is activation checkpointing on? (Transformers 5.24 renamed its property for it.)"""
-    return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-
-
 def drops_cache(model: nn.Module) -> bool:
     """Does the model leave its default cache out where activations are checkpointed?
 
