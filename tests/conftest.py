@@ -69,14 +69,34 @@ _took: Counter[str] = Counter()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every-case", action="store_true", help="also those of kernels that are left to a GPU")
     parser.addoption("--record-durations", action="store_true", help="write the seconds of each file to tests/durations.json")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+#: Triton's interpreter takes seconds where a GPU takes none: of a kernel's test with more cases than this, one of three runs on it.
+MOST_INTERPRETED = 12
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Files that take long come first: started last, one would run alone while the other process has nothing to do. Files that
     were never timed come before them."""
+    import torch
+
+    if not torch.cuda.is_available() and not config.getoption("every_case"):
+        left_out = _left_to_a_gpu(items)
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     known = json.loads(DURATIONS.read_text())
     items.sort(key=lambda item: -known.get(_file(item.nodeid), float("inf")))
+
+
+def _left_to_a_gpu(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Of the tests of kernels with many cases, those that `make gpu-check` alone runs."""
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.nodeid.startswith("tests/kernels/"):
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    return {item for cases in tests.values() if len(cases) > MOST_INTERPRETED for n, item in enumerate(cases) if n % 3}
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -71,7 +71,7 @@ def test_nothing_promised_is_counted_twice(family):
     assert len(norms) == EXPECTED[name].get("norm_modules", EXPECTED[name]["rms_norm"])
 
 
-@pytest.mark.parametrize(("rows", "length", "seed"), [(2, 11, 0), (3, 7, 1), (1, 13, 2)])
+@pytest.mark.parametrize(("rows", "length", "seed"), [(2, 11, 0), (3, 7, 1)])
 def test_parity(family, rows, length, seed):
     _, model, _, _ = family
     check(model, batch(rows, length, seed))

@@ -30,9 +30,15 @@ def of_one_expert(model):
             layer.feed_forward.router.weight.copy_(layer.feed_forward.router.weight[:1].clone().expand(8, -1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("rows", "length", "seed", "routing"), [(2, 17, 0, "real"), (1, 1, 1, "real"), (3, 5, 2, "real"), (2, 9, 3, "one expert")]
+    ("rows", "length", "seed", "routing", "dtype"),
+    [
+        (2, 17, 0, "real", torch.float32),
+        (1, 1, 1, "real", torch.float32),
+        (3, 5, 2, "real", torch.bfloat16),
+        (2, 9, 3, "one expert", torch.float32),
+        (2, 9, 3, "one expert", torch.bfloat16),
+    ],
 )
 def test_loss_and_all_gradients(rows, length, seed, routing, dtype):
     model = build("llama4_text", seed).to(dtype)
