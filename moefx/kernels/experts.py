@@ -66,13 +66,15 @@ def _gradients(
     order: Tensor | None = None,
     by_down: Callable[[Tensor], Tensor] | None = None,
     grad_scale: float = 1.0,
+    kept: Sequence[Tensor | None] = (None, None),
 ) -> tuple[Tensor | None, list[Tensor | None], Tensor | None]:
     """Gradients of the rows [R, H], of each of ``weights`` and of ``permuted_probs``; None for those not in ``needs``.
 
     They follow from to_out [R, H], the gradient of the weighted rows, not yet multiplied by ``permuted_probs``. The gradient of
     ``permuted_probs`` is [R], or [T, K] with ``order`` [R], the flat positions of the rows, and lacks the part of down's bias.
     ``by_down`` multiplies to_out with matrices [E, H, I] group by group, where there are fewer tokens to round than rows. The
-    gradients of matrices and biases are multiplied by ``grad_scale``, not those of factors of updates.
+    gradients of matrices and biases are multiplied by ``grad_scale``, not those of factors of updates. ``kept``: x a' [R, r]
+    of the updates of gate_up and of down, as the forward computed them: the latter's rows are not weighted.
     """
     from moefx.kernels import expert_activation as act
     from moefx.kernels import low_rank
@@ -101,8 +103,11 @@ def _gradients(
     if update is not None and need["down_lora_a"]:
         found["down_lora_a"] = low_rank.outer(inner, weighted, of_down)
     if update is not None and need["down_lora_b"]:
-        reduced = low_rank.into(weighted, update.a, of_down)
-        found["down_lora_b"] = low_rank.outer(reduced, to_out, of_down, transposed=True)
+        if kept[1] is None:
+            reduced, by_row = low_rank.into(weighted, update.a, of_down), {}
+        else:
+            reduced, by_row = kept[1], {"weights": permuted_probs, "order": order}
+        found["down_lora_b"] = low_rank.outer(reduced, to_out, of_down, transposed=True, **by_row)
     if need["down_bias"]:
         assert down_bias is not None
         found["down_bias"] = act.segment_sum(to_out, offsets, down_bias.dtype, permuted_probs, order)
@@ -118,7 +123,7 @@ def _gradients(
         if update is not None and need["gate_up_lora_a"]:
             found["gate_up_lora_a"] = low_rank.outer(inner, x, bounds, index)
         if update is not None and need["gate_up_lora_b"]:
-            reduced = low_rank.into(x, update.a, bounds, index)
+            reduced = low_rank.into(x, update.a, bounds, index) if kept[0] is None else kept[0]
             found["gate_up_lora_b"] = low_rank.outer(reduced, to_h, bounds, transposed=True)
         del x
     if need["gate_up_bias"]:
@@ -164,11 +169,11 @@ def fused_experts(
     spec: ExpertsSpec,
     gemm: str,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y [T, H] in x's dtype; then what the backward reads.
 
-    That is h [T*K, 2I or I], order and inverse [T*K], bounds [E + 1] (int32). Without ``keep`` h is empty, and the backward
-    recomputes it.
+    That is h [T*K, 2I or I], x a' of the updates of gate_up and of down [T*K, r], order and inverse [T*K], bounds [E + 1]
+    (int32). Without ``keep`` h and the two are empty, and the backward recomputes them; so are the two without updates.
     """
     from moefx.kernels import expert_activation as act
     from moefx.kernels import low_rank
@@ -180,15 +185,15 @@ def fused_experts(
     order, inverse, bounds = sort_by_expert(topk_ids, gate_up.shape[0])
     if experts:
         bounds = torch.minimum(bounds, bounds[experts])
-    h = _pre_activations(gemm, x, order, inverse, top_k, weights, bounds, spec)
+    h, inner = _pre_activations(gemm, x, order, inverse, top_k, weights, bounds, spec)
     a = act.forward(h, gate_up_bias, bounds[1:], spec)
     of_down = bounds[: down.shape[0] + 1]
     rows = grouped_gemm.rows(gemm, a, matrices_of(down, spec.transposed), of_down)
-    if weights.down_lora is not None:
-        low_rank.update_(rows, a, weights.down_lora, of_down)
+    inner_of_down = None if weights.down_lora is None else low_rank.update_(rows, a, weights.down_lora, of_down)
     del a
     y = reduce(rows, inverse, top_k, x.dtype, weights=topk_weights, index=topk_ids, bias=down_bias, experts=experts)
-    return y, h if keep else h.new_empty(0), order, inverse, bounds
+    kept = [h.new_empty(0) if t is None or not keep else t for t in (h, inner, inner_of_down)]
+    return y, kept[0], kept[1], kept[2], order, inverse, bounds
 
 
 def _pre_activations(
@@ -200,30 +205,35 @@ def _pre_activations(
     weights: ExpertWeights,
     bounds: Tensor,
     spec: ExpertsSpec,
-) -> Tensor:
-    """h [T*K, 2I or I] of tokens x [T, H]."""
+) -> tuple[Tensor, Tensor | None]:
+    """h [T*K, 2I or I] of tokens x [T, H], and x a' of its update [T*K, r]."""
     from moefx.kernels import low_rank
 
     x = x.to(weights.gate_up.dtype)
     h = grouped_gemm.of_tokens(gemm, x, order, inverse, top_k, matrices_of(weights.gate_up, spec.transposed), bounds)
-    if weights.gate_up_lora is not None:
-        low_rank.update_(h, x, weights.gate_up_lora, bounds, order // top_k)
-    return h
+    update = weights.gate_up_lora
+    return h, None if update is None else low_rank.update_(h, x, update, bounds, order // top_k)
 
 
 @fused_experts.register_fake
 def _(x, topk_ids, topk_weights, gate_up, *others):
-    *_, spec, _, keep = others
+    _, _, _, gate_up_lora_a, _, down_lora_a, _, spec, _, keep = others
     rows = topk_ids.shape[0] * topk_ids.shape[1]
     integers = [topk_ids.new_empty(n, dtype=torch.int32) for n in (rows, rows, gate_up.shape[0] + 1)]
-    h = gate_up.new_empty(rows, matrices_of(gate_up, spec.transposed).shape[2]) if keep else gate_up.new_empty(0)
-    return torch.empty_like(x), h, *integers
+    widths = [
+        matrices_of(gate_up, spec.transposed).shape[2],
+        *(a if a is None else a.shape[1] for a in (gate_up_lora_a, down_lora_a)),
+    ]
+    kept = [gate_up.new_empty(0) if n is None or not keep else gate_up.new_empty(rows, n) for n in widths]
+    return torch.empty_like(x), *kept, *integers
 
 
 @opaque("fused_experts_backward", once=True)
 def fused_experts_backward(
     grad: Tensor,
     h: Tensor,
+    inner_of_gate_up: Tensor,
+    inner_of_down: Tensor,
     order: Tensor,
     inverse: Tensor,
     bounds: Tensor,
@@ -249,8 +259,10 @@ def fused_experts_backward(
     weights = ExpertWeights(gate_up, gate_up_bias, down, down_bias, gate_up_lora_a, gate_up_lora_b, down_lora_a, down_lora_b)
     top_k, experts = topk_ids.shape[1], down.shape[0] if has_zero_computation_experts(gate_up, down) else 0
     grad = grad.to(gate_up.dtype)
+    kept: list[Tensor | None] = [inner_of_gate_up, inner_of_down]
     if not keep:
-        h = _pre_activations(gemm, x, order, inverse, top_k, weights, bounds, spec)
+        h, inner = _pre_activations(gemm, x, order, inverse, top_k, weights, bounds, spec)
+        kept = [inner, None]
 
     def of_tokens(matrices: Tensor) -> Tensor:
         return grouped_gemm.of_tokens(gemm, grad, order, inverse, top_k, matrices, bounds[: down.shape[0] + 1])
@@ -268,6 +280,7 @@ def fused_experts_backward(
         topk_weights,
         order,
         of_tokens if gemm == "fp8" else None,
+        kept=kept,
     )
     assert to_probs is not None
     if of_probs and down_bias is not None:  # what a row's weight multiplies has the bias in it
@@ -279,7 +292,7 @@ def fused_experts_backward(
 
 
 @fused_experts_backward.register_fake
-def _(grad, h, order, inverse, bounds, x, topk_ids, topk_weights, *others):
+def _(grad, h, inner_of_gate_up, inner_of_down, order, inverse, bounds, x, topk_ids, topk_weights, *others):
     *weights, _, _, _, needs = others
     return [torch.empty_like(t) for t, need in zip((x, topk_weights, *weights), needs, strict=True) if need]
 

@@ -2,9 +2,8 @@
 
 A rank is small, so that each product takes as long as its rows take to be read and written: :func:`into` reads rows of n
 numbers and writes r, :func:`add_` adds r to n in place, :func:`outer` sums over each expert's rows. Sums are in fp32 and have
-one fixed order. Factors are [E, r, n] with any strides; ``bounds`` [E + 1] int32: expert e
-has the rows from bounds[e] to bounds[e + 1]. The three products are those of Punica (arXiv 2310.18547), by expert instead of
-by adapter.
+one fixed order. Factors are [E, r, n] with any strides; ``bounds`` [E + 1] int32: expert e has the rows from bounds[e] to
+bounds[e + 1]. The three products are those of Punica (arXiv 2310.18547), by expert instead of by adapter.
 """
 
 from __future__ import annotations
@@ -63,28 +62,30 @@ def _into(
 def _add(
     out, inner, factor, bounds,
     width, experts, rank, by_expert, by_rank, by_column,
-    EXPERTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr,
+    EXPERTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     expert, first, end = _tile(bounds, experts, tl.program_id(0), ROWS, EXPERTS)
     if expert >= experts:
         return
-    row, r, column = first + tl.arange(0, ROWS), tl.arange(0, RANK), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = (row < end)[:, None] & (column < width)[None, :]
-    here = out + row.to(tl.int64)[:, None] * width + column[None, :]
-    old = tl.load(here, mask=there, other=0.0).to(tl.float32)
+    row, r = first + tl.arange(0, ROWS), tl.arange(0, RANK)
     left = inner + row.to(tl.int64)[:, None] * rank + r[None, :]
     given = tl.load(left, mask=(row < end)[:, None] & (r < rank)[None, :], other=0.0)
-    of = factor + expert.to(tl.int64) * by_expert + r[:, None] * by_rank + column[None, :] * by_column
-    matrix = tl.load(of, mask=(r < rank)[:, None] & (column < width)[None, :], other=0.0)
-    new = tl.dot(given, matrix, old, input_precision="ieee")
-    tl.store(here, new.to(out.dtype.element_ty), mask=there)
+    start = out + row.to(tl.int64)[:, None] * width
+    of = factor + expert.to(tl.int64) * by_expert + r[:, None] * by_rank
+    for i in range(BLOCKS):  # finding the tile takes as long as a block, so that a program adds several
+        column = (tl.program_id(1) * BLOCKS + i) * BLOCK + tl.arange(0, BLOCK)
+        there = (row < end)[:, None] & (column < width)[None, :]
+        matrix = tl.load(of + column[None, :] * by_column, mask=(r < rank)[:, None] & (column < width)[None, :], other=0.0)
+        old = tl.load(start + column[None, :], mask=there, other=0.0).to(tl.float32)
+        new = tl.dot(given, matrix, old, input_precision="ieee")
+        tl.store(start + column[None, :], new.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
 def _outer(
-    inner, x, bounds, index, out,
+    inner, x, bounds, index, weights, order, out,
     width, experts, rank, by_expert, by_rank, by_column,
-    GATHERED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr,
+    GATHERED: tl.constexpr, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(0).to(tl.int64)
     start, end = tl.load(bounds + expert), tl.load(bounds + expert + 1)
@@ -95,6 +96,9 @@ def _outer(
         at = tl.load(index + row, mask=row < end, other=0) if GATHERED else row
         left = inner + row.to(tl.int64)[:, None] * rank + r[None, :]
         given = tl.load(left, mask=(row < end)[:, None] & (r < rank)[None, :], other=0.0)
+        if WEIGHTED:
+            weight = tl.load(weights + tl.load(order + row, mask=row < end, other=0), mask=row < end, other=0.0)
+            given = (given * weight.to(tl.float32)[:, None]).to(given.dtype)
         there = (row < end)[:, None] & (column < width)[None, :]
         right = tl.load(x + at.to(tl.int64)[:, None] * width + column[None, :], mask=there, other=0.0)
         total = tl.dot(tl.trans(given), right, total, input_precision="ieee")
@@ -106,6 +110,10 @@ def _padded(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
+def _block(width: int) -> int:
+    return max(16, min(128, triton.next_power_of_2(width)))
+
+
 def _tiles(rows: int, experts: int, size: int) -> int:
     """At least as many tiles of one expert's rows as there are."""
     return cdiv(rows, size) + min(experts, rows)
@@ -113,22 +121,22 @@ def _tiles(rows: int, experts: int, size: int) -> int:
 
 @functools.lru_cache(KEPT)
 def _launch_into(width: int, experts: int, rank: int, strides: tuple[int, int, int], gathered: bool) -> Launch:
-    block = max(16, min(128, triton.next_power_of_2(width)))
-    sizes = {"EXPERTS": triton.next_power_of_2(experts), "ROWS": 64, "BLOCK": block, "RANK": _padded(rank)}
+    sizes = {"EXPERTS": triton.next_power_of_2(experts), "ROWS": 64, "BLOCK": _block(width), "RANK": _padded(rank)}
     return Launch(_into, width, experts, rank, *strides, GATHERED=gathered, **sizes, num_warps=4, num_stages=3)
 
 
 @functools.lru_cache(KEPT)
 def _launch_add(width: int, experts: int, rank: int, strides: tuple[int, int, int]) -> Launch:
-    block = max(16, min(128, triton.next_power_of_2(width)))
-    sizes = {"EXPERTS": triton.next_power_of_2(experts), "ROWS": 64, "BLOCK": block, "RANK": _padded(rank)}
-    return Launch(_add, width, experts, rank, *strides, **sizes, num_warps=4)
+    block = _block(width)
+    sizes = {"EXPERTS": triton.next_power_of_2(experts), "ROWS": 32, "BLOCK": block, "RANK": _padded(rank)}
+    return Launch(_add, width, experts, rank, *strides, **sizes, BLOCKS=min(4, cdiv(width, block)), num_warps=4)
 
 
 @functools.lru_cache(KEPT)
-def _launch_outer(width: int, experts: int, rank: int, strides: tuple[int, int, int], gathered: bool) -> Launch:
-    sizes = {"ROWS": 64, "BLOCK": max(16, min(128, triton.next_power_of_2(width))), "RANK": _padded(rank)}
-    return Launch(_outer, width, experts, rank, *strides, GATHERED=gathered, **sizes, num_warps=4, num_stages=3)
+def _launch_outer(width: int, experts: int, rank: int, strides: tuple[int, int, int], gathered: bool, weighted: bool) -> Launch:
+    sizes = {"ROWS": 64, "BLOCK": _block(width), "RANK": _padded(rank)}
+    kinds = {"GATHERED": gathered, "WEIGHTED": weighted}
+    return Launch(_outer, width, experts, rank, *strides, **kinds, **sizes, num_warps=4, num_stages=3)
 
 
 def into(x: Tensor, factor: Tensor, bounds: Tensor, index: Tensor | None = None) -> Tensor:
@@ -150,25 +158,37 @@ def add_(out: Tensor, inner: Tensor, factor: Tensor, bounds: Tensor) -> None:
     experts, rank, width = factor.shape
     if out.numel():
         launch = _launch_add(width, experts, rank, factor.stride())
-        grid = (_tiles(out.shape[0], experts, launch.constants["ROWS"]), cdiv(width, launch.constants["BLOCK"]), 1)
-        launch(grid, out, inner, factor, bounds)
+        columns = launch.constants["BLOCK"] * launch.constants["BLOCKS"]
+        launch((_tiles(out.shape[0], experts, launch.constants["ROWS"]), cdiv(width, columns), 1), out, inner, factor, bounds)
 
 
-def outer(inner: Tensor, x: Tensor, bounds: Tensor, index: Tensor | None = None, *, transposed: bool = False) -> Tensor:
+def outer(
+    inner: Tensor,
+    x: Tensor,
+    bounds: Tensor,
+    index: Tensor | None = None,
+    *,
+    transposed: bool = False,
+    weights: Tensor | None = None,
+    order: Tensor | None = None,
+) -> Tensor:
     """inner [R, r], x [R, n] -> [E, r, n], inner' x of each expert's rows, zeros without rows; ``transposed``: [E, n, r].
 
-    index [R]: the row of x that each row is.
+    index [R]: the row of x that each row is. Row i of inner is multiplied by weights[order[i]], flat, if they are given.
     """
     experts, rank, width = len(bounds) - 1, inner.shape[1], x.shape[1]
     out = x.new_empty(experts, width, rank) if transposed else x.new_empty(experts, rank, width)
     by_expert, *others = out.stride()
     by_rank, by_column = reversed(others) if transposed else others
-    launch = _launch_outer(width, experts, rank, (by_expert, by_rank, by_column), index is not None)
+    launch = _launch_outer(width, experts, rank, (by_expert, by_rank, by_column), index is not None, weights is not None)
     grid = (experts, cdiv(width, launch.constants["BLOCK"]), 1)
-    launch(grid, inner, x.contiguous(), bounds, bounds if index is None else index, out)
+    by_row = (inner, bounds) if weights is None or order is None else (weights.contiguous(), order)
+    launch(grid, inner, x.contiguous(), bounds, bounds if index is None else index, *by_row, out)
     return out
 
 
-def update_(out: Tensor, x: Tensor, update: LowRank, bounds: Tensor, index: Tensor | None = None) -> None:
-    """Adds (x a') b' to out [R, n], in place; x and index are those of :func:`into`."""
-    add_(out, into(x, update.a, bounds, index), update.b.transpose(1, 2), bounds)
+def update_(out: Tensor, x: Tensor, update: LowRank, bounds: Tensor, index: Tensor | None = None) -> Tensor:
+    """Adds (x a') b' to out [R, n], in place, and returns x a' [R, r]; x and index are those of :func:`into`."""
+    inner = into(x, update.a, bounds, index)
+    add_(out, inner, update.b.transpose(1, 2), bounds)
+    return inner
