@@ -304,9 +304,11 @@ def _result(walk: Walk, compile: bool) -> Result:
     with _quiet():
         wanted = [outcome for outcome, _ in play(walk, _same, _same)]
         ours = play(walk, functools.partial(_ours, compile=compile), moefx.restore)
+        played = 0
         with contextlib.closing(ours):
             try:
                 for n, (a, (b, model)) in enumerate(zip(wanted, ours)):
+                    played = n + 1
                     for error, of_ours in ((a.error, b.error), (a.probe_error, b.probe_error)):
                         if of_ours is None and any(limit in _said(error) for limit in _LIMITS):
                             found.raised[n] = _said(error)
@@ -321,6 +323,8 @@ def _result(walk: Walk, compile: bool) -> Result:
                     _follow(model, a.parameters)
             except Refused as refusal:
                 found.refused = str(refusal)
+                if not (wanted[played].error or wanted[played].probe_error):
+                    found.failure = Failure(played, "refusal", f"the model runs, and optimize refuses it: {refusal}")
     return found
 
 

@@ -198,3 +198,19 @@ def test_an_implementation_of_experts_stays_when_an_adapted_model_is_pickled():
     assert again.config is base.config and not hasattr(base, "_moefx")
     moefx.restore(moefx.optimize(again, compile=False))
     assert base.config._experts_implementation == "eager"
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_more_heads_of_values_than_of_keys_are_left_to_the_models_attention(before):
+    """Transformers' sdpa repeats each as often as it must; ``moefx.attention`` has one number of both."""
+    model = build("qwen3_moe")
+    untouched = copy.deepcopy(model)
+    if not before:
+        model = moefx.optimize(model, compile=False)
+    for m in (model, untouched):
+        torch.manual_seed(1)
+        m.model.layers[0].self_attn.v_proj = torch.nn.Linear(64, 64, bias=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", moefx.ShortfallWarning)
+        model = moefx.optimize(model, compile=False) if before else model
+        assert_same_step(model, untouched)

@@ -100,6 +100,9 @@ def _emit(
     indices: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
+    if key.shape[1] != value.shape[1]:
+        said = f"it has {key.shape[1]} heads of keys and {value.shape[1]} of values, which moefx.attention cannot express"
+        raise OwnAttention(said, module) if callers.lenient else CaptureError(f"{type(module).__name__}: {said}")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if callers.lenient and causal and query.shape[2] != key.shape[2]:
         # DeepSeek-V4 appends compressed keys: a boolean mask, or none, would show them to the wrong queries
