@@ -129,7 +129,7 @@ def _launch_into(width: int, experts: int, rank: int, strides: tuple[int, int, i
 def _launch_add(width: int, experts: int, rank: int, strides: tuple[int, int, int]) -> Launch:
     block = _block(width)
     sizes = {"EXPERTS": triton.next_power_of_2(experts), "ROWS": 32, "BLOCK": block, "RANK": _padded(rank)}
-    return Launch(_add, width, experts, rank, *strides, **sizes, BLOCKS=min(4, cdiv(width, block)), num_warps=4)
+    return Launch(_add, width, experts, rank, *strides, **sizes, BLOCKS=min(2, cdiv(width, block)), num_warps=4)
 
 
 @functools.lru_cache(KEPT)

@@ -204,7 +204,6 @@ FEW = "fewer experts than ranks"  #: of tests/support/families.py
             2,
             [
                 (QWEN, 1, 1, 3, True),
-                (QWEN, 2, 1, 1, False),
                 (QWEN, 1, 2, 1, False),
                 (STARVED, 2, 1, 3, False),
                 ("llama4_text", 2, 1, 1, False),
