@@ -9,6 +9,7 @@ code 1 if one is broken. The JSON goes to ``benchmarks/results/capture.json``.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import resource
 import statistics
@@ -33,6 +34,8 @@ def child(layers: int) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config("qwen3_30b", layers), dtype=torch.bfloat16)
     plan = moefx.Plan(moefx.backends.resolve(None))
+    gc.collect()
+    gc.freeze()  # one collection of torch's and Transformers' objects takes 0.3 s, and would fall into one depth or the other
     wall, cpu = time.perf_counter(), time.process_time()
     program = moefx.capture(model)
     captured = time.perf_counter()

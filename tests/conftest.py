@@ -74,7 +74,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 #: Triton's interpreter takes seconds where a GPU takes none: of a kernel's test with more cases than this, one of three runs on it.
-MOST_INTERPRETED = 12
+MOST_INTERPRETED = 6
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -91,6 +91,7 @@ def test_bf16(family):
     assert ours <= 1.5 * own, (ours, own)
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl_moe"], indirect=True)
 def test_compiled(family):
     plain, _ = family
     torch._dynamo.reset()
