@@ -32,32 +32,35 @@ def is_installed(package: str) -> bool:
     return not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
 
 
-#: Objects, one inside another, that :func:`calls_method` looks into.
-_DEEPEST = 8
-
-
-def calls_method(x: Any, of: Any, function: Any, depth: int = 0) -> bool:
+def calls_method(x: Any, of: Any, function: Any) -> bool:
     """Does the callable ``x`` hold ``function`` as a bound method of ``of``: in its closure, a default, an attribute?"""
-    if depth > _DEEPEST or isinstance(x, type | types.ModuleType | str | bytes):
-        return False
+    seen: set[int] = set()
+    found, left = False, [x]
+    while left and not found:
+        part = left.pop()
+        if id(part) not in seen:
+            seen.add(id(part))
+            found = isinstance(part, types.MethodType) and part.__self__ is of and part.__func__ is function
+            left += _held_by(part, of)
+    return found
+
+
+def _held_by(x: Any, other_than: Any) -> Iterable[Any]:
+    """What a callable or a container holds."""
     if isinstance(x, types.MethodType):
-        if x.__self__ is of:
-            return x.__func__ is function or calls_method(x.__func__, of, function, depth + 1)
-        parts: Iterable[Any] = (x.__func__, x.__self__)
-    elif isinstance(x, types.FunctionType):
+        return (x.__func__, x.__self__)
+    if isinstance(x, types.FunctionType):
         cells = [c.cell_contents for c in x.__closure__ or () if c != types.CellType()]
-        parts = (*cells, *(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values(), *vars(x).values())
-    elif isinstance(x, functools.partial):
-        parts = (x.func, *x.args, *x.keywords.values())
-    elif isinstance(x, Mapping):
-        parts = x.values()
-    elif isinstance(x, list | tuple | set | frozenset):
-        parts = x
-    elif callable(x) and hasattr(x, "__dict__") and x is not of:
-        parts = vars(x).values()
-    else:
-        return False
-    return any(calls_method(part, of, function, depth + 1) for part in parts)
+        return (*cells, *(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values(), *vars(x).values())
+    if isinstance(x, functools.partial):
+        return (x.func, *x.args, *x.keywords.values())
+    if isinstance(x, Mapping):
+        return x.values()
+    if isinstance(x, list | tuple | set | frozenset):
+        return x
+    if isinstance(x, type) or x is other_than or not callable(x):
+        return ()
+    return vars(x).values() if hasattr(x, "__dict__") else ()
 
 
 def is_of(module: str, packages: tuple[str, ...]) -> bool:
