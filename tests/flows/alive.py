@@ -107,6 +107,7 @@ class Outcome:
     found: dict[str, Tensor] = field(default_factory=dict)  #: by the probe
     seen: list[tuple[str, Any]] = field(default_factory=list)
     parameters: dict[str, Tensor] = field(default_factory=dict)
+    autocast: bool = False  #: around the probe
     loose: bool = False  #: something is computed in 16 bits
 
 
@@ -147,7 +148,8 @@ def play(walk: Walk, optimize: Callable, restore: Callable) -> Iterator[tuple[Ou
             outcome.seen = alive_helpers.SEEN[begun:]
             outcome.parameters = {n: p.detach().clone() for n, p in model.named_parameters()}
             wide = (torch.float32, torch.float64)
-            outcome.loose = probing.get("autocast", False) or any(p.dtype not in wide for p in model.parameters())
+            outcome.autocast = probing.get("autocast", False)
+            outcome.loose = outcome.autocast or any(p.dtype not in wide for p in model.parameters())
             yield outcome, model
 
 
@@ -323,7 +325,8 @@ def _result(walk: Walk, compile: bool) -> Result:
                     _follow(model, a.parameters)
             except Refused as refusal:
                 found.refused = str(refusal)
-                if not (wanted[played].error or wanted[played].probe_error):
+                there = wanted[played]
+                if not (there.error or there.probe_error or there.autocast):  # optimize is called outside of autocast
                     found.failure = Failure(played, "refusal", f"the model runs, and optimize refuses it: {refusal}")
     return found
 
