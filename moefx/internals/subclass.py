@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from moefx.internals.functions import calls_method
 
@@ -114,9 +115,21 @@ def pickling(base: type, undo: Callable[[Any], None]) -> Callable:
 def remove(module: nn.Module) -> None:
     """Restores the original classes of ``module`` and of all modules in it."""
     for m in module.modules():
-        m.__class__ = own_class(type(m))
+        m.__class__ = _parametrized_since(type(m)) if _is_parametrized_since(m) else own_class(type(m))
         for name in (*ATTRIBUTES, *(() if "forward" in m.__dict__ else (_FORMER,))):
             m.__dict__.pop(name, None)
+
+
+def _is_parametrized_since(module: nn.Module) -> bool:
+    """Has torch.nn.utils.parametrize put a class of its own before moefx's?"""
+    cls = type(module)
+    return is_parametrized(module) and hasattr(cls, "_moefx_base") and "_moefx_base" not in vars(cls)
+
+
+def _parametrized_since(cls: type) -> type:
+    """The same class of parametrize's on top of the original class. (A copy of the module may have ``cls`` too.)"""
+    own = {name: x for name, x in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls.__name__, tuple(map(own_class, cls.__bases__)), own)
 
 
 def own_class(cls: type) -> type:

@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import moefx
 from tests.flows.alive_helpers import scaled, scaled_forward, with_forward
@@ -138,3 +139,27 @@ def test_a_method_that_is_kept_elsewhere_outlives_restore(path):
     wanted = float(moefx.restore(model)(**given).loss)
     module.forward = lambda *args, **kwargs: kept(*args, **kwargs)
     assert float(model(**given).loss) == wanted
+
+
+class Scaled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * 0.7
+
+
+@pytest.mark.filterwarnings("ignore::moefx.ShortfallWarning")
+@pytest.mark.parametrize("path", ["lm_head", "model.norm"])
+def test_a_module_that_was_parametrized_since_stays_so_after_restore(path):
+    found, given = [], batch(2, 7)
+    for optimize in (False, True):
+        model = build("qwen3_moe", num_hidden_layers=1)
+        model = moefx.optimize(model, compile=False) if optimize else model
+        module = model.get_submodule(path)
+        parametrize.register_parametrization(module, "weight", Scaled())
+        found.append([float(model(**given).loss)])
+        model = moefx.restore(model) if optimize else model
+        found[-1].append(float(model(**given).loss))
+        model = moefx.optimize(model, compile=False) if optimize else model
+        found[-1].append(float(model(**given).loss))
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+        found[-1].append(float(model(**given).loss))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
