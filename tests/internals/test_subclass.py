@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
 from collections.abc import Callable
@@ -12,8 +13,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from transformers import AutoModelForCausalLM
 
 import moefx
+from moefx.integrations.transformers.tiny_config import tiny_config
 from tests.flows.alive_helpers import scaled, scaled_forward, with_forward
 from tests.support.families import batch, build
 
@@ -163,3 +166,16 @@ def test_a_module_that_was_parametrized_since_stays_so_after_restore(path):
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
         found[-1].append(float(model(**given).loss))
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("family", "name"), [("dbrx", "DbrxExperts"), ("jetmoe", "JetMoeMoE")])
+@pytest.mark.filterwarnings("ignore::moefx.ShortfallWarning")
+def test_a_loop_of_experts_whose_class_is_replaced_runs_as_it_is(family, name):
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(tiny_config(family)).train()
+    model, given = moefx.optimize(copy.deepcopy(plain), compile=False), batch(2, 9)
+    before = float(plain(**given).loss)
+    with replaced(next(m for m in plain.modules() if type(m).__name__ == name)):
+        wanted = float(plain(**given).loss)
+        assert abs(float(model(**given).loss) - wanted) < 1e-5
+    assert abs(wanted - before) > 1e-4 and abs(float(model(**given).loss) - before) < 1e-5

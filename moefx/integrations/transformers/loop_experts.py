@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from moefx import ops
 from moefx.errors import CaptureError
 from moefx.integrations import peft as adapters
+from moefx.integrations.transformers.attention import is_patched
 from moefx.internals.subclass import forward_around
 
 
@@ -122,6 +123,8 @@ def emitting_class(base: type, emitter: Callable[[nn.Module], Callable | None]) 
 
     def run(module: nn.Module, plain: Callable, args: tuple, kwargs: dict) -> Any:
         emit = emitter(module)
-        return plain(*args, **kwargs) if emit is None else loop.forward(module, emit, *args, **kwargs)
+        if emit is None or is_patched(plain.func, base):  # type: ignore[attr-defined]
+            return plain(*args, **kwargs)
+        return loop.forward(module, emit, *args, **kwargs)
 
     return forward_around(base, run)
